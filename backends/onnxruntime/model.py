@@ -1,0 +1,128 @@
+"""ONNX Runtime for the embedded Triton, as a Python-based backend.
+
+The engine that comes from PyPI has no native ONNX Runtime backend. A model repository whose models say
+``backend: "onnxruntime"`` loads here unchanged: this file takes the native backend's place, and the stock Triton container,
+which has the native one, never sees it. Of the native backend's settings it honours ``instance_group`` (CPU), ``optimization
+{ graph { level } }`` and the parameters ``intra_op_thread_count``, ``inter_op_thread_count`` and ``execution_mode``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
+
+ONNX_TYPES = {
+    "TYPE_BOOL": "tensor(bool)",
+    "TYPE_UINT8": "tensor(uint8)",
+    "TYPE_INT8": "tensor(int8)",
+    "TYPE_INT16": "tensor(int16)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_FP32": "tensor(float)",
+    "TYPE_FP64": "tensor(double)",
+}
+GRAPH_LEVELS = {
+    -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+}
+"""The native backend's numbers for ``optimization { graph { level } }``."""
+
+
+class TritonPythonModel:
+    """One instance of one ONNX model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open ``model.onnx`` and hold its tensors against ``config.pbtxt``.
+
+        Raises:
+            pb_utils.TritonModelException: the file is missing or no model, or a tensor of the configuration is not in it.
+        """
+        config = json.loads(args["model_config"])
+        self._name = args["model_name"]
+        if args["model_instance_kind"] == "GPU":
+            raise pb_utils.TritonModelException(
+                f"{self._name}: instance_group is KIND_GPU, but the embedded engine computes on the CPU; use the Triton container"
+            )
+        filename = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"]) / args["model_version"] / filename
+        if not path.is_file():
+            raise pb_utils.TritonModelException(f"{self._name}: {path} is missing")
+        try:
+            self._session = ort.InferenceSession(path, session_options(config), providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            raise pb_utils.TritonModelException(f"{self._name}: {path} is not a usable ONNX model: {error}") from error
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._outputs = [tensor["name"] for tensor in config["output"]]
+        self._check("input", config["input"], self._session.get_inputs())
+        self._check("output", config["output"], self._session.get_outputs())
+        unfed = {node.name for node in self._session.get_inputs()} - set(self._inputs)
+        if unfed:
+            raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt lacks the graph's inputs {sorted(unfed)}")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Run each request by itself; one that fails gets its own error."""
+        return [self._run(request) for request in requests]
+
+    def _run(self, request: Any) -> Any:
+        feeds: dict[str, npt.NDArray[Any]] = {}
+        for name in self._inputs:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is None:
+                return self._error(f"input {name} is missing")
+            feeds[name] = tensor.as_numpy()
+        try:
+            results = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            return self._error(f"inference failed on inputs {shapes}: {error}")
+        tensors = [
+            pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(self._outputs, results, strict=True)
+        ]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+
+    def _error(self, message: str) -> Any:
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {message}"))
+
+    def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any]) -> None:
+        """Raise unless every configured tensor is in the graph with its type and a shape that fits."""
+        by_name = {node.name: node for node in nodes}
+        for tensor in configured:
+            name, dims = tensor["name"], [int(dim) for dim in tensor["dims"]]
+            if name not in by_name:
+                raise pb_utils.TritonModelException(
+                    f"{self._name}: {kind} {name} of config.pbtxt is not in the graph, which has {sorted(by_name)}"
+                )
+            node = by_name[name]
+            if node.type != ONNX_TYPES.get(tensor["data_type"]):
+                raise pb_utils.TritonModelException(
+                    f"{self._name}: {kind} {name} is {tensor['data_type']} in config.pbtxt and {node.type} in the graph"
+                )
+            fits = len(dims) == len(node.shape) and all(
+                dim == size or dim == -1 or not isinstance(size, int) for dim, size in zip(dims, node.shape, strict=True)
+            )
+            if not fits:
+                raise pb_utils.TritonModelException(
+                    f"{self._name}: {kind} {name} is {dims} in config.pbtxt and {node.shape} in the graph"
+                )
+
+
+def session_options(config: dict[str, Any]) -> ort.SessionOptions:
+    """ONNX Runtime options from a model's configuration, by the native backend's names and defaults."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
+    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 0))
+    if parameters.get("execution_mode") == "1":
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    level = config.get("optimization", {}).get("graph", {}).get("level", 0)
+    options.graph_optimization_level = GRAPH_LEVELS.get(int(level), ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    return options

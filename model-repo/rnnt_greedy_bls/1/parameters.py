@@ -1,0 +1,194 @@
+"""The decoder's parameters, as ``config.pbtxt`` gives them, and the options that one stream may set for itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+SAMPLE_RATE = 16000
+"""Samples a second of all audio."""
+
+
+class ParameterError(ValueError):
+    """A parameter is missing or has a value that is not allowed; the message names it, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a stream may choose by request parameters on its first request; the defaults are the model's.
+
+    Attributes:
+        context: ``window`` decodes window by window as audio arrives, ``whole`` in one window when the stream ends.
+        max_symbols_per_step: tokens on one frame after which the walk moves on.
+        max_total_tokens: a segment that has this many tokens is closed; what follows begins the next one.
+        endpoint_silence_ms: a segment ends after this much silence behind its last token; 0 turns that off.
+    """
+
+    context: str = "window"
+    max_symbols_per_step: int = 10
+    max_total_tokens: int = 200
+    endpoint_silence_ms: int = 1200
+
+    def override(self, request_parameters: str) -> Options:
+        """These options with those of a request, given as Triton's JSON object; names that are no option are left alone.
+
+        Raises:
+            ParameterError: a value is not allowed.
+        """
+        given = json.loads(request_parameters) if request_parameters else {}
+        names = {field.name for field in fields(Options)}
+        chosen: dict[str, Any] = {}
+        for name, value in given.items():
+            if name == "context":
+                chosen[name] = value
+            elif name in names:
+                chosen[name] = _integer(name, value)
+        return replace(self, **chosen).checked()
+
+    def checked(self) -> Options:
+        """These options.
+
+        Raises:
+            ParameterError: one is out of its range.
+        """
+        if self.context not in ("window", "whole"):
+            raise ParameterError(f"context is {self.context!r}; allowed are 'window' and 'whole'")
+        _within("max_symbols_per_step", self.max_symbols_per_step, 1, 1000)
+        _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
+        _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)
+        return self
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All parameters of the decoder. Frames are the encoder's.
+
+    Attributes:
+        preprocessor_model, encoder_model, decoder_joint_model: names of the models it calls.
+        kind: ``rnnt`` or ``tdt``.
+        blank: index of the blank in the joint network's outputs.
+        durations: jumps of a TDT in frames.
+        blank_penalty: subtracted from the blank's logit.
+        predictor_layers, predictor_hidden: the predictor's states are [layers, batch, hidden].
+        frame_samples: samples of 16 kHz audio an encoder frame stands for.
+        left_frames, chunk_frames, right_frames: a window is decoded for its chunk; left and right are context.
+        block_frames: frames scored by one call of the decoder.
+        encoder_batch: most windows of equal length in one call of the encoder.
+        max_segment_secs: a segment is closed at the end of the window that reaches this length.
+        max_whole_secs: longest recording with ``context=whole``.
+        options: defaults of the per-stream options.
+    """
+
+    preprocessor_model: str
+    encoder_model: str
+    decoder_joint_model: str
+    kind: str
+    blank: int
+    durations: tuple[int, ...]
+    blank_penalty: float
+    predictor_layers: int
+    predictor_hidden: int
+    frame_samples: int
+    left_frames: int
+    chunk_frames: int
+    right_frames: int
+    block_frames: int
+    encoder_batch: int
+    max_segment_secs: float
+    max_whole_secs: float
+    options: Options
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Parameters:
+        """Read the ``parameters`` of a model configuration.
+
+        Raises:
+            ParameterError: one is missing, unknown or not allowed.
+        """
+        given = _Reader({name: entry["string_value"] for name, entry in config.get("parameters", {}).items()})
+        parameters = cls(
+            preprocessor_model=given.text("preprocessor_model", "preprocessor"),
+            encoder_model=given.text("encoder_model", "encoder"),
+            decoder_joint_model=given.text("decoder_joint_model", "decoder_joint"),
+            kind=given.text("kind"),
+            blank=given.integer("blank", 1, 1_000_000),
+            durations=given.integers("durations"),
+            blank_penalty=given.number("blank_penalty", -20.0, 20.0, 0.0),
+            predictor_layers=given.integer("predictor_layers", 1, 64),
+            predictor_hidden=given.integer("predictor_hidden", 1, 65_536),
+            frame_samples=given.integer("frame_samples", 1, 160_000),
+            left_frames=given.integer("left_frames", 0, 100_000),
+            chunk_frames=given.integer("chunk_frames", 1, 100_000),
+            right_frames=given.integer("right_frames", 0, 100_000),
+            block_frames=given.integer("block_frames", 1, 100_000, 32),
+            encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
+            max_segment_secs=given.number("max_segment_secs", 1.0, 3600.0, 20.0),
+            max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0, 60.0),
+            options=Options(
+                max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
+                max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
+                endpoint_silence_ms=given.integer("endpoint_silence_ms", 0, 60_000, 1200),
+            ),
+        )
+        given.finish()
+        if parameters.kind not in ("rnnt", "tdt"):
+            raise ParameterError(f"kind is {parameters.kind!r}; allowed are 'rnnt' and 'tdt'")
+        if (parameters.kind == "tdt") != bool(parameters.durations):
+            raise ParameterError(f"durations is {list(parameters.durations)}; a tdt needs them and an rnnt has none")
+        if any(duration < 0 for duration in parameters.durations):
+            raise ParameterError(f"durations is {list(parameters.durations)}; none may be negative")
+        return parameters
+
+
+class _Reader:
+    """Typed access to string parameters that remembers which were asked for."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self._values = values
+        self._known: set[str] = set()
+
+    def text(self, name: str, default: str | None = None) -> str:
+        self._known.add(name)
+        value = self._values.get(name, default)
+        if not value:
+            raise ParameterError(f"parameter {name} is missing")
+        return value
+
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        value = _integer(name, self.text(name, None if default is None else str(default)))
+        _within(name, value, low, high)
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float) -> float:
+        text = self.text(name, str(default))
+        try:
+            value = float(text)
+        except ValueError:
+            raise ParameterError(f"{name} is {text!r}; it must be a number") from None
+        _within(name, value, low, high)
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        self._known.add(name)
+        return tuple(_integer(name, part.strip()) for part in self._values.get(name, "").split(",") if part.strip())
+
+    def finish(self) -> None:
+        unknown = sorted(set(self._values) - self._known)
+        if unknown:
+            raise ParameterError(f"unknown parameters {unknown}; known are {sorted(self._known)}")
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise ParameterError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ParameterError(f"{name} is {value}; it must be within {low} … {high}")
