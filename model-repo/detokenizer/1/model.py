@@ -33,15 +33,16 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        tokens, times, probabilities, segment = (
+        tokens, times, probabilities, stable, segment = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
-            for name in ("TOKENS", "TIMES", "PROBABILITIES", "SEGMENT")
+            for name in ("TOKENS", "TIMES", "PROBABILITIES", "STABLE", "SEGMENT")
         )
         if tokens.size and tokens.max() >= len(self._vocabulary):
             message = f"{self._name}: TOKENS has {tokens.max()}, but the vocabulary ends at {len(self._vocabulary) - 1}"
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
         pieces = [self._vocabulary[token] for token in tokens]
         text = join(pieces, leading_space=segment[0] > 0)
+        stable_text = join(pieces[: stable[0]], leading_space=segment[0] > 0)
         words = group(pieces, times[0::2].tolist(), times[1::2].tolist(), probabilities.tolist())
         listed = [
             {
@@ -53,7 +54,11 @@ class TritonPythonModel:
             for word in words
         ]
         return pb_utils.InferenceResponse(
-            [_string("TEXT", text), _string("WORDS", json.dumps(listed, ensure_ascii=False))]
+            [
+                _string("TEXT", text),
+                _string("WORDS", json.dumps(listed, ensure_ascii=False)),
+                pb_utils.Tensor("STABLE_CHARS", np.array([[len(stable_text)]], np.int32)),
+            ]
         )
 
 

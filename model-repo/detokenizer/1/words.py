@@ -49,7 +49,7 @@ def join(pieces: Sequence[str], leading_space: bool) -> str:
 def group(
     pieces: Sequence[str], starts: Sequence[float], ends: Sequence[float], probabilities: Sequence[float]
 ) -> list[Word]:
-    """Words of pieces with their times in seconds and their probabilities."""
+    """Words of pieces with their times in seconds and their probabilities; a word ends no later than the next one starts."""
     words: list[Word] = []
     for piece, start, end, probability in zip(pieces, starts, ends, probabilities, strict=True):
         text = piece.removeprefix(WORD_START)
@@ -58,4 +58,6 @@ def group(
             words[-1] = Word(last.word + text, last.start, end, min(last.confidence, probability))
         else:
             words.append(Word(text, start, end, probability))
-    return [word for word in words if word.word]
+    words = [word for word in words if word.word]
+    limits = [*(word.start for word in words[1:]), float("inf")]
+    return [word._replace(end=min(word.end, limit)) for word, limit in zip(words, limits, strict=True)]

@@ -109,7 +109,7 @@ class TritonPythonModel:
                     job.error = str(error)
             ready = [job for job, _ in due if not job.error]
             try:
-                decode_windows(self._network.step, [job.stream for job in ready], [job.end for job in ready])
+                decode_windows(self._network.step, [job.stream for job in ready])
             except (NetworkError, ValueError) as error:
                 for job in ready:
                     job.error = str(error)

@@ -40,7 +40,8 @@ class Answer(NamedTuple):
     """What a stream has to say after a request.
 
     Attributes:
-        tokens: tokens since the last final answer, frames counted from the start of the stream; the unstable tail included.
+        tokens: of the segment, frames counted from the start of the stream; the unstable tail included. Segments that ended
+            since the last answer, or by the end of the stream, are answered as one.
         stable: how many of them can no longer change.
         segment: index of the segment.
         final: whether the segment ends here; the next answer then begins a new one.
@@ -62,7 +63,7 @@ class Stream:
     Attributes:
         options: what the stream chose.
         predictor: the predictor where the next frame is decoded.
-        waiting: encoded frames [D, T] that are yet to be decoded for good: those behind a segment that max_total_tokens closed.
+        waiting: encoded frames [D, T] of the last window's chunk that are yet to be decoded for good.
         tail: encoded frames [D, T] of the last window's right context.
     """
 
@@ -79,11 +80,10 @@ class Stream:
         self.waiting: Floats = np.zeros((0, 0), np.float32)
         self.tail: Floats = self.waiting
         self.predictor = self._fresh_predictor()
-        self._tokens: list[Token] = []  # since the last final answer
+        self._tokens: list[Token] = []  # of the segment
+        self._closed: list[list[Token]] = []  # of segments that ended since the last answer
         self._segment = 0
         self._segment_start_frame = 0
-        self._segment_start_token = 0  # index in _tokens
-        self._closed = False
 
     def push(self, samples: Samples) -> None:
         """Append audio.
@@ -127,17 +127,15 @@ class Stream:
 
     def answer(self, tail: Sequence[Token], end: bool) -> Answer:
         """What to reply to the request that was just decoded; a final answer begins the next segment."""
-        final = self._closed or end
+        if end:
+            self._close_segment()
+        final = bool(self._closed)
+        stable = [token for tokens in self._closed for token in tokens] if final else self._tokens
+        tokens = stable if final else [*stable, *tail]
         samples = self._received_samples if end else self._frames * self._parameters.frame_samples
-        tokens = self._tokens if final else [*self._tokens, *tail]
-        answer = Answer(
-            tokens, len(self._tokens), self._segment, final, samples, self._features, self._frames
-        )
-        if final:
-            self._tokens = []
-            self._segment_start_token = 0
-            self._segment += 1
-        self._closed = False
+        answer = Answer(tokens, len(stable), self._segment, final, samples, self._features, self._frames)
+        self._closed = []
+        self._segment += final
         return answer
 
     def _fresh_predictor(self, surplus_frames: int = 0) -> Predictor:
@@ -152,25 +150,24 @@ class Stream:
             ValueError: there are too few, so ``frame_samples`` or the contexts do not suit the encoder.
         """
         end = frames.shape[1] if window.chunk_frames is None else window.left_frames + window.chunk_frames
-        if frames.shape[1] < max(end, window.left_frames + 1):
+        frame_samples, samples = self._parameters.frame_samples, len(window.samples)
+        # Of a frame that the stream's end cuts short an encoder may make a frame or none.
+        needed = window.left_frames + (window.chunk_frames or min(1, samples // frame_samples - window.left_frames))
+        if frames.shape[1] < needed:
             raise ValueError(
-                f"the encoder gave {frames.shape[1]} frames for a window of {len(window.samples)} samples, of which "
-                f"{max(end, window.left_frames + 1)} are needed: frame_samples is {self._parameters.frame_samples}"
+                f"the encoder gave {frames.shape[1]} frames for a window of {samples} samples, of which "
+                f"{needed} are needed: frame_samples is {frame_samples}"
             )
-        features_a_frame = round(features / frames.shape[1])
-        if window.chunk_frames is None:
-            self._features += features - window.left_frames * features_a_frame
-        else:
-            self._features += window.chunk_frames * features_a_frame
-        chunk = frames[:, window.left_frames : end]
-        self.waiting = np.concatenate((self.waiting, chunk), axis=1) if self.waiting.size else chunk
+        features_to = [round(features * frame * frame_samples / samples) for frame in (window.left_frames, end)]
+        self._features += (features if window.chunk_frames is None else features_to[1]) - features_to[0]
+        self.waiting = frames[:, window.left_frames : end]
         self.tail = frames[:, end:]
-        self._closed = False
 
     def token_budget(self) -> int:
+        """How many tokens the segment may still get."""
         if self.options.context == "whole":
             return UNLIMITED_TOKENS
-        return self.options.max_total_tokens - (len(self._tokens) - self._segment_start_token)
+        return self.options.max_total_tokens - len(self._tokens)
 
     def commit(self, tokens: Sequence[Token], done_frames: int) -> None:
         """Book decoded tokens and frames, and close the segment where its rules say so."""
@@ -180,52 +177,51 @@ class Stream:
         if self.options.context == "whole":
             return
         p, options = self._parameters, self.options
-        segment_tokens = self._tokens[self._segment_start_token :]
-        silent_frames = self._frames - (segment_tokens[-1].frame + segment_tokens[-1].frames) if segment_tokens else 0
+        silent_frames = self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
         silent_ms = silent_frames * p.frame_samples * 1000 // SAMPLE_RATE
         segment_secs = (self._frames - self._segment_start_frame) * p.frame_samples / SAMPLE_RATE
         if (
-            len(segment_tokens) >= options.max_total_tokens
+            len(self._tokens) >= options.max_total_tokens
             or segment_secs >= p.max_segment_secs
             or (options.endpoint_silence_ms and silent_ms >= options.endpoint_silence_ms)
         ):
-            self._closed = True
-            self._segment_start_frame = self._frames
-            self._segment_start_token = len(self._tokens)
+            self._close_segment()
+
+    def _close_segment(self) -> None:
+        self._closed.append(self._tokens)
+        self._tokens = []
+        self._segment_start_frame = self._frames
+        if not self.predictor.symbols:  # amid a frame a fresh predictor would find the frame's tokens once more
             self.predictor = self._fresh_predictor(self.predictor.surplus_frames)
 
     def from_start(self, tokens: Sequence[Token]) -> list[Token]:
+        """Tokens whose frames are counted from the first that is not decoded for good, counted from the stream's start."""
         return [token._replace(frame=token.frame + self._frames) for token in tokens]
 
 
-def decode_windows(step: Step, streams: Sequence[Stream], ends: Sequence[bool]) -> None:
+def decode_windows(step: Step, streams: Sequence[Stream]) -> None:
     """Decode for good the frames that each stream has received; the streams share every call of the network.
 
     Args:
         step: the network.
         streams: streams, each once.
-        ends: whether a stream ends here, so that nothing may wait for its next window.
 
     Raises:
         ValueError: the network's outputs are not those of the transducer.
     """
-    rows = [(stream, end) for stream, end in zip(streams, ends, strict=True) if stream.waiting.size]
-    while rows:
-        batch = [stream for stream, _ in rows]
+    while batch := [stream for stream in streams if stream.waiting.size]:
         tokens, done = _decode(step, batch, [s.waiting for s in batch], [s.predictor for s in batch])
         for stream, row_tokens, row_done in zip(batch, tokens, done, strict=True):
             stream.commit(row_tokens, row_done)
-        rows = [(stream, end) for stream, end in rows if end and stream.waiting.size]
 
 
 def decode_tails(step: Step, streams: Sequence[Stream]) -> list[list[Token]]:
     """The unstable tokens of each stream: those of its right context, decoded from a copy of its state."""
     tails: list[list[Token]] = [[] for _ in streams]
-    index = [i for i, stream in enumerate(streams) if stream.tail.size or stream.waiting.size]
+    index = [i for i, stream in enumerate(streams) if stream.tail.size]
     if index:
         batch = [streams[i] for i in index]
-        rows = [np.concatenate((s.waiting, s.tail), axis=1) if s.waiting.size else s.tail for s in batch]
-        tokens, _ = _decode(step, batch, rows, [replace(s.predictor) for s in batch], limited=False)
+        tokens, _ = _decode(step, batch, [s.tail for s in batch], [replace(s.predictor) for s in batch], limited=False)
         for i, row_tokens in zip(index, tokens, strict=True):
             tails[i] = streams[i].from_start(row_tokens)
     return tails

@@ -1,0 +1,57 @@
+# Everything happens in this checkout: .venv holds the packages, .engine the embedded Triton.
+VENV := .venv
+BIN := $(VENV)/bin
+# The first Python that the embedded Triton can run with; make PYTHON=… chooses another.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+SOURCES := gateway launcher model-repo backends tests perf
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo test lint format eval perf lock clean
+
+help:  ## Show this
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: $(VENV)/installed  ## Install the locked packages into .venv
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 is needed and none was found; install one, or make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "installing packages into $(VENV) (the first time takes a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: setup  ## Serve on an embedded Triton until Ctrl-C
+	@exec $(BIN)/amira run
+
+demo: setup  ## Transcribe the bundled recordings by batch and by live stream
+	@exec $(BIN)/amira demo
+
+test: setup  ## Run all tests, on a real Triton with the bundled model
+	@$(BIN)/pytest --cov --cov-report=term
+
+lint: setup  ## Check style and types
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+	@MYPYPATH=model-repo/detokenizer/1 $(BIN)/mypy model-repo/detokenizer/1/model.py
+	@$(BIN)/mypy backends/onnxruntime/model.py
+
+format: setup  ## Format the code
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (recordings and their manifest.tsv)
+	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make eval SPEECH=dir" >&2; exit 1; }
+	@$(BIN)/python -m perf.evaluate $(SPEECH)
+
+perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
+	@$(BIN)/python -m perf.analyze $(SPEECH)
+
+lock: setup  ## Resolve the newest packages into requirements.lock (needs uv)
+	@uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
+		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
+
+clean:  ## Remove everything that make made
+	@rm -rf $(VENV) .engine .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

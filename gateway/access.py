@@ -1,0 +1,122 @@
+"""Who may use the server, and how much at once."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+
+from gateway import metrics
+from gateway.errors import ApiError, ErrorKind
+from gateway.settings import Settings
+
+
+def check_key(headers: Headers, settings: Settings) -> None:
+    """Hold the request's key against those of the settings; without any there, everybody may.
+
+    Raises:
+        ApiError: the key is missing or wrong.
+    """
+    if not settings.api_keys:
+        return
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    if not given:
+        raise ApiError(ErrorKind.INVALID_API_KEY, "an API key is needed: send Authorization: Bearer KEY or X-API-Key: KEY")
+    # Every key is compared, each in constant time, so that the time taken tells nothing.
+    matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in settings.api_keys]
+    if not any(matches):
+        raise ApiError(ErrorKind.INVALID_API_KEY, "the API key is not valid")
+
+
+def origin_allowed(origin: str, settings: Settings) -> bool:
+    """Whether a browser's page from this origin may connect."""
+    return "*" in settings.allowed_origins or origin in settings.allowed_origins
+
+
+class Admission:
+    """Places for streams and batches. Triton's sequence batcher has no limit of its own, so this is the only one.
+
+    Attributes:
+        streams, batches: how many are in flight.
+        batch_places: held by a batch request while Triton works on it.
+        draining: nothing more is admitted.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_streams = settings.max_concurrent_streams
+        self._max_batches = settings.max_concurrent_batches
+        self._max_waiting = settings.inference_queue_size
+        self.batch_places = asyncio.Semaphore(self._max_batches)
+        self.streams = 0
+        self.batches = 0
+        self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """Hold a place for a stream.
+
+        Raises:
+            ApiError: there is none, or the server drains.
+        """
+        self._refuse_while_draining()
+        if self.streams >= self._max_streams:
+            raise ApiError(ErrorKind.NO_CAPACITY, f"all {self._max_streams} streams are in use; please retry")
+        self.streams += 1
+        self._report()
+        try:
+            yield
+        finally:
+            self.streams -= 1
+            self._report()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Hold a place in the line of batch requests, while the body is read and until the answer is there.
+
+        Raises:
+            ApiError: the line is full, or the server drains.
+        """
+        self._refuse_while_draining()
+        if self.batches >= self._max_batches + self._max_waiting:
+            raise ApiError(
+                ErrorKind.NO_CAPACITY,
+                f"{self._max_batches} batch requests are being answered and {self._max_waiting} wait; please retry",
+            )
+        self.batches += 1
+        self._report()
+        try:
+            yield
+        finally:
+            self.batches -= 1
+            self._report()
+
+    def drain(self) -> None:
+        """Admit nothing more."""
+        self.draining = True
+        metrics.DRAINING.set(1)
+
+    async def wait_idle(self, timeout_secs: float) -> bool:
+        """Wait until nothing is in flight; False if something still was when the time was over."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_secs)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise ApiError(ErrorKind.DRAINING, "the server is shutting down; please retry")
+
+    def _report(self) -> None:
+        metrics.ACTIVE_CONNECTIONS.set(self.streams)
+        metrics.ACTIVE_BATCHES.set(self.batches)
+        if self.streams or self.batches:
+            self._idle.clear()
+        else:
+            self._idle.set()

@@ -1,0 +1,137 @@
+"""``POST /v2/decode/batch/{model}``: one recording in, one transcript out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from gateway import metrics
+from gateway.access import check_key
+from gateway.audio import decode_audio, pcm_from_json
+from gateway.errors import ApiError, ErrorKind
+from gateway.service import Service
+from gateway.triton import Samples
+
+SAMPLE_RATE = 16000
+
+router = APIRouter()
+
+
+class Word(BaseModel):
+    """A recognised word with its time from the start of the recording."""
+
+    word: str
+    start: float = Field(description="seconds")
+    end: float = Field(description="seconds")
+    confidence: float = Field(ge=0, le=1)
+
+
+class BatchAnswer(BaseModel):
+    """A transcript."""
+
+    text: str
+    tokens: list[int] = Field(description="ids in the model's vocabulary")
+    audio_length_samples: int = Field(description="length at 16 kHz")
+    features_length: int = Field(description="feature frames made from the audio")
+    encoded_length: int = Field(description="encoder frames made from those")
+    confidence: float | None = Field(description="mean probability of the tokens; null where there are none")
+    words: list[Word]
+    opaque: Any = Field(default=None, description="what the JSON request carried under this name")
+
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+REQUEST_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/octet-stream": BINARY,
+        "audio/wav": BINARY,
+        "audio/flac": BINARY,
+        "audio/ogg": BINARY,
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"file": {"type": "string", "format": "binary"}},
+                "required": ["file"],
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+                    "opaque": {},
+                    "description": {"type": "string"},
+                },
+                "required": ["audio_buffer"],
+            }
+        },
+    },
+}
+
+
+@router.post(
+    "/v2/decode/batch/{model}",
+    response_model=BatchAnswer,
+    openapi_extra={"requestBody": REQUEST_BODY},
+    summary="Transcribe a recording",
+    description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC or Ogg file; "
+    "as it stands, as a form's `file`, or as JSON numbers in `audio_buffer`.",
+)
+async def decode_batch(request: Request, model: str) -> Response:
+    """Answer one recording."""
+    service: Service = request.app.state.service
+    check_key(request.headers, service.settings)
+    ensemble = service.ensemble(model)
+    with service.admission.batch():
+        recogniser = service.triton.recogniser(ensemble)
+        max_secs = min(service.settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
+        samples, opaque = await _read_audio(request, max_secs)
+        metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / SAMPLE_RATE)
+        sequence = service.triton.open(recogniser, {"context": "whole", **service.options})
+        async with service.admission.batch_places:
+            answer = await sequence.send(samples, end=True)
+    body = {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "audio_length_samples": answer.samples,
+        "features_length": answer.features,
+        "encoded_length": answer.frames,
+        "confidence": None if math.isnan(answer.confidence) else round(answer.confidence, 4),
+        "words": answer.words,
+        **opaque,
+    }
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[str, Any]]:
+    """The request's audio at 16 kHz, and its ``opaque`` where given.
+
+    Raises:
+        ApiError: the body is no audio, or too much of it.
+    """
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    opaque: dict[str, Any] = {}
+    if media_type == "multipart/form-data":
+        body, content_type = await _read_form(request)
+    else:
+        body = await request.body()
+    if media_type == "application/json":
+        body, opaque = pcm_from_json(body)
+        content_type = "application/octet-stream"
+    # Off the event loop: a minute of FLAC takes tens of milliseconds, in which live streams must not stand still.
+    return await run_in_threadpool(decode_audio, body, content_type, max_secs), opaque
+
+
+async def _read_form(request: Request) -> tuple[bytes, str]:
+    async with request.form(max_files=1, max_fields=16) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise ApiError(ErrorKind.INVALID_BODY, "the form has no file under the name 'file'", "file")
+        return await file.read(), file.content_type or "application/octet-stream"

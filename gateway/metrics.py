@@ -1,0 +1,63 @@
+"""The gateway's Prometheus metrics. Labels come from closed sets, and every set of labels exists at 0 from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from gateway import __version__
+from gateway.errors import ErrorKind
+
+ENDPOINTS = ("batch", "stream", "health", "metrics", "other")
+UNKNOWN_MODEL = "unknown"
+"""Label of every model name that the configuration does not have."""
+
+SHORT_SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0)
+LONG_SECS = (*SHORT_SECS, 30.0, 60.0, 300.0, 1800.0, 7200.0)
+
+REQUESTS = Counter("asr_requests", "HTTP requests and streams by their HTTP status", ["endpoint", "model", "status"])
+REQUEST_DURATION = Histogram("asr_request_duration_seconds", "Time to answer a request", ["endpoint", "model"], buckets=LONG_SECS)
+ACTIVE_CONNECTIONS = Gauge("asr_active_connections", "Live streams")
+ACTIVE_BATCHES = Gauge("asr_active_batches", "Batch requests being answered or waiting for a place")
+STREAM_CAPACITY = Gauge("asr_stream_capacity", "Most live streams at once")
+TRITON_DURATION = Histogram("triton_inference_duration_seconds", "Time of a request to Triton", ["model"], buckets=SHORT_SECS)
+PARTIAL_LATENCY = Histogram(
+    "asr_partial_latency_seconds", "From the arrival of a chunk's last audio to its partial", ["model"], buckets=SHORT_SECS
+)
+FINAL_LATENCY = Histogram("asr_final_latency_seconds", "From the end of a stream to its final", ["model"], buckets=SHORT_SECS)
+STREAM_LAG = Histogram(
+    "asr_stream_lag_seconds", "Audio received but not yet decoded, at each answer", ["model"], buckets=SHORT_SECS
+)
+AUDIO_SECONDS = Counter("asr_audio_seconds", "Seconds of audio received", ["endpoint", "model"])
+REJECTIONS = Counter("asr_rejections", "Requests and streams refused or failed, by error code", ["reason"])
+CLOSES = Counter("asr_websocket_closes", "WebSocket closes by code", ["code"])
+DRAINING = Gauge("asr_draining", "1 while the gateway drains")
+BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the streams' audio buffers in use, 0 to 1")
+BUILD_INFO = Gauge("asr_build_info", "Always 1", ["version"])
+
+DISCONNECTED = 1006
+"""Code of a close without a close frame: the client disappeared."""
+
+
+def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity: int) -> None:
+    """Make every set of labels, so that rates start from 0."""
+    names = (*models, UNKNOWN_MODEL)
+    statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, *(kind.status for kind in ErrorKind)}
+    for model in names:
+        for endpoint in ("batch", "stream"):
+            REQUEST_DURATION.labels(endpoint, model)
+            AUDIO_SECONDS.labels(endpoint, model)
+            for status in statuses:
+                REQUESTS.labels(endpoint, model, str(int(status)))
+        for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
+            histogram.labels(model)
+    for ensemble in ensembles:
+        TRITON_DURATION.labels(ensemble)
+    for kind in ErrorKind:
+        REJECTIONS.labels(kind.code)
+    for code in {1000, DISCONNECTED, *(kind.close_code for kind in ErrorKind)}:
+        CLOSES.labels(str(code))
+    STREAM_CAPACITY.set(stream_capacity)
+    BUILD_INFO.labels(__version__).set(1)

@@ -1,0 +1,60 @@
+"""The gateway as a process: uvicorn around the application, with a drain before its shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from gateway.app import create_app
+from gateway.settings import Settings
+
+LISTEN_BACKLOG = 2048
+FORCE_EXIT_POLL_SECS = 0.1
+
+
+class GatewayServer(uvicorn.Server):
+    """Uvicorn that drains first: left to itself it closes every WebSocket at once when it is told to stop."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self._app = app
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.server_host,
+                port=settings.server_port,
+                loop="uvloop",
+                http="httptools",
+                ws="websockets-sansio",
+                # Larger frames are refused by us, with an error frame; far larger ones by the library, without.
+                ws_max_size=2 * settings.max_frame_bytes,
+                ws_per_message_deflate=False,  # audio does not compress, and inflating is work for an attacker to give
+                ws_ping_interval=None,  # the idle time decides; a socket that is not read for back-pressure can't answer pings
+                backlog=LISTEN_BACKLOG,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then stop; a second signal ends the drain."""
+        drain = asyncio.create_task(self._app.state.service.drain())
+        while not drain.done() and not self.force_exit:
+            await asyncio.wait({drain}, timeout=FORCE_EXIT_POLL_SECS)
+        drain.cancel()
+        await super().shutdown(sockets)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, once it is started."""
+        port: int = self.servers[0].sockets[0].getsockname()[1]
+        return port
+
+
+def build_server(settings: Settings) -> GatewayServer:
+    """A server for these settings; ``await serve()`` runs it."""
+    return GatewayServer(create_app(settings), settings)

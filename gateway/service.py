@@ -1,0 +1,59 @@
+"""What the routes share: settings, Triton, and the places to be had."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from gateway.access import Admission
+from gateway.errors import ApiError, ErrorKind
+from gateway.settings import Settings
+from gateway.triton import Triton
+
+
+class Service:
+    """One gateway process.
+
+    Attributes:
+        settings: its settings.
+        triton: the server behind it.
+        admission: places for streams and batches.
+        options: decoding options that the settings give every stream.
+        last_call: set when live streams must end, at the end of a drain.
+        started_at: Unix time in seconds.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.triton = Triton(settings)
+        self.admission = Admission(settings)
+        self.options: dict[str, str | int] = {
+            name: value
+            for name in ("max_symbols_per_step", "max_total_tokens")
+            if (value := getattr(settings, name)) is not None
+        }
+        self.last_call = asyncio.Event()
+        self.started_at = time.time()
+
+    def ensemble(self, model: str) -> str:
+        """The Triton ensemble behind a public model name.
+
+        Raises:
+            ApiError: the name is not known.
+        """
+        try:
+            return self.settings.models[model]
+        except KeyError:
+            known = ", ".join(sorted(self.settings.models))
+            raise ApiError(ErrorKind.MODEL_NOT_FOUND, f"model {model[:64]!r} is not known; known: {known}", "model") from None
+
+    def ready(self) -> bool:
+        """Whether new work can be taken: some model can be served, and no drain has begun."""
+        return not self.admission.draining and any(map(self.triton.ready, self.settings.models.values()))
+
+    async def drain(self) -> None:
+        """Refuse new work, let the old finish for as long as the settings allow, then end the live streams."""
+        self.admission.drain()
+        if not await self.admission.wait_idle(self.settings.drain_timeout_secs):
+            self.last_call.set()
+            await self.admission.wait_idle(2 * self.settings.inference_timeout_secs)

@@ -1,0 +1,312 @@
+"""``/v2/decode/stream/{model}``: a live stream over a WebSocket.
+
+Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops reading,
+and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a time, and
+the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the decoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import orjson
+import structlog
+from fastapi import APIRouter, WebSocket
+from starlette.responses import Response
+from starlette.websockets import WebSocketDisconnect, WebSocketState
+
+from gateway import metrics
+from gateway.access import check_key, origin_allowed
+from gateway.errors import ApiError, ErrorKind
+from gateway.logs import current_request_id
+from gateway.service import Service
+from gateway.transcript import Answer, Transcript
+from gateway.triton import Recogniser
+
+SAMPLE_RATE = 16000
+BYTES_A_SAMPLE = 2
+END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
+
+HEARTBEAT_SHARE = 0.5
+"""A silent stream's sequence is touched after this share of Triton's idle limit."""
+
+log = structlog.get_logger()
+router = APIRouter()
+
+
+class End(Enum):
+    """Why no more audio will come."""
+
+    CLIENT = "the client said so"
+    DRAIN = "the server is shutting down"
+    ABANDONED = "nobody waits for the transcript any more"
+
+
+class AudioBuffer:
+    """Audio between the reader and the pump.
+
+    Args:
+        capacity: bytes that it holds at most.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._audio = bytearray()
+        self._changed = asyncio.Event()
+        self.end: End | None = None
+        self.last_put = time.monotonic()
+
+    def __len__(self) -> int:
+        return len(self._audio)
+
+    async def put(self, audio: bytes) -> None:
+        """Append audio, once there is room for it."""
+        while len(self._audio) + len(audio) > self._capacity:
+            await self._wait()
+        self._audio += audio
+        self.last_put = time.monotonic()
+        self._changed.set()
+
+    def close(self, end: End) -> None:
+        """No more audio will come; abandoning drops what is here."""
+        if self.end is not End.ABANDONED:
+            self.end = end
+        if end is End.ABANDONED:
+            self._audio.clear()
+        self._changed.set()
+
+    async def take(self, enough_bytes: int, timeout_secs: float) -> bytes:
+        """All the audio, once there are ``enough_bytes`` of it, or it can't become more, or the time is over."""
+        deadline = time.monotonic() + timeout_secs
+        enough_bytes = min(enough_bytes, self._capacity // 2)
+        while len(self._audio) < enough_bytes and not self.end and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wait(), left)
+        audio = bytes(self._audio)
+        self._audio.clear()
+        self._changed.set()
+        return audio
+
+    async def _wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class Session:
+    """One stream, from the upgrade to the close."""
+
+    def __init__(self, socket: WebSocket, service: Service, model: str, recogniser: Recogniser) -> None:
+        self._socket = socket
+        self._settings = service.settings
+        self._model = model
+        self._recogniser = recogniser
+        self._sequence = service.triton.open(recogniser, dict(service.options))
+        self._buffer = AudioBuffer(service.settings.audio_buffer_capacity)
+        self._last_call = service.last_call
+        self._transcript = Transcript()
+        self._received_bytes = 0
+        self._ended_at = 0.0  # seconds of time.monotonic
+
+    @property
+    def received_secs(self) -> float:
+        """Audio received."""
+        return self._received_bytes / BYTES_A_SAMPLE / SAMPLE_RATE
+
+    async def run(self) -> int:
+        """Serve the stream; gives the code it was closed with."""
+        reader = asyncio.create_task(self._read(), name="stream reader")
+        pump = asyncio.create_task(self._pump(), name="stream pump")
+        last_call = asyncio.create_task(self._end_at_last_call(), name="stream last call")
+        try:
+            await asyncio.wait({reader, pump}, return_when=asyncio.FIRST_COMPLETED)
+            if not pump.done() and reader.exception() is None:
+                await asyncio.wait({pump})  # the end is read, its final is due
+            failed = next((task for task in (reader, pump) if task.done() and task.exception()), None)
+            code = await self._close(failed.exception() if failed else None)
+            self._buffer.close(End.ABANDONED)
+            await asyncio.wait({pump})
+        finally:
+            for task in (reader, pump, last_call):
+                task.cancel()
+            await asyncio.gather(reader, pump, last_call, return_exceptions=True)
+        if pump.exception():
+            await self._sequence.abandon()
+        return code
+
+    async def _close(self, error: BaseException | None) -> int:
+        """Close the socket for what ended the stream, with an error frame where it was an error."""
+        if isinstance(error, WebSocketDisconnect):
+            return metrics.DISCONNECTED
+        if error is None:
+            code = ErrorKind.DRAINING.close_code if self._buffer.end is End.DRAIN else 1000
+            message = None
+        else:
+            if not isinstance(error, ApiError):
+                log.error("stream failed", exc_info=error)
+                error = ApiError(ErrorKind.INTERNAL, "internal error")
+            metrics.REJECTIONS.labels(error.kind.code).inc()
+            code, message = error.kind.close_code, error.frame(current_request_id())
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.TimeoutError):  # gone meanwhile
+            if message:
+                await self._send(message)
+            await asyncio.wait_for(self._socket.close(code), self._settings.stream_timeout_secs)
+        return code
+
+    async def _read(self) -> None:
+        """Take frames until the client ends the stream.
+
+        Raises:
+            ApiError: a frame, or the lack of one, is against the protocol.
+            WebSocketDisconnect: the client disappeared.
+        """
+        while True:
+            try:
+                message = await asyncio.wait_for(self._socket.receive(), self._settings.stream_timeout_secs)
+            except asyncio.TimeoutError:
+                limit = self._settings.stream_timeout_secs
+                raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives") from None
+            if message["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(message["code"])
+            frame = message.get("bytes")
+            if frame is None:
+                raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
+            if frame == END_OF_STREAM:
+                self._ended_at = time.monotonic()
+                self._buffer.close(End.CLIENT)
+                return
+            if frame != KEEPALIVE:
+                self._check(frame)
+                await self._buffer.put(frame)
+
+    def _check(self, frame: bytes) -> None:
+        if not frame:
+            raise ApiError(ErrorKind.EMPTY_FRAME, "the frame is empty; audio frames have at least 2 bytes")
+        if len(frame) == 1:
+            raise ApiError(ErrorKind.UNKNOWN_CONTROL, f"control byte 0x{frame.hex()} is not known; known: 0x00 end, 0x01 keepalive")
+        if len(frame) > self._settings.max_frame_bytes:
+            raise ApiError(
+                ErrorKind.FRAME_TOO_LARGE, f"the frame has {len(frame)} bytes; at most {self._settings.max_frame_bytes} are taken"
+            )
+        if len(frame) % BYTES_A_SAMPLE:
+            raise ApiError(ErrorKind.ODD_LENGTH, f"the frame has {len(frame)} bytes; 16-bit samples need an even number")
+        self._received_bytes += len(frame)
+        if self.received_secs > self._settings.max_stream_audio_secs:
+            limit = self._settings.max_stream_audio_secs
+            raise ApiError(ErrorKind.AUDIO_TOO_LONG, f"the stream is longer than {limit:g} s; open another")
+
+    async def _pump(self) -> None:
+        """Decode until the stream has ended.
+
+        Raises:
+            ApiError: Triton failed.
+            WebSocketDisconnect: the client disappeared.
+        """
+        sent_samples = 0
+        heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
+        while True:
+            due_samples = self._recogniser.due_samples(sent_samples) - sent_samples
+            audio = await self._buffer.take(due_samples * BYTES_A_SAMPLE, heartbeat_secs)
+            end, arrived = self._buffer.end, self._buffer.last_put
+            if end is End.ABANDONED:
+                await self._sequence.abandon()
+                return
+            answer = await self._sequence.send(np.frombuffer(audio, "<i2"), end=end is not None)
+            sent_samples += len(audio) // BYTES_A_SAMPLE
+            changed = self._transcript.update(answer)
+            lag = max(0.0, self.received_secs - answer.samples / SAMPLE_RATE)
+            metrics.STREAM_LAG.labels(self._model).observe(lag)
+            if end:
+                await self._send(self._message("final", answer))
+                if self._ended_at:
+                    metrics.FINAL_LATENCY.labels(self._model).observe(time.monotonic() - self._ended_at)
+                return
+            if changed and self._buffer.end is not End.ABANDONED:
+                await self._send(self._message("partial", answer))
+                metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
+
+    def _message(self, kind: str, answer: Answer) -> dict[str, Any]:
+        transcript = self._transcript
+        confidence = transcript.confidence
+        return {
+            "type": kind,
+            "text": transcript.text,
+            "tokens": transcript.tokens,
+            "confidence": None if confidence is None else round(confidence, 4),
+            # All words in every partial would make a long stream's traffic grow with the square of its length.
+            "words": transcript.words if kind == "final" else answer.words,
+            "audio_processed_ms": answer.samples * 1000 // SAMPLE_RATE,
+            "stable_chars": transcript.stable_chars,
+        }
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        """Send a message; a client that does not read for the stream's idle time is gone."""
+        text = orjson.dumps(message).decode()
+        try:
+            await asyncio.wait_for(self._socket.send_text(text), self._settings.stream_timeout_secs)
+        except asyncio.TimeoutError:
+            limit = self._settings.stream_timeout_secs
+            raise ApiError(ErrorKind.STREAM_IDLE, f"nothing was read for {limit:g} s") from None
+
+    async def _end_at_last_call(self) -> None:
+        await self._last_call.wait()
+        self._buffer.close(End.DRAIN)
+
+
+@router.websocket("/v2/decode/stream/{model}")
+async def decode_stream(socket: WebSocket, model: str) -> None:
+    """Admit a stream and serve it, or refuse it before the upgrade."""
+    service: Service = socket.app.state.service
+    label = model if model in service.settings.models else metrics.UNKNOWN_MODEL
+    began = time.monotonic()
+    status = 101
+    with contextlib.ExitStack() as place:
+        try:
+            _check_origin(socket, service)
+            check_key(socket.headers, service.settings)
+            ensemble = service.ensemble(model)
+            place.enter_context(service.admission.stream())
+            recogniser = service.triton.recogniser(ensemble)
+        except ApiError as error:
+            status = error.kind.status
+            await _refuse(socket, error, service)
+        else:
+            await socket.accept()
+            session = Session(socket, service, model, recogniser)
+            code = await session.run()
+            metrics.AUDIO_SECONDS.labels("stream", label).inc(session.received_secs)
+            metrics.CLOSES.labels(str(code)).inc()
+            log.info(
+                "stream closed", model=label, code=code, audio_secs=round(session.received_secs, 3),
+                duration_secs=round(time.monotonic() - began, 3),
+            )
+    metrics.REQUESTS.labels("stream", label, str(status)).inc()
+    metrics.REQUEST_DURATION.labels("stream", label).observe(time.monotonic() - began)
+
+
+def _check_origin(socket: WebSocket, service: Service) -> None:
+    origin = socket.headers.get("origin")
+    if origin is not None and not origin_allowed(origin, service.settings):
+        raise ApiError(ErrorKind.ORIGIN_NOT_ALLOWED, f"origin {origin[:128]!r} is not allowed")
+
+
+async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
+    """Refuse a stream by HTTP status; a browser, which can't read that, gets the upgrade, the error frame and the close code."""
+    metrics.REJECTIONS.labels(error.kind.code).inc()
+    request_id = current_request_id()
+    log.info("stream refused", code=error.kind.code)
+    origin = socket.headers.get("origin")
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        if origin is not None and origin_allowed(origin, service.settings):
+            await socket.accept()
+            await socket.send_text(orjson.dumps(error.frame(request_id)).decode())
+            await socket.close(error.kind.close_code)
+            metrics.CLOSES.labels(str(error.kind.close_code)).inc()
+        elif socket.application_state is WebSocketState.CONNECTING:
+            await socket.send_denial_response(
+                Response(orjson.dumps(error.body(request_id)), error.kind.status, error.headers(), "application/json")
+            )

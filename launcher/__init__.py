@@ -1,0 +1,1 @@
+"""The ``amira`` command: the gateway, the embedded Triton and what runs the two together."""

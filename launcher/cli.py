@@ -1,0 +1,159 @@
+"""The ``amira`` command."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+import uvloop
+from rich.console import Console
+
+from gateway import __version__
+from gateway.logs import configure_logging
+from gateway.server import build_server
+from gateway.settings import ConfigError, Settings, load_settings, to_toml, to_yaml
+from launcher import demo as demonstration
+from launcher.engine import EngineError, Ports, free_ports
+from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH, Running, service
+
+USAGE_ERROR = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition server.")
+config = typer.Typer(no_args_is_help=True, help="The gateway's configuration.")
+app.add_typer(config, name="config")
+console = Console(stderr=True)
+log = structlog.get_logger()
+
+ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="The models to serve.")]
+TritonHost = Annotated[str, typer.Option(envvar="AMIRA_TRITON_HOST", help="Address that the embedded Triton listens on.")]
+HttpPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", help="Its HTTP port.")]
+GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", help="Its gRPC port.")]
+MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", help="Its metrics port.")]
+
+
+class Format(str, Enum):
+    """Formats of a configuration."""
+
+    toml = "toml"
+    yaml = "yaml"
+
+
+@app.command()
+def run(
+    model_repository: ModelRepository = MODEL_REPOSITORY,
+    triton_host: TritonHost = LOOPBACK,
+    triton_http_port: HttpPort = 8000,
+    triton_grpc_port: GrpcPort = 8001,
+    triton_metrics_port: MetricsPort = 8002,
+) -> None:
+    """Serve on an embedded Triton: starts it and the gateway, and stops both on Ctrl-C."""
+    settings = _settings()
+    ports = Ports(triton_host, triton_http_port, triton_grpc_port, triton_metrics_port)
+
+    async def serve() -> None:
+        with console.status("starting Triton") as status:
+
+            def show(ready: int, models: int) -> None:
+                status.update(f"starting Triton: {ready} of {models} models ready")
+
+            async with service(settings, model_repository.resolve(), ports, show) as (running, serving):
+                status.stop()
+                _print_welcome(running, settings)
+                await asyncio.shield(serving)
+
+    _main(serve)
+
+
+@app.command()
+def serve() -> None:
+    """Serve in front of a Triton that runs elsewhere (triton_endpoint)."""
+    _main(build_server(_settings()).serve)
+
+
+@app.command()
+def demo(
+    recordings: Annotated[list[Path] | None, typer.Argument(help="Recordings; by default the bundled ones.", show_default=False)] = None,
+    model_repository: ModelRepository = MODEL_REPOSITORY,
+) -> None:
+    """Start a server on free ports, transcribe recordings by batch and by live stream, and exit."""
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
+    configure_logging(settings)
+    files = recordings or sorted(SPEECH.glob("*.flac"))
+
+    async def show() -> None:
+        with console.status("starting the server") as status:
+            async with service(settings, model_repository.resolve(), Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
+                status.stop()
+                for file in files:
+                    await demonstration.show(running.url, next(iter(settings.models)), file, settings.api_keys)
+
+    _main(show)
+
+
+@config.command("show")
+def config_show(
+    output: Annotated[Format, typer.Option("--format", help="Format to print.")] = Format.toml,
+) -> None:
+    """Print the configuration in force; keys are left out."""
+    settings = _settings()
+    typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _settings() -> Settings:
+    """The configuration, logging set up by it; a bad value ends the command with one line."""
+    try:
+        loaded = load_settings()
+    except ConfigError as error:
+        _fail(str(error))
+    configure_logging(loaded.settings)
+    for notice in loaded.notices:
+        log.warning("configuration", notice=notice)
+    return loaded.settings
+
+
+def _main(serve: Callable[[], object]) -> None:
+    try:
+        uvloop.run(serve())  # type: ignore[arg-type]
+    except EngineError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        pass
+
+
+def _fail(message: str) -> typer.Exit:
+    typer.echo(f"amira: {message}", err=True)
+    raise typer.Exit(USAGE_ERROR)
+
+
+def _print_welcome(running: Running, settings: Settings) -> None:
+    model = next(iter(settings.models))
+    recording = SPEECH / "jfk.flac"
+    shown = recording.relative_to(Path.cwd()) if recording.is_relative_to(Path.cwd()) else recording
+    key = ' -H "Authorization: Bearer $AMIRA_KEY"' if settings.api_keys else ""
+    typer.echo(
+        f"""
+ready
+  REST       {running.url}/v2/decode/batch/{model}
+  WebSocket  {running.url.replace("http", "ws", 1)}/v2/decode/stream/{model}
+  API        {running.url}/docs
+  metrics    {running.url}/metrics, Triton's http://{running.ports.host}:{running.ports.metrics}/metrics
+  Triton     gRPC {running.ports.host}:{running.ports.grpc}, HTTP {running.ports.host}:{running.ports.http}, log {running.log_path}
+
+try
+  curl{key} -H "Content-Type: application/octet-stream" --data-binary @{shown} {running.url}/v2/decode/batch/{model}
+
+Ctrl-C stops it.""",
+        err=True,
+    )

@@ -1,0 +1,82 @@
+"""The gateway and the embedded Triton as one service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.server import GatewayServer, build_server
+from gateway.settings import Settings
+from launcher.engine import Engine, EngineError, Ports, Triton, check_free
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINE_HOME = ROOT / ".engine"
+ONNXRUNTIME_BACKEND = ROOT / "backends" / "onnxruntime"
+MODEL_REPOSITORY = ROOT / "model-repo"
+SPEECH = ROOT / "tests" / "speech"
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that is up.
+
+    Attributes:
+        url: the gateway's base URL on this machine.
+        triton: the Triton behind it.
+        ports: Triton's ports.
+        server: the gateway.
+        log_path: what Triton prints.
+    """
+
+    url: str
+    triton: Triton
+    ports: Ports
+    server: GatewayServer
+    log_path: Path
+
+
+@asynccontextmanager
+async def service(
+    settings: Settings, model_repository: Path, ports: Ports, on_progress: Callable[[int, int], None]
+) -> AsyncIterator[tuple[Running, asyncio.Task[None]]]:
+    """Start Triton, wait for its models, start the gateway; stop them in the opposite order.
+
+    Yields:
+        The service and the task that ends when the gateway has stopped.
+
+    Raises:
+        EngineError: a port is taken, or Triton or a model can't start.
+    """
+    if settings.server_port:
+        check_free(settings.server_host, settings.server_port, "AMIRA_SERVER_PORT")
+    ports.check_free()
+    log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
+    triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, log_path)
+    await triton.start(on_progress)
+    keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
+    try:
+        server = build_server(settings.model_copy(update={"triton_endpoint": f"http://{ports.host}:{ports.grpc}"}))
+        serving = asyncio.create_task(server.serve(), name="gateway")
+        while not server.started:
+            if serving.done():
+                serving.result()
+                raise EngineError("the gateway ended while it started; its log says why")
+            await asyncio.sleep(0.02)
+        host = LOOPBACK if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104
+        running = Running(f"http://{host}:{server.port}", triton, ports, server, log_path)
+        try:
+            yield running, serving
+        finally:
+            server.should_exit = True
+            await serving
+    finally:
+        keeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeper
+        await triton.stop()

@@ -1,0 +1,144 @@
+"""Word error rates of a server over labelled speech: whole recordings by REST, and the same as live streams by WebSocket.
+
+    python -m perf.evaluate DIR [--url URL]
+
+DIR holds recordings and ``manifest.tsv``: a header line, then file, speaker and text separated by tabs. Without a URL a server is
+started on free ports. Texts are compared in lower case without punctuation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import jiwer
+import numpy as np
+import orjson
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from websockets.asyncio.client import connect
+
+from gateway.audio import decode_audio
+from gateway.settings import Settings
+from launcher.engine import Ports, free_ports
+from launcher.run import LOOPBACK, MODEL_REPOSITORY, service
+
+SAMPLE_RATE = 16000
+FRAME_SAMPLES = 3200
+CONCURRENCY = 4
+
+
+class Recording(NamedTuple):
+    """A labelled recording: its file's bytes, its samples at 16 kHz and its normalised text."""
+
+    name: str
+    body: bytes
+    samples: np.ndarray
+    text: str
+
+
+def read_speech(directory: Path) -> list[Recording]:
+    """The labelled recordings of a directory with a manifest."""
+    recordings = []
+    with (directory / "manifest.tsv").open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            body = (directory / row["file"]).read_bytes()
+            samples = decode_audio(body, "application/octet-stream", max_secs=3600)
+            recordings.append(Recording(row["file"], body, samples, normalise(row["text"])))
+    return recordings
+
+
+def normalise(text: str) -> str:
+    """Lower case, words and apostrophes only."""
+    return " ".join(re.sub(r"[^\w' ]", " ", text.lower()).split())
+
+
+async def batch(url: str, recording: Recording) -> str:
+    """Transcript of a recording in one piece."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        answer = await client.post(
+            f"{url}/v2/decode/batch/amira", content=recording.body, headers={"Content-Type": "application/octet-stream"}
+        )
+        text: str = answer.raise_for_status().json()["text"]
+        return text
+
+
+async def stream(url: str, recording: Recording) -> str:
+    """Transcript of a recording as a stream, sent as fast as it is taken."""
+    async with connect(f"{url.replace('http', 'ws', 1)}/v2/decode/stream/amira", compression=None) as socket:
+        for start in range(0, len(recording.samples), FRAME_SAMPLES):
+            await socket.send(recording.samples[start : start + FRAME_SAMPLES].tobytes())
+        await socket.send(b"\x00")
+        async for data in socket:
+            message = orjson.loads(data)
+            if message["type"] == "final":
+                return str(message["text"])
+            if message["type"] == "error":
+                raise RuntimeError(message["error"]["message"])
+    raise ConnectionError(f"{recording.name}: the stream was closed without a final")
+
+
+@contextlib.asynccontextmanager
+async def server(url: str | None) -> AsyncIterator[str]:
+    """The server to measure: the one at the URL, or one of our own."""
+    if url:
+        yield url
+        return
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning")
+    async with service(settings, MODEL_REPOSITORY, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
+        yield running.url
+
+
+async def evaluate(directory: Path, url: str | None) -> None:
+    """Measure and print a table."""
+    recordings = read_speech(directory)
+    seconds = sum(len(recording.samples) for recording in recordings) / SAMPLE_RATE
+    console = Console()
+    table = Table(title=f"{len(recordings)} recordings, {seconds:.0f} s of {directory}")
+    for column in ("", "word error rate %", "character error rate %", "audio seconds a second"):
+        table.add_column(column, justify="right" if column else "left")
+    references = [recording.text for recording in recordings]
+    places = asyncio.Semaphore(CONCURRENCY)
+    texts: dict[str, list[str]] = {}
+    async with server(url) as address:
+        with Progress(console=console, transient=True) as progress:
+            for name, transcribe in (("batch", batch), ("stream", stream)):
+                task = progress.add_task(name, total=len(recordings))
+
+                async def one(recording: Recording) -> str:
+                    async with places:
+                        text = await transcribe(address, recording)  # noqa: B023 (awaited within this turn)
+                    progress.advance(task)  # noqa: B023
+                    return normalise(text)
+
+                began = time.perf_counter()
+                texts[name] = list(await asyncio.gather(*map(one, recordings)))
+                speed = seconds / (time.perf_counter() - began)
+                wer, cer = jiwer.wer(references, texts[name]), jiwer.cer(references, texts[name])
+                table.add_row(name, f"{100 * wer:.1f}", f"{100 * cer:.1f}", f"{speed:.0f}")
+    console.print(table)
+    difference = 100 * jiwer.wer(texts["batch"], texts["stream"])
+    console.print(f"stream against batch as the reference: {difference:.1f} % of the words differ")
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="recordings and their manifest.tsv")
+    parser.add_argument("--url", help="base URL of a running server")
+    arguments = parser.parse_args()
+    asyncio.run(evaluate(arguments.directory, arguments.url))
+
+
+if __name__ == "__main__":
+    main()
