@@ -18,11 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import __version__, batch, health, metrics, stream
 from gateway.errors import ApiError, ErrorKind
-from gateway.logs import current_request_id
+from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
 from gateway.settings import Settings
 
-REQUEST_ID_HEADER = "X-Request-ID"
 MAX_REQUEST_ID_CHARS = 128
 
 KIND_OF_STATUS = {400: ErrorKind.INVALID_BODY, 404: ErrorKind.NOT_FOUND, 405: ErrorKind.METHOD_NOT_ALLOWED}
@@ -114,7 +113,12 @@ class RequestMiddleware:
             metrics.REQUEST_DURATION.labels(endpoint, model).observe(duration)
             log_request = log.info if endpoint in ("batch", "other") else log.debug
             log_request(
-                "request", method=scope["method"], endpoint=endpoint, model=model, status=status, body_bytes=received_bytes,
+                "request",
+                method=scope["method"],
+                endpoint=endpoint,
+                model=model,
+                status=status,
+                body_bytes=received_bytes,
                 duration_ms=round(duration * 1000, 1),
             )
 

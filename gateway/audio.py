@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RATE = 16_000
 """Samples per second of what comes out, and of raw PCM coming in."""
 
-INPUT_RATES = (8_000, 48_000)
+MIN_RATE, MAX_RATE = 8_000, 48_000
 MAX_CHANNELS = 8
 MAX_AMPLITUDE = 1e6
 """Full scale is 1. Float samples beyond this are no audio, and could overflow in the resampler."""
@@ -49,7 +49,6 @@ FOREIGN = (
     (0, b"\x89PNG", "PNG"),
     (0, b"\xff\xd8\xff", "JPEG"),
 )
-
 TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\v\f\r"
 MIN_TEXT_BYTES = 16
 
@@ -132,7 +131,7 @@ def pcm_from_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
         audio = None
     if audio is None:
         index, value = next((i, o) for i, o in enumerate(octets) if type(o) is not int or not 0 <= o <= 0xFF)  # noqa: PLR2004
-        shown = type(value).__name__ if isinstance(value, (list, dict)) else orjson.dumps(value).decode()[:40]
+        shown = f"a {type(value).__name__}" if isinstance(value, (list, dict)) else orjson.dumps(value).decode()[:40]
         message = f"audio_buffer[{index}] is {shown}; it must be an integer from 0 to 255."
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "audio_buffer")
     return audio, {key: request[key] for key in ("opaque",) if key in request}
@@ -170,18 +169,21 @@ def _decode_raw(body: bytes, media_type: str, max_secs: float) -> NDArray[np.int
     return samples
 
 
+def _check_format(rate: int, channels: int) -> None:
+    if not MIN_RATE <= rate <= MAX_RATE:
+        message = f"The sample rate is {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz."
+        raise ApiError(ErrorKind.UNACCEPTABLE, message)
+    if not 1 <= channels <= MAX_CHANNELS:
+        message = f"The audio has {channels} channels; it must have from 1 to {MAX_CHANNELS}."
+        raise ApiError(ErrorKind.UNACCEPTABLE, message)
+
+
 def _decode_file(name: str, file: bytes, max_secs: float) -> NDArray[np.int16]:
     """Decodes, mixes down, resamples and rounds block by block, so that only the result takes memory."""
     samples = bytearray()
     try:
         with _Reader(io.BytesIO(file)) as reader:
-            low, high = INPUT_RATES
-            if not low <= reader.samplerate <= high:
-                message = f"The sample rate is {reader.samplerate} Hz; it must be from {low} to {high} Hz."
-                raise ApiError(ErrorKind.UNACCEPTABLE, message)
-            if reader.channels > MAX_CHANNELS:
-                message = f"The audio has {reader.channels} channels; at most {MAX_CHANNELS} are allowed."
-                raise ApiError(ErrorKind.UNACCEPTABLE, message)
+            _check_format(reader.samplerate, reader.channels)
             blocks = _mono_blocks(name, reader, max_secs)
             if reader.samplerate != RATE:
                 blocks = _resampled(blocks, reader.samplerate)
@@ -227,11 +229,12 @@ def _plain_wav(body: bytes) -> bytes:
         raise _undecodable(f"The WAV file is cut short: its {len(body)} bytes hold no samples.")
     at, size = chunks[b"fmt "]
     form = body[at : at + size - size % 2]
-    codec = int.from_bytes(form[:2], "little")
+    codec, channels, rate = struct.unpack_from("<HHI", form)
     if codec == WAV_EXTENSIBLE:
         codec = int.from_bytes(form[24:26], "little")
     if codec not in WAV_CODECS:
         raise _unsupported(f"The WAV file's codec, 0x{codec:04x}, isn't supported.")
+    _check_format(rate, channels)
     at, size = chunks[b"data"]
     left = len(body) - at
     streamed = size >= WAV_STREAMED or (size == 0 and declared + 8 != len(body))

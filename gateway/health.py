@@ -29,12 +29,17 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@router.get("/health/ready", summary="Readiness probe", responses={503: {"description": "starting, draining, or Triton is not ready"}})
+@router.get(
+    "/health/ready", summary="Readiness probe", responses={503: {"description": "starting, draining, or Triton is not ready"}}
+)
 async def ready(request: Request) -> Response:
     """Whether new work can be taken; at full capacity it still can, soon."""
     service: Service = request.app.state.service
     status = _status(service)
-    body = {"status": status, "models": {name: service.triton.ready(ensemble) for name, ensemble in service.settings.models.items()}}
+    body = {
+        "status": status,
+        "models": {name: service.triton.ready(ensemble) for name, ensemble in service.settings.models.items()},
+    }
     return Response(orjson.dumps(body), 200 if service.ready() else 503, media_type="application/json")
 
 
@@ -58,7 +63,11 @@ async def detailed(request: Request) -> Response:
             }
         },
         "streams": {"active": admission.streams, "capacity": settings.max_concurrent_streams},
-        "batches": {"active": admission.batches, "capacity": settings.max_concurrent_batches, "queue": settings.inference_queue_size},
+        "batches": {
+            "active": admission.batches,
+            "capacity": settings.max_concurrent_batches,
+            "queue": settings.inference_queue_size,
+        },
     }
     return Response(orjson.dumps(body), 503 if status == "critical" else 200, media_type="application/json")
 

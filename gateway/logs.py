@@ -11,6 +11,8 @@ from asgi_correlation_id import correlation_id
 
 from gateway.settings import Settings
 
+REQUEST_ID_HEADER = "X-Request-ID"
+
 
 def current_request_id() -> str | None:
     """Id of the request or stream that this task serves."""
@@ -25,7 +27,9 @@ def configure_logging(settings: Settings) -> None:
         _add_request_id,
     ]
     renderer: Any = (
-        structlog.processors.JSONRenderer() if settings.log_format == "json" else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -43,6 +47,7 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(settings.log_level.upper())
     for chatty in ("uvicorn", "httpx"):  # they tell of every connection, which we do ourselves
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_denial)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -52,6 +57,11 @@ def configure_logging(settings: Settings) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
+
+
+def _is_no_denial(record: logging.LogRecord) -> bool:
+    """False for what uvicorn takes for a fault: a WebSocket refused by an HTTP response, which is as it should be."""
+    return record.getMessage() != "ASGI callable returned without completing handshake."
 
 
 def _add_request_id(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:

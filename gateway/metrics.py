@@ -18,7 +18,9 @@ SHORT_SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5,
 LONG_SECS = (*SHORT_SECS, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 
 REQUESTS = Counter("asr_requests", "HTTP requests and streams by their HTTP status", ["endpoint", "model", "status"])
-REQUEST_DURATION = Histogram("asr_request_duration_seconds", "Time to answer a request", ["endpoint", "model"], buckets=LONG_SECS)
+REQUEST_DURATION = Histogram(
+    "asr_request_duration_seconds", "Time to answer a request", ["endpoint", "model"], buckets=LONG_SECS
+)
 ACTIVE_CONNECTIONS = Gauge("asr_active_connections", "Live streams")
 ACTIVE_BATCHES = Gauge("asr_active_batches", "Batch requests being answered or waiting for a place")
 STREAM_CAPACITY = Gauge("asr_stream_capacity", "Most live streams at once")

@@ -50,8 +50,12 @@ LEGACY_VARIABLES = {
 }
 """Environment variables of the first servers, and their keys; below ``AMIRA_*``, above the files."""
 
-OTHER_VARIABLES = {CONFIG_FILE, "AMIRA_TRITON_HTTP_PORT", "AMIRA_TRITON_GRPC_PORT", "AMIRA_TRITON_METRICS_PORT"}
-"""``AMIRA_*`` variables with a use elsewhere."""
+LAUNCHER_VARIABLES = {
+    CONFIG_FILE,
+    f"{PREFIX}MODEL_REPOSITORY",
+    *(f"{PREFIX}TRITON_{name}" for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")),
+}
+"""``AMIRA_*`` variables that are no settings."""
 
 KEYS_WITHOUT_EFFECT = {
     "vocabulary_path": "the vocabulary is part of the model repository",
@@ -200,7 +204,7 @@ class Settings(
     log_format: Literal["json", "console"] = "json"
     """Logs for machines or for people."""
     service_name: Annotated[Name, Allowed(A_NAME)] = "amira-asr-server"
-    """Name of this service in logs and health answers."""
+    """Name of this service in health answers."""
 
     @property
     def triton_address(self) -> str:
@@ -274,7 +278,7 @@ def load_settings(environ: Mapping[str, str] = os.environ, directory: Path = Pat
     ]
     notices += [
         f"{name} has no effect: it is no setting{_suggest(name, OWN_VARIABLES)}"
-        for name in sorted(variables.keys() - OWN_VARIABLES.keys() - OTHER_VARIABLES)
+        for name in sorted(variables.keys() - OWN_VARIABLES.keys() - LAUNCHER_VARIABLES)
         if name.startswith(PREFIX)
     ]
     try:

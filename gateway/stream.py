@@ -23,7 +23,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from gateway import metrics
 from gateway.access import check_key, origin_allowed
 from gateway.errors import ApiError, ErrorKind
-from gateway.logs import current_request_id
+from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
 from gateway.transcript import Answer, Transcript
 from gateway.triton import Recogniser
@@ -57,20 +57,21 @@ class AudioBuffer:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._audio = bytearray()
-        self._changed = asyncio.Event()
+        # Each is cleared by its one waiter only, just before that looks: what happens after the look can't be missed.
+        self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
         self.end: End | None = None
         self.last_put = time.monotonic()
 
-    def __len__(self) -> int:
-        return len(self._audio)
-
     async def put(self, audio: bytes) -> None:
         """Append audio, once there is room for it."""
+        self._emptied.clear()
         while len(self._audio) + len(audio) > self._capacity:
-            await self._wait()
+            await self._emptied.wait()
+            self._emptied.clear()
         self._audio += audio
         self.last_put = time.monotonic()
-        self._changed.set()
+        self._filled.set()
 
     def close(self, end: End) -> None:
         """No more audio will come; abandoning drops what is here."""
@@ -78,23 +79,21 @@ class AudioBuffer:
             self.end = end
         if end is End.ABANDONED:
             self._audio.clear()
-        self._changed.set()
+        self._filled.set()
 
     async def take(self, enough_bytes: int, timeout_secs: float) -> bytes:
         """All the audio, once there are ``enough_bytes`` of it, or it can't become more, or the time is over."""
         deadline = time.monotonic() + timeout_secs
         enough_bytes = min(enough_bytes, self._capacity // 2)
+        self._filled.clear()
         while len(self._audio) < enough_bytes and not self.end and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wait(), left)
+                await asyncio.wait_for(self._filled.wait(), left)
+            self._filled.clear()
         audio = bytes(self._audio)
         self._audio.clear()
-        self._changed.set()
+        self._emptied.set()
         return audio
-
-    async def _wait(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
 
 
 class Session:
@@ -187,10 +186,13 @@ class Session:
         if not frame:
             raise ApiError(ErrorKind.EMPTY_FRAME, "the frame is empty; audio frames have at least 2 bytes")
         if len(frame) == 1:
-            raise ApiError(ErrorKind.UNKNOWN_CONTROL, f"control byte 0x{frame.hex()} is not known; known: 0x00 end, 0x01 keepalive")
+            raise ApiError(
+                ErrorKind.UNKNOWN_CONTROL, f"control byte 0x{frame.hex()} is not known; known: 0x00 end, 0x01 keepalive"
+            )
         if len(frame) > self._settings.max_frame_bytes:
             raise ApiError(
-                ErrorKind.FRAME_TOO_LARGE, f"the frame has {len(frame)} bytes; at most {self._settings.max_frame_bytes} are taken"
+                ErrorKind.FRAME_TOO_LARGE,
+                f"the frame has {len(frame)} bytes; at most {self._settings.max_frame_bytes} are taken",
             )
         if len(frame) % BYTES_A_SAMPLE:
             raise ApiError(ErrorKind.ODD_LENGTH, f"the frame has {len(frame)} bytes; 16-bit samples need an even number")
@@ -281,7 +283,10 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             metrics.AUDIO_SECONDS.labels("stream", label).inc(session.received_secs)
             metrics.CLOSES.labels(str(code)).inc()
             log.info(
-                "stream closed", model=label, code=code, audio_secs=round(session.received_secs, 3),
+                "stream closed",
+                model=label,
+                code=code,
+                audio_secs=round(session.received_secs, 3),
                 duration_secs=round(time.monotonic() - began, 3),
             )
     metrics.REQUESTS.labels("stream", label, str(status)).inc()
@@ -307,6 +312,7 @@ async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
             await socket.close(error.kind.close_code)
             metrics.CLOSES.labels(str(error.kind.close_code)).inc()
         elif socket.application_state is WebSocketState.CONNECTING:
+            headers = {**error.headers(), REQUEST_ID_HEADER: request_id or ""}
             await socket.send_denial_response(
-                Response(orjson.dumps(error.body(request_id)), error.kind.status, error.headers(), "application/json")
+                Response(orjson.dumps(error.body(request_id)), error.kind.status, headers, "application/json")
             )

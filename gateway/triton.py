@@ -183,7 +183,11 @@ class Sequence:
     """One stream's sequence in Triton. One request is in flight at a time: Triton may reorder those of one sequence."""
 
     def __init__(
-        self, client: grpcclient.InferenceServerClient, recogniser: Recogniser, options: dict[str, str | int], timeout_secs: float
+        self,
+        client: grpcclient.InferenceServerClient,
+        recogniser: Recogniser,
+        options: dict[str, str | int],
+        timeout_secs: float,
     ) -> None:
         self._client = client
         self._recogniser = recogniser

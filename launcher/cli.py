@@ -77,7 +77,9 @@ def serve() -> None:
 
 @app.command()
 def demo(
-    recordings: Annotated[list[Path] | None, typer.Argument(help="Recordings; by default the bundled ones.", show_default=False)] = None,
+    recordings: Annotated[
+        list[Path] | None, typer.Argument(help="Recordings; by default the bundled ones.", show_default=False)
+    ] = None,
     model_repository: ModelRepository = MODEL_REPOSITORY,
 ) -> None:
     """Start a server on free ports, transcribe recordings by batch and by live stream, and exit."""
@@ -88,7 +90,10 @@ def demo(
 
     async def show() -> None:
         with console.status("starting the server") as status:
-            async with service(settings, model_repository.resolve(), Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
+            async with service(settings, model_repository.resolve(), Ports(LOOPBACK, *triton_ports), lambda *_: None) as (
+                running,
+                _,
+            ):
                 status.stop()
                 for file in files:
                     await demonstration.show(running.url, next(iter(settings.models)), file, settings.api_keys)

@@ -52,9 +52,7 @@ async def show(url: str, model: str, path: Path, api_keys: Sequence[SecretStr]) 
     )
 
 
-async def _stream(
-    url: str, model: str, samples: np.ndarray, headers: dict[str, str], screen: Live
-) -> tuple[float, float, str]:
+async def _stream(url: str, model: str, samples: np.ndarray, headers: dict[str, str], screen: Live) -> tuple[float, float, str]:
     """Seconds of audio played when the first words came, seconds from the end to the final, and the final text."""
     address = f"{url.replace('http', 'ws', 1)}/v2/decode/stream/{model}"
     async with connect(address, additional_headers=headers, compression=None) as socket:

@@ -141,14 +141,20 @@ class Engine:
 def check_platform() -> None:
     """Raise EngineError where the wheel's binaries can't run."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        raise EngineError(f"the embedded Triton needs x86-64 Linux, this is {platform.machine()} {sys.platform}; {CONTAINER_HINT}")
+        raise EngineError(
+            f"the embedded Triton needs x86-64 Linux, this is {platform.machine()} {sys.platform}; {CONTAINER_HINT}"
+        )
     library, version = platform.libc_ver()
     if library != "glibc" or tuple(map(int, version.split(".")[:2])) < MIN_GLIBC:
         found = f"{library} {version}".strip() or "another C library"
-        raise EngineError(f"the embedded Triton needs glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer, this is {found}; {CONTAINER_HINT}")
+        raise EngineError(
+            f"the embedded Triton needs glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer, this is {found}; {CONTAINER_HINT}"
+        )
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python not in PYTHONS:
-        raise EngineError(f"the embedded Triton needs Python {', '.join(PYTHONS)}, this is {python}; run make with PYTHON=python3.12")
+        raise EngineError(
+            f"the embedded Triton needs Python {', '.join(PYTHONS)}, this is {python}; run make with PYTHON=python3.12"
+        )
 
 
 def find_libpython() -> Path:
@@ -171,7 +177,9 @@ def find_libpython() -> Path:
         if path.exists():
             return path
     package = name.removesuffix(".so.1.0")
-    raise EngineError(f"{name} is missing; install it (Debian, Ubuntu: apt-get install {package}), or make with a Python that has it")
+    raise EngineError(
+        f"{name} is missing; install it (Debian, Ubuntu: apt-get install {package}), or make with a Python that has it"
+    )
 
 
 class Triton:

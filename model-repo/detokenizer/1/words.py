@@ -46,9 +46,7 @@ def join(pieces: Sequence[str], leading_space: bool) -> str:
     return text if leading_space else text.removeprefix(" ")
 
 
-def group(
-    pieces: Sequence[str], starts: Sequence[float], ends: Sequence[float], probabilities: Sequence[float]
-) -> list[Word]:
+def group(pieces: Sequence[str], starts: Sequence[float], ends: Sequence[float], probabilities: Sequence[float]) -> list[Word]:
     """Words of pieces with their times in seconds and their probabilities; a word ends no later than the next one starts."""
     words: list[Word] = []
     for piece, start, end, probability in zip(pieces, starts, ends, probabilities, strict=True):
@@ -59,5 +57,5 @@ def group(
         else:
             words.append(Word(text, start, end, probability))
     words = [word for word in words if word.word]
-    limits = [*(word.start for word in words[1:]), float("inf")]
-    return [word._replace(end=min(word.end, limit)) for word, limit in zip(words, limits, strict=True)]
+    clamped = [word._replace(end=min(word.end, after.start)) for word, after in zip(words, words[1:], strict=False)]
+    return clamped + words[-1:]

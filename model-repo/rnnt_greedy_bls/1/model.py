@@ -45,9 +45,7 @@ class TritonPythonModel:
             self._parameters = Parameters.from_config(config)
         except ParameterError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: config.pbtxt: {error}") from error
-        self._transducer = Transducer(
-            self._parameters.blank, self._parameters.durations, self._parameters.blank_penalty
-        )
+        self._transducer = Transducer(self._parameters.blank, self._parameters.durations, self._parameters.blank_penalty)
         self._idle_secs = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         self._network = Network(self._parameters)
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])

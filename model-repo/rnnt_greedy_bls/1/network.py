@@ -100,9 +100,7 @@ class Network:
 def _request(model: str, inputs: list[Any], outputs: list[str]) -> Any:
     # numpy reads answers in the CPU's memory only; unasked, a GPU model's answer stays on the GPU.
     on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)
-    return pb_utils.InferenceRequest(
-        model_name=model, inputs=inputs, requested_output_names=outputs, preferred_memory=on_cpu
-    )
+    return pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs, preferred_memory=on_cpu)
 
 
 def _arrays(model: str, response: Any, *names: str) -> list[npt.NDArray[Any]]:

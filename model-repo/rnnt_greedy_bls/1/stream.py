@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from greedy import Floats, Predictor, Step, Token, Transducer, decode
 from parameters import SAMPLE_RATE, Options, Parameters
 
@@ -61,6 +62,7 @@ class Stream:
     """The whole state of one sequence.
 
     Attributes:
+        parameters, transducer: the decoder's, the same for all streams.
         options: what the stream chose.
         predictor: the predictor where the next frame is decoded.
         waiting: encoded frames [D, T] of the last window's chunk that are yet to be decoded for good.
@@ -69,8 +71,8 @@ class Stream:
 
     def __init__(self, parameters: Parameters, transducer: Transducer, options: Options) -> None:
         self.options = options
-        self._parameters = parameters
-        self._transducer = transducer
+        self.parameters = parameters
+        self.transducer = transducer
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # frame index of the first sample of _pcm
         self._encoded = 0  # frames whose window was given out
@@ -91,11 +93,11 @@ class Stream:
         Raises:
             ValueError: the stream is decoded whole and this makes it longer than allowed.
         """
-        limit = int(self._parameters.max_whole_secs * SAMPLE_RATE)
+        limit = int(self.parameters.max_whole_secs * SAMPLE_RATE)
         self._received_samples += len(samples)
         if self.options.context == "whole" and self._received_samples > limit:
             raise ValueError(
-                f"context=whole takes at most {self._parameters.max_whole_secs:g} s of audio; "
+                f"context=whole takes at most {self.parameters.max_whole_secs:g} s of audio; "
                 f"this has {self._received_samples / SAMPLE_RATE:.2f} s"
             )
         self._pcm = np.concatenate((self._pcm, samples))
@@ -106,7 +108,7 @@ class Stream:
         Args:
             end: no audio follows; what is left is the last window.
         """
-        p = self._parameters
+        p = self.parameters
         left_frames = self._encoded - self._pcm_start
         ahead = len(self._pcm) - left_frames * p.frame_samples
         if self.options.context == "window" and ahead >= (p.chunk_frames + p.right_frames) * p.frame_samples:
@@ -132,14 +134,14 @@ class Stream:
         final = bool(self._closed)
         stable = [token for tokens in self._closed for token in tokens] if final else self._tokens
         tokens = stable if final else [*stable, *tail]
-        samples = self._received_samples if end else self._frames * self._parameters.frame_samples
+        samples = self._received_samples if end else self._frames * self.parameters.frame_samples
         answer = Answer(tokens, len(stable), self._segment, final, samples, self._features, self._frames)
         self._closed = []
         self._segment += final
         return answer
 
     def _fresh_predictor(self, surplus_frames: int = 0) -> Predictor:
-        p = self._parameters
+        p = self.parameters
         state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
         return Predictor(p.blank, (state, state), surplus_frames=surplus_frames)
 
@@ -150,7 +152,7 @@ class Stream:
             ValueError: there are too few, so ``frame_samples`` or the contexts do not suit the encoder.
         """
         end = frames.shape[1] if window.chunk_frames is None else window.left_frames + window.chunk_frames
-        frame_samples, samples = self._parameters.frame_samples, len(window.samples)
+        frame_samples, samples = self.parameters.frame_samples, len(window.samples)
         # Of a frame that the stream's end cuts short an encoder may make a frame or none.
         needed = window.left_frames + (window.chunk_frames or min(1, samples // frame_samples - window.left_frames))
         if frames.shape[1] < needed:
@@ -176,7 +178,7 @@ class Stream:
         self.waiting = self.waiting[:, done_frames:]
         if self.options.context == "whole":
             return
-        p, options = self._parameters, self.options
+        p, options = self.parameters, self.options
         silent_frames = self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
         silent_ms = silent_frames * p.frame_samples * 1000 // SAMPLE_RATE
         segment_secs = (self._frames - self._segment_start_frame) * p.frame_samples / SAMPLE_RATE
@@ -232,10 +234,10 @@ def _decode(
 ) -> tuple[list[list[Token]], list[int]]:
     return decode(
         step,
-        streams[0]._transducer,
+        streams[0].transducer,
         rows,
         predictors,
         [stream.options.max_symbols_per_step for stream in streams],
         [stream.token_budget() if limited else UNLIMITED_TOKENS for stream in streams],
-        streams[0]._parameters.block_frames,
+        streams[0].parameters.block_frames,
     )

@@ -1,0 +1,108 @@
+"""One real Triton with the bundled model for the whole run, and gateways before it with whatever settings a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from clients import decoder_metric
+
+from gateway.app import create_app
+from gateway.audio import decode_audio
+from gateway.logs import configure_logging
+from gateway.server import GatewayServer
+from gateway.settings import Settings
+from launcher.engine import Engine, Ports, Triton, free_ports
+from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+
+Recordings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway."""
+
+    url: str
+    server: GatewayServer
+
+    def stream_url(self, model: str = "amira") -> str:
+        return f"{self.url.replace('http', 'ws', 1)}/v2/decode/stream/{model}"
+
+    def batch_url(self, model: str = "amira") -> str:
+        return f"{self.url}/v2/decode/batch/{model}"
+
+
+@asynccontextmanager
+async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
+    chosen = Settings(**{"server_host": LOOPBACK, "server_port": 0, "drain_timeout_secs": 1.0, **settings})
+    configure_logging(chosen)
+    server = GatewayServer(create_app(chosen), chosen)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        if serving.done():
+            serving.result()
+        await asyncio.sleep(0.01)
+    try:
+        yield Gateway(f"http://{LOOPBACK}:{server.port}", server)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="session")
+async def triton() -> AsyncIterator[Ports]:
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    log_path = ENGINE_HOME / "triton-tests.log"
+    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), MODEL_REPOSITORY, ports, log_path)
+    await server.start()
+    yield ports
+    await server.stop()
+
+
+@pytest.fixture(scope="session")
+def make_gateway(triton: Ports) -> Callable[..., AbstractAsyncContextManager[Gateway]]:
+    """Gateways before the one Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
+
+    def make(**settings: Any) -> AbstractAsyncContextManager[Gateway]:
+        return run_gateway(**{"triton_endpoint": f"{triton.host}:{triton.grpc}", **settings})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+async def gateway(make_gateway: Callable[..., AbstractAsyncContextManager[Gateway]]) -> AsyncIterator[Gateway]:
+    """A gateway with room for many streams and otherwise default settings."""
+    async with make_gateway(max_concurrent_streams=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Recordings:
+    """The bundled recordings at 16 kHz by name, the shortest first."""
+    samples = {
+        path.stem: decode_audio(path.read_bytes(), "audio/flac", max_secs=60) for path in SPEECH.glob("*.flac")
+    }
+    return dict(sorted(samples.items(), key=lambda item: len(item[1])))
+
+
+@pytest.fixture
+async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
+    """Fails a test after which the decoder still holds a stream."""
+    yield
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(5) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
+            while await decoder_metric(triton, "asr_decoder_sequences"):
+                await asyncio.sleep(0.05)
+    assert await decoder_metric(triton, "asr_decoder_sequences") == 0

@@ -1,0 +1,298 @@
+"""Live streams through the gateway, Triton and the decoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+from clients import END, KEEPALIVE, converse, cut, decoder_metric, gateway_metrics, listen, open_socket, transcribe
+from conftest import Gateway, Recordings
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from launcher.engine import Ports
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+JFK = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
+
+
+async def test_final_is_the_speech(gateway: Gateway, recordings: Recordings) -> None:
+    conversation = await transcribe(gateway.stream_url(), recordings["jfk"])
+    assert conversation.close_code == 1000
+    assert jiwer.wer(JFK, conversation.final["text"]) < 0.5
+    assert "country" in conversation.final["text"]
+
+
+async def test_messages_have_the_documented_form(gateway: Gateway, recordings: Recordings) -> None:
+    samples = recordings["jfk"]
+    conversation = await converse(gateway.stream_url(), [*cut(samples, 1600), END], pause_secs=0.02)
+    *partials, final = conversation.messages
+    assert len(partials) >= 3
+    for message in conversation.messages:
+        assert set(message) == {"type", "text", "tokens", "confidence", "words", "audio_processed_ms", "stable_chars"}
+        assert 0 < message["confidence"] <= 1
+        assert 0 <= message["stable_chars"] <= len(message["text"])
+    assert {message["type"] for message in partials} == {"partial"}
+    texts = [message["text"] for message in partials]
+    assert all(before != after for before, after in zip(texts, texts[1:], strict=False)), "a partial without a change"
+    processed = [message["audio_processed_ms"] for message in conversation.messages]
+    assert processed == sorted(processed)
+    assert processed[-1] == len(samples) * 1000 // 16000
+    assert final["stable_chars"] == len(final["text"])
+    assert " ".join(word["word"] for word in final["words"]) == final["text"]
+    starts = [word["start"] for word in final["words"]]
+    assert starts == sorted(starts)
+    assert all(0 <= word["start"] <= word["end"] <= len(samples) / 16000 + 0.1 for word in final["words"])
+
+
+async def test_stable_text_never_changes(gateway: Gateway, recordings: Recordings) -> None:
+    for samples in recordings.values():
+        messages = (await converse(gateway.stream_url(), [*cut(samples, 1600), END], pause_secs=0.02)).messages
+        assert len(messages) > 3
+        for before, after in zip(messages, messages[1:], strict=False):
+            stable = before["text"][: before["stable_chars"]]
+            assert after["text"].startswith(stable)
+            assert after["stable_chars"] >= before["stable_chars"]
+
+
+@pytest.mark.parametrize("name", ["20 ms", "100 ms", "1 s", "random", "at once"])
+async def test_cutting_never_changes_the_final(gateway: Gateway, recordings: Recordings, name: str) -> None:
+    samples = np.concatenate([*recordings.values()])[: 16000 * 16]
+    rng = np.random.default_rng(7)
+    sizes: Any = {
+        "20 ms": 320,
+        "100 ms": 1600,
+        "1 s": 16000,
+        "random": rng.integers(1, 4000, 500).tolist(),
+        "at once": 16000 * 8,  # what one frame may hold
+    }[name]
+    reference = (await transcribe(gateway.stream_url(), samples, 1234)).final
+    final = (await transcribe(gateway.stream_url(), samples, sizes)).final
+    assert (final["text"], final["tokens"]) == (reference["text"], reference["tokens"])
+    assert final["words"] == reference["words"]
+
+
+async def test_twenty_streams_at_once_equal_their_solo_runs(gateway: Gateway, recordings: Recordings) -> None:
+    everything = np.concatenate([*recordings.values()])
+    rng = np.random.default_rng(3)
+    starts = rng.integers(0, len(everything) - 16000 * 4, 20)
+    streams = [everything[start : start + 16000 * int(seconds)] for start, seconds in zip(starts, rng.integers(2, 7, 20), strict=True)]
+    solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
+
+    async def paced(samples: np.ndarray) -> list[int]:
+        frames = [*cut(samples, int(rng.integers(160, 3200))), END]
+        return (await converse(gateway.stream_url(), frames, pause_secs=0.01)).final["tokens"]
+
+    together = await asyncio.gather(*map(paced, streams))
+    assert together == solo
+    assert any(solo), "silence would prove nothing"
+
+
+@pytest.mark.parametrize("samples", [0, 1, 100, 1536, 15360])
+async def test_no_audio_or_no_speech_gives_an_empty_final(gateway: Gateway, samples: int) -> None:
+    conversation = await transcribe(gateway.stream_url(), np.zeros(samples, np.int16))
+    assert conversation.close_code == 1000
+    assert conversation.final["text"] == ""
+    assert conversation.final["tokens"] == []
+    assert conversation.final["confidence"] is None
+    assert conversation.final["audio_processed_ms"] == samples * 1000 // 16000
+
+
+async def test_keepalives_are_no_audio(gateway: Gateway, recordings: Recordings) -> None:
+    samples = next(iter(recordings.values()))
+    plain = (await transcribe(gateway.stream_url(), samples)).final
+    frames = [part for frame in cut(samples, 1600) for part in (KEEPALIVE, frame)]
+    assert (await converse(gateway.stream_url(), [*frames, KEEPALIVE, END])).final == plain
+
+
+async def test_audio_after_the_end_changes_nothing(gateway: Gateway, recordings: Recordings) -> None:
+    samples = next(iter(recordings.values()))
+    plain = (await transcribe(gateway.stream_url(), samples)).final
+    conversation = await converse(gateway.stream_url(), [*cut(samples, 1600), END, *cut(samples, 1600), b"\x07", "text"])
+    assert conversation.final == plain
+    assert conversation.close_code == 1000
+
+
+@pytest.mark.parametrize(
+    ("frame", "close_code", "code", "named"),
+    [
+        (b"\x01\x02\x03", 1007, "odd_length", "3 bytes"),
+        (b"\x07", 1007, "unknown_control", "0x07"),
+        (b"", 1007, "empty_frame", "empty"),
+        ("hello", 1003, "text_frame", "text"),
+        (bytes(300_000), 1009, "frame_too_large", "262144"),
+    ],
+)
+async def test_frames_against_the_protocol(
+    gateway: Gateway, recordings: Recordings, frame: bytes | str, close_code: int, code: str, named: str
+) -> None:
+    audio = cut(next(iter(recordings.values())), 16000)
+    conversation = await converse(gateway.stream_url(), [*audio[:3], frame, END])
+    assert conversation.close_code == close_code
+    assert conversation.error["code"] == code
+    assert named in conversation.error["message"]
+    assert conversation.error["request_id"]
+    assert conversation.error["retryable"] is False
+
+
+async def test_a_frame_far_over_the_limit_is_cut_off(gateway: Gateway) -> None:
+    conversation = await converse(gateway.stream_url(), [bytes(10_000_000)])
+    assert conversation.close_code == 1009
+
+
+async def test_a_client_that_vanishes_frees_everything(gateway: Gateway, triton: Ports, recordings: Recordings) -> None:
+    sockets = [await open_socket(gateway.stream_url()) for _ in range(5)]
+    for socket in sockets:
+        for frame in cut(recordings["jfk"], 16000)[:4]:
+            await socket.send(frame)
+    while await decoder_metric(triton, "asr_decoder_sequences") < 5:
+        await asyncio.sleep(0.02)
+    for socket in sockets:
+        socket.transport.abort()
+    while (await gateway_metrics(gateway.url))["asr_active_connections", ()]:
+        await asyncio.sleep(0.02)
+
+
+async def test_a_client_that_vanishes_after_its_end(gateway: Gateway, recordings: Recordings) -> None:
+    socket = await open_socket(gateway.stream_url())
+    await socket.send(recordings["jfk"][: 16000 * 8].tobytes())
+    await socket.send(END)
+    socket.transport.abort()
+    await asyncio.sleep(0.3)
+
+
+async def test_idle_streams_are_closed(make_gateway: MakeGateway) -> None:
+    async with make_gateway(stream_timeout_secs=0.5) as gateway:
+        conversation = await converse(gateway.stream_url(), [bytes(32000)])
+    assert conversation.close_code == 4408
+    assert conversation.error["code"] == "stream_idle"
+    assert "0.5 s" in conversation.error["message"]
+
+
+async def test_keepalives_hold_a_stream_open(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    samples = next(iter(recordings.values()))
+    async with make_gateway(stream_timeout_secs=0.5) as gateway:
+        frames = [*cut(samples, 16000)[:2], *[KEEPALIVE] * 8, END]
+        conversation = await converse(gateway.stream_url(), frames, pause_secs=0.2)
+        assert conversation.close_code == 1000
+        assert conversation.final == (await transcribe(gateway.stream_url(), samples[:32000])).final
+
+
+async def test_streams_that_are_too_long(make_gateway: MakeGateway) -> None:
+    async with make_gateway(max_stream_audio_secs=2) as gateway:
+        conversation = await transcribe(gateway.stream_url(), np.zeros(16000 * 3, np.int16))
+    assert conversation.close_code == 4413
+    assert conversation.error["code"] == "audio_too_long"
+
+
+async def test_a_small_buffer_loses_nothing(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    """The socket is not read while the buffer is full; the client only waits."""
+    samples = recordings["jfk"]
+    async with make_gateway(audio_buffer_capacity=8000, max_frame_bytes=8000) as gateway:
+        small = (await transcribe(gateway.stream_url(), samples, 2000)).final
+    async with make_gateway() as gateway:
+        assert small == (await transcribe(gateway.stream_url(), samples, 2000)).final
+
+
+async def test_silence_ends_a_segment_and_the_next_begins_afresh(gateway: Gateway, recordings: Recordings) -> None:
+    """Behind a silence longer than the left context, on the same place of the grid of windows, nothing is as before but the times."""
+    chunk = 15360
+    silence = np.zeros(5 * chunk, np.int16)
+    samples = next(iter(recordings.values()))
+    utterance = np.concatenate([silence, samples, np.zeros(-len(samples) % chunk, np.int16)])
+    once = (await transcribe(gateway.stream_url(), np.concatenate([utterance, silence]))).final
+    twice = (await transcribe(gateway.stream_url(), np.concatenate([utterance, utterance, silence]))).final
+    assert once["text"]
+    assert twice["text"] == f"{once['text']} {once['text']}"
+    assert twice["tokens"] == once["tokens"] * 2
+    assert twice["confidence"] == pytest.approx(once["confidence"], abs=1e-3)
+    shift = len(utterance) / 16000
+    for first, second in zip(once["words"], twice["words"][len(once["words"]) :], strict=True):
+        assert second["start"] == pytest.approx(first["start"] + shift, abs=2e-3)
+
+
+async def test_unknown_models_are_refused_before_the_upgrade(gateway: Gateway) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        await converse(gateway.stream_url("nobody"), [])
+    response = refused.value.response
+    assert response.status_code == 404
+    assert b"nobody" in response.body
+    assert b"amira" in response.body
+    assert response.headers["X-Request-ID"]
+
+
+async def test_browsers_get_the_error_as_a_frame(make_gateway: MakeGateway) -> None:
+    async with make_gateway(allowed_origins=["https://app.example"]) as gateway:
+        conversation = await converse(gateway.stream_url("nobody"), [], origin="https://app.example")
+        assert conversation.close_code == 4404
+        assert conversation.error["code"] == "model_not_found"
+        with pytest.raises(InvalidStatus) as refused:
+            await converse(gateway.stream_url(), [], origin="https://evil.example")
+        assert refused.value.response.status_code == 403
+        assert (await converse(gateway.stream_url(), [END], origin="https://app.example")).close_code == 1000
+
+
+async def test_keys(make_gateway: MakeGateway) -> None:
+    async with make_gateway(api_keys=["first", "second"]) as gateway:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-API-Key": "firs"}):
+            with pytest.raises(InvalidStatus) as refused:
+                await converse(gateway.stream_url(), [], additional_headers=headers)
+            assert refused.value.response.status_code == 401
+            assert refused.value.response.headers["WWW-Authenticate"] == "Bearer"
+        for headers in ({"Authorization": "Bearer second"}, {"X-API-Key": "first"}):
+            assert (await converse(gateway.stream_url(), [END], additional_headers=headers)).close_code == 1000
+
+
+async def test_streams_over_capacity_are_refused(make_gateway: MakeGateway) -> None:
+    async with make_gateway(max_concurrent_streams=1) as gateway, open_socket(gateway.stream_url()) as socket:
+        with pytest.raises(InvalidStatus) as refused:
+            await converse(gateway.stream_url(), [])
+        response = refused.value.response
+        assert response.status_code == 503
+        assert 1 <= int(response.headers["Retry-After"]) <= 5
+        assert b'"retryable":true' in response.body
+        await socket.send(END)
+        assert (await listen(socket)).close_code == 1000
+        assert (await converse(gateway.stream_url(), [END])).close_code == 1000
+
+
+async def test_a_drain_ends_live_streams_with_their_final(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    samples = next(iter(recordings.values()))
+    async with make_gateway(drain_timeout_secs=0.5) as gateway:
+        socket = await open_socket(gateway.stream_url())
+        for frame in cut(samples, 16000):
+            await socket.send(frame)
+        gateway.server.should_exit = True
+        conversation = await listen(socket)
+    async with make_gateway() as gateway:
+        assert conversation.final == (await transcribe(gateway.stream_url(), samples)).final
+    assert conversation.close_code == 1012
+
+
+async def test_the_socket_counts_and_measures(gateway: Gateway, recordings: Recordings) -> None:
+    samples = next(iter(recordings.values()))
+    before = await gateway_metrics(gateway.url)
+    await transcribe(gateway.stream_url(), samples)
+    with pytest.raises((ConnectionClosed, InvalidStatus)):
+        await converse(gateway.stream_url("nobody"), [])
+    after = await gateway_metrics(gateway.url)
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, tuple(sorted(labels.items()))
+        return after[key] - before[key]
+
+    assert grown("asr_requests_total", endpoint="stream", model="amira", status="101") == 1
+    assert grown("asr_requests_total", endpoint="stream", model="unknown", status="404") == 1
+    assert grown("asr_websocket_closes_total", code="1000") == 1
+    assert grown("asr_rejections_total", reason="model_not_found") == 1
+    assert grown("asr_final_latency_seconds_count", model="amira") == 1
+    assert grown("asr_partial_latency_seconds_count", model="amira") >= 1
+    assert grown("asr_audio_seconds_total", endpoint="stream", model="amira") == pytest.approx(len(samples) / 16000)
+    assert grown("triton_inference_duration_seconds_count", model="asr_ensemble") >= 2
