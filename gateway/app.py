@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, MutableMapping
@@ -13,6 +15,7 @@ import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +26,7 @@ from gateway.service import Service
 from gateway.settings import Settings
 
 MAX_REQUEST_ID_CHARS = 128
+LINGER_SECS = 5.0
 
 KIND_OF_STATUS = {400: ErrorKind.INVALID_BODY, 404: ErrorKind.NOT_FOUND, 405: ErrorKind.METHOD_NOT_ALLOWED}
 
@@ -89,11 +93,16 @@ class RequestMiddleware:
         began = time.perf_counter()
         status = ErrorKind.INTERNAL.status
         limit, received_bytes = self._settings.max_request_size, 0
+        declared = Headers(scope=scope).get("content-length", "0")
+        complete = declared == "0" and scope["method"] == "GET"
 
         async def counted_receive() -> Message:
-            nonlocal received_bytes
+            nonlocal received_bytes, complete
+            if declared.isdecimal() and int(declared) > limit:
+                raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has {declared} bytes; at most {limit} are taken")
             message = await receive()
             received_bytes += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
             if received_bytes > limit:
                 raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {limit} bytes, which is the limit")
             return message
@@ -102,6 +111,12 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if not complete:  # or the server would go on reading what nobody wants
+                    MutableHeaders(scope=message)["Connection"] = "close"
+            elif not complete and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _linger(receive)
+                message = {"type": "http.response.body"}
             await send(message)
 
         try:
@@ -121,6 +136,14 @@ class RequestMiddleware:
                 body_bytes=received_bytes,
                 duration_ms=round(duration * 1000, 1),
             )
+
+
+async def _linger(receive: Receive) -> None:
+    """Discard the rest of a refused body for a while: a client that is cut off while it sends may never see the answer."""
+    deadline = time.monotonic() + LINGER_SECS
+    with contextlib.suppress(asyncio.TimeoutError):
+        while (await asyncio.wait_for(receive(), deadline - time.monotonic())).get("more_body", False):
+            pass
 
 
 def _labels(scope: MutableMapping[str, Any], settings: Settings) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from gateway import metrics
 from gateway.access import check_key
 from gateway.audio import decode_audio, pcm_from_json
-from gateway.errors import ApiError, ErrorKind
+from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.service import Service
 from gateway.triton import Samples
 
@@ -78,6 +78,7 @@ REQUEST_BODY: dict[str, Any] = {
 @router.post(
     "/v2/decode/batch/{model}",
     response_model=BatchAnswer,
+    responses=openapi_responses(),
     openapi_extra={"requestBody": REQUEST_BODY},
     summary="Transcribe a recording",
     description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC or Ogg file; "

@@ -444,6 +444,19 @@ def test_wav_cut_short(cut: int) -> None:
         decode(wav(noise().tobytes()[:-cut], data_size=2 * RATE), "audio/wav")
 
 
+def test_wav_cut_short_after_its_samples() -> None:
+    file = wav(noise().tobytes(), after=b"LIST" + struct.pack("<I", 100) + bytes(100))
+    with refused(ErrorKind.UNDECODABLE_AUDIO, "cut short", len(file), len(file) - 50):
+        decode(file[:-50])
+
+
+def test_format_of_odd_size_in_wav() -> None:
+    audio = noise()
+    form = struct.pack("<HHIIHHB", 1, 1, RATE, 2 * RATE, 2, 16, 0)
+    file = wav(audio.tobytes(), form=form, before=b"\0")
+    np.testing.assert_array_equal(decode(file), audio)
+
+
 @pytest.mark.parametrize("length", [4, 8, 11, 12, 20, 30, 36, 43, 44])
 @pytest.mark.parametrize("riff_size", [None, 0xFFFFFFFF])
 def test_wav_cut_within_its_header(length: int, riff_size: int | None) -> None:
@@ -553,7 +566,13 @@ def test_unknown_codec_in_ogg(packet: bytes, name: str) -> None:
 
 def test_ogg_without_a_codec() -> None:
     with refused(ErrorKind.UNSUPPORTED_MEDIA, "codec isn't supported"):
-        decode(ogg_page([], 0, flags=6))
+        decode(ogg_page([], 0, flags=2) + ogg_page([b"vorbis"], 1, flags=4))
+
+
+@pytest.mark.parametrize(("flags", "serial"), [(2, 7), (0, 8), (2, 8)])
+def test_several_streams_in_ogg(flags: int, serial: int) -> None:
+    with refused(ErrorKind.UNSUPPORTED_MEDIA, "several streams"):
+        decode(silent_opus(1) + ogg_page([b"OpusHead"], 3, flags=flags, serial=serial))
 
 
 # --- Whatever comes, the answer is samples or an ApiError ---

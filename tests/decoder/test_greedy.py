@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transducers import DIMENSION, VOCABULARY, RandomTransducer, decode_frame_by_frame, random_frames
+from transducers import DIMENSION, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame, random_frames
 
 from greedy import Floats, Predictor, States, Step, Token, Transducer, decode
 
@@ -41,11 +41,6 @@ def run(
     predictors = predictors or [network.fresh() for _ in rows]
     limits = [max_symbols_per_step] * len(rows), [max_tokens] * len(rows)
     return decode(network, network.transducer, rows, predictors, *limits, block_frames)
-
-
-def assert_same(tokens: list[Token], expected: list[Token]) -> None:
-    assert [token[:3] for token in tokens] == [token[:3] for token in expected]
-    assert [token.probability for token in tokens] == pytest.approx([token.probability for token in expected])
 
 
 def test_the_random_transducers_mix_blanks_and_tokens() -> None:

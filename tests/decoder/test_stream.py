@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from transducers import DIMENSION, HIDDEN, LAYERS, VOCABULARY, RandomTransducer, decode_frame_by_frame
+from transducers import DIMENSION, HIDDEN, LAYERS, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame
 
 from greedy import Floats, Token
 from parameters import Options, Parameters
@@ -141,11 +141,6 @@ def cuts(draw: st.DrawFn, samples: Samples) -> list[Samples]:
     """Pieces of the audio, empty ones among them."""
     borders = draw(st.lists(st.integers(0, len(samples)), max_size=8))
     return np.split(samples, sorted(borders))
-
-
-def assert_same(tokens: list[Token], expected: list[Token]) -> None:
-    assert [token[:3] for token in tokens] == [token[:3] for token in expected]
-    assert [token.probability for token in tokens] == pytest.approx([token.probability for token in expected])
 
 
 @few_examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from greedy import Floats, Predictor, States, Token, Transducer
 
@@ -74,3 +75,8 @@ def decode_frame_by_frame(network: RandomTransducer, frames: Floats, max_symbols
             t += max(duration, 1)
             symbols = 0
     return tokens
+
+
+def assert_same(tokens: list[Token], expected: list[Token]) -> None:
+    assert [token[:3] for token in tokens] == [token[:3] for token in expected]
+    assert [token.probability for token in tokens] == pytest.approx([token.probability for token in expected])

@@ -1,0 +1,301 @@
+"""Recordings in one piece through the gateway, Triton and the decoder."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import httpx
+import jiwer
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from clients import decoder_metric, gateway_metrics
+from conftest import Gateway, Recordings
+
+from gateway.app import LINGER_SECS
+from launcher.engine import Ports
+from launcher.run import LOOPBACK, SPEECH
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+OCTETS = {"Content-Type": "application/octet-stream"}
+JFK = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+def encode(samples: np.ndarray, rate: int = 16000, channels: int = 1, **form: Any) -> bytes:
+    """The samples as a file of some form."""
+    audio = soxr.resample(samples.astype(np.float32) / 32768, 16000, rate) if rate != 16000 else samples
+    file = io.BytesIO()
+    soundfile.write(file, np.repeat(audio[:, None], channels, axis=1), rate, **form)
+    return file.getvalue()
+
+
+FORMS: dict[str, Callable[[np.ndarray], bytes]] = {
+    "raw": lambda samples: samples.tobytes(),
+    "wav 8 kHz": lambda samples: encode(samples, 8000, format="WAV"),
+    "wav 16 kHz": lambda samples: encode(samples, format="WAV"),
+    "wav 44.1 kHz stereo": lambda samples: encode(samples, 44100, 2, format="WAV"),
+    "wav 48 kHz": lambda samples: encode(samples, 48000, format="WAV"),
+    "wav 24 bit": lambda samples: encode(samples, format="WAV", subtype="PCM_24"),
+    "wav float": lambda samples: encode(samples.astype(np.float32) / 32768, format="WAV", subtype="FLOAT"),
+    "flac": lambda samples: encode(samples, format="FLAC"),
+    "ogg opus": lambda samples: encode(samples, 48000, format="OGG", subtype="OPUS"),
+}
+
+
+@pytest.fixture(scope="session")
+async def reference(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> dict[str, Any]:
+    """The answer to jfk as raw PCM."""
+    answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)
+    body: dict[str, Any] = answer.raise_for_status().json()
+    return body
+
+
+async def test_answer_has_the_documented_form(reference: dict[str, Any], recordings: Recordings) -> None:
+    assert set(reference) == {
+        "text", "tokens", "audio_length_samples", "features_length", "encoded_length", "confidence", "words",
+    }  # fmt: skip
+    assert jiwer.wer(JFK, reference["text"]) < 0.3
+    assert reference["audio_length_samples"] == len(recordings["jfk"])
+    assert reference["encoded_length"] == -(-len(recordings["jfk"]) // 1536)
+    assert reference["features_length"] == -(-len(recordings["jfk"]) // 384)
+    assert 0.3 < reference["confidence"] <= 1
+    assert " ".join(word["word"] for word in reference["words"]) == reference["text"]
+    for word in reference["words"]:
+        assert 0 <= word["start"] < word["end"] <= 11.1
+        assert 0 < word["confidence"] <= 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_forms_of_audio(
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, reference: dict[str, Any], form: str
+) -> None:
+    answer = await http.post(gateway.batch_url(), content=FORMS[form](recordings["jfk"]), headers=OCTETS)
+    assert answer.status_code == 200, answer.text
+    text = answer.json()["text"]
+    if form in ("raw", "wav 16 kHz", "flac", "wav 24 bit", "wav float"):
+        assert text == reference["text"]
+    # What a telephone's bandwidth and Opus cost this small model is words, not the line of the sentence.
+    assert jiwer.wer(JFK, text) < (0.8 if form == "wav 8 kHz" else 0.5)
+    assert answer.json()["audio_length_samples"] == pytest.approx(len(recordings["jfk"]), abs=400)
+
+
+@pytest.mark.parametrize("content_type", ["audio/flac", "audio/x-flac", "application/octet-stream"])
+async def test_the_bundled_file_as_it_is(gateway: Gateway, http: httpx.AsyncClient, content_type: str) -> None:
+    """44.1 kHz stereo FLAC, as the README's curl sends it."""
+    body = (SPEECH / "jfk.flac").read_bytes()
+    answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": content_type})
+    assert jiwer.wer(JFK, answer.json()["text"]) < 0.3
+
+
+async def test_multipart(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, reference: dict[str, Any]) -> None:
+    wav = encode(recordings["jfk"], format="WAV")
+    answer = await http.post(gateway.batch_url(), files={"file": ("speech.wav", wav, "audio/wav")}, data={"note": "x"})
+    assert answer.json() == reference
+    answer = await http.post(gateway.batch_url(), files={"recording": ("speech.wav", wav, "audio/wav")})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "invalid_body"
+    assert answer.json()["error"]["param"] == "file"
+    answer = await http.post(gateway.batch_url(), content=b"--x", headers={"Content-Type": "multipart/form-data"})
+    assert answer.status_code == 400
+
+
+async def test_json(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, reference: dict[str, Any]) -> None:
+    opaque = {"id": [1, "ü", None]}
+    body = {"audio_buffer": list(recordings["jfk"].tobytes()), "opaque": opaque, "description": "a test"}
+    answer = await http.post(gateway.batch_url(), json=body)
+    assert answer.json() == {**reference, "opaque": opaque}
+
+
+def _zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("speech.wav", b"no")
+    return file.getvalue()
+
+
+WAV = encode(np.zeros(32000, np.int16), format="WAV")
+FLAC = encode((np.random.default_rng(0).normal(size=32000) * 3000).astype(np.int16), format="FLAC")
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status", "code"),
+    [
+        (b"", "application/octet-stream", 400, "empty_body"),
+        (b"\0" * 1001, "application/octet-stream", 400, "odd_length"),
+        (WAV[:-1000], "application/octet-stream", 400, "undecodable_audio"),
+        (FLAC[: len(FLAC) // 2], "audio/flac", 400, "undecodable_audio"),
+        (b"please transcribe this for me", "application/octet-stream", 400, "undecodable_audio"),
+        (b"hello", "text/plain", 415, "unsupported_media"),
+        (_zip(), "application/octet-stream", 415, "unsupported_media"),
+        (_zip(), "application/zip", 415, "unsupported_media"),
+        (b"\xff\xfb\x90\x00" * 100, "audio/mpeg", 415, "unsupported_media"),
+        (encode(np.zeros(4000, np.int16), 4000, format="WAV"), "audio/wav", 422, "unacceptable"),
+        (encode(np.zeros(4000, np.int16), 96000, format="WAV"), "audio/wav", 422, "unacceptable"),
+        (bytes(31 * 32000), "application/octet-stream", 413, "audio_too_long"),
+        (encode(np.zeros(31 * 16000, np.int16), format="FLAC"), "audio/flac", 413, "audio_too_long"),
+        (b"{", "application/json", 400, "invalid_body"),
+        (b'{"audio": []}', "application/json", 400, "invalid_body"),
+        (b'{"audio_buffer": [1, 256]}', "application/json", 422, "unacceptable"),
+    ],
+)
+async def test_refused_bodies(
+    gateway: Gateway, http: httpx.AsyncClient, body: bytes, content_type: str, status: int, code: str
+) -> None:
+    answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": content_type})
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["code"] == code
+    assert set(error) == {"message", "type", "code", "param", "request_id", "retryable", "retry_after_ms"}
+    assert error["request_id"] == answer.headers["X-Request-ID"]
+    assert error["retryable"] is False
+    assert "/" not in error["message"] or "application/" in error["message"], "a path got out"
+
+
+async def test_thirty_seconds_are_taken(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.post(gateway.batch_url(), content=bytes(30 * 32000), headers=OCTETS)
+    assert answer.status_code == 200
+    assert answer.json()["text"] == ""
+    assert answer.json()["confidence"] is None
+
+
+@pytest.mark.parametrize("samples", [1, 10, 383, 1537])
+async def test_very_short_audio(gateway: Gateway, http: httpx.AsyncClient, samples: int) -> None:
+    answer = await http.post(gateway.batch_url(), content=bytes(2 * samples), headers=OCTETS)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["audio_length_samples"] == samples
+
+
+async def test_a_body_of_100_mb(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield bytes(10**6)
+
+    for content in (body(), bytes(10**8)):
+        answer = await http.post(gateway.batch_url(), content=content, headers=OCTETS)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert "10485760" in answer.json()["error"]["message"]
+
+
+async def test_a_body_without_end_is_cut_off(gateway: Gateway) -> None:
+    reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
+    writer.write(b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+
+    async def pour() -> None:
+        chunk = b"%x\r\n" % 2**16 + bytes(2**16) + b"\r\n"
+        while True:
+            writer.write(chunk)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    pouring = asyncio.create_task(pour())
+    answer = await reader.readuntil(b"}}")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(pouring, LINGER_SECS + 3)
+    writer.close()
+
+
+async def test_many_at_once_equal_their_solo_runs(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
+    bodies = [samples[:length].tobytes() for samples in recordings.values() for length in (16000, 40001, 60000)]
+
+    async def ask(body: bytes) -> Any:
+        return (await http.post(gateway.batch_url(), content=body, headers=OCTETS)).json()
+
+    solo = [await ask(body) for body in bodies]
+    together = await asyncio.gather(*map(ask, bodies * 2))
+    assert [answer["tokens"] for answer in together] == [answer["tokens"] for answer in solo * 2]
+
+
+async def test_routes_and_methods(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.post(gateway.batch_url("nobody"), content=b"", headers=OCTETS)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "model"
+    assert "amira" in answer.json()["error"]["message"]
+    answer = await http.get(gateway.batch_url())
+    assert answer.status_code == 405
+    assert answer.json()["error"]["code"] == "method_not_allowed"
+    assert answer.headers["Allow"] == "POST"
+    answer = await http.get(f"{gateway.url}/nothing/here")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
+
+
+async def test_request_ids(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.get(f"{gateway.url}/health", headers={"X-Request-ID": "mine-1"})
+    assert answer.headers["X-Request-ID"] == "mine-1"
+    for bad in ("x" * 129, "a\tb"):
+        answer = await http.get(f"{gateway.url}/health", headers={"X-Request-ID": bad})
+        assert answer.headers["X-Request-ID"] not in ("", bad)
+
+
+async def test_keys(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(api_keys=["secret"]) as gateway:
+        body = bytes(3200)
+        answer = await http.post(gateway.batch_url(), content=body, headers=OCTETS)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        answer = await http.post(gateway.batch_url(), content=body, headers={**OCTETS, "Authorization": "Bearer nope"})
+        assert answer.status_code == 401
+        answer = await http.post(gateway.batch_url(), content=body, headers={**OCTETS, "Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+        assert (await http.get(f"{gateway.url}/health")).status_code == 200
+
+
+async def test_more_than_can_wait_is_refused(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(max_concurrent_batches=1, inference_queue_size=1) as gateway:
+        posts = [http.post(gateway.batch_url(), content=bytes(640000), headers=OCTETS) for _ in range(6)]
+        answers = await asyncio.gather(*posts)
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 1 <= len(refused) <= 4
+    for answer in refused:
+        assert answer.status_code == 503
+        assert 1 <= int(answer.headers["Retry-After"]) <= 5
+        error = answer.json()["error"]
+        assert error["code"] == "no_capacity"
+        assert error["retryable"] is True
+        assert 1000 <= error["retry_after_ms"] <= 5000
+
+
+async def test_cors(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    origin = {"Origin": "https://app.example"}
+    async with make_gateway(enable_cors=True, allowed_origins=["https://app.example"]) as gateway:
+        answer = await http.get(f"{gateway.url}/health", headers=origin)
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        answer = await http.get(f"{gateway.url}/health", headers={"Origin": "https://evil.example"})
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    async with make_gateway() as gateway:
+        assert "Access-Control-Allow-Origin" not in (await http.get(f"{gateway.url}/health", headers=origin)).headers
+
+
+async def test_requests_are_counted(
+    gateway: Gateway, http: httpx.AsyncClient, triton: Ports, recordings: Recordings
+) -> None:
+    before, calls = await gateway_metrics(gateway.url), await decoder_metric(triton, "asr_decoder_calls_total")
+    samples = recordings["jfk"]
+    await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
+    await http.post(gateway.batch_url("../etc"), content=b"", headers=OCTETS)
+    await http.post(gateway.batch_url(), content=b"", headers=OCTETS)
+    after = await gateway_metrics(gateway.url)
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, tuple(sorted(labels.items()))
+        return after[key] - before[key]
+
+    assert grown("asr_requests_total", endpoint="batch", model="amira", status="200") == 1
+    assert grown("asr_requests_total", endpoint="batch", model="amira", status="400") == 1
+    assert grown("asr_request_duration_seconds_count", endpoint="batch", model="amira") == 2
+    assert grown("asr_audio_seconds_total", endpoint="batch", model="amira") == pytest.approx(11.0)
+    assert grown("asr_rejections_total", reason="empty_body") == 1
+    assert 20 <= await decoder_metric(triton, "asr_decoder_calls_total") - calls <= 40, "about a call a token"

@@ -1,0 +1,105 @@
+"""Probes, metrics and documentation of a running gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import httpx
+from clients import gateway_metrics, open_socket
+from conftest import Gateway, run_gateway
+
+from gateway import __version__
+from launcher.engine import free_ports
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "decoder_joint"}
+
+
+async def test_health(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.get(f"{gateway.url}/health")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "healthy", "service": "amira-asr-server", "version": __version__}
+    assert (await http.get(f"{gateway.url}/health/live")).status_code == 200
+
+
+async def test_ready_names_the_models(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    answer = await http.get(f"{gateway.url}/health/ready")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "ready", "models": {"amira": True}}
+
+
+async def test_detailed_tells_every_model_and_what_is_in_flight(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    async with open_socket(gateway.stream_url()):
+        body = (await http.get(f"{gateway.url}/health/detailed")).json()
+    assert body["status"] == "ready"
+    assert body["dependencies"]["triton"]["models"] == dict.fromkeys(MODELS, "ready")
+    assert body["dependencies"]["triton"]["reachable"] is True
+    assert 0 < body["dependencies"]["triton"]["latency_ms"] < 2000
+    assert body["streams"] == {"active": 1, "capacity": 64}
+    assert body["batches"]["active"] == 0
+
+
+async def test_without_triton_it_lives_but_is_not_ready(http: httpx.AsyncClient) -> None:
+    async with run_gateway(triton_endpoint=f"localhost:{free_ports('127.0.0.1', 1)[0]}") as gateway:
+        assert (await http.get(f"{gateway.url}/health")).status_code == 200
+        assert (await http.get(f"{gateway.url}/health/live")).status_code == 200
+        answer = await http.get(f"{gateway.url}/health/ready")
+        assert answer.status_code == 503
+        assert answer.json()["status"] == "initializing"
+        answer = await http.post(
+            gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"}
+        )
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "not_ready"
+        assert "Retry-After" in answer.headers
+        body = (await http.get(f"{gateway.url}/health/detailed")).json()
+        assert body["dependencies"]["triton"]["reachable"] is False
+
+
+async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(models={"amira": "asr_ensemble", "other": "no_such_ensemble"}) as gateway:
+        answer = await http.get(f"{gateway.url}/health/ready")
+        assert answer.json() == {"status": "degraded", "models": {"amira": True, "other": False}}
+        assert answer.status_code == 200
+        body = (await http.get(f"{gateway.url}/health/detailed")).json()
+        assert body["dependencies"]["triton"]["models"]["no_such_ensemble"] == "unknown"
+
+
+async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(drain_timeout_secs=1) as gateway, open_socket(gateway.stream_url()):
+        gateway.server.should_exit = True
+        await asyncio.sleep(0.3)
+        answer = await http.get(f"{gateway.url}/health/ready")
+        assert answer.status_code == 503
+        assert answer.json()["status"] == "draining"
+        answer = await http.post(
+            gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"}
+        )
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "draining"
+        assert (await gateway_metrics(gateway.url))["asr_draining", ()] == 1
+
+
+async def test_metrics_exist_from_the_start(gateway: Gateway) -> None:
+    samples = await gateway_metrics(gateway.url)
+    names = {name for name, _ in samples}
+    for name in (
+        "asr_requests_total", "asr_request_duration_seconds_bucket", "asr_active_connections",
+        "triton_inference_duration_seconds_bucket", "memory_pool_usage", "asr_partial_latency_seconds_bucket",
+        "asr_final_latency_seconds_bucket", "asr_stream_lag_seconds_bucket", "asr_audio_seconds_total", "asr_stream_capacity",
+        "asr_draining", "asr_rejections_total", "asr_websocket_closes_total", "asr_build_info",
+    ):  # fmt: skip
+        assert name in names
+    assert ("asr_websocket_closes_total", (("code", "4413"),)) in samples
+    assert ("asr_rejections_total", (("reason", "no_capacity"),)) in samples
+
+
+async def test_openapi(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    assert (await http.get(f"{gateway.url}/docs")).status_code == 200
+    schema = (await http.get(f"{gateway.url}/openapi.json")).json()
+    batch = schema["paths"]["/v2/decode/batch/{model}"]["post"]
+    assert {"application/octet-stream", "multipart/form-data", "application/json"} <= set(batch["requestBody"]["content"])
+    assert {"200", "400", "401", "404", "413", "415", "422", "429", "502", "503", "504"} <= set(batch["responses"])
