@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 
+from gateway import metrics
 from gateway.access import Admission
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 from gateway.triton import Triton
+
+
+@dataclass
+class BufferUsage:
+    """Audio that waits in the buffers of all streams.
+
+    Attributes:
+        capacity_bytes: what they could hold together.
+        used_bytes: what they hold.
+    """
+
+    capacity_bytes: int
+    used_bytes: int = 0
+
+    def share(self) -> float:
+        """Part in use, 0 to 1."""
+        return self.used_bytes / self.capacity_bytes
 
 
 class Service:
@@ -19,6 +38,7 @@ class Service:
         triton: the server behind it.
         admission: places for streams and batches.
         options: decoding options that the settings give every stream.
+        buffer_usage: audio that waits in the streams' buffers.
         last_call: set when live streams must end, at the end of a drain.
         started_at: Unix time in seconds.
     """
@@ -32,6 +52,8 @@ class Service:
             for name in ("max_symbols_per_step", "max_total_tokens")
             if (value := getattr(settings, name)) is not None
         }
+        self.buffer_usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity)
+        metrics.BUFFER_USAGE.set_function(self.buffer_usage.share)
         self.last_call = asyncio.Event()
         self.started_at = time.time()
 

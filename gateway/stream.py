@@ -1,7 +1,7 @@
 """``/v2/decode/stream/{model}``: a live stream over a WebSocket.
 
-Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops reading,
-and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a time, and
+Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops
+reading, and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a time, and
 the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the decoder.
 """
 
@@ -24,7 +24,7 @@ from gateway import metrics
 from gateway.access import check_key, origin_allowed
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
-from gateway.service import Service
+from gateway.service import BufferUsage, Service
 from gateway.transcript import Answer, Transcript
 from gateway.triton import Recogniser
 
@@ -52,10 +52,12 @@ class AudioBuffer:
 
     Args:
         capacity: bytes that it holds at most.
+        usage: told of every byte that comes and goes.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, usage: BufferUsage) -> None:
         self._capacity = capacity
+        self._usage = usage
         self._audio = bytearray()
         # Each is cleared by its one waiter only, just before that looks: what happens after the look can't be missed.
         self._filled = asyncio.Event()
@@ -70,6 +72,7 @@ class AudioBuffer:
             await self._emptied.wait()
             self._emptied.clear()
         self._audio += audio
+        self._usage.used_bytes += len(audio)
         self.last_put = time.monotonic()
         self._filled.set()
 
@@ -78,7 +81,7 @@ class AudioBuffer:
         if self.end is not End.ABANDONED:
             self.end = end
         if end is End.ABANDONED:
-            self._audio.clear()
+            self._clear()
         self._filled.set()
 
     async def take(self, enough_bytes: int, timeout_secs: float) -> bytes:
@@ -91,9 +94,13 @@ class AudioBuffer:
                 await asyncio.wait_for(self._filled.wait(), left)
             self._filled.clear()
         audio = bytes(self._audio)
+        self._clear()
+        return audio
+
+    def _clear(self) -> None:
+        self._usage.used_bytes -= len(self._audio)
         self._audio.clear()
         self._emptied.set()
-        return audio
 
 
 class Session:
@@ -105,7 +112,7 @@ class Session:
         self._model = model
         self._recogniser = recogniser
         self._sequence = service.triton.open(recogniser, dict(service.options))
-        self._buffer = AudioBuffer(service.settings.audio_buffer_capacity)
+        self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._transcript = Transcript()
         self._received_bytes = 0

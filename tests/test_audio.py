@@ -49,8 +49,8 @@ def tone(rate: int, secs: float = 1.5, hz: float = 440, channels: int = 1) -> ND
     return wave if channels == 1 else np.stack([wave] * channels, axis=1)
 
 
-def noise(samples: int = RATE, seed: int = 0) -> NDArray[np.int16]:
-    audio = np.random.default_rng(seed).integers(-0x8000, 0x8000, samples, dtype=np.int16)
+def noise(samples: int = RATE, variant: int = 0) -> NDArray[np.int16]:
+    audio = np.random.default_rng(variant).integers(-0x8000, 0x8000, samples, dtype=np.int16)
     audio[:2] = -0x8000, 0x7FFF
     return audio
 
@@ -218,7 +218,7 @@ def test_resampling_in_blocks_has_no_seams(rate: int) -> None:
 
 
 def test_channels_are_averaged() -> None:
-    one, other = noise(seed=1), noise(seed=2)
+    one, other = noise(variant=1), noise(variant=2)
     mixed = np.rint((one.astype(float) + other) / 2)
     np.testing.assert_array_equal(decode(encode(np.stack([one, other], axis=1), "WAV", "PCM_16")), mixed)
 
@@ -433,6 +433,8 @@ def test_other_chunks_are_not_audio() -> None:
 def test_size_of_the_whole_file_in_the_header_is_tolerated() -> None:
     audio = noise()
     np.testing.assert_array_equal(decode(wav(audio.tobytes(), riff_size=44 + 2 * len(audio))), audio)
+    with refused(ErrorKind.UNDECODABLE_AUDIO, 53 + 2 * len(audio), 44 + 2 * len(audio)):
+        decode(wav(audio.tobytes(), riff_size=45 + 2 * len(audio)))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 1000, 31_998])

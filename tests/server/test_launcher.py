@@ -1,0 +1,289 @@
+"""The ``amira`` command, as its users run it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from clients import END, decoder_metric, open_socket, transcribe
+from conftest import run_gateway
+from tritonclient.grpc import InferInput
+from tritonclient.grpc import aio as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from launcher import engine
+from launcher.engine import Engine, EngineError, Ports, Triton, free_ports
+from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
+
+AMIRA = Path(sys.executable).with_name("amira")
+
+
+def environment(**settings: Any) -> dict[str, str]:
+    """Environment of a command: free ports, and these settings."""
+    gateway, http, grpc, metrics = free_ports(LOOPBACK, 4)
+    ports = {
+        "server_host": LOOPBACK,
+        "server_port": gateway,
+        "triton_http_port": http,
+        "triton_grpc_port": grpc,
+        "triton_metrics_port": metrics,
+    }
+    return {**os.environ, **{f"AMIRA_{name.upper()}": str(value) for name, value in {**ports, **settings}.items()}}
+
+
+async def amira(*arguments: str, timeout_secs: float = 60, **settings: Any) -> tuple[int, str, str]:
+    """Run a command to its end: exit code, standard output and standard error."""
+    process = await asyncio.create_subprocess_exec(
+        AMIRA, *arguments, env=environment(**settings), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), timeout_secs)
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
+    """Wait for a condition, given as a function or a coroutine function."""
+    deadline = asyncio.get_running_loop().time() + timeout_secs
+    while True:
+        result = condition()
+        if await result if asyncio.iscoroutine(result) else result:
+            return
+        assert asyncio.get_running_loop().time() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
+    """A Triton of a test's own."""
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log")
+    await server.start()
+    try:
+        yield ports
+    finally:
+        await server.stop()
+
+
+@pytest.fixture
+def model_repository(tmp_path: Path) -> Path:
+    """A copy of the bundled repository, for a test to change."""
+    return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
+    env = environment()
+    process = await asyncio.create_subprocess_exec(AMIRA, "run", env=env, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr
+    shown = (await asyncio.wait_for(process.stderr.readuntil(b"Ctrl-C stops it."), 60)).decode()
+    url = f"http://{LOOPBACK}:{env['AMIRA_SERVER_PORT']}"
+    try:
+        # The curl line works as it stands.
+        line = re.search(r"^  (curl .*)$", shown, re.MULTILINE)
+        assert line
+        curl = await asyncio.create_subprocess_shell(line[1], cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        answer, _ = await curl.communicate()
+        assert b"ask not what your country can do for you" in answer
+
+        async with httpx.AsyncClient() as http:
+
+            async def status() -> int:
+                return (await http.get(f"{url}/health/ready")).status_code
+
+            assert await status() == 200
+            triton = next(child for child in psutil.Process(process.pid).children() if child.name() == "tritonserver")
+            stubs = triton.children()
+            assert stubs
+            triton.kill()
+            await until(lambda: _equals(status, 503))
+            assert (await http.get(f"{url}/health")).status_code == 200
+            assert (await http.get(f"{url}/health/detailed")).json()["status"] == "critical"
+            await until(lambda: _equals(status, 200))
+            await until(lambda: not any(stub.is_running() and stub.status() != psutil.STATUS_ZOMBIE for stub in stubs))
+        samples = np.zeros(16000, np.int16)
+        assert (await transcribe(f"ws{url[4:]}/v2/decode/stream/amira", samples)).close_code == 1000
+
+        # Ctrl-C, as a terminal sends it: to the launcher's process group, of which Triton is not.
+        processes = psutil.Process(process.pid).children(recursive=True)
+        assert len(processes) > 5
+        process.send_signal(signal.SIGINT)
+        reading = asyncio.create_task(process.stderr.read())
+        assert await asyncio.wait_for(process.wait(), 40) == 0
+        assert b"Traceback" not in await reading
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+    await until(lambda: not any(child.is_running() for child in processes))
+    assert not list(Path("/dev/shm").glob(f"amira_{process.pid}_*"))
+
+
+async def _equals(status: Callable[[], Any], expected: int) -> bool:
+    return bool(await status() == expected)
+
+
+async def test_demo_transcribes_the_bundled_recordings() -> None:
+    code, output, errors = await amira("demo", timeout_secs=90)
+    assert code == 0, errors
+    for path in SPEECH.glob("*.flac"):
+        assert path.name in output
+    assert output.count("real-time factor") == 3
+    assert "ask not what your country can do for you" in output
+    assert output.count("final ") == 3
+
+
+async def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for setting in ("server_port", "triton_grpc_port"):
+            code, _, errors = await amira("run", **{setting: port})
+            assert code == 2
+            last = errors.strip().splitlines()[-1]
+            assert f"{LOOPBACK}:{port}" in last
+            assert f"AMIRA_{setting.upper()}" in last
+            assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("encoder/config.pbtxt", '"encoded_lengths"', '"lengths"', ["encoder", "output lengths"]),
+        ("encoder/config.pbtxt", "[ -1, 384, -1 ]", "[ -1, 80, -1 ]", ["encoder", "audio_signal", "80", "384"]),
+        ("rnnt_greedy_bls/config.pbtxt", 'string_value: "rnnt"', 'string_value: "ctc"', ["rnnt_greedy_bls", "'ctc'", "'tdt'"]),
+        ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
+    ],
+)
+async def test_a_model_that_fails_to_load_is_named(model_repository: Path, file: str, old: str, new: str, named: list[str]) -> None:
+    edit(model_repository / file, old, new)
+    code, _, errors = await amira("run", model_repository=model_repository)
+    assert code == 2
+    last = errors.strip().splitlines()[-1]
+    for part in named:
+        assert part in last, last
+    assert "Traceback" not in errors
+
+
+async def test_a_missing_repository_is_named(tmp_path: Path) -> None:
+    code, _, errors = await amira("run", model_repository=tmp_path / "none")
+    assert code == 2
+    assert str(tmp_path / "none") in errors
+
+
+async def test_a_bad_setting_is_one_line() -> None:
+    code, _, errors = await amira("serve", max_concurrent_streams="many")
+    assert code == 2
+    assert errors.strip() == (
+        "amira: max_concurrent_streams = 'many' (from AMIRA_MAX_CONCURRENT_STREAMS): must be a whole number within 1 … 100000"
+    )
+
+
+async def test_config_show() -> None:
+    code, output, _ = await amira("config", "show", "--format", "toml", max_concurrent_streams=77, api_keys="secret")
+    assert code == 0
+    assert "max_concurrent_streams = 77" in output
+    assert "secret" not in output
+    code, output, _ = await amira("config", "show", "--format", "yaml")
+    assert code == 0
+    assert "max_concurrent_streams: 10" in output
+
+
+async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) -> None:
+    """Triton forgets an idle sequence silently; the decoder does too, and counts it."""
+    edit(model_repository / "rnnt_greedy_bls" / "config.pbtxt", "microseconds: 60000000", "microseconds: 1000000")
+    async with triton_with(model_repository) as ports, grpcclient.InferenceServerClient(f"{ports.host}:{ports.grpc}") as client:
+
+        async def infer(sequence: int, *, start: bool, end: bool) -> None:
+            audio = InferInput("AUDIO", [1, 1600], "INT16")
+            audio.set_data_from_numpy(np.zeros((1, 1600), np.int16))
+            await client.infer("asr_ensemble", [audio], sequence_id=sequence, sequence_start=start, sequence_end=end)
+
+        for sequence in range(1, 6):
+            await infer(sequence, start=True, end=False)
+        assert await decoder_metric(ports, "asr_decoder_sequences") == 5
+        await asyncio.sleep(1.5)
+        with pytest.raises(InferenceServerException, match="START"):
+            await infer(1, start=False, end=False)
+        await infer(9, start=True, end=True)
+        assert await decoder_metric(ports, "asr_decoder_sequences") == 0
+        assert await decoder_metric(ports, "asr_decoder_evictions_total") == 5
+
+        # The gateway's heartbeat keeps a stream alive whose client is silent for longer than that.
+        async with run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", stream_timeout_secs=10) as gateway:
+            async with open_socket(gateway.stream_url()) as socket:
+                await socket.send(bytes(3200))
+                await asyncio.sleep(3)
+                await socket.send(END)
+                assert '"final"' in str(await socket.recv())
+
+
+async def test_a_failing_encoder_is_one_streams_error(model_repository: Path) -> None:
+    """Windows that the encoder can't serve: the stream gets an error that names it, and nothing stays behind."""
+    edit(model_repository / "rnnt_greedy_bls" / "config.pbtxt", 'string_value: "1536"', 'string_value: "96"')
+    async with triton_with(model_repository) as ports:
+        async with run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}") as gateway:
+            conversation = await transcribe(gateway.stream_url(), np.zeros(32000, np.int16))
+            assert conversation.close_code == 4503
+            assert conversation.error["code"] == "backend_failed"
+            assert "encoder" not in conversation.error["message"], "internal names stay inside"
+            async with httpx.AsyncClient() as http:
+                answer = await http.post(gateway.batch_url(), content=bytes(64), headers={"Content-Type": "audio/pcm"})
+                assert answer.status_code in (200, 502)
+        assert await decoder_metric(ports, "asr_decoder_sequences") == 0
+
+
+async def test_a_slow_backend_is_a_timeout(triton: Ports) -> None:
+    async with run_gateway(triton_endpoint=f"{triton.host}:{triton.grpc}", inference_timeout_secs=0.005) as gateway:
+        async with httpx.AsyncClient() as http:
+            answer = await http.post(gateway.batch_url(), content=bytes(960000), headers={"Content-Type": "audio/pcm"})
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "backend_timeout"
+        assert answer.json()["error"]["retryable"] is True
+    await until(lambda: _none_left(triton))
+
+
+async def _none_left(ports: Ports) -> bool:
+    return await decoder_metric(ports, "asr_decoder_sequences") == 0
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "named"),
+    [
+        ("platform.machine", "aarch64", "x86-64 Linux, this is aarch64"),
+        ("platform.libc_ver", ("glibc", "2.31"), "glibc 2.35 or newer, this is glibc 2.31"),
+        ("platform.libc_ver", ("", ""), "this is another C library"),
+    ],
+)
+def test_unsupported_platforms_are_told_of_the_container(
+    monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
+) -> None:
+    monkeypatch.setattr(f"launcher.engine.{attribute}", lambda: value)
+    with pytest.raises(EngineError, match=re.escape(named)) as raised:
+        engine.check_platform()
+    assert "container" in str(raised.value)
+
+
+def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.find_libpython().is_file()
+    monkeypatch.setattr("launcher.engine.Path.exists", lambda _: False)
+    with pytest.raises(EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"):
+        engine.find_libpython()

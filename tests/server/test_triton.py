@@ -1,0 +1,168 @@
+"""The ensemble as any Triton client sees it, without the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from clients import decoder_metric
+from conftest import Recordings
+from tritonclient.grpc import InferInput
+from tritonclient.grpc import aio as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from launcher.engine import Ports
+
+SEQUENCE_IDS = itertools.count(1)
+SILENCE = np.zeros(0, np.int16)
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+class Ensemble:
+    """``asr_ensemble`` over gRPC."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    async def __call__(self, sequence: int, samples: np.ndarray, *, start: bool, end: bool, **options: Any) -> dict[str, Any]:
+        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+        audio.set_data_from_numpy(samples[None])
+        result = await self.client.infer(
+            "asr_ensemble", [audio], sequence_id=sequence, sequence_start=start, sequence_end=end, parameters=options or None
+        )
+        outputs = {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+        outputs["TEXT"] = outputs["TEXT"][0, 0].decode()
+        outputs["WORDS"] = orjson.loads(outputs["WORDS"][0, 0])
+        return outputs
+
+    async def whole(self, samples: np.ndarray, **options: Any) -> dict[str, Any]:
+        return await self(next(SEQUENCE_IDS), samples, start=True, end=True, **options)
+
+
+@pytest.fixture
+async def ensemble(triton: Ports) -> AsyncIterator[Ensemble]:
+    async with grpcclient.InferenceServerClient(f"{triton.host}:{triton.grpc}") as client:
+        yield Ensemble(client)
+
+
+async def test_shapes_and_types_of_the_answer(ensemble: Ensemble, recordings: Recordings) -> None:
+    answer = await ensemble.whole(recordings["jfk"], context="whole")
+    tokens = answer["TOKENS"].shape[1]
+    assert tokens > 10
+    assert answer["TOKENS"].shape == (1, tokens)
+    assert answer["TOKENS"].dtype == np.int32
+    assert answer["CONFIDENCE"].shape == (1, 1)
+    assert answer["CONFIDENCE"].dtype == np.float32
+    assert answer["STABLE"].tolist() == [[tokens]]
+    assert answer["STABLE_CHARS"].tolist() == [[len(answer["TEXT"])]]
+    assert answer["SEGMENT"].tolist() == [[0, 1]]
+    assert answer["LENGTHS"].tolist() == [[176000, 459, 115]]
+    assert answer["LENGTHS"].dtype == np.int64
+    assert " ".join(word["word"] for word in answer["WORDS"]) == answer["TEXT"]
+
+
+async def test_silence_has_no_tokens_and_no_confidence(ensemble: Ensemble) -> None:
+    answer = await ensemble.whole(np.zeros(32000, np.int16))
+    assert answer["TOKENS"].shape == (1, 0)
+    assert np.isnan(answer["CONFIDENCE"]).all()
+    assert (answer["TEXT"], answer["WORDS"]) == ("", [])
+
+
+async def test_whole_and_window_see_other_contexts(ensemble: Ensemble, recordings: Recordings) -> None:
+    whole = await ensemble.whole(recordings["jfk"], context="whole")
+    window = await ensemble.whole(recordings["jfk"], context="window")
+    assert (await ensemble.whole(recordings["jfk"]))["TEXT"] == window["TEXT"], "window is the default"
+    assert whole["TEXT"] != window["TEXT"]
+
+
+async def test_one_request_equals_many(ensemble: Ensemble, recordings: Recordings) -> None:
+    samples = recordings["jfk"]
+    for context in ("window", "whole"):
+        at_once = await ensemble.whole(samples, context=context)
+        sequence = next(SEQUENCE_IDS)
+        await ensemble(sequence, samples[:7], start=True, end=False, context=context)
+        for piece in np.array_split(samples[7:], 9):
+            answer = await ensemble(sequence, piece, start=False, end=False)
+            assert answer["SEGMENT"].tolist() == [[0, 0]]
+        answer = await ensemble(sequence, SILENCE, start=False, end=True)
+        assert answer["TOKENS"].tolist() == at_once["TOKENS"].tolist()
+        assert answer["WORDS"] == at_once["WORDS"]
+        assert answer["LENGTHS"].tolist() == at_once["LENGTHS"].tolist()
+
+
+async def test_streams_in_one_batch_keep_their_own_options(ensemble: Ensemble, recordings: Recordings) -> None:
+    samples = recordings["jfk"]
+    options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 3
+    solo = [await ensemble.whole(samples, **chosen) for chosen in options[:4]]
+    together = await asyncio.gather(*(ensemble.whole(samples, **chosen) for chosen in options))
+    assert [answer["TOKENS"].tolist() for answer in together] == [answer["TOKENS"].tolist() for answer in solo] * 3
+    assert len({str(answer["TOKENS"].tolist()) for answer in solo}) >= 3, "the options make no difference"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"context": "sideways"}, "'sideways'; allowed are 'window' and 'whole'"),
+        ({"max_symbols_per_step": 0}, "max_symbols_per_step is 0; it must be within 1 … 1000"),
+        ({"endpoint_silence_ms": "soon"}, "endpoint_silence_ms is 'soon'; it must be a whole number"),
+    ],
+)
+async def test_bad_options_are_named_and_disturb_nobody(
+    ensemble: Ensemble, recordings: Recordings, options: dict[str, Any], named: str
+) -> None:
+    samples = recordings["jfk"][:80000]
+    expected = (await ensemble.whole(samples))["TOKENS"].tolist()
+    good, bad = [ensemble.whole(samples) for _ in range(4)], [ensemble.whole(samples, **options) for _ in range(4)]
+    answers = await asyncio.gather(*itertools.chain(*zip(good, bad, strict=True)), return_exceptions=True)
+    for answer in answers[0::2]:
+        assert not isinstance(answer, BaseException)
+        assert answer["TOKENS"].tolist() == expected
+    for error in answers[1::2]:
+        assert isinstance(error, InferenceServerException)
+        assert named in error.message()
+
+
+async def test_a_recording_that_is_too_long_for_one_window(ensemble: Ensemble) -> None:
+    with pytest.raises(InferenceServerException, match="at most 60 s of audio; this has 61.00 s"):
+        await ensemble.whole(np.zeros(61 * 16000, np.int16), context="whole")
+
+
+async def test_a_sequence_must_be_started(ensemble: Ensemble) -> None:
+    with pytest.raises(InferenceServerException, match="START"):
+        await ensemble(next(SEQUENCE_IDS), np.zeros(100, np.int16), start=False, end=False)
+
+
+async def test_a_start_on_a_live_sequence_begins_anew(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+    samples = recordings["jfk"][:64000]
+    expected = (await ensemble.whole(samples))["TOKENS"].tolist()
+    sequence = next(SEQUENCE_IDS)
+    await ensemble(sequence, recordings["jfk"], start=True, end=False)
+    await ensemble(sequence, samples, start=True, end=False)
+    assert await decoder_metric(triton, "asr_decoder_sequences") == 1
+    assert (await ensemble(sequence, SILENCE, start=False, end=True))["TOKENS"].tolist() == expected
+
+
+async def test_calls_of_the_decoder(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+    """A whole recording costs its tokens + 1, and one for every block that the walk crosses."""
+    before = await decoder_metric(triton, "asr_decoder_calls_total")
+    answer = await ensemble.whole(recordings["jfk"], context="whole")
+    calls = await decoder_metric(triton, "asr_decoder_calls_total") - before
+    tokens, frames, block_frames = answer["TOKENS"].shape[1], answer["LENGTHS"][0, 2], 32
+    assert tokens < calls <= tokens + 1 + frames // block_frames
+
+
+async def test_metrics_of_the_decoder(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+    names = ("asr_decoder_audio_seconds_total", "asr_decoder_tokens_total", "asr_decoder_rows_total")
+    before = [await decoder_metric(triton, name) for name in names]
+    answers = await asyncio.gather(*(ensemble.whole(recordings["jfk"]) for _ in range(4)))
+    after = [await decoder_metric(triton, name) for name in names]
+    seconds, tokens, rows = np.subtract(after, before)
+    assert seconds == pytest.approx(44)
+    assert tokens == sum(answer["TOKENS"].shape[1] for answer in answers)
+    assert rows >= tokens
