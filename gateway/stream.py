@@ -1,8 +1,9 @@
 """``/v2/decode/stream/{model}``: a live stream over a WebSocket.
 
 Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops
-reading, and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a time, and
-the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the decoder.
+reading, and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a
+time, and the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the
+decoder.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def _check_origin(socket: WebSocket, service: Service) -> None:
 
 
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
-    """Refuse a stream by HTTP status; a browser, which can't read that, gets the upgrade, the error frame and the close code."""
+    """Refuse a stream by HTTP status; a browser, which can't read that, gets the upgrade, the error frame and the close."""
     metrics.REJECTIONS.labels(error.kind.code).inc()
     request_id = current_request_id()
     log.info("stream refused", code=error.kind.code)

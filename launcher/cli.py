@@ -86,7 +86,7 @@ def demo(
     gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
     settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
     configure_logging(settings)
-    files = recordings or sorted(SPEECH.glob("*.flac"))
+    recorded = [(file.name, file.read_bytes()) for file in recordings or sorted(SPEECH.glob("*.flac"))]
 
     async def show() -> None:
         with console.status("starting the server") as status:
@@ -95,8 +95,8 @@ def demo(
                 _,
             ):
                 status.stop()
-                for file in files:
-                    await demonstration.show(running.url, next(iter(settings.models)), file, settings.api_keys)
+                for name, body in recorded:
+                    await demonstration.show(running.url, next(iter(settings.models)), name, body, settings.api_keys)
 
     _main(show)
 
@@ -154,7 +154,8 @@ ready
   WebSocket  {running.url.replace("http", "ws", 1)}/v2/decode/stream/{model}
   API        {running.url}/docs
   metrics    {running.url}/metrics, Triton's http://{running.ports.host}:{running.ports.metrics}/metrics
-  Triton     gRPC {running.ports.host}:{running.ports.grpc}, HTTP {running.ports.host}:{running.ports.http}, log {running.log_path}
+  Triton     gRPC {running.ports.host}:{running.ports.grpc}, HTTP {running.ports.host}:{running.ports.http}
+             log {running.log_path}
 
 try
   curl{key} -H "Content-Type: application/octet-stream" --data-binary @{shown} {running.url}/v2/decode/batch/{model}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import orjson
 from pydantic import SecretStr
 from rich.console import Console
@@ -26,13 +26,12 @@ SPEED = 4.0
 console = Console()
 
 
-async def show(url: str, model: str, path: Path, api_keys: Sequence[SecretStr]) -> None:
+async def show(url: str, model: str, name: str, body: bytes, api_keys: Sequence[SecretStr]) -> None:
     """Transcribe one recording both ways and print text, time and real-time factor."""
-    body = path.read_bytes()
     samples = decode_audio(body, "application/octet-stream", max_secs=3600)
     seconds = len(samples) / SAMPLE_RATE
     headers = {"Authorization": f"Bearer {api_keys[0].get_secret_value()}"} if api_keys else {}
-    console.print(f"\n[bold]{path.name}[/bold]  {seconds:.2f} s")
+    console.print(f"\n[bold]{name}[/bold]  {seconds:.2f} s")
 
     began = time.perf_counter()
     async with httpx.AsyncClient(timeout=60) as client:
@@ -52,7 +51,9 @@ async def show(url: str, model: str, path: Path, api_keys: Sequence[SecretStr]) 
     )
 
 
-async def _stream(url: str, model: str, samples: np.ndarray, headers: dict[str, str], screen: Live) -> tuple[float, float, str]:
+async def _stream(
+    url: str, model: str, samples: npt.NDArray[np.int16], headers: dict[str, str], screen: Live
+) -> tuple[float, float, str]:
     """Seconds of audio played when the first words came, seconds from the end to the final, and the final text."""
     address = f"{url.replace('http', 'ws', 1)}/v2/decode/stream/{model}"
     async with connect(address, additional_headers=headers, compression=None) as socket:

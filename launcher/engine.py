@@ -206,7 +206,7 @@ class Triton:
         """Process id while it runs."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
-    async def start(self, on_progress: Callable[[int, int], None] = lambda ready, models: None) -> None:
+    async def start(self, on_progress: Callable[[int, int], None] = lambda _ready, _models: None) -> None:
         """Start it and wait until every model is ready.
 
         Args:
@@ -344,4 +344,4 @@ def _link(link: Path, target: Path) -> None:
 
 def _one_line(text: str) -> str:
     """The part of Triton's message that says what is wrong: without its Python traceback."""
-    return " ".join(text.split("\n\nAt:")[0].split())
+    return " ".join(text.split("\n\nAt:", maxsplit=1)[0].split())

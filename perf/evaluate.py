@@ -2,8 +2,8 @@
 
     python -m perf.evaluate DIR [--url URL]
 
-DIR holds recordings and ``manifest.tsv``: a header line, then file, speaker and text separated by tabs. Without a URL a server is
-started on free ports. Texts are compared in lower case without punctuation.
+DIR holds recordings and ``manifest.tsv``: a header line, then file, speaker and text separated by tabs. Without a URL a
+server is started on free ports. Texts are compared in lower case without punctuation.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import httpx
 import jiwer
 import numpy as np
+import numpy.typing as npt
 import orjson
 from rich.console import Console
 from rich.progress import Progress
@@ -42,7 +43,7 @@ class Recording(NamedTuple):
 
     name: str
     body: bytes
-    samples: np.ndarray
+    samples: npt.NDArray[np.int16]
     text: str
 
 

@@ -49,7 +49,7 @@ class TritonPythonModel:
         self._name = args["model_name"]
         if args["model_instance_kind"] == "GPU":
             raise pb_utils.TritonModelException(
-                f"{self._name}: instance_group is KIND_GPU, but the embedded engine computes on the CPU; use the Triton container"
+                f"{self._name}: instance_group is KIND_GPU, but the embedded engine has no GPU; use the Triton container"
             )
         filename = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"]) / args["model_version"] / filename
@@ -57,7 +57,7 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{self._name}: {path} is missing")
         try:
             self._session = ort.InferenceSession(path, session_options(config), providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+        except Exception as error:
             raise pb_utils.TritonModelException(f"{self._name}: {path} is not a usable ONNX model: {error}") from error
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
@@ -80,7 +80,7 @@ class TritonPythonModel:
             feeds[name] = tensor.as_numpy()
         try:
             results = self._session.run(self._outputs, feeds)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (ONNX Runtime has a class of its own for every status code)
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             return self._error(f"inference failed on inputs {shapes}: {error}")
         tensors = [
@@ -106,7 +106,7 @@ class TritonPythonModel:
                     f"{self._name}: {kind} {name} is {tensor['data_type']} in config.pbtxt and {node.type} in the graph"
                 )
             fits = len(dims) == len(node.shape) and all(
-                dim == size or dim == -1 or not isinstance(size, int) for dim, size in zip(dims, node.shape, strict=True)
+                dim in (size, -1) or not isinstance(size, int) for dim, size in zip(dims, node.shape, strict=True)
             )
             if not fits:
                 raise pb_utils.TritonModelException(

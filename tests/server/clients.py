@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
@@ -37,7 +38,8 @@ class Conversation(NamedTuple):
         last = self.messages[-1]
         assert last["type"] == "error", self.messages
         assert last["close_code"] == self.close_code
-        return last["error"]
+        error: dict[str, Any] = last["error"]
+        return error
 
 
 def open_socket(url: str, **options: Any) -> connect:
@@ -67,7 +69,7 @@ async def converse(url: str, frames: Iterable[bytes | str], pause_secs: float = 
         return await listener
 
 
-def cut(samples: np.ndarray, sizes: int | Sequence[int]) -> list[bytes]:
+def cut(samples: npt.NDArray[np.int16], sizes: int | Sequence[int]) -> list[bytes]:
     """Frames of so many samples each; the last size repeats."""
     frames, start, turn = [], 0, 0
     while start < len(samples):
@@ -77,7 +79,9 @@ def cut(samples: np.ndarray, sizes: int | Sequence[int]) -> list[bytes]:
     return frames
 
 
-async def transcribe(url: str, samples: np.ndarray, frame_samples: int | Sequence[int] = 1600, **options: Any) -> Conversation:
+async def transcribe(
+    url: str, samples: npt.NDArray[np.int16], frame_samples: int | Sequence[int] = 1600, **options: Any
+) -> Conversation:
     """Stream a whole recording as fast as it is taken."""
     return await converse(url, [*cut(samples, frame_samples), END], **options)
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import jiwer
 import numpy as np
+import numpy.typing as npt
 import pytest
 import soundfile
 import soxr
@@ -30,7 +31,7 @@ JFK = "and so my fellow americans ask not what your country can do for you ask w
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
-def encode(samples: np.ndarray, rate: int = 16000, channels: int = 1, **form: Any) -> bytes:
+def encode(samples: npt.NDArray[Any], rate: int = 16000, channels: int = 1, **form: Any) -> bytes:
     """The samples as a file of some form."""
     audio = soxr.resample(samples.astype(np.float32) / 32768, 16000, rate) if rate != 16000 else samples
     file = io.BytesIO()
@@ -38,7 +39,7 @@ def encode(samples: np.ndarray, rate: int = 16000, channels: int = 1, **form: An
     return file.getvalue()
 
 
-FORMS: dict[str, Callable[[np.ndarray], bytes]] = {
+FORMS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
     "raw": lambda samples: samples.tobytes(),
     "wav 8 kHz": lambda samples: encode(samples, 8000, format="WAV"),
     "wav 16 kHz": lambda samples: encode(samples, format="WAV"),
@@ -279,9 +280,7 @@ async def test_cors(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
         assert "Access-Control-Allow-Origin" not in (await http.get(f"{gateway.url}/health", headers=origin)).headers
 
 
-async def test_requests_are_counted(
-    gateway: Gateway, http: httpx.AsyncClient, triton: Ports, recordings: Recordings
-) -> None:
+async def test_requests_are_counted(gateway: Gateway, http: httpx.AsyncClient, triton: Ports, recordings: Recordings) -> None:
     before, calls = await gateway_metrics(gateway.url), await decoder_metric(triton, "asr_decoder_calls_total")
     samples = recordings["jfk"]
     await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)

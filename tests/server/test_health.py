@@ -49,9 +49,7 @@ async def test_without_triton_it_lives_but_is_not_ready(http: httpx.AsyncClient)
         answer = await http.get(f"{gateway.url}/health/ready")
         assert answer.status_code == 503
         assert answer.json()["status"] == "initializing"
-        answer = await http.post(
-            gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"}
-        )
+        answer = await http.post(gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"})
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "not_ready"
         assert "Retry-After" in answer.headers
@@ -75,9 +73,7 @@ async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.Asyn
         answer = await http.get(f"{gateway.url}/health/ready")
         assert answer.status_code == 503
         assert answer.json()["status"] == "draining"
-        answer = await http.post(
-            gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"}
-        )
+        answer = await http.post(gateway.batch_url(), content=bytes(3200), headers={"Content-Type": "application/octet-stream"})
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "draining"
         assert (await gateway_metrics(gateway.url))["asr_draining", ()] == 1

@@ -70,7 +70,9 @@ async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
 async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     """A Triton of a test's own."""
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
-    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log")
+    server = Triton(
+        Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log"
+    )
     await server.start()
     try:
         yield ports
@@ -100,7 +102,9 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
         # The curl line works as it stands.
         line = re.search(r"^  (curl .*)$", shown, re.MULTILINE)
         assert line
-        curl = await asyncio.create_subprocess_shell(line[1], cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+        curl = await asyncio.create_subprocess_shell(
+            line[1], cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
         answer, _ = await curl.communicate()
         assert b"ask not what your country can do for you" in answer
 
@@ -133,7 +137,11 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
     await until(lambda: not any(child.is_running() for child in processes))
-    assert not list(Path("/dev/shm").glob(f"amira_{process.pid}_*"))
+    assert not _shared_memory(process.pid)
+
+
+def _shared_memory(pid: int) -> list[Path]:
+    return [*Path("/dev/shm").glob(f"amira_{pid}_*")]  # noqa: S108
 
 
 async def _equals(status: Callable[[], Any], expected: int) -> bool:
@@ -173,7 +181,9 @@ async def test_a_port_in_use_is_named() -> None:
         ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
     ],
 )
-async def test_a_model_that_fails_to_load_is_named(model_repository: Path, file: str, old: str, new: str, named: list[str]) -> None:
+async def test_a_model_that_fails_to_load_is_named(
+    model_repository: Path, file: str, old: str, new: str, named: list[str]
+) -> None:
     edit(model_repository / file, old, new)
     code, _, errors = await amira("run", model_repository=model_repository)
     assert code == 2
@@ -228,12 +238,14 @@ async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) ->
         assert await decoder_metric(ports, "asr_decoder_evictions_total") == 5
 
         # The gateway's heartbeat keeps a stream alive whose client is silent for longer than that.
-        async with run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", stream_timeout_secs=10) as gateway:
-            async with open_socket(gateway.stream_url()) as socket:
-                await socket.send(bytes(3200))
-                await asyncio.sleep(3)
-                await socket.send(END)
-                assert '"final"' in str(await socket.recv())
+        async with (
+            run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", stream_timeout_secs=10) as gateway,
+            open_socket(gateway.stream_url()) as socket,
+        ):
+            await socket.send(bytes(3200))
+            await asyncio.sleep(3)
+            await socket.send(END)
+            assert '"final"' in str(await socket.recv())
 
 
 async def test_a_failing_encoder_is_one_streams_error(model_repository: Path) -> None:
@@ -285,5 +297,7 @@ def test_unsupported_platforms_are_told_of_the_container(
 def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.find_libpython().is_file()
     monkeypatch.setattr("launcher.engine.Path.exists", lambda _: False)
-    with pytest.raises(EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"):
+    with pytest.raises(
+        EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"
+    ):
         engine.find_libpython()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from itertools import pairwise
 from typing import Any
 
 import jiwer
 import numpy as np
 import pytest
 from clients import END, KEEPALIVE, converse, cut, decoder_metric, gateway_metrics, listen, open_socket, transcribe
-from conftest import Gateway, Recordings
+from conftest import Gateway, Recordings, Samples
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from launcher.engine import Ports
@@ -41,7 +42,7 @@ async def test_messages_have_the_documented_form(gateway: Gateway, recordings: R
         assert 0 <= message["stable_chars"] <= len(message["text"])
     assert {message["type"] for message in partials} == {"partial"}
     texts = [message["text"] for message in partials]
-    assert all(before != after for before, after in zip(texts, texts[1:], strict=False)), "a partial without a change"
+    assert all(before != after for before, after in pairwise(texts)), "a partial without a change"
     processed = [message["audio_processed_ms"] for message in conversation.messages]
     assert processed == sorted(processed)
     assert processed[-1] == len(samples) * 1000 // 16000
@@ -56,7 +57,7 @@ async def test_stable_text_never_changes(gateway: Gateway, recordings: Recording
     for samples in recordings.values():
         messages = (await converse(gateway.stream_url(), [*cut(samples, 1600), END], pause_secs=0.02)).messages
         assert len(messages) > 3
-        for before, after in zip(messages, messages[1:], strict=False):
+        for before, after in pairwise(messages):
             stable = before["text"][: before["stable_chars"]]
             assert after["text"].startswith(stable)
             assert after["stable_chars"] >= before["stable_chars"]
@@ -83,12 +84,15 @@ async def test_twenty_streams_at_once_equal_their_solo_runs(gateway: Gateway, re
     everything = np.concatenate([*recordings.values()])
     rng = np.random.default_rng(3)
     starts = rng.integers(0, len(everything) - 16000 * 4, 20)
-    streams = [everything[start : start + 16000 * int(seconds)] for start, seconds in zip(starts, rng.integers(2, 7, 20), strict=True)]
+    streams = [
+        everything[start : start + 16000 * int(seconds)] for start, seconds in zip(starts, rng.integers(2, 7, 20), strict=True)
+    ]
     solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
 
-    async def paced(samples: np.ndarray) -> list[int]:
+    async def paced(samples: Samples) -> list[int]:
         frames = [*cut(samples, int(rng.integers(160, 3200))), END]
-        return (await converse(gateway.stream_url(), frames, pause_secs=0.01)).final["tokens"]
+        final = (await converse(gateway.stream_url(), frames, pause_secs=0.01)).final
+        return list(final["tokens"])
 
     together = await asyncio.gather(*map(paced, streams))
     assert together == solo
@@ -202,7 +206,7 @@ async def test_a_small_buffer_loses_nothing(make_gateway: MakeGateway, recording
 
 
 async def test_silence_ends_a_segment_and_the_next_begins_afresh(gateway: Gateway, recordings: Recordings) -> None:
-    """Behind a silence longer than the left context, on the same place of the grid of windows, nothing is as before but the times."""
+    """Behind a silence longer than the left context, on the same place of the grid of windows, only the times differ."""
     chunk = 15360
     silence = np.zeros(5 * chunk, np.int16)
     samples = next(iter(recordings.values()))

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 import pytest
 from clients import decoder_metric
-from conftest import Recordings
+from conftest import Recordings, Samples
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
@@ -30,7 +30,7 @@ class Ensemble:
     def __init__(self, client: Any) -> None:
         self.client = client
 
-    async def __call__(self, sequence: int, samples: np.ndarray, *, start: bool, end: bool, **options: Any) -> dict[str, Any]:
+    async def __call__(self, sequence: int, samples: Samples, *, start: bool, end: bool, **options: Any) -> dict[str, Any]:
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
         result = await self.client.infer(
@@ -41,7 +41,7 @@ class Ensemble:
         outputs["WORDS"] = orjson.loads(outputs["WORDS"][0, 0])
         return outputs
 
-    async def whole(self, samples: np.ndarray, **options: Any) -> dict[str, Any]:
+    async def whole(self, samples: Samples, **options: Any) -> dict[str, Any]:
         return await self(next(SEQUENCE_IDS), samples, start=True, end=True, **options)
 
 
@@ -129,7 +129,7 @@ async def test_bad_options_are_named_and_disturb_nobody(
 
 
 async def test_a_recording_that_is_too_long_for_one_window(ensemble: Ensemble) -> None:
-    with pytest.raises(InferenceServerException, match="at most 60 s of audio; this has 61.00 s"):
+    with pytest.raises(InferenceServerException, match=r"at most 60 s of audio; this has 61\.00 s"):
         await ensemble.whole(np.zeros(61 * 16000, np.int16), context="whole")
 
 

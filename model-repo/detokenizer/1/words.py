@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,5 +58,5 @@ def group(pieces: Sequence[str], starts: Sequence[float], ends: Sequence[float],
         else:
             words.append(Word(text, start, end, probability))
     words = [word for word in words if word.word]
-    clamped = [word._replace(end=min(word.end, after.start)) for word, after in zip(words, words[1:], strict=False)]
+    clamped = [word._replace(end=min(word.end, after.start)) for word, after in pairwise(words)]
     return clamped + words[-1:]

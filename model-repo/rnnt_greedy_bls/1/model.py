@@ -1,7 +1,7 @@
 """Streaming transducer recognition inside Triton: requests of Triton's sequence batcher in, tokens out.
 
-All state of a live stream is one ``Stream`` in ``_streams``; the decoding itself is in ``greedy.py`` and ``stream.py``, which know
-nothing of Triton. This module turns requests into calls of those and back.
+All state of a live stream is one ``Stream`` in ``_streams``; the decoding itself is in ``greedy.py`` and ``stream.py``, which
+know nothing of Triton. This module turns requests into calls of those and back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from greedy import Token, Transducer
 from metrics import Metrics
 from network import Network, NetworkError

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
+
 from greedy import Floats, States
 from parameters import Parameters
 from stream import Window

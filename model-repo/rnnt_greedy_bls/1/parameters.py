@@ -183,7 +183,7 @@ class _Reader:
 def _integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, (bool, float)):
-            raise ValueError
+            raise TypeError
         return int(value)
     except (TypeError, ValueError):
         raise ParameterError(f"{name} is {value!r}; it must be a whole number") from None

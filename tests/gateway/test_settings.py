@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from gateway.settings import KEYS_WITHOUT_EFFECT, LAUNCHER_VARIABLES, ConfigError, Settings, load_settings, to_toml, to_yaml
 
-SHIPPED = Path(__file__).parent.parent / "config.toml"
+SHIPPED = Path(__file__).parents[2] / "config.toml"
 
 EARLIER_CONFIG = """\
 # HTTP server configuration
@@ -212,7 +212,7 @@ class TestValues:
             ("grpcs://[::1]:8001", "[::1]:8001", True),
         ],
     )
-    def test_triton_endpoint(self, endpoint: str, address: str, ssl: bool) -> None:  # noqa: FBT001
+    def test_triton_endpoint(self, endpoint: str, address: str, ssl: bool) -> None:
         settings = Settings(triton_endpoint=endpoint)
         assert (settings.triton_address, settings.triton_ssl) == (address, ssl)
 
