@@ -30,6 +30,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ DATA = Path("perf", "data")
 
 REPORT = DATA / "report.csv"
 RESULTS = ROOT / "perf" / "results"
-AUDIO_SUFFIXES = frozenset((".flac", ".oga", ".ogg", ".opus", ".wav"))
+AUDIO_SUFFIXES = frozenset((".flac", ".ogg", ".opus", ".wav"))
 LIBRARIES = ("libb64.so.0d", "libcrypto.so.3", "libcudart.so.12", "libssl.so.3")
 """What perf_analyzer needs and few machines have; nvidia-pytriton carries them under other names."""
 
@@ -158,7 +159,7 @@ def read_speech(directory: Path) -> list[NDArray[np.int16]]:
     recordings = []
     for path in paths:
         try:
-            recordings.append(decode_audio(path.read_bytes(), "application/octet-stream", max_secs=3600))
+            recordings.append(decode_audio(path.read_bytes(), "audio/wav", max_secs=3600))
         except ApiError as error:
             raise PerfError(f"{path}: {error}") from None
     if not recordings:
@@ -253,13 +254,19 @@ async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
         PerfError: it failed; the message is the last line that it printed.
     """
     process = await asyncio.create_subprocess_exec(
-        tool.binary, *arguments, cwd=ROOT, env=tool.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        tool.binary,
+        *arguments,
+        cwd=ROOT,
+        env=tool.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C in the terminal is for us
     )
     try:
         _, errors = await process.communicate()
     finally:
         if process.returncode is None:
-            process.kill()
+            process.send_signal(signal.SIGINT)  # it then ends its sequences, for which Triton would wait
             await process.wait()
     if process.returncode:
         raise PerfError(f"perf_analyzer: {_last_line(errors.decode(errors='replace'))}")
