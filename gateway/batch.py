@@ -94,9 +94,9 @@ async def decode_batch(request: Request, model: str) -> Response:
         max_secs = min(service.settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
         samples, opaque = await _read_audio(request, max_secs)
         metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / SAMPLE_RATE)
-        sequence = service.triton.open(recogniser, {"context": "whole", **service.options})
+        utterance = service.triton.open(recogniser, {"context": "whole", **service.options})
         async with service.admission.batch_places:
-            answer = await sequence.send(samples, end=True)
+            answer = await utterance.send(samples, end=True)
     body = {
         "text": answer.text,
         "tokens": answer.tokens,

@@ -112,7 +112,7 @@ class Session:
         self._settings = service.settings
         self._model = model
         self._recogniser = recogniser
-        self._sequence = service.triton.open(recogniser, dict(service.options))
+        self._utterance = service.triton.open(recogniser, dict(service.options))
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._transcript = Transcript()
@@ -142,7 +142,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(reader, pump, last_call, return_exceptions=True)
         if pump.exception():
-            await self._sequence.abandon()
+            await self._utterance.abandon()
         return code
 
     async def _close(self, error: BaseException | None) -> int:
@@ -223,9 +223,9 @@ class Session:
             audio = await self._buffer.take(due_samples * BYTES_A_SAMPLE, heartbeat_secs)
             end, arrived = self._buffer.end, self._buffer.last_put
             if end is End.ABANDONED:
-                await self._sequence.abandon()
+                await self._utterance.abandon()
                 return
-            answer = await self._sequence.send(np.frombuffer(audio, "<i2"), end=end is not None)
+            answer = await self._utterance.send(np.frombuffer(audio, "<i2"), end=end is not None)
             sent_samples += len(audio) // BYTES_A_SAMPLE
             changed = self._transcript.update(answer)
             lag = max(0.0, self.received_secs - answer.samples / SAMPLE_RATE)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -27,6 +28,16 @@ from gateway.transcript import Answer
 OUTPUTS = ("TEXT", "TOKENS", "WORDS", "CONFIDENCE", "STABLE_CHARS", "SEGMENT", "LENGTHS")
 READY_POLL_SECS = 1.0
 READY_TIMEOUT_SECS = 2.0
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    (
+        "grpc.max_reconnect_backoff_ms",
+        1000,
+    ),  # 120 s by default: too long to find a Triton that is back
+]
 
 Samples = npt.NDArray[np.int16]
 
@@ -63,6 +74,28 @@ class Recogniser:
     max_idle_secs: float
     max_sequences: int
 
+    @classmethod
+    def from_config(cls, ensemble: str, steps: Sequence[str], decoder: Mapping[str, Any]) -> Recogniser:
+        """Read the configuration of an ensemble's sequence model.
+
+        Raises:
+            KeyError, ValueError: it is none of this project's decoder.
+        """
+        parameters = {name: entry["string_value"] for name, entry in decoder["parameters"].items()}
+        frame_samples = int(parameters["frame_samples"])
+        batching = decoder["sequence_batching"]
+        instances = sum(int(group["count"]) for group in decoder["instance_group"])
+        callees = [parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")]
+        return cls(
+            ensemble=ensemble,
+            models=(ensemble, *steps, *callees),
+            chunk_samples=int(parameters["chunk_frames"]) * frame_samples,
+            right_samples=int(parameters["right_frames"]) * frame_samples,
+            max_whole_secs=float(parameters["max_whole_secs"]),
+            max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
+            max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
+        )
+
     def due_samples(self, sent: int) -> int:
         """How many samples a stream must have for its next window, when ``sent`` samples gave it all windows they could."""
         windows = max(0, sent - self.right_samples) // self.chunk_samples
@@ -80,7 +113,9 @@ class Triton:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._client = grpcclient.InferenceServerClient(settings.triton_address, ssl=settings.triton_ssl)
+        self._client = grpcclient.InferenceServerClient(
+            settings.triton_address, ssl=settings.triton_ssl, channel_args=CHANNEL_OPTIONS
+        )
         self._recognisers: dict[str, Recogniser] = {}
         self._poller: asyncio.Task[None] | None = None
         self.models: dict[str, ModelState] = {}
@@ -115,9 +150,9 @@ class Triton:
             raise ApiError(ErrorKind.NOT_READY, "the recogniser is not ready; please retry")
         return self._recognisers[ensemble]
 
-    def open(self, recogniser: Recogniser, options: dict[str, str | int]) -> Sequence:
+    def open(self, recogniser: Recogniser, options: dict[str, str | int]) -> Utterance:
         """A new sequence: the state of one stream in the decoder, made by its first request."""
-        return Sequence(self._client, recogniser, options, self._settings.inference_timeout_secs)
+        return Utterance(self._client, recogniser, options, self._settings.inference_timeout_secs)
 
     async def _poll(self) -> None:
         while True:
@@ -132,7 +167,7 @@ class Triton:
             states = {model.name: _model_state(model.state) for model in index.models}
             for ensemble in set(self._settings.models.values()) - self._recognisers.keys():
                 if states.get(ensemble) is ModelState.READY:
-                    self._recognisers[ensemble] = await self._discover(ensemble)
+                    await self._discover(ensemble)
             needed = {name for recogniser in self._recognisers.values() for name in recogniser.models}
             needed |= set(self._settings.models.values())
             self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
@@ -141,37 +176,37 @@ class Triton:
         except InferenceServerException as error:
             self.models = dict.fromkeys(before or self._settings.models.values(), ModelState.UNKNOWN)
             self.latency_secs = None
+            self._recognisers.clear()  # it may come back with another configuration
             if before != self.models:
                 log.warning("triton unreachable", endpoint=self._settings.triton_address, reason=error.message())
         if before != self.models:
             log.info("triton models", **{name: state.value for name, state in self.models.items()})
 
-    async def _discover(self, ensemble: str) -> Recogniser:
+    async def _discover(self, ensemble: str) -> None:
+        """Learn what the configurations behind an ensemble tell."""
         config = await self._config(ensemble)
-        steps = [step["model_name"] for step in config["ensemble_scheduling"]["step"]]
-        configs = [await self._config(step) for step in steps]
-        decoder = next(config for config in configs if "sequence_batching" in config)
-        parameters = {name: entry["string_value"] for name, entry in decoder["parameters"].items()}
-        callees = [parameters.get(f"{role}_model", role) for role in ("preprocessor", "encoder", "decoder_joint")]
-        frame = int(parameters["frame_samples"])
-        batching = decoder["sequence_batching"]
-        instances = sum(int(group["count"]) for group in decoder["instance_group"])
-        recogniser = Recogniser(
-            ensemble=ensemble,
-            models=(ensemble, *steps, *callees),
-            chunk_samples=int(parameters["chunk_frames"]) * frame,
-            right_samples=int(parameters["right_frames"]) * frame,
-            max_whole_secs=float(parameters.get("max_whole_secs", "60")),
-            max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
-            max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
-        )
-        if recogniser.max_idle_secs <= self._settings.stream_timeout_secs:
+        try:
+            steps = [step["model_name"] for step in config["ensemble_scheduling"]["step"]]
+            configs = [await self._config(step) for step in steps]
+            (decoder,) = (config for config in configs if "sequence_batching" in config)
+            recogniser = Recogniser.from_config(ensemble, steps, decoder)
+        except (KeyError, ValueError) as error:
+            log.error("ensemble is no recogniser", ensemble=ensemble, reason=repr(error))
+            return
+        self._recognisers[ensemble] = recogniser
+        settings = self._settings
+        if recogniser.max_idle_secs <= settings.stream_timeout_secs:
             log.warning(
                 "streams may be dropped: stream_timeout_secs is not below the model's max_sequence_idle_microseconds",
-                stream_timeout_secs=self._settings.stream_timeout_secs,
+                stream_timeout_secs=settings.stream_timeout_secs,
                 max_idle_secs=recogniser.max_idle_secs,
             )
-        return recogniser
+        if recogniser.max_sequences < settings.max_concurrent_streams + settings.max_concurrent_batches:
+            log.warning(
+                "requests may wait in Triton: it has fewer sequence slots than the gateway admits streams and batches",
+                slots=recogniser.max_sequences,
+                admitted=settings.max_concurrent_streams + settings.max_concurrent_batches,
+            )
 
     async def _config(self, model: str) -> dict[str, Any]:
         answer = await self._client.get_model_config(model, as_json=True, client_timeout=READY_TIMEOUT_SECS)
@@ -179,8 +214,8 @@ class Triton:
         return config
 
 
-class Sequence:
-    """One stream's sequence in Triton. One request is in flight at a time: Triton may reorder those of one sequence."""
+class Utterance:
+    """One stream as a sequence of requests to Triton, one in flight at a time: Triton may reorder those of one sequence."""
 
     def __init__(
         self,

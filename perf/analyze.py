@@ -70,7 +70,6 @@ FIXED_WINDOWS = ("--max-trials", "3", "--stability-percentage", "999")
 
 WARM_UP = ("--request-count", "16")
 
-
 TITLES = (
     "recordings",
     "mode",
@@ -213,7 +212,7 @@ def _download(binary: Path) -> None:
         command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(LOCK), "--dest", folder]
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
-            raise PerfError(f"can't download perf_analyzer: {_last_line(done.stderr)}; or give one with --perf-analyzer")
+            raise PerfError(f"can't download perf_analyzer: {_reason(done.stderr)}; or give one with --perf-analyzer")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith("/bin/perf_analyzer"))
@@ -269,7 +268,7 @@ async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
             process.send_signal(signal.SIGINT)  # it then ends its sequences, for which Triton would wait
             await process.wait()
     if process.returncode:
-        raise PerfError(f"perf_analyzer: {_last_line(errors.decode(errors='replace'))}")
+        raise PerfError(f"perf_analyzer: {_reason(errors.decode(errors='replace'))}")
     with (ROOT / REPORT).open(encoding="utf-8") as lines:
         (row,) = csv.DictReader(lines)
     return {name: float(value) for name, value in row.items()}
@@ -386,8 +385,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
 
 
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it printed no reason"])[-1]
+def _reason(output: str) -> str:
+    """The line that says why a program failed: pip's first error, or else the last."""
+    lines = output.strip().splitlines() or ["it printed no reason"]
+    return next((line for line in lines if line.startswith("ERROR")), lines[-1])
 
 
 def main() -> None:

@@ -183,7 +183,9 @@ def test_a_partial_is_what_the_audio_of_its_windows_gives(
     seed: int, length: int, config: Parameters, durations: tuple[int, ...]
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
-    for answer in recognise(network, config, in_chunks(samples, config))[:-1]:
+    windows = max(0, length // FRAME_SAMPLES - config.right_frames) // config.chunk_frames
+    for i, answer in enumerate(recognise(network, config, in_chunks(samples, config))[:-1], 1):
+        assert answer.frames == min(i, windows) * config.chunk_frames
         heard = samples[: (answer.frames + config.right_frames) * FRAME_SAMPLES] if answer.frames else samples[:0]
         assert_same(answer.tokens, reference(network, heard))
         assert answer.stable == sum(token.frame < answer.frames for token in answer.tokens)
@@ -250,6 +252,7 @@ def test_a_segment_ends_at_max_total_tokens(seed: int, length: int, config: Para
         full_segments = decoded // max_total_tokens
         assert answer.final == (full_segments > 0)
         assert answer.stable == (full_segments * max_total_tokens or decoded)
+        assert len(answer.tokens) <= max(1, full_segments) * max_total_tokens
         answered += answer.stable if answer.final else 0
 
 

@@ -109,9 +109,9 @@ class Parameters:
         """
         given = _Reader({name: entry["string_value"] for name, entry in config.get("parameters", {}).items()})
         parameters = cls(
-            preprocessor_model=given.text("preprocessor_model", "preprocessor"),
-            encoder_model=given.text("encoder_model", "encoder"),
-            decoder_joint_model=given.text("decoder_joint_model", "decoder_joint"),
+            preprocessor_model=given.text("preprocessor_model"),
+            encoder_model=given.text("encoder_model"),
+            decoder_joint_model=given.text("decoder_joint_model"),
             kind=given.text("kind"),
             blank=given.integer("blank", 1, 1_000_000),
             durations=given.integers("durations"),
@@ -125,7 +125,7 @@ class Parameters:
             block_frames=given.integer("block_frames", 1, 100_000, 32),
             encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
             max_segment_secs=given.number("max_segment_secs", 1.0, 3600.0, 20.0),
-            max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0, 60.0),
+            max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0),
             options=Options(
                 max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
@@ -161,8 +161,8 @@ class _Reader:
         _within(name, value, low, high)
         return value
 
-    def number(self, name: str, low: float, high: float, default: float) -> float:
-        text = self.text(name, str(default))
+    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
+        text = self.text(name, None if default is None else str(default))
         try:
             value = float(text)
         except ValueError:

@@ -123,8 +123,6 @@ class Stream:
             return None
         samples = np.pad(self._pcm, (0, max(0, p.frame_samples - len(self._pcm))))
         self._encoded += -(-ahead // p.frame_samples)
-        self._pcm = self._pcm[:0]
-        self._pcm_start = self._encoded
         return Window(samples, left_frames, None)
 
     def answer(self, tail: Sequence[Token], end: bool) -> Answer:
@@ -176,8 +174,6 @@ class Stream:
         self._tokens.extend(self.from_start(tokens))
         self._frames += done_frames
         self.waiting = self.waiting[:, done_frames:]
-        if self.options.context == "whole":
-            return
         p, options = self.parameters, self.options
         silent_frames = self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
         silent_ms = silent_frames * p.frame_samples * 1000 // SAMPLE_RATE
@@ -223,14 +219,14 @@ def decode_tails(step: Step, streams: Sequence[Stream]) -> list[list[Token]]:
     index = [i for i, stream in enumerate(streams) if stream.tail.size]
     if index:
         batch = [streams[i] for i in index]
-        tokens, _ = _decode(step, batch, [s.tail for s in batch], [replace(s.predictor) for s in batch], limited=False)
+        tokens, _ = _decode(step, batch, [s.tail for s in batch], [replace(s.predictor) for s in batch])
         for i, row_tokens in zip(index, tokens, strict=True):
             tails[i] = streams[i].from_start(row_tokens)
     return tails
 
 
 def _decode(
-    step: Step, streams: Sequence[Stream], rows: Sequence[Floats], predictors: Sequence[Predictor], limited: bool = True
+    step: Step, streams: Sequence[Stream], rows: Sequence[Floats], predictors: Sequence[Predictor]
 ) -> tuple[list[list[Token]], list[int]]:
     return decode(
         step,
@@ -238,6 +234,6 @@ def _decode(
         rows,
         predictors,
         [stream.options.max_symbols_per_step for stream in streams],
-        [stream.token_budget() if limited else UNLIMITED_TOKENS for stream in streams],
+        [stream.token_budget() for stream in streams],
         streams[0].parameters.block_frames,
     )
