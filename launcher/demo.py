@@ -42,11 +42,10 @@ async def show(url: str, model: str, name: str, body: bytes, api_keys: Sequence[
     text = answer.json()["text"] if answer.is_success else answer.json()["error"]["message"]
     console.print(f"  batch   {text}\n          [dim]{took:.3f} s, real-time factor {took / seconds:.3f}[/dim]")
 
-    with Live(console=console, auto_refresh=False) as screen:
+    with Live(console=console, auto_refresh=False, transient=True) as screen:
         first, final, text = await _stream(url, model, samples, headers, screen)
-        screen.update(Text(f"  stream  {text}"), refresh=True)
     console.print(
-        f"          [dim]played at {SPEED:g} times real time; first words after {first:.2f} s of audio, "
+        f"  stream  {text}\n          [dim]played at {SPEED:g} times real time; first words after {first:.2f} s of audio, "
         f"final {final * 1000:.0f} ms after the end[/dim]"
     )
 

@@ -29,6 +29,7 @@ from rich.table import Table
 from websockets.asyncio.client import connect
 
 from gateway.audio import decode_audio
+from gateway.logs import configure_logging
 from gateway.settings import Settings
 from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK, MODEL_REPOSITORY, service
@@ -96,6 +97,7 @@ async def server(url: str | None) -> AsyncIterator[str]:
         return
     gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
     settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning")
+    configure_logging(settings)
     async with service(settings, MODEL_REPOSITORY, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
         yield running.url
 
