@@ -15,6 +15,7 @@ help:  ## Show this
 setup: $(VENV)/installed  ## Install the locked packages into .venv
 
 $(VENV)/installed: requirements.lock pyproject.toml
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Operations.md)" >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 is needed and none was found; install one, or make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "installing packages into $(VENV) (the first time takes a minute)"
 	@$(PYTHON) -m venv $(VENV)
@@ -49,8 +50,9 @@ eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (rec
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)
 
-lock: setup  ## Resolve the newest packages into requirements.lock (needs uv)
-	@uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
+lock:  ## Resolve the newest packages into requirements.lock
+	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
+	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
 
 clean:  ## Remove everything that make made
