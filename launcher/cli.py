@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import structlog
 import typer
@@ -19,13 +19,18 @@ from gateway.server import build_server
 from gateway.settings import ConfigError, Settings, load_settings, to_toml, to_yaml
 from launcher import demo as demonstration
 from launcher.engine import EngineError, Ports, free_ports
-from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH, Running, service
+from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH, Running, service, transcribe_with_each
+
+if TYPE_CHECKING:
+    from launcher.models import Recogniser
 
 USAGE_ERROR = 2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition server.")
 config = typer.Typer(no_args_is_help=True, help="The gateway's configuration.")
 app.add_typer(config, name="config")
+models = typer.Typer(no_args_is_help=True, help="Models: bring your own, check a repository.")
+app.add_typer(models, name="models")
 console = Console(stderr=True)
 log = structlog.get_logger()
 
@@ -110,6 +115,66 @@ def config_show(
     typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
 
 
+@models.command("import")
+def models_import(
+    source: Annotated[str, typer.Argument(help="A directory with the ONNX files, or a Hugging Face repository (owner/name).")],
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new ensemble; by default the source's.", show_default=False)
+    ] = None,
+    into: Annotated[Path, typer.Option(help="The model repository to write to.")] = MODEL_REPOSITORY,
+    quantization: Annotated[str | None, typer.Option(help="Variant of the graphs, such as int8.", show_default=False)] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run its graphs on a GPU.")] = False,
+) -> None:
+    """Add a transducer in NeMo's ONNX export to a model repository."""
+    from launcher.graphs import ModelError  # noqa: PLC0415 (brings onnx, which the server has no use for)
+    from launcher.models import import_model  # noqa: PLC0415
+
+    chosen = name or Path(source).name
+    try:
+        transducer = import_model(source, chosen, into, quantization, gpu=gpu)
+    except ModelError as error:
+        _fail(str(error))
+    typer.echo(
+        f"""imported {chosen} into {into}: {transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins
+check it: amira models check {into}
+serve it: in config.toml, models = {{ {chosen} = "{chosen}" }}"""
+    )
+
+
+@models.command("list")
+def models_list(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
+    """List the ensembles of a model repository."""
+    for recogniser in _recognisers(repository):
+        typer.echo(recogniser.describe())
+
+
+@models.command("check")
+def models_check(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
+    """Check a model repository: files, graphs and configurations, and one utterance on the embedded Triton."""
+    configure_logging(Settings(log_level="warning"))
+    names = [recogniser.name for recogniser in _recognisers(repository)]
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    body = (SPEECH / "jfk.flac").read_bytes()
+
+    async def check() -> None:
+        with console.status("starting Triton"):
+            async for name, answer in transcribe_with_each(repository.resolve(), names, ports, body):
+                frames = f"{answer.samples} samples, {answer.features} feature frames, {answer.frames} encoder frames"
+                typer.echo(f"{name}: {frames}, {len(answer.tokens)} tokens: {answer.text}")
+
+    _main(check)
+
+
+def _recognisers(repository: Path) -> list[Recogniser]:
+    from launcher.graphs import ModelError  # noqa: PLC0415 (see models_import)
+    from launcher.models import recognisers  # noqa: PLC0415
+
+    try:
+        return recognisers(repository)
+    except ModelError as error:
+        _fail(str(error))
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -137,7 +202,7 @@ def _main(serve: Callable[[], object]) -> None:
         pass
 
 
-def _fail(message: str) -> typer.Exit:
+def _fail(message: str) -> NoReturn:
     typer.echo(f"amira: {message}", err=True)
     raise typer.Exit(USAGE_ERROR)
 

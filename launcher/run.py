@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.audio import decode_audio
+from gateway.errors import ApiError
 from gateway.server import GatewayServer, build_server
 from gateway.settings import Settings
+from gateway.transcript import Answer
+from gateway.triton import Triton as TritonClient
 from launcher.engine import Engine, EngineError, Ports, Triton, check_free
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,4 +83,28 @@ async def service(
         keeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await keeper
+        await triton.stop()
+
+
+async def transcribe_with_each(
+    model_repository: Path, ensembles: Sequence[str], ports: Ports, recording: bytes
+) -> AsyncIterator[tuple[str, Answer]]:
+    """Serve a model repository for as long as it takes to transcribe a recording whole with each of its ensembles.
+
+    Raises:
+        EngineError: Triton or a model can't start, or an ensemble can't transcribe.
+    """
+    triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-check.log")
+    await triton.start()
+    client = TritonClient(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
+    try:
+        await client.start()
+        for name in ensembles:
+            recogniser = client.recogniser(name)
+            samples = decode_audio(recording, "application/octet-stream", recogniser.max_whole_secs)
+            yield name, await client.open(recogniser, {"context": "whole"}).send(samples, end=True)
+    except ApiError as error:
+        raise EngineError(f"an utterance failed: {error.message}; {ENGINE_HOME / 'triton-check.log'} tells more") from error
+    finally:
+        await client.close()
         await triton.stop()

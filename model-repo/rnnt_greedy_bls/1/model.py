@@ -42,6 +42,7 @@ class TritonPythonModel:
             pb_utils.TritonModelException: one of them is missing or not allowed.
         """
         config = json.loads(args["model_config"])
+        self._name = args["model_name"]
         try:
             self._parameters = Parameters.from_config(config)
         except ParameterError as error:
@@ -88,7 +89,7 @@ class TritonPythonModel:
             stream.push(samples)
         except ValueError as error:
             self._forget(sequence)
-            return _error(str(error))
+            return self._error(str(error))
         self._metrics.audio(len(samples) / SAMPLE_RATE)
         return Job(sequence, end, stream)
 
@@ -122,7 +123,7 @@ class TritonPythonModel:
             tails = [[] for _ in live]
             for job in live:
                 job.error = str(error)
-        responses = {job.sequence: _error(job.error) for job in jobs if job.error}
+        responses = {job.sequence: self._error(job.error) for job in jobs if job.error}
         for job, tail in zip(live, tails, strict=True):
             if not job.error:
                 responses[job.sequence] = self._response(job, tail)
@@ -154,6 +155,9 @@ class TritonPythonModel:
             self._forget(sequence)
         self._metrics.evictions(len(stale))
 
+    def _error(self, message: str) -> Any:
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {message}"))
+
     def _forget(self, sequence: int) -> None:
         self._streams.pop(sequence, None)
         self._last_use.pop(sequence, None)
@@ -161,7 +165,3 @@ class TritonPythonModel:
 
 def _input(request: Any, name: str) -> Any:
     return pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-
-
-def _error(message: str) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"rnnt_greedy_bls: {message}"))
