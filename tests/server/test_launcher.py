@@ -116,7 +116,8 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
             assert await status() == 200
             triton = next(child for child in psutil.Process(process.pid).children() if child.name() == "tritonserver")
             stubs = triton.children()
-            assert stubs
+            # One process for each instance that the instance_group settings ask for: two encoders, one of each other model.
+            assert len(stubs) == 6
             triton.kill()
             await until(lambda: _equals(status, 503))
             assert (await http.get(f"{url}/health")).status_code == 200
@@ -178,6 +179,7 @@ async def test_a_port_in_use_is_named() -> None:
         ("encoder/config.pbtxt", '"encoded_lengths"', '"lengths"', ["encoder", "output lengths"]),
         ("encoder/config.pbtxt", "[ -1, 384, -1 ]", "[ -1, 80, -1 ]", ["encoder", "audio_signal", "80", "384"]),
         ("rnnt_greedy_bls/config.pbtxt", 'string_value: "rnnt"', 'string_value: "ctc"', ["rnnt_greedy_bls", "'ctc'", "'tdt'"]),
+        ("encoder/config.pbtxt", "dims: [ 1, 384, 228 ]", "dims: [ 1, 384 ]", ["encoder", "audio_signal", "[1,384]"]),
         ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
     ],
 )

@@ -148,6 +148,26 @@ async def test_a_start_on_a_live_sequence_begins_anew(ensemble: Ensemble, record
     assert (await ensemble(sequence, SILENCE, start=False, end=True))["TOKENS"].tolist() == expected
 
 
+async def test_errors_of_a_graph_name_the_model_and_its_tensors(ensemble: Ensemble) -> None:
+    """Two rows of frames, and one of everything else."""
+    state = np.zeros((1, 1, 256), np.float32)
+    feeds = {
+        "encoder_outputs": np.zeros((2, 256, 4), np.float32),
+        "targets": np.zeros((1, 1), np.int32),
+        "target_length": np.ones(1, np.int32),
+        "input_states_1": state,
+        "input_states_2": state[:, [0, 0, 0]],
+    }
+    inputs = []
+    for name, array in feeds.items():
+        inputs.append(InferInput(name, array.shape, "FP32" if array.dtype == np.float32 else "INT32"))
+        inputs[-1].set_data_from_numpy(array)
+    with pytest.raises(InferenceServerException) as raised:
+        await ensemble.client.infer("decoder_joint", inputs)
+    assert "decoder_joint: inference failed" in raised.value.message()
+    assert "'encoder_outputs': [2, 256, 4]" in raised.value.message()
+
+
 async def test_calls_of_the_decoder(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
     """A whole recording costs its tokens + 1, and one for every block that the walk crosses."""
     before = await decoder_metric(triton, "asr_decoder_calls_total")
