@@ -45,6 +45,7 @@ FRAMES_PER_SECOND = 100 / SUBSAMPLING
 UNKNOWN = 0
 UNKNOWN_BIAS = -30.0  # as good as never, as in a trained model
 LOGIT_SCALE = 4.0  # standard deviation of a logit; the more, the rarer near-ties that rounding could decide
+BLANK_SCALE = 0.3  # of the blank's deviation to a token's; the more, the longer a history that favours the blank silences all
 RECURRENCE = 1.5  # the more, the more history matters; from about 4 on, rounding errors would grow from token to token
 
 TOKENS_PER_SECOND = 4.5, 0.5  # wanted, and how far from that is still as wanted
@@ -288,6 +289,8 @@ class _DecoderWeights:
         for inputs, deviation in ((EMBEDDING, 2 / EMBEDDING**0.5), (HIDDEN, 5 / HIDDEN**0.5))[: size.layers]:
             recurrent = _normal(random, RECURRENCE / HIDDEN**0.5, 4 * HIDDEN, HIDDEN)
             lstm.append((_normal(random, deviation, 4 * HIDDEN, inputs), recurrent))
+        output = _normal(random, LOGIT_SCALE / (0.5 * JOINT) ** 0.5, JOINT, size.outputs)
+        output[:, size.blank] *= BLANK_SCALE
         bias = np.zeros(size.outputs, np.float32)
         bias[UNKNOWN] = UNKNOWN_BIAS
         return cls(
@@ -295,7 +298,7 @@ class _DecoderWeights:
             lstm,
             _normal(random, 1 / ENCODED**0.5, ENCODED, JOINT),
             _normal(random, 3 / HIDDEN**0.5, HIDDEN, JOINT),
-            _normal(random, LOGIT_SCALE / (0.5 * JOINT) ** 0.5, JOINT, size.outputs),
+            output,
             bias,
         )
 
@@ -320,9 +323,7 @@ def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
     fed = graph.add("MatMul", graph.add("Transpose", x, perm=[1, 0, 2]), graph.half_weight(weights.predictor))
     frames = graph.add("Transpose", "encoder_outputs", perm=[0, 2, 1])
     frames = graph.add("MatMul", frames, graph.half_weight(weights.encoder))
-    both = graph.add(
-        "Add", graph.add("Unsqueeze", frames, graph.integers(2)), graph.add("Unsqueeze", fed, graph.integers(1))
-    )
+    both = graph.add("Add", graph.add("Unsqueeze", frames, graph.integers(2)), graph.add("Unsqueeze", fed, graph.integers(1)))
     logits = graph.add("MatMul", graph.add("Tanh", both), graph.half_weight(weights.output))
     graph.add("Add", logits, graph.weight(weights.output_bias), output="outputs")
     state_shape = size.layers, None, HIDDEN
@@ -341,3 +342,86 @@ def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
             _tensor("output_states_2", TensorProto.FLOAT, *state_shape),
         ],
     )
+
+
+class _Network:
+    """The built decoder_joint, its biases still changeable.
+
+    Args:
+        size: of the model.
+        session: of its graph.
+    """
+
+    def __init__(self, size: _Size, session: Any) -> None:
+        self.size = size
+        self.bias = np.zeros(size.outputs, np.float32)
+        self._session = session
+
+    def step(self, frames: Floats, targets: npt.NDArray[np.int32], states: list[Floats] | None) -> tuple[Floats, list[Floats]]:
+        """Logits [B, T, U, …] of frames [B, D, T] after targets [B, U], and the states after all of these."""
+        rows, tokens = targets.shape
+        before = states or [np.zeros((self.size.layers, rows, HIDDEN), np.float32)] * 2
+        inputs = {
+            "encoder_outputs": frames,
+            "targets": targets,
+            "target_length": np.full(rows, tokens, np.int32),
+            "input_states_1": before[0],
+            "input_states_2": before[1],
+        }
+        logits, *after = self._session.run(["outputs", "output_states_1", "output_states_2"], inputs)
+        return logits + self.bias, after
+
+    def decode(self, frames: Floats) -> tuple[list[int], float]:
+        """Greedily decode frames [D, T], one call a decision: the frames of the tokens, and how narrow a decision was."""
+        blank = self.size.blank
+        emitted: list[int] = []
+        gap = np.inf
+        token, states, t, symbols = blank, None, 0, 0
+        while t < frames.shape[1]:
+            logits, after = self.step(frames[None, :, t : t + 1], np.array([[token]], np.int32), states)
+            scores, durations = np.split(logits[0, 0, 0], [blank + 1])
+            gap = min(gap, *(np.diff(np.sort(part)[-2:])[0] for part in (scores, durations) if part.size))
+            best, jump = int(scores.argmax()), int(durations.argmax()) if durations.size else 0
+            if best != blank:
+                token, states = best, after
+                emitted.append(t)
+                symbols += 1
+            if jump or best == blank or symbols == MAX_TOKENS_PER_FRAME:
+                t += max(jump, 1)
+                symbols = 0
+        return emitted, float(gap)
+
+
+def _calibrated_bias(size: _Size, session: Any, rows: Sequence[Floats], random: np.random.Generator) -> Floats:
+    """Biases of blank and durations with which the recordings' frames [D, T] give tokens at the wanted rate.
+
+    Of many such blank biases it is that whose narrowest decision is the clearest.
+    """
+    network = _Network(size, session)
+    histories = random.integers(1, size.blank, (4, 8), np.int32)
+    logits = np.concatenate(
+        [network.step(np.repeat(row[None], 4, 0), histories, None)[0].reshape(-1, size.outputs) for row in rows]
+    )
+    durations = logits[:, size.blank + 1 :]
+    for _ in range(100 if size.durations else 0):
+        best = (durations + network.bias[size.blank + 1 :]).argmax(axis=1)
+        shares = np.bincount(best, minlength=size.durations) / len(best)
+        network.bias[size.blank + 1 :] += np.log(DURATION_SHARES / np.maximum(shares, 1e-3))
+
+    seconds = sum(row.shape[1] for row in rows) / FRAMES_PER_SECOND
+    wanted, tolerance = TOKENS_PER_SECOND
+    clearest, blank_bias = 0.0, None
+    margins = logits[:, : size.blank].max(axis=1) - logits[:, size.blank]
+    for share in np.linspace(0.1, 0.9, 33):  # of the decisions that are tokens
+        network.bias[size.blank] = np.quantile(margins, 1 - share)
+        decoded = [network.decode(row) for row in rows]
+        rate = sum(len(emitted) for emitted, _ in decoded) / seconds
+        gap = min(gap for _, gap in decoded)
+        if abs(rate - wanted) <= tolerance and gap > clearest:
+            clearest, blank_bias = gap, network.bias[size.blank]
+        if rate > wanted + 2 * tolerance:
+            break
+    if blank_bias is None:
+        raise RuntimeError("no blank bias gives the wanted rate of tokens")
+    network.bias[size.blank] = blank_bias
+    return network.bias

@@ -1,0 +1,276 @@
+"""Users' own models: imported, checked and served, and held against onnx-asr token for token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import httpx
+import numpy as np
+import onnx_asr
+import pytest
+from clients import END, converse, cut
+from conftest import Gateway, Recordings, Samples, run_gateway
+from synthetic import build
+from test_launcher import amira, edit, triton_with
+
+from launcher.graphs import ModelError
+from launcher.models import import_model, recognisers
+from launcher.run import MODEL_REPOSITORY
+
+KINDS: tuple[Literal["rnnt", "tdt"], ...] = ("rnnt", "tdt")
+BLOCK_FRAMES = (1, 5, 32, 200)
+OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+class Served(NamedTuple):
+    """A gateway before a Triton that serves imported models at every block size, and the bundled one."""
+
+    gateway: Gateway
+    repository: Path
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
+    root = tmp_path_factory.mktemp("published")
+    for kind in KINDS:
+        build(root / kind, kind, external_data=kind == "rnnt")
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def peers(sources: dict[str, Path]) -> dict[str, Any]:
+    """onnx-asr's recognisers on the same directories."""
+    return {kind: onnx_asr.load_model(f"nemo-conformer-{kind}", path).with_timestamps() for kind, path in sources.items()}
+
+
+@pytest.fixture(scope="session")
+async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    repository = tmp_path_factory.mktemp("served") / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    names = {}
+    for kind, source in sources.items():
+        for block_frames in BLOCK_FRAMES:
+            name = names[f"{kind}-{block_frames}"] = f"{kind}_{block_frames}"
+            import_model(str(source), name, repository, None, gpu=False)
+            decoder = repository / f"{name}_decoder" / "config.pbtxt"
+            decoder.write_text(
+                decoder.read_text() + f'parameters {{ key: "block_frames" value {{ string_value: "{block_frames}" }} }}\n'
+            )
+            if block_frames != BLOCK_FRAMES[0]:  # one set of the graphs is enough
+                for role in ("preprocessor", "encoder", "decoder_joint"):
+                    shutil.rmtree(repository / f"{name}_{role}")
+                    edit(decoder, f'"{name}_{role}"', f'"{kind}_{BLOCK_FRAMES[0]}_{role}"')
+    async with (
+        triton_with(repository) as ports,
+        run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", models={"amira": "asr_ensemble", **names}) as gateway,
+    ):
+        yield Served(gateway, repository)
+
+
+def cases(recordings: Recordings) -> list[Samples]:
+    """Every recording, whole and in parts of many lengths."""
+    whole = list(recordings.values())
+    return whole + [samples[start : start + length] for samples in whole for start, length in ((0, 20000), (30000, 47777))]
+
+
+def expected(peer: Any, samples: Samples, vocabulary: dict[str, int]) -> list[int]:
+    result = peer.recognize(samples.astype(np.float32) / 32768)
+    return [vocabulary[token] for token in result.tokens]
+
+
+def read_vocabulary(source: Path) -> dict[str, int]:
+    """Ids by piece as onnx-asr shows it: with a space for ▁."""
+    lines = (source / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    return {line.rpartition(" ")[0].replace("▁", " "): index for index, line in enumerate(lines)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_frames", BLOCK_FRAMES)
+async def test_tokens_are_those_of_onnx_asr(
+    served: Served, peers: dict[str, Any], sources: dict[str, Path], recordings: Recordings, kind: str, block_frames: int
+) -> None:
+    """Recordings of mixed lengths at once, so that they share the decoder's calls."""
+    vocabulary = read_vocabulary(sources[kind])
+    wanted = [expected(peers[kind], samples, vocabulary) for samples in cases(recordings)]
+    url = served.gateway.batch_url(f"{kind}-{block_frames}")
+    async with httpx.AsyncClient(timeout=60) as http:
+        answers = await asyncio.gather(
+            *(http.post(url, content=samples.tobytes(), headers=OCTETS) for samples in cases(recordings))
+        )
+    assert [answer.json()["tokens"] for answer in answers] == wanted
+    assert all(len(tokens) > 3 for tokens in wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stream_with_everything_in_its_last_window_equals_the_recording(
+    served: Served, recordings: Recordings, kind: str
+) -> None:
+    samples = recordings["jfk"][: int(16000 * 3.9)]  # less than a chunk and its right context
+    async with httpx.AsyncClient(timeout=60) as http:
+        answer = await http.post(served.gateway.batch_url(f"{kind}-32"), content=samples.tobytes(), headers=OCTETS)
+    final = (await converse(served.gateway.stream_url(f"{kind}-32"), [*cut(samples, 1600), END])).final
+    assert final["tokens"] == answer.json()["tokens"]
+
+
+async def test_models_are_served_side_by_side(served: Served, recordings: Recordings) -> None:
+    body = recordings["jfk"].tobytes()
+    async with httpx.AsyncClient(timeout=60) as http:
+        names = ("amira", "rnnt-32", "tdt-32")
+        answers = await asyncio.gather(
+            *(http.post(served.gateway.batch_url(name), content=body, headers=OCTETS) for name in names)
+        )
+        ready = (await http.get(f"{served.gateway.url}/health/ready")).json()["models"]
+        unknown = await http.post(served.gateway.batch_url("rnnt"), content=body, headers=OCTETS)
+    bundled, rnnt, tdt = (answer.json() for answer in answers)
+    assert "country" in bundled["text"]
+    assert len({bundled["text"], rnnt["text"], tdt["text"]}) == 3
+    assert rnnt["encoded_length"] == -(-rnnt["features_length"] // 8)
+    assert all(ready.values())
+    assert len(ready) == 9
+    assert unknown.status_code == 404
+
+
+def test_a_served_repository_is_listed(served: Served) -> None:
+    lines = {recogniser.name: recogniser.describe() for recogniser in recognisers(served.repository)}
+    assert lines["asr_ensemble"].startswith("asr_ensemble: rnnt, 512 pieces, 96 ms a frame")
+    assert lines["tdt_1"] == "tdt_1: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s"
+
+
+async def test_import_check_and_list_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "new"
+    code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    assert code == 0, errors
+    assert "imported mine" in output
+    assert {path.name for path in into.iterdir()} == {
+        "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
+    }  # fmt: skip
+    code, output, errors = await amira("models", "check", str(into))
+    assert code == 0, errors
+    assert "mine: 176000 samples" in output
+    code, output, _ = await amira("models", "list", str(into))
+    assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
+    code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    assert code == 2
+    assert "exists; choose another --name" in errors
+
+
+def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
+    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=True)
+    for role in ("preprocessor", "encoder", "decoder_joint"):
+        assert "KIND_GPU" in (tmp_path / f"mine_{role}" / "config.pbtxt").read_text()
+    assert "KIND_GPU" not in (tmp_path / "mine_decoder" / "config.pbtxt").read_text()
+
+
+@pytest.fixture
+def source(sources: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a published model, for a test to break."""
+    return Path(shutil.copytree(sources["rnnt"], tmp_path / "source"))
+
+
+def refusal(source: Path | str, tmp_path: Path, quantization: str | None = None) -> str:
+    into = tmp_path / "into"
+    with pytest.raises(ModelError) as raised:
+        import_model(str(source), "mine", into, quantization, gpu=False)
+    assert not into.exists() or not list(into.iterdir()), "something was left"
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["encoder-model.onnx", "decoder_joint-model.onnx", "vocab.txt", "encoder-model.onnx.data"])
+def test_missing_files_are_named(source: Path, tmp_path: Path, name: str) -> None:
+    (source / name).unlink()
+    message = refusal(source, tmp_path)
+    assert name in message
+    assert "missing" in message
+
+
+def test_a_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
+    assert "encoder-model.int8.onnx is missing" in refusal(source, tmp_path, "int8")
+
+
+def test_a_variant_is_taken(source: Path, tmp_path: Path) -> None:
+    for name in ("encoder-model", "decoder_joint-model"):
+        (source / f"{name}.onnx").rename(source / f"{name}.int8.onnx")
+    assert import_model(str(source), "mine", tmp_path / "into", "int8", gpu=False).kind == "rnnt"
+
+
+def test_garbage_is_no_model(source: Path, tmp_path: Path) -> None:
+    (source / "encoder-model.onnx").write_bytes(b"\xff\x00garbage")
+    assert "encoder-model.onnx is no ONNX model" in refusal(source, tmp_path)
+
+
+def test_swapped_graphs_name_tensor_and_what_is_there(source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "decoder_joint-model.onnx", source / "encoder-model.onnx")
+    message = refusal(source, tmp_path)
+    assert "encoder-model.onnx: input audio_signal is missing; the graph has encoder_outputs" in message
+
+
+def test_an_encoder_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(sources["tdt"] / "encoder-model.onnx", source / "encoder-model.onnx")
+    message = refusal(source, tmp_path)
+    assert "input audio_signal is FLOAT [?, 128, ?]; expected FLOAT [?, 80, ?]" in message
+
+
+def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(sources["tdt"] / "vocab.txt", source / "vocab.txt")
+    message = refusal(source, tmp_path)
+    assert "output outputs has 513 logits a frame; vocab.txt has 1025 pieces" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("<blk> 512", "blank 512", "the last piece is 'blank 512'"),
+        ("<unk> 0", "<unk> 1", "vocab.txt line 1 is '<unk> 1'; expected"),
+    ],
+)
+def test_malformed_vocabularies_are_named(source: Path, tmp_path: Path, old: str, new: str, named: str) -> None:
+    edit(source / "vocab.txt", old, new)
+    assert named in refusal(source, tmp_path)
+
+
+def test_another_kind_in_the_configuration_is_refused(source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(json.dumps({"model_type": "nemo-conformer-tdt", "features_size": 80}))
+    assert "model_type is 'nemo-conformer-tdt'" in refusal(source, tmp_path)
+
+
+def test_nemo_files_get_the_recipe(tmp_path: Path) -> None:
+    message = refusal("parakeet.nemo", tmp_path)
+    assert "restore_from('parakeet.nemo')" in message
+    assert "model.export('model.onnx')" in message
+
+
+def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:
+    assert "neither a directory nor the id" in refusal(tmp_path / "nothing", tmp_path)
+    with pytest.raises(ModelError, match="name 'a/b' has other characters"):
+        import_model(str(source), "a/b", tmp_path / "into", None, gpu=False)
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "owner/model can't be had from Hugging Face" in refusal("owner/model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
+        ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
+        ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
+        ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
+    ],
+)
+def test_broken_repositories_are_named(tmp_path: Path, file: str, old: str, new: str, named: str) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    assert [recogniser.name for recogniser in recognisers(repository)] == ["asr_ensemble"]
+    edit(repository / file / "config.pbtxt", old, new)
+    with pytest.raises(ModelError) as raised:
+        recognisers(repository)
+    assert named in str(raised.value)
