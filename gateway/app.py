@@ -52,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         description="Speech to text, for recordings here and for live streams over the WebSocket /v2/decode/stream/{model}.",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.include_router(batch.router)
     app.include_router(stream.router)

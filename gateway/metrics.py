@@ -10,7 +10,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from gateway import __version__
 from gateway.errors import ErrorKind
 
-ENDPOINTS = ("batch", "stream", "health", "metrics", "other")
 UNKNOWN_MODEL = "unknown"
 """Label of every model name that the configuration does not have."""
 
@@ -55,6 +54,10 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
                 REQUESTS.labels(endpoint, model, str(int(status)))
         for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
             histogram.labels(model)
+    for endpoint, answers in (("health", (200, 503)), ("metrics", (200,)), ("other", (200, 404, 405))):
+        REQUEST_DURATION.labels(endpoint, UNKNOWN_MODEL)
+        for answer in answers:
+            REQUESTS.labels(endpoint, UNKNOWN_MODEL, str(answer))
     for ensemble in ensembles:
         TRITON_DURATION.labels(ensemble)
     for kind in ErrorKind:

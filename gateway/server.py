@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -47,6 +50,18 @@ class GatewayServer(uvicorn.Server):
             await asyncio.wait({drain}, timeout=FORCE_EXIT_POLL_SECS)
         drain.cancel()
         await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, but a signal that was obeyed is not raised again: there may be more to stop, and the exit code is 0."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the drain, a second one ends it."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
 
     @property
     def port(self) -> int:

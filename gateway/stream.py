@@ -285,7 +285,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             status = error.kind.status
             await _refuse(socket, error, service)
         else:
-            await socket.accept()
+            await socket.accept(headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())])
             session = Session(socket, service, model, recogniser)
             code = await session.run()
             metrics.AUDIO_SECONDS.labels("stream", label).inc(session.received_secs)
@@ -299,6 +299,12 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             )
     metrics.REQUESTS.labels("stream", label, str(status)).inc()
     metrics.REQUEST_DURATION.labels("stream", label).observe(time.monotonic() - began)
+
+
+@router.websocket("/{path:path}")
+async def unknown_path(socket: WebSocket, path: str) -> None:
+    """Refuse a stream anywhere else."""
+    await _refuse(socket, ApiError(ErrorKind.NOT_FOUND, f"there is nothing at {'/' + path[:200]!r}"), socket.app.state.service)
 
 
 def _check_origin(socket: WebSocket, service: Service) -> None:

@@ -36,9 +36,9 @@ log = structlog.get_logger()
 
 ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="The models to serve.")]
 TritonHost = Annotated[str, typer.Option(envvar="AMIRA_TRITON_HOST", help="Address that the embedded Triton listens on.")]
-HttpPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", help="Its HTTP port.")]
-GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", help="Its gRPC port.")]
-MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", help="Its metrics port.")]
+HttpPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port.")]
+GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", min=1, max=65535, help="Its gRPC port.")]
+MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", min=1, max=65535, help="Its metrics port.")]
 
 
 class Format(str, Enum):

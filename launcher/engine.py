@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import filecmp
 import importlib.metadata
+import ipaddress
 import os
 import platform
 import shutil
@@ -54,7 +55,11 @@ class Ports:
     metrics: int
 
     def check_free(self) -> None:
-        """Raise EngineError where one is taken."""
+        """Raise EngineError where one is taken, or the address is none."""
+        try:
+            ipaddress.IPv4Address(self.host)
+        except ValueError:
+            raise EngineError(f"AMIRA_TRITON_HOST is {self.host!r}; it must be an IPv4 address") from None
         for name in ("http", "grpc", "metrics"):
             check_free(self.host, getattr(self, name), f"AMIRA_TRITON_{name.upper()}_PORT")
 
@@ -280,7 +285,7 @@ class Triton:
             f"--grpc-port={ports.grpc}",
             f"--metrics-port={ports.metrics}",
         ]
-        with self._log_path.open("wb") as output:
+        with self._log_path.open("ab" if self._process else "wb") as output:  # a restart keeps what the crash left
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=subprocess.DEVNULL,
@@ -319,7 +324,10 @@ class Triton:
             path.unlink(missing_ok=True)
 
     def _last_error(self) -> str:
-        errors = [line for line in self._log_path.read_text(errors="replace").splitlines() if line.startswith(("E", "error"))]
+        lines = self._log_path.read_text(errors="replace").splitlines()
+        errors = [
+            line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()
+        ]  # those are harmless
         return _one_line(errors[-1]) if errors else "it printed no error"
 
 

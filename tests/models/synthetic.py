@@ -34,7 +34,8 @@ IR_VERSION = 8
 
 HIDDEN = 640
 ENCODED = 256
-JOINT = 320
+JOINT = 256
+MATCHES = 16  # the blank's share of the joint network, see _DecoderWeights
 EMBEDDING = 160
 CHANNELS = 128
 STRIDES = 3  # convolutions of stride 2
@@ -45,7 +46,6 @@ FRAMES_PER_SECOND = 100 / SUBSAMPLING
 UNKNOWN = 0
 UNKNOWN_BIAS = -30.0  # as good as never, as in a trained model
 LOGIT_SCALE = 4.0  # standard deviation of a logit; the more, the rarer near-ties that rounding could decide
-BLANK_SCALE = 0.3  # of the blank's deviation to a token's; the more, the longer a history that favours the blank silences all
 RECURRENCE = 1.5  # the more, the more history matters; from about 4 on, rounding errors would grow from token to token
 
 TOKENS_PER_SECOND = 4.5, 0.5  # wanted, and how far from that is still as wanted
@@ -272,12 +272,18 @@ def _normalised_encoder(weights: _EncoderWeights, features: Sequence[Floats]) ->
 
 @dataclass
 class _DecoderWeights:
-    """Weights of predictor and joint: embedding [V + 1, E], LSTM layers [4 H, in] and [4 H, H], projections [in, out]."""
+    """Weights of predictor and joint: embedding [V + 1, E], LSTM layers [4 H, in], [4 H, H] and [8 H], projections [in, out].
+
+    The tokens' logits are drawn at random. Were the blank's too, a frame that favours tokens would get ten, and a history that
+    favours the blank would silence all frames. So the blank's logit is a product of the two: for projections e of the frame and
+    p of the history, tanh(c + e + p) - tanh(c + e - p) - tanh(c - e + p) + tanh(c - e - p) is about 4 tanh''(c) e p.
+    """
 
     embedding: Floats
-    lstm: list[tuple[Floats, Floats]]
+    lstm: list[tuple[Floats, Floats, Floats]]
     encoder: Floats
     predictor: Floats
+    joint_bias: Floats
     output: Floats
     output_bias: Floats
 
@@ -288,19 +294,23 @@ class _DecoderWeights:
         lstm = []
         for inputs, deviation in ((EMBEDDING, 2 / EMBEDDING**0.5), (HIDDEN, 5 / HIDDEN**0.5))[: size.layers]:
             recurrent = _normal(random, RECURRENCE / HIDDEN**0.5, 4 * HIDDEN, HIDDEN)
-            lstm.append((_normal(random, deviation, 4 * HIDDEN, inputs), recurrent))
-        output = _normal(random, LOGIT_SCALE / (0.5 * JOINT) ** 0.5, JOINT, size.outputs)
-        output[:, size.blank] *= BLANK_SCALE
-        bias = np.zeros(size.outputs, np.float32)
-        bias[UNKNOWN] = UNKNOWN_BIAS
-        return cls(
-            embedding,
-            lstm,
-            _normal(random, 1 / ENCODED**0.5, ENCODED, JOINT),
-            _normal(random, 3 / HIDDEN**0.5, HIDDEN, JOINT),
-            output,
-            bias,
-        )
+            lstm.append((_normal(random, deviation, 4 * HIDDEN, inputs), recurrent, _normal(random, 0.5, 8 * HIDDEN)))
+        encoder = _normal(random, 1 / ENCODED**0.5, ENCODED, JOINT + MATCHES)
+        predictor = _normal(random, 3 / HIDDEN**0.5, HIDDEN, JOINT + MATCHES)
+        output = _normal(random, LOGIT_SCALE / (0.5 * JOINT) ** 0.5, JOINT + 4 * MATCHES, size.outputs)
+        output[JOINT:] = 0
+        output[:, size.blank] = 0
+        output[JOINT:, size.blank] = np.repeat([1, -1, -1, 1], MATCHES) * LOGIT_SCALE / MATCHES**0.5
+        output_bias = np.zeros(size.outputs, np.float32)
+        output_bias[UNKNOWN] = UNKNOWN_BIAS
+
+        def matched(projection: Floats, signs: Sequence[int]) -> Floats:
+            matches = projection[:, JOINT:]
+            return np.concatenate([projection[:, :JOINT], *(sign * matches for sign in signs)], axis=1)
+
+        joint_bias = np.repeat(np.array([0, 0.66], np.float32), [JOINT, 4 * MATCHES])  # where tanh bends most
+        encoder, predictor = matched(encoder, (1, 1, -1, -1)), matched(predictor, (1, -1, 1, -1))
+        return cls(embedding, lstm, encoder, predictor, joint_bias, output, output_bias)
 
 
 def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
@@ -313,14 +323,15 @@ def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
     ]
     x = graph.add("Gather", graph.half_weight(weights.embedding), graph.add("Transpose", "targets", perm=[1, 0]))
     for layer, kernels in enumerate(weights.lstm):
-        kernel, recurrent = (graph.half_weight(values[None]) for values in kernels)
+        kernel, recurrent, bias = (graph.half_weight(values[None]) for values in kernels)
         states = before[0][layer], before[1][layer]
         after = [f"{name}_{layer}" for name in ("fed", "hidden", "cell")]
-        graph.add_many("LSTM", x, kernel, recurrent, "", "", *states, outputs=after, hidden_size=HIDDEN)
+        graph.add_many("LSTM", x, kernel, recurrent, bias, "", *states, outputs=after, hidden_size=HIDDEN)
         x = graph.add("Squeeze", after[0], graph.integers(1))
     for i, name in ((1, "hidden"), (2, "cell")):
         graph.add("Concat", *(f"{name}_{layer}" for layer in layers), output=f"output_states_{i}", axis=0)
     fed = graph.add("MatMul", graph.add("Transpose", x, perm=[1, 0, 2]), graph.half_weight(weights.predictor))
+    fed = graph.add("Add", fed, graph.weight(weights.joint_bias))
     frames = graph.add("Transpose", "encoder_outputs", perm=[0, 2, 1])
     frames = graph.add("MatMul", frames, graph.half_weight(weights.encoder))
     both = graph.add("Add", graph.add("Unsqueeze", frames, graph.integers(2)), graph.add("Unsqueeze", fed, graph.integers(1)))

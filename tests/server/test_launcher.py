@@ -145,6 +145,24 @@ def _shared_memory(pid: int) -> list[Path]:
     return [*Path("/dev/shm").glob(f"amira_{pid}_*")]  # noqa: S108
 
 
+async def test_sigterm_stops_both_and_a_second_one_ends_the_drain() -> None:
+    env = environment(drain_timeout_secs=60)
+    process = await asyncio.create_subprocess_exec(AMIRA, "run", env=env, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr
+    await asyncio.wait_for(process.stderr.readuntil(b"Ctrl-C stops it."), 60)
+    children = psutil.Process(process.pid).children(recursive=True)
+    async with open_socket(f"ws://{LOOPBACK}:{env['AMIRA_SERVER_PORT']}/v2/decode/stream/amira") as stream:
+        await stream.send(bytes(3200))
+        process.terminate()
+        await asyncio.sleep(1)
+        await stream.send(bytes(3200))  # a live stream goes on
+        assert process.returncode is None
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 40) == 0
+    await until(lambda: not any(child.is_running() for child in children))
+    assert not _shared_memory(process.pid)
+
+
 async def _equals(status: Callable[[], Any], expected: int) -> bool:
     return bool(await status() == expected)
 
@@ -199,6 +217,15 @@ async def test_a_missing_repository_is_named(tmp_path: Path) -> None:
     code, _, errors = await amira("run", model_repository=tmp_path / "none")
     assert code == 2
     assert str(tmp_path / "none") in errors
+
+
+async def test_bad_ports_and_addresses_are_named() -> None:
+    code, _, errors = await amira("run", triton_http_port=99999)
+    assert code == 2
+    assert "65535" in errors
+    code, _, errors = await amira("run", triton_host="::1")
+    assert code == 2
+    assert errors.strip().endswith("AMIRA_TRITON_HOST is '::1'; it must be an IPv4 address")
 
 
 async def test_a_bad_setting_is_one_line() -> None:

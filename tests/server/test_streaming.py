@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from itertools import pairwise
 from typing import Any
 
+import httpx
 import jiwer
 import numpy as np
 import pytest
@@ -231,6 +232,22 @@ async def test_unknown_models_are_refused_before_the_upgrade(gateway: Gateway) -
     assert b"nobody" in response.body
     assert b"amira" in response.body
     assert response.headers["X-Request-ID"]
+
+
+async def test_unknown_paths_are_refused_like_any_other(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        await converse(gateway.stream_url().replace("decode", "encode"), [])
+    assert refused.value.response.status_code == 404
+    assert b"/v2/encode/stream/amira" in refused.value.response.body
+    assert (await http.get(f"{gateway.url}/v2/decode/stream/amira")).status_code == 404
+
+
+async def test_the_upgrade_names_the_request(gateway: Gateway) -> None:
+    async with open_socket(gateway.stream_url(), additional_headers={"X-Request-ID": "mine"}) as socket:
+        assert socket.response
+        assert socket.response.headers["X-Request-ID"] == "mine"
+        await socket.send(bytes(3))
+        assert (await listen(socket)).error["request_id"] == "mine"
 
 
 async def test_browsers_get_the_error_as_a_frame(make_gateway: MakeGateway) -> None:
