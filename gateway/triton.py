@@ -81,7 +81,7 @@ class Recogniser:
         Raises:
             KeyError, ValueError: it is none of this project's decoder.
         """
-        parameters = {name: entry["string_value"] for name, entry in decoder["parameters"].items()}
+        parameters = {name: entry.get("string_value", "") for name, entry in decoder["parameters"].items()}
         frame_samples = int(parameters["frame_samples"])
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])

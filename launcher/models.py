@@ -211,6 +211,8 @@ def _write(
             "frame_samples": frame_samples,
             **{f"{part}_frames": round(seconds / seconds_a_frame) for part, seconds in WINDOW_SECS.items()},
         }
+        if not transducer.durations:
+            del values["durations"]
         for key, value in values.items():
             decoder.parameters[key].string_value = str(value)
         written.append(_write_model(repository, decoder, code_of="rnnt_greedy_bls"))

@@ -180,9 +180,7 @@ def test_tokens_come_as_in_speech(model: Model) -> None:
     assert len(shared) >= 3
 
 
-def test_a_tdt_uses_all_its_durations(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    if model.kind != "tdt":
-        pytest.skip("an RNN-T has no durations")
+def test_tokens_and_blanks_use_all_durations(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     jumps: Counter[tuple[bool, int]] = Counter()
     decode_one = model.asr._decode
 
@@ -193,8 +191,9 @@ def test_a_tdt_uses_all_its_durations(model: Model, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(model.asr, "_decode", counted)
     model.recognise(speech())
-    assert set(jumps) == {(blank, jump) for blank in (False, True) for jump in range(5)}
-    assert all(sum(jumps[blank, jump] for blank in (False, True)) >= 5 for jump in range(5))
+    durations = model.transducer.durations or (-1,)  # onnx-asr's word for none
+    assert set(jumps) == {(blank, jump) for blank in (False, True) for jump in durations}
+    assert all(jumps[False, jump] + jumps[True, jump] >= 10 for jump in durations)
 
 
 def test_padding_changes_nothing(model: Model) -> None:
@@ -240,7 +239,7 @@ def test_our_decoder_gives_the_tokens_of_onnx_asr(
 ) -> None:
     monkeypatch.setitem(model.asr.config, "max_tokens_per_step", max_tokens_per_frame)
     expected = model.recognise(mixed_lengths())
-    assert sum(map(len, expected)) > 100
+    assert sum(map(len, expected)) > 80
     rows = model.encode(mixed_lengths())
     found: list[list[Token]] = []
     for batch in [rows] if batched else [[row] for row in rows]:

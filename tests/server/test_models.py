@@ -104,7 +104,7 @@ async def test_tokens_are_those_of_onnx_asr(
             *(http.post(url, content=samples.tobytes(), headers=OCTETS) for samples in cases(recordings))
         )
     assert [answer.json()["tokens"] for answer in answers] == wanted
-    assert all(len(tokens) > 3 for tokens in wanted)
+    assert sum(map(len, wanted)) > 50
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -107,7 +107,7 @@ class Parameters:
         Raises:
             ParameterError: one is missing, unknown or not allowed.
         """
-        given = _Reader({name: entry["string_value"] for name, entry in config.get("parameters", {}).items()})
+        given = _Reader({name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()})
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
             encoder_model=given.text("encoder_model"),
