@@ -49,7 +49,7 @@ LOGIT_SCALE = 4.0  # standard deviation of a logit; the more, the rarer near-tie
 RECURRENCE = 1.5  # the more, the more history matters; from about 4 on, rounding errors would grow from token to token
 
 TOKENS_PER_SECOND = 3.0, 6.0  # least and most in each recording
-DURATION_SHARES = 0.15, 0.3, 0.25, 0.18, 0.12  # of the jumps 0 … 4
+DURATION_SHARES = 0.12, 0.28, 0.24, 0.18, 0.18  # of the jumps 0 … 4
 MAX_TOKENS_PER_FRAME = 10
 CLEAR_GAP = 4e-3  # at least between the best two logits of any decision; rounding makes about 1e-5
 DRAWS = 8  # of weights, before giving up

@@ -193,7 +193,7 @@ def test_tokens_and_blanks_use_all_durations(model: Model, monkeypatch: pytest.M
     model.recognise(speech())
     durations = model.transducer.durations or (-1,)  # onnx-asr's word for none
     assert set(jumps) == {(blank, jump) for blank in (False, True) for jump in durations}
-    assert all(jumps[False, jump] + jumps[True, jump] >= 10 for jump in durations)
+    assert all(jumps[False, jump] + jumps[True, jump] >= 5 for jump in durations)
 
 
 def test_padding_changes_nothing(model: Model) -> None:
@@ -239,7 +239,7 @@ def test_our_decoder_gives_the_tokens_of_onnx_asr(
 ) -> None:
     monkeypatch.setitem(model.asr.config, "max_tokens_per_step", max_tokens_per_frame)
     expected = model.recognise(mixed_lengths())
-    assert sum(map(len, expected)) > 80
+    assert sum(map(len, expected)) > 50
     rows = model.encode(mixed_lengths())
     found: list[list[Token]] = []
     for batch in [rows] if batched else [[row] for row in rows]:
