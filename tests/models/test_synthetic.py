@@ -233,22 +233,22 @@ def test_the_history_matters(model: Model) -> None:
 
 @pytest.mark.parametrize("max_tokens_per_frame", [10, 2, 1])
 @pytest.mark.parametrize("block_frames", [1, 3, 16, 64])
-@pytest.mark.parametrize("batched", [True, False], ids=["batch", "alone"])
 def test_our_decoder_gives_the_tokens_of_onnx_asr(
-    model: Model, block_frames: int, max_tokens_per_frame: int, batched: bool, monkeypatch: pytest.MonkeyPatch
+    model: Model, block_frames: int, max_tokens_per_frame: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(model.asr.config, "max_tokens_per_step", max_tokens_per_frame)
     expected = model.recognise(mixed_lengths())
     assert sum(map(len, expected)) > 50
     rows = model.encode(mixed_lengths())
-    found: list[list[Token]] = []
-    for batch in [rows] if batched else [[row] for row in rows]:
-        predictors = [model.fresh() for _ in batch]
-        limits = [max_tokens_per_frame] * len(batch), [UNLIMITED] * len(batch)
-        tokens, done = decode(model.step, model.transducer, batch, predictors, *limits, block_frames)
-        assert done == [row.shape[1] for row in batch]
-        found += tokens
-    assert_same(found, expected)
+    for batches in [rows], [[row] for row in rows]:
+        found: list[list[Token]] = []
+        for batch in batches:
+            predictors = [model.fresh() for _ in batch]
+            limits = [max_tokens_per_frame] * len(batch), [UNLIMITED] * len(batch)
+            tokens, done = decode(model.step, model.transducer, batch, predictors, *limits, block_frames)
+            assert done == [row.shape[1] for row in batch]
+            found += tokens
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 4, 10])
