@@ -227,6 +227,7 @@ class Session:
                 return
             answer = await self._utterance.send(np.frombuffer(audio, "<i2"), end=end is not None)
             sent_samples += len(audio) // BYTES_A_SAMPLE
+            metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / SAMPLE_RATE)
             changed = self._transcript.update(answer)
             lag = max(0.0, self.received_secs - answer.samples / SAMPLE_RATE)
             metrics.STREAM_LAG.labels(self._model).observe(lag)
@@ -288,7 +289,6 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             await socket.accept(headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())])
             session = Session(socket, service, model, recogniser)
             code = await session.run()
-            metrics.AUDIO_SECONDS.labels("stream", label).inc(session.received_secs)
             metrics.CLOSES.labels(str(code)).inc()
             log.info(
                 "stream closed",
