@@ -23,13 +23,13 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics
 from gateway.access import check_key, origin_allowed
+from gateway.audio import RATE
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import BufferUsage, Service
 from gateway.transcript import Answer, Transcript
 from gateway.triton import Recogniser
 
-SAMPLE_RATE = 16000
 BYTES_A_SAMPLE = 2
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
 
@@ -122,7 +122,7 @@ class Session:
     @property
     def received_secs(self) -> float:
         """Audio received."""
-        return self._received_bytes / BYTES_A_SAMPLE / SAMPLE_RATE
+        return self._received_bytes / BYTES_A_SAMPLE / RATE
 
     async def run(self) -> int:
         """Serve the stream; gives the code it was closed with."""
@@ -227,9 +227,9 @@ class Session:
                 return
             answer = await self._utterance.send(np.frombuffer(audio, "<i2"), end=end is not None)
             sent_samples += len(audio) // BYTES_A_SAMPLE
-            metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / SAMPLE_RATE)
+            metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / RATE)
             changed = self._transcript.update(answer)
-            lag = max(0.0, self.received_secs - answer.samples / SAMPLE_RATE)
+            lag = max(0.0, self.received_secs - answer.samples / RATE)
             metrics.STREAM_LAG.labels(self._model).observe(lag)
             if end:
                 await self._send(self._message("final", answer))
@@ -250,7 +250,7 @@ class Session:
             "confidence": None if confidence is None else round(confidence, 4),
             # All words in every partial would make a long stream's traffic grow with the square of its length.
             "words": transcript.words if kind == "final" else answer.words,
-            "audio_processed_ms": answer.samples * 1000 // SAMPLE_RATE,
+            "audio_processed_ms": answer.samples * 1000 // RATE,
             "stable_chars": transcript.stable_chars,
         }
 

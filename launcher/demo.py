@@ -16,9 +16,8 @@ from rich.live import Live
 from rich.text import Text
 from websockets.asyncio.client import connect
 
-from gateway.audio import decode_audio
+from gateway.audio import RATE, decode_audio
 
-SAMPLE_RATE = 16000
 FRAME_SAMPLES = 1600
 SPEED = 4.0
 """Streams play this many times faster than real time, so that the demonstration is short."""
@@ -29,7 +28,7 @@ console = Console()
 async def show(url: str, model: str, name: str, body: bytes, api_keys: Sequence[SecretStr]) -> None:
     """Transcribe one recording both ways and print text, time and real-time factor."""
     samples = decode_audio(body, "application/octet-stream", max_secs=3600)
-    seconds = len(samples) / SAMPLE_RATE
+    seconds = len(samples) / RATE
     headers = {"Authorization": f"Bearer {api_keys[0].get_secret_value()}"} if api_keys else {}
     console.print(f"\n[bold]{name}[/bold]  {seconds:.2f} s")
 
@@ -62,7 +61,7 @@ async def _stream(
         async def play() -> None:
             nonlocal ended
             for start in range(0, len(samples), FRAME_SAMPLES):
-                await asyncio.sleep(max(0.0, began + start / SAMPLE_RATE / SPEED - time.perf_counter()))
+                await asyncio.sleep(max(0.0, began + start / RATE / SPEED - time.perf_counter()))
                 await socket.send(samples[start : start + FRAME_SAMPLES].tobytes())
             await socket.send(b"\x00")
             ended = time.perf_counter()

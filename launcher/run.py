@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gateway.audio import decode_audio
 from gateway.errors import ApiError
-from gateway.server import GatewayServer, build_server
+from gateway.server import build_server
 from gateway.settings import Settings
 from gateway.transcript import Answer
 from gateway.triton import Triton as TritonClient
@@ -32,16 +32,12 @@ class Running:
 
     Attributes:
         url: the gateway's base URL on this machine.
-        triton: the Triton behind it.
         ports: Triton's ports.
-        server: the gateway.
         log_path: what Triton prints.
     """
 
     url: str
-    triton: Triton
     ports: Ports
-    server: GatewayServer
     log_path: Path
 
 
@@ -73,7 +69,7 @@ async def service(
                 raise EngineError("the gateway ended while it started; its log says why")
             await asyncio.sleep(0.02)
         host = LOOPBACK if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104
-        running = Running(f"http://{host}:{server.port}", triton, ports, server, log_path)
+        running = Running(f"http://{host}:{server.port}", ports, log_path)
         try:
             yield running, serving
         finally:

@@ -28,13 +28,12 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
-from gateway.audio import decode_audio
+from gateway.audio import RATE, decode_audio
 from gateway.logs import configure_logging
 from gateway.settings import Settings
 from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK, MODEL_REPOSITORY, service
 
-SAMPLE_RATE = 16000
 FRAME_SAMPLES = 3200
 CONCURRENCY = 4
 
@@ -105,7 +104,7 @@ async def server(url: str | None) -> AsyncIterator[str]:
 async def evaluate(directory: Path, url: str | None) -> None:
     """Measure and print a table."""
     recordings = read_speech(directory)
-    seconds = sum(len(recording.samples) for recording in recordings) / SAMPLE_RATE
+    seconds = sum(len(recording.samples) for recording in recordings) / RATE
     console = Console()
     table = Table(title=f"{len(recordings)} recordings, {seconds:.0f} s of {directory}")
     for column in ("", "word error rate %", "character error rate %", "audio seconds a second"):

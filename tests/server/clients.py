@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -15,6 +15,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from launcher.engine import Ports
+
+MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 END = b"\x00"
 KEEPALIVE = b"\x01"
@@ -95,7 +97,7 @@ async def decoder_metric(ports: Ports, name: str) -> float:
     )
 
 
-async def gateway_metrics(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+async def gateway_metrics(url: str) -> MetricSamples:
     """Every sample of the gateway, by name and labels."""
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"{url}/metrics")).text
@@ -104,3 +106,13 @@ async def gateway_metrics(url: str) -> dict[tuple[str, tuple[tuple[str, str], ..
         for family in text_string_to_metric_families(page)
         for sample in family.samples
     }
+
+
+def growth(before: MetricSamples, after: MetricSamples) -> Callable[..., float]:
+    """How much a metric grew between two looks, as a function of its name and labels."""
+
+    def grown(name: str, **labels: str) -> float:
+        key = name, tuple(sorted(labels.items()))
+        return after[key] - before[key]
+
+    return grown

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pytest
 import soundfile
 import soxr
-from clients import decoder_metric, gateway_metrics
+from clients import decoder_metric, gateway_metrics, growth
 from conftest import Gateway, Recordings
 
 from gateway.app import LINGER_SECS
@@ -286,11 +286,7 @@ async def test_requests_are_counted(gateway: Gateway, http: httpx.AsyncClient, t
     await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
     await http.post(gateway.batch_url("../etc"), content=b"", headers=OCTETS)
     await http.post(gateway.batch_url(), content=b"", headers=OCTETS)
-    after = await gateway_metrics(gateway.url)
-
-    def grown(name: str, **labels: str) -> float:
-        key = name, tuple(sorted(labels.items()))
-        return after[key] - before[key]
+    grown = growth(before, await gateway_metrics(gateway.url))
 
     assert grown("asr_requests_total", endpoint="batch", model="amira", status="200") == 1
     assert grown("asr_requests_total", endpoint="batch", model="amira", status="400") == 1

@@ -12,7 +12,7 @@ import httpx
 import jiwer
 import numpy as np
 import pytest
-from clients import END, KEEPALIVE, converse, cut, decoder_metric, gateway_metrics, listen, open_socket, transcribe
+from clients import END, KEEPALIVE, converse, cut, decoder_metric, gateway_metrics, growth, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -304,11 +304,7 @@ async def test_the_socket_counts_and_measures(gateway: Gateway, recordings: Reco
     await transcribe(gateway.stream_url(), samples)
     with pytest.raises((ConnectionClosed, InvalidStatus)):
         await converse(gateway.stream_url("nobody"), [])
-    after = await gateway_metrics(gateway.url)
-
-    def grown(name: str, **labels: str) -> float:
-        key = name, tuple(sorted(labels.items()))
-        return after[key] - before[key]
+    grown = growth(before, await gateway_metrics(gateway.url))
 
     assert grown("asr_requests_total", endpoint="stream", model="amira", status="101") == 1
     assert grown("asr_requests_total", endpoint="stream", model="unknown", status="404") == 1
