@@ -4,10 +4,13 @@ BIN := $(VENV)/bin
 # The first Python that the embedded Triton can run with; make PYTHON=… chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-SOURCES := gateway launcher model-repo backends tests perf
+# Where a training keeps its features and checkpoints, and where its graphs go.
+WORK ?= .training
+INTO ?= model-repo
+SOURCES := gateway launcher model-repo backends training tests perf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf lock clean
+.PHONY: help setup run demo test lint format eval perf data train export peers test-training lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -50,10 +53,31 @@ eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (rec
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)
 
+$(VENV)/training-installed: $(VENV)/installed
+	@echo "installing what the training needs into $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
+	@touch $@
+
+data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [WORK=dir]
+	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH))
+
+train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir]
+	@nice $(BIN)/python -m training.train --work $(WORK)
+
+export: $(VENV)/training-installed  ## Write the trained model's graphs: make export [WORK=dir] [INTO=dir]
+	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO)
+
+peers: $(VENV)/training-installed  ## Word error rates of other recognisers: make peers SPEECH=dir
+	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make peers SPEECH=dir" >&2; exit 1; }
+	@$(BIN)/python -m training.peers $(SPEECH)
+
+test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, five minutes
+	@$(BIN)/pytest tests/training
+
 lock:  ## Resolve the newest packages into requirements.lock
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

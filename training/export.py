@@ -1,0 +1,188 @@
+"""`make export`: the trained model as the three graphs and the vocabulary of a model repository.
+
+Tensor names and layout are those of NeMo's export. Matrices are stored as int8 with a scale for each output, other large
+weights as float16, and both are turned into float32 by operators that ONNX Runtime folds when it loads the graph. Its own
+DequantizeLinear would not do: the runtime fuses it into kernels that quantise activations over a batch, padding included.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnx
+import sentencepiece
+import torch
+import typer
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training import config as configuration
+from training import moonshine
+from training.data import LOWER, TOKENS
+from training.features import SAMPLES
+from training.model import Transducer
+from training.moonshine import FRAME_SAMPLES
+from training.train import build
+
+_SMALL = 4096
+"""Weights that are not worth storing in fewer bits."""
+
+
+class Preprocessor(nn.Module):
+    """Cuts samples into the encoder's frames."""
+
+    def forward(self, waveforms: Tensor, waveforms_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map waveforms [B, N] to features [B, 384, T], what lies behind a row's end being zero, and their lengths [B]."""
+        real = torch.arange(waveforms.shape[1]) < waveforms_lens[:, None]
+        samples = functional.pad(waveforms * real.to(waveforms.dtype), (0, FRAME_SAMPLES - 1))
+        frames = (waveforms.shape[1] + FRAME_SAMPLES - 1) // FRAME_SAMPLES
+        features = samples[:, : frames * FRAME_SAMPLES].reshape(samples.shape[0], -1, FRAME_SAMPLES)
+        return features.transpose(1, 2), (waveforms_lens + FRAME_SAMPLES - 1) // FRAME_SAMPLES
+
+
+class Encoder(nn.Module):
+    """All of the encoder: stem, lower layers, and what was trained above them."""
+
+    def __init__(self, model: Transducer) -> None:
+        super().__init__()
+        self.stem, self.lower, _ = moonshine.load(LOWER)
+        self.encoder = model.encoder
+
+    def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Map features [B, 384, T] to outputs [B, D, ceil(T / 4)] and their lengths [B]."""
+        samples = audio_signal.transpose(1, 2).flatten(1)
+        samples = samples * (torch.arange(samples.shape[1]) < length[:, None] * FRAME_SAMPLES).to(samples.dtype)
+        encoded, lengths = self.encoder(self.lower(self.stem(samples, length), length), length)
+        return encoded.transpose(1, 2), lengths
+
+
+class DecoderJoint(nn.Module):
+    """Predictor and joint in one graph."""
+
+    def __init__(self, model: Transducer) -> None:
+        super().__init__()
+        self.predictor, self.joint = model.predictor, model.joint
+
+    def forward(
+        self, encoder_outputs: Tensor, targets: Tensor, target_length: Tensor, input_states_1: Tensor, input_states_2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Map frames [B, D, T], targets [B, U] and states [1, B, H] to logits [B, T, U, V + 1], lengths and states."""
+        predicted, (hidden, cell) = self.predictor(targets.long(), (input_states_1, input_states_2))
+        frames = self.joint.frame(encoder_outputs.transpose(1, 2))
+        return self.joint(frames[:, :, None], self.joint.token(predicted)[:, None]), target_length + 0, hidden, cell
+
+
+def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onnx.ModelProto]:
+    """Trace the three graphs."""
+    states = torch.zeros(1, 2, predictor_width)
+    targets, target_length = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32)
+    return {
+        "preprocessor": _trace(
+            Preprocessor(),
+            {"waveforms": (torch.randn(2, 20_000), "BN"), "waveforms_lens": (torch.tensor([20_000, 15_000]), "B")},
+            {"features": "B-T", "features_lens": "B"},
+        ),
+        "encoder": _trace(
+            Encoder(model),
+            {"audio_signal": (torch.randn(2, FRAME_SAMPLES, 61), "B-T"), "length": (torch.tensor([61, 40]), "B")},
+            {"outputs": "B-S", "encoded_lengths": "B"},
+        ),
+        "decoder_joint": _trace(
+            DecoderJoint(model),
+            {
+                "encoder_outputs": (torch.randn(2, width, 5), "B-T"),
+                "targets": (targets, "BU"),
+                "target_length": (target_length, "B"),
+                "input_states_1": (states, "-B-"),
+                "input_states_2": (states, "-B-"),
+            },
+            {"outputs": "BTU-", "prednet_lengths": "B", "output_states_1": "-B-", "output_states_2": "-B-"},
+        ),
+    }
+
+
+def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: dict[str, str]) -> onnx.ModelProto:
+    """Export a module; a letter for a tensor's axis names an open dimension, `-` stands for a fixed one."""
+    axes = {name: letters for name, (_, letters) in inputs.items()} | outputs
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the tracer warns of every Python number, and these are meant to be constant
+        torch.onnx.export(
+            module.eval(),
+            tuple(tensor for tensor, _ in inputs.values()),
+            buffer,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={n: {i: a for i, a in enumerate(letters) if a != "-"} for n, letters in axes.items()},
+            opset_version=17,
+            dynamo=False,
+        )
+    return onnx.load_model_from_string(buffer.getvalue())
+
+
+def compress(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Store large weights in fewer bits."""
+    stored, nodes = [], []
+    for weight in model.graph.initializer:
+        array, name = numpy_helper.to_array(weight), weight.name
+        if array.dtype != np.float32 or array.size < _SMALL:
+            stored.append(weight)
+        elif array.ndim == 2:  # noqa: PLR2004 - a matrix
+            scale = np.maximum(np.abs(array).max(axis=_inputs_axis(model.graph, name), keepdims=True), 1e-8) / 127
+            stored.append(numpy_helper.from_array(np.round(array / scale).astype(np.int8), f"{name}.int8"))
+            stored.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"))
+            nodes.append(helper.make_node("Cast", [f"{name}.int8"], [f"{name}.unscaled"], to=TensorProto.FLOAT))
+            nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{name}.scale"], [name]))
+        else:
+            stored.append(numpy_helper.from_array(array.astype(np.float16), f"{name}.float16"))
+            nodes.append(helper.make_node("Cast", [f"{name}.float16"], [name], to=TensorProto.FLOAT))
+    compressed = onnx.ModelProto()
+    compressed.CopyFrom(model)
+    del compressed.graph.initializer[:]
+    compressed.graph.initializer.extend(stored)
+    del compressed.graph.node[:]
+    compressed.graph.node.extend([*nodes, *model.graph.node])
+    onnx.checker.check_model(compressed)
+    return compressed
+
+
+def _inputs_axis(graph: onnx.GraphProto, name: str) -> int:
+    """Return the axis over which a matrix sums, so that the scale is one for each output (or row of a table)."""
+    user = next(node for node in graph.node if name in node.input)
+    rows = user.op_type == "Gather" or any(a.name == "transB" and a.i for a in user.attribute)
+    return 1 if rows else 0
+
+
+def write(config: configuration.Config, work: Path, repository: Path) -> int:
+    """Write graphs and vocabulary of the trained model into a model repository; return their size in bytes."""
+    model = build(config)
+    model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["average"])
+    size = 0
+    for name, graph in graphs(model, config.model.predictor, config.model.width).items():
+        path = repository / name / "1" / "model.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(compress(graph), path)
+        size += path.stat().st_size
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
+    lines = [f"{pieces.id_to_piece(i)} {i}\n" for i in range(pieces.get_piece_size())] + [f"<blk> {model.blank}\n"]
+    (repository / "vocab.txt").write_text("".join(lines), encoding="utf-8")
+    return size
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Where the checkpoint is")],
+    into: Annotated[Path, typer.Option(help="The model repository")],
+    config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
+) -> None:
+    """Write the trained model's graphs."""
+    size = write(configuration.load(config), work, into)
+    typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {SAMPLES} samples a frame")
+
+
+if __name__ == "__main__":
+    typer.run(main)
