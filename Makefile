@@ -61,8 +61,8 @@ $(VENV)/training-installed: $(VENV)/installed
 data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [WORK=dir]
 	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH))
 
-train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir]
-	@nice $(BIN)/python -m training.train --work $(WORK)
+train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir] [START=repo]
+	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START))
 
 export: $(VENV)/training-installed  ## Write the trained model's graphs: make export [WORK=dir] [INTO=dir]
 	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO)

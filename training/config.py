@@ -28,6 +28,7 @@ class Data(Part):
 
     sentences: Path
     most_sentences: int = Field(gt=0)
+    tokens: Path | None = None
     pieces: int = Field(ge=64)
     voices: dict[Literal["hibari", "flite", "espeak"], float]
     shard_sentences: int = Field(gt=0)
@@ -94,5 +95,7 @@ class Config(Part):
 def load(path: Path) -> Config:
     """Read a configuration; paths in it are relative to its file."""
     config = Config.model_validate(tomllib.loads(path.read_text()))
-    data = config.data.model_copy(update={"sentences": path.parent / config.data.sentences})
-    return config.model_copy(update={"data": data})
+    paths = {"sentences": path.parent / config.data.sentences}
+    if config.data.tokens:
+        paths["tokens"] = path.parent / config.data.tokens
+    return config.model_copy(update={"data": config.data.model_copy(update=paths)})

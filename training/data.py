@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,11 +23,10 @@ from training import moonshine
 from training.config import Config
 from training.distort import distort, level, stretch
 from training.features import Features, Spoken
+from training.model import LOWER
 from training.speech import RATE, Audio, Recording, Voices, grouped, recordings
 from training.text import normalise, sentences
 
-LOWER = 3
-"""Moonshine's layers below the features; those above can be trained."""
 TOKENS = "tokens.model"
 _STRETCHES = (1.0, 0.9, 1.1, 0.95, 1.06, 0.88, 1.13)
 
@@ -124,8 +124,11 @@ def _make(job: Job) -> str:
 
 
 def tokens(config: Config, directory: Path, speech: Path | None) -> None:
-    """Learn the pieces (Kudo's unigram model, 2018) from all text, once."""
+    """Take the pieces that the configuration names, or learn some from all text (Kudo's unigram model, 2018); once."""
     if (directory / TOKENS).exists():
+        return
+    if config.data.tokens:
+        shutil.copyfile(config.data.tokens, directory / TOKENS)
         return
     real = (r.text for r in held_out(recordings(speech), config.data.held_out)[0]) if speech else iter(())
     sentencepiece.SentencePieceTrainer.train(

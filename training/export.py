@@ -23,11 +23,10 @@ from torch.nn import functional
 
 from training import config as configuration
 from training import moonshine
-from training.data import LOWER, TOKENS
+from training.data import TOKENS
 from training.features import SAMPLES
-from training.model import Transducer
+from training.model import LOWER, Transducer, build
 from training.moonshine import FRAME_SAMPLES
-from training.train import build
 
 _SMALL = 4096
 """Weights that are not worth storing in fewer bits."""

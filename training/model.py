@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training import config as configuration
-from training.moonshine import WIDTH, Layers
+from training import moonshine
+from training.moonshine import WIDTH, Layers, attend
 
 LSTMState = tuple[Tensor, Tensor]
+
+
+LOWER = 3
+"""Moonshine's layers that stay as they are; those above can be trained."""
 
 
 class Block(nn.Module):
@@ -28,7 +33,6 @@ class Block(nn.Module):
                 nn.LayerNorm(width),
                 nn.Linear(width, inner),
                 nn.SiLU(),
-                nn.Dropout(self._dropout),
                 nn.Linear(inner, width),
                 nn.Dropout(self._dropout),
             )
@@ -56,7 +60,7 @@ class Block(nn.Module):
             y.view(batch, count, self._heads, width // self._heads).transpose(1, 2)
             for y in self.qkv(self.attention_norm(x)).chunk(3, -1)
         )
-        y = functional.scaled_dot_product_attention(_rotate(q), _rotate(k), v, attn_mask=mask)
+        y = attend(_rotate(q), _rotate(k), v, mask)
         x = x + self._drop(self.attention_out(y.transpose(1, 2).reshape(batch, count, width)))
         y = functional.glu(self.gate(self.convolution_norm(x)), dim=-1) * real[..., None].to(x.dtype)
         y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
@@ -151,6 +155,12 @@ class Transducer(nn.Module):
         self.predictor = Predictor(blank, sizes.predictor, sizes.dropout)
         self.joint = Joint(sizes.width, sizes.predictor, blank)
         self.ctc = nn.Linear(sizes.width, blank + 1)
+
+
+def build(config: configuration.Config) -> Transducer:
+    """Return an untrained transducer on top of Moonshine's upper layers."""
+    _, _, upper = moonshine.load(LOWER)
+    return Transducer(upper, config.data.pieces, config.model)
 
 
 @torch.inference_mode()

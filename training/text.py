@@ -16,26 +16,25 @@ _LONGEST_NUMBER = 9  # digits; anything longer is a code, not a number to say
 def normalise(text: str) -> str:
     """Bring any spelling to the model's.
 
-    >>> normalise("Mr. O’Neil paid 1,250,000 on the 3rd, in 1999 -- 100%!")
-    "mister o'neil paid one million, X on the third in nineteen ninety nine one hundred percent"
+    >>> normalise("Mr. O’Neil paid 1,250 on the 3rd, in 1999 -- 100%!")
+    "mister o'neil paid one thousand two hundred and fifty on the third in nineteen ninety nine one hundred percent"
     """
     text = text.lower().replace("’", "'").replace("‘", "'").replace("&", " and ").replace("%", " percent ")
     text = re.sub(r"\b(mr|mrs|dr)\b\.?", lambda title: _TITLES[title[1]], text)
-    text = re.sub(r"(?<=\d),(?=\d{3})", lambda _: "", text)
-    text = re.sub(r"\d+(st|nd|rd|th)?\b", _say, text)
+    text = re.sub(r"(\d+(?:,\d{3})*)(st|nd|rd|th)?", _say, text)
     text = re.sub(r"[^a-z' ]", " ", text)
     text = re.sub(r"(?<![a-z])'|'(?![a-z])", " ", text)
     return " ".join(text.split())
 
 
 def _say(match: re.Match[str]) -> str:
-    digits = match[0].rstrip("sthndr")
+    digits = match[1].replace(",", "")
     if len(digits) > _LONGEST_NUMBER:
         return " "
     number = int(digits)
-    if match[1]:
+    if match[2]:
         words = num2words(number, ordinal=True)
-    elif number in _YEARS:
+    elif number in _YEARS and digits == match[1]:
         words = num2words(number, to="year")
     else:
         words = num2words(number)

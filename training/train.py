@@ -20,12 +20,12 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from training import config as configuration
-from training import features, moonshine
+from training import features, moonshine, start
 from training.config import Config, Phase
-from training.data import LOWER, TOKENS
+from training.data import TOKENS
 from training.features import Item, Shard
 from training.loss import transducer_loss
-from training.model import Transducer, collapse, greedy
+from training.model import Transducer, build, collapse, greedy
 
 FRAME_SECS = moonshine.FRAME_SAMPLES / 16_000
 _PASS_HOURS = 2.0
@@ -146,11 +146,15 @@ class Progressed:
 class Trainer:
     """The model, what it was on average, and the optimiser, in one checkpoint."""
 
-    def __init__(self, config: Config, work: Path) -> None:
+    def __init__(self, config: Config, work: Path, begin: Path | None = None) -> None:
         self._config, self._work = config, work
         self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
         torch.manual_seed(config.seed)
         self.model, self.average = build(config), build(config)
+        self.at = Progressed()
+        if begin and not self._checkpoint.exists():
+            start.load(self.model, begin)
+            self.at.phase = next(i for i, p in enumerate(config.train.phases) if p.loss == "transducer")
         self.average.load_state_dict(self.model.state_dict())
         self.average.eval().requires_grad_(False)
         upper = {id(p) for p in self.model.encoder.upper.parameters()}
@@ -168,7 +172,6 @@ class Trainer:
             for name in ("whole", "windows")
             if (path := work / "features" / f"choose-{name}.json").exists()
         }
-        self.at = Progressed()
         if self._checkpoint.exists():
             kept = torch.load(self._checkpoint, weights_only=True)
             self.model.load_state_dict(kept["model"])
@@ -306,12 +309,6 @@ class Trainer:
         }
 
 
-def build(config: Config) -> Transducer:
-    """Return an untrained transducer on top of Moonshine's upper layers."""
-    _, _, upper = moonshine.load(LOWER)
-    return Transducer(upper, config.data.pieces, config.model)
-
-
 def _mean_of(losses: list[dict[str, float]]) -> dict[str, float]:
     names = losses[-1] if losses else {}
     return {name: round(float(np.mean([one[name] for one in losses if name in one])), 5) for name in names}
@@ -323,12 +320,13 @@ def _mean(losses: list[dict[str, float]]) -> str:
 
 def main(
     work: Annotated[Path, typer.Option(help="Where `make data` put the features; checkpoints and the log go there too")],
+    begin: Annotated[Path | None, typer.Option(help="Model repository to start from, at the first transducer phase")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
 ) -> None:
     """Train the transducer; go on from the checkpoint if there is one."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        Trainer(configuration.load(config), work).run(progress)
+        Trainer(configuration.load(config), work, begin).run(progress)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""The whole training in small: speak, encode, learn, stop, go on, export, and the decoder reads what was learnt."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from greedy import Floats, Predictor, States, Transducer, decode
+from launcher.run import MODEL_REPOSITORY
+from training import config as configuration
+from training.speech import Voices
+from training.text import normalise, sentences
+from training.train import Trainer
+
+ROOT = Path(__file__).parents[2]
+SPEECH = ROOT / "tests" / "speech"
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("miniature")
+    path = directory / "miniature.toml"
+    text = Path(__file__).with_name("miniature.toml").read_text()
+    path.write_text(text.replace("../../training/sentences.txt.gz", "sentences.txt.gz"))
+    chosen = [s for s in sentences(configuration.load(configuration.DEFAULT).data.sentences)[:400] if len(s) < 60][:48]
+    with gzip.open(directory / "sentences.txt.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(chosen))
+    return path
+
+
+def _run(step: str, *arguments: str | Path) -> str:
+    command = [sys.executable, "-m", f"training.{step}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_miniature_learns_and_its_graphs_are_decoded(config_file: Path, tmp_path: Path) -> None:
+    work, repository = tmp_path / "work", tmp_path / "repository"
+    _run("data", "--work", work, "--speech", SPEECH, "--config", config_file)
+    made = {path: path.stat().st_mtime_ns for path in (work / "features").iterdir()}
+    _run("data", "--work", work, "--speech", SPEECH, "--config", config_file)
+    assert {path: path.stat().st_mtime_ns for path in (work / "features").iterdir()} == made, "made again"
+
+    _run("train", "--work", work, "--config", config_file)
+    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["at"]["phase"] == 2
+    assert set(log[-1]["errors"]) == {"whole", "windows"}
+    _run("train", "--work", work, "--config", config_file)
+    again = json.loads((work / "log.jsonl").read_text().splitlines()[-1])
+    assert again["at"]["step"] == log[-1]["at"]["step"], "a finished training trained on"
+
+    shutil.copytree(MODEL_REPOSITORY, repository)
+    assert "MB" in _run("export", "--work", work, "--into", repository, "--config", config_file)
+    assert _error_rate(repository, config_file) < 0.5
+
+
+def _error_rate(repository: Path, config_file: Path) -> float:
+    """Word error rate of the exported graphs over sentences that were trained on, in another rendering."""
+    config = configuration.load(config_file)
+    preprocessor, encoder, joint = (
+        onnxruntime.InferenceSession(repository / name / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+        for name in ("preprocessor", "encoder", "decoder_joint")
+    )
+    pieces = [line.rsplit(" ", 1)[0] for line in (repository / "vocab.txt").read_text(encoding="utf-8").splitlines()]
+    blank = len(pieces) - 1
+
+    def step(frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
+        feed = {
+            "encoder_outputs": frames,
+            "targets": last_tokens[:, None],
+            "target_length": np.ones(len(last_tokens), np.int32),
+        }
+        logits, _, *after = joint.run(None, {**feed, "input_states_1": states[0], "input_states_2": states[1]})
+        return logits[:, :, 0], tuple(after)
+
+    voices, random = Voices(config.data.voices), np.random.default_rng(5)
+    said, heard = [], []
+    for sentence in sentences(config.data.sentences)[:12]:
+        _, audio = voices.speak([sentence], random)
+        features, count = preprocessor.run(None, {"waveforms": audio[None], "waveforms_lens": np.array([len(audio)])})
+        frames, _ = encoder.run(None, {"audio_signal": features, "length": count})
+        zeros = np.zeros((1, config.model.predictor), np.float32)
+        tokens, _ = decode(step, Transducer(blank), [frames[0]], [Predictor(blank, (zeros, zeros))], [4], [1000], 32)
+        heard.append("".join(pieces[token.id] for token in tokens[0]).replace("▁", " ").strip())
+        said.append(normalise(sentence))
+    return jiwer.wer(said, heard)
+
+
+def test_a_stopped_training_goes_on_where_it_was(config_file: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    _run("data", "--work", work, "--config", config_file)
+    config = configuration.load(config_file)
+    short = config.model_copy(
+        update={
+            "train": config.train.model_copy(
+                update={"phases": [p.model_copy(update={"hours": 0.02}) for p in config.train.phases]}
+            )
+        }
+    )
+    first = Trainer(short, work)
+    first.run(Progress(disable=True))
+    second = Trainer(config, work)
+    assert second.at == first.at
+    for name, tensor in first.average.state_dict().items():
+        assert np.array_equal(tensor.numpy(), second.average.state_dict()[name].numpy()), name
