@@ -23,6 +23,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from launcher.graphs import Graph, ModelError, Transducer
 from launcher.run import MODEL_REPOSITORY
 
+SAMPLE_RATE = 16_000
 MEL_HOP_SAMPLES = 160
 SUBSAMPLING = 8
 MEL_BINS = (80, 128)
@@ -103,9 +104,8 @@ def import_model(source: str, name: str, repository: Path, quantization: str | N
         )
     front_end = _front_end(transducer)
     frame_samples = config.get("subsampling_factor", SUBSAMPLING) * MEL_HOP_SAMPLES
-    _write(
-        transducer, front_end, name, repository, frame_samples, config.get("max_tokens_per_step", MAX_SYMBOLS_PER_STEP), gpu=gpu
-    )
+    max_symbols = config.get("max_tokens_per_step", MAX_SYMBOLS_PER_STEP)
+    _Writer(transducer, name, repository, frame_samples, max_symbols, gpu=gpu).write(front_end)
     return transducer
 
 
@@ -180,62 +180,119 @@ def _front_end(transducer: Transducer) -> Path:
     return Path(str(graph))
 
 
-def _write(
-    transducer: Transducer, front_end: Path, name: str, repository: Path, frame_samples: int, max_symbols: int, *, gpu: bool
-) -> None:
-    """Write every model of a recogniser; whatever was written is removed again if something fails."""
-    graphs = {"preprocessor": front_end, "encoder": transducer.encoder.path, "decoder_joint": transducer.decoder_joint.path}
-    written: list[Path] = []
-    try:
-        for role, graph in graphs.items():
-            config = _template(role, f"{name}_{role}")
-            _set_graph_dims(config, transducer)
-            _set_instances(config, gpu=gpu)
-            written.append(_write_model(repository, config))
-            version = repository / config.name / "1"
-            _link(graph, version / "model.onnx")
-            for data in Graph(graph).data_files:  # these keep their names, by which the graph asks for them
-                _link(graph.parent / data, version / data)
+class _Writer:
+    """Writes the models of one recogniser into a repository."""
 
-        decoder = _template("rnnt_greedy_bls", f"{name}_decoder")
-        seconds_a_frame = frame_samples / 16000
-        values: dict[str, Any] = {
-            **{f"{role}_model": f"{name}_{role}" for role in ROLES},
-            "kind": transducer.kind,
-            "blank": transducer.pieces - 1,
-            "durations": ",".join(map(str, transducer.durations)),
-            "blank_penalty": 0,
-            "predictor_layers": transducer.layers,
-            "predictor_hidden": transducer.hidden,
-            "max_symbols_per_step": max_symbols,
-            "frame_samples": frame_samples,
-            **{f"{part}_frames": round(seconds / seconds_a_frame) for part, seconds in WINDOW_SECS.items()},
+    def __init__(
+        self, transducer: Transducer, name: str, repository: Path, frame_samples: int, max_symbols: int, *, gpu: bool
+    ) -> None:
+        self._transducer, self._name, self._repository = transducer, name, repository
+        self._frame_samples, self._max_symbols, self._gpu = frame_samples, max_symbols, gpu
+        self._window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
+        self._written: list[Path] = []
+
+    def write(self, front_end: Path) -> None:
+        """Write all; whatever was written is removed again if something fails."""
+        graphs = {
+            "preprocessor": front_end,
+            "encoder": self._transducer.encoder.path,
+            "decoder_joint": self._transducer.decoder_joint.path,
         }
-        if not transducer.durations:
-            del values["durations"]
+        try:
+            for role, graph in graphs.items():
+                self._write_graph(role, graph)
+            self._write_decoder()
+            self._write_detokenizer()
+            self._write_ensemble()
+        except BaseException:
+            for path in self._written:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _write_graph(self, role: str, graph: Path) -> None:
+        config = _template(role, f"{self._name}_{role}")
+        _set_graph_dims(config, self._transducer)
+        if self._gpu:
+            config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
+            config.instance_group[0].count = 1
+        lengths = self._set_warmup(config)
+        directory = self._write_model(config)
+        for name, data in lengths.items():
+            (directory / "warmup").mkdir(exist_ok=True)
+            (directory / "warmup" / name).write_bytes(data)
+        _link(graph, directory / "1" / "model.onnx")
+        for name in Graph(graph).data_files:  # these keep their names, by which the graph asks for them
+            _link(graph.parent / name, directory / "1" / name)
+
+    def _set_warmup(self, config: pb.ModelConfig) -> dict[str, bytes]:
+        """Fit the template's warm-up to one window of this model; return the files that it takes its lengths from."""
+        t, window = self._transducer, sum(self._window_frames.values())
+        samples = window * self._frame_samples
+        features = samples // MEL_HOP_SAMPLES
+        dims = {
+            "waveforms": (1, samples),
+            "audio_signal": (1, t.features, features),
+            "encoder_outputs": (1, t.encoder_size, self._window_frames["chunk"]),
+            "input_states_1": (t.layers, 1, t.hidden),
+            "input_states_2": (t.layers, 1, t.hidden),
+        }
+        lengths = {"waveforms_lens": samples, "length": features, "target_length": 1}
+        files = {}
+        for sample in config.model_warmup:
+            for name, tensor in sample.inputs.items():
+                if name in dims:
+                    tensor.dims[:] = dims[name]
+                if name in lengths:
+                    tensor.input_data_file = name
+                    files[name] = lengths[name].to_bytes(8 if tensor.data_type == pb.TYPE_INT64 else 4, "little")
+        return files
+
+    def _write_decoder(self) -> None:
+        config = _template("rnnt_greedy_bls", f"{self._name}_decoder")
+        t = self._transducer
+        values: dict[str, Any] = {
+            **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
+            "kind": t.kind,
+            "blank": t.pieces - 1,
+            "blank_penalty": 0,
+            "predictor_layers": t.layers,
+            "predictor_hidden": t.hidden,
+            "max_symbols_per_step": self._max_symbols,
+            "frame_samples": self._frame_samples,
+            **{f"{part}_frames": frames for part, frames in self._window_frames.items()},
+        }
+        if t.durations:
+            values["durations"] = ",".join(map(str, t.durations))
         for key, value in values.items():
-            decoder.parameters[key].string_value = str(value)
-        written.append(_write_model(repository, decoder, code_of="rnnt_greedy_bls"))
+            config.parameters[key].string_value = str(value)
+        self._write_model(config, code_of="rnnt_greedy_bls")
 
-        detokenizer = _template("detokenizer", f"{name}_detokenizer")
-        detokenizer.parameters["vocabulary"].string_value = "vocab.txt"
-        written.append(_write_model(repository, detokenizer, code_of="detokenizer"))
-        _link(transducer.vocabulary, repository / detokenizer.name / "vocab.txt")
+    def _write_detokenizer(self) -> None:
+        config = _template("detokenizer", f"{self._name}_detokenizer")
+        config.parameters["vocabulary"].string_value = "vocab.txt"
+        _link(self._transducer.vocabulary, self._write_model(config, code_of="detokenizer") / "vocab.txt")
 
-        ensemble = _template("asr_ensemble", name)
-        for step in ensemble.ensemble_scheduling.step:
-            step.model_name = f"{name}_{'decoder' if step.model_name == 'rnnt_greedy_bls' else step.model_name}"
-        written.append(_write_model(repository, ensemble))
-    except BaseException:
-        for path in written:
-            shutil.rmtree(path, ignore_errors=True)
-        raise
+    def _write_ensemble(self) -> None:
+        config = _template("asr_ensemble", self._name)
+        for step in config.ensemble_scheduling.step:
+            step.model_name = f"{self._name}_{'decoder' if step.model_name == 'rnnt_greedy_bls' else step.model_name}"
+        self._write_model(config)
+
+    def _write_model(self, config: pb.ModelConfig, code_of: str | None = None) -> Path:
+        """Write a model's configuration, and its code where it has some; return its directory."""
+        directory = self._repository / str(config.name)
+        self._written.append(directory)
+        (directory / "1").mkdir(parents=True, exist_ok=True)
+        if code_of:
+            for path in (MODEL_REPOSITORY / code_of / "1").glob("*.py"):
+                shutil.copyfile(path, directory / "1" / path.name)
+        (directory / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+        return directory
 
 
 def _template(model: str, name: str) -> pb.ModelConfig:
     config = read_config(MODEL_REPOSITORY / model / "config.pbtxt")
     config.name = name
-    del config.model_warmup[:]
     return config
 
 
@@ -254,23 +311,6 @@ def _set_graph_dims(config: pb.ModelConfig, transducer: Transducer) -> None:
     for tensor in (*config.input, *config.output):
         if tensor.name in sizes:
             tensor.dims[:] = sizes[tensor.name]
-
-
-def _set_instances(config: pb.ModelConfig, *, gpu: bool) -> None:
-    if gpu:
-        config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
-        config.instance_group[0].count = 1
-
-
-def _write_model(repository: Path, config: pb.ModelConfig, code_of: str | None = None) -> Path:
-    """Write a model's configuration, and its code where it has some."""
-    directory = repository / str(config.name)
-    (directory / "1").mkdir(parents=True, exist_ok=True)
-    if code_of:
-        for path in (MODEL_REPOSITORY / code_of / "1").glob("*.py"):
-            shutil.copyfile(path, directory / "1" / path.name)
-    (directory / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
-    return directory
 
 
 def _link(source: Path, target: Path) -> None:

@@ -114,7 +114,7 @@ def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: di
         torch.onnx.export(
             module.eval(),
             tuple(tensor for tensor, _ in inputs.values()),
-            buffer,
+            buffer,  # type: ignore[arg-type,unused-ignore] # torch takes files too, but does not say so
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_axes={n: {i: a for i, a in enumerate(letters) if a != "-"} for n, letters in axes.items()},

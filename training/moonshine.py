@@ -106,7 +106,7 @@ class Layers(nn.Module):
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
         """Map x [B, T, 288] to the same; `frames` [B] says how many of each row are real."""
         at = torch.arange(x.shape[1], device=x.device)
-        angles = at[:, None] * self.rates
+        angles = at[:, None] * self.get_buffer("rates")
         angles = torch.stack((angles, angles), dim=-1).reshape(-1, _ROTARY)  # the exporter gets repeat_interleave wrong
         turn = torch.stack((angles.cos(), angles.sin()))
         mask = (at < frames[:, None])[:, None, None]
@@ -154,9 +154,9 @@ def load(lower: int) -> tuple[Stem, Layers, Layers]:
             state[f"{linear}.bias"] = _tensor(tensors[f"layers.{index}.mlp.{linear}.bias"])
         layers.append(Layer())
         layers[-1].load_state_dict(state)
-    norm = nn.LayerNorm(WIDTH, bias=False)
-    norm.load_state_dict({"weight": _tensor(tensors["layer_norm.weight"])})
-    return stem, Layers(layers[:lower], nn.Identity()), Layers(layers[lower:], norm)
+    last = nn.LayerNorm(WIDTH, bias=False)
+    last.load_state_dict({"weight": _tensor(tensors["layer_norm.weight"])})
+    return stem, Layers(layers[:lower], nn.Identity()), Layers(layers[lower:], last)
 
 
 def _graph() -> onnx.GraphProto:

@@ -233,7 +233,7 @@ class Trainer:
             layer.requires_grad_(index >= len(layers) - phase.moonshine_layers)
         losses = self._losses(phase, batch)
         self._optimiser.zero_grad()
-        torch.stack(list(losses.values())).sum().backward()
+        torch.autograd.backward(list(losses.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         if norm.isfinite():
             self._optimiser.step()

@@ -33,7 +33,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = directory / "miniature.toml"
     text = Path(__file__).with_name("miniature.toml").read_text()
     path.write_text(text.replace("../../training/sentences.txt.gz", "sentences.txt.gz"))
-    chosen = [s for s in sentences(configuration.load(configuration.DEFAULT).data.sentences)[:400] if len(s) < 60][:48]
+    chosen = [s for s in sentences(configuration.load(configuration.DEFAULT).data.sentences)[:400] if len(s) < 60][:24]
     with gzip.open(directory / "sentences.txt.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(chosen))
     return path

@@ -80,9 +80,11 @@ def _loss_by_definition(joint: Joint, frames: torch.Tensor, tokens: torch.Tensor
         blank = logp[frame, emitted, 4] + ways(frame + 1, emitted)
         if emitted == len(target):
             return blank
-        return torch.logaddexp(blank, logp[frame, emitted, target[emitted]] + ways(frame, emitted + 1))
+        either: torch.Tensor = torch.logaddexp(blank, logp[frame, emitted, target[emitted]] + ways(frame, emitted + 1))
+        return either
 
-    return -ways(0, 0)
+    total: torch.Tensor = -ways(0, 0)
+    return total
 
 
 def test_a_recordings_encoding_does_not_depend_on_its_company(model: Transducer) -> None:
