@@ -13,7 +13,7 @@ SOURCES := gateway launcher model-repo backends training tests perf
 .PHONY: help setup run demo test lint format eval perf data train export peers test-training lock clean
 
 help:  ## Show this
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 setup: $(VENV)/installed  ## Install the locked packages into .venv
 
@@ -58,8 +58,8 @@ $(VENV)/training-installed: $(VENV)/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
 	@touch $@
 
-data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [WORK=dir]
-	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH))
+data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [CHOOSE=dir]
+	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH)) $(if $(CHOOSE),--choose $(CHOOSE))
 
 train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir] [START=repo]
 	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START))

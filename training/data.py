@@ -47,13 +47,18 @@ def held_out(found: list[Recording], every: int) -> tuple[list[Recording], list[
     return [r for i, r in enumerate(found) if i % every], found[::every]
 
 
-def jobs(config: Config, speech: Path | None) -> Iterator[Job]:
-    """List the shards that the configuration asks for, recordings first."""
+def jobs(config: Config, speech: Path | None, choose: Path | None) -> Iterator[Job]:
+    """List the shards that the configuration asks for, recordings first; without `choose` some of `speech` are held out."""
     data = config.data
-    if speech:
-        train, choose = held_out(recordings(speech), data.held_out)
-        yield Job("choose-whole", recordings=tuple(choose))
-        yield Job("choose-windows", recordings=tuple(choose), windowed=1.0)
+    train = recordings(speech) if speech else []
+    if choose:
+        chosen = recordings(choose)
+    else:
+        train, chosen = held_out(train, data.held_out)
+    if chosen:
+        yield Job("choose-whole", recordings=tuple(chosen))
+        yield Job("choose-windows", recordings=tuple(chosen), windowed=1.0)
+    if train:
         random = np.random.default_rng(config.seed)
         for copy in range(data.speech_copies):
             kept = [r for r in train if random.random() < data.most_of_a_copy.get(r.set, 1.0)]
@@ -147,6 +152,7 @@ def tokens(config: Config, directory: Path, speech: Path | None) -> None:
 def main(
     work: Annotated[Path, typer.Option(help="Where features, checkpoints and the log go")],
     speech: Annotated[Path | None, typer.Option(help="Labelled recordings with their manifest.tsv")] = None,
+    choose: Annotated[Path | None, typer.Option(help="Labelled recordings to choose by, instead of some of those")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
     processes: Annotated[int, typer.Option(help="How many at once")] = os.cpu_count() or 1,
 ) -> None:
@@ -155,7 +161,7 @@ def main(
     directory = work / "features"
     directory.mkdir(parents=True, exist_ok=True)
     tokens(settings, work, speech)
-    todo = [job for job in jobs(settings, speech) if not (directory / f"{job.name}.json").exists()]
+    todo = [job for job in jobs(settings, speech, choose) if not (directory / f"{job.name}.json").exists()]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
     with (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,17 @@ import onnxruntime
 import pytest
 import torch
 
+from launcher.run import MODEL_REPOSITORY
 from training import config as configuration
-from training import moonshine
+from training import moonshine, start
 from training.config import Config
-from training.data import Job, held_out, jobs
+from training.data import held_out, jobs
 from training.distort import distort
 from training.export import compress, graphs
 from training.features import Features, Item, Shard, Spoken, Window, read
 from training.loss import transducer_loss
 from training.model import LOWER, Joint, Transducer, build, collapse, greedy
-from training.speech import RATE, recordings
+from training.speech import RATE, Recording, recordings
 from training.text import normalise
 from training.train import Draw, Example, batches
 
@@ -71,7 +73,7 @@ def test_the_loss_is_that_of_all_alignments_summed_one_by_one() -> None:
 
 
 def _loss_by_definition(joint: Joint, frames: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    logp = joint(joint.frame(frames)[:, None], joint.token(tokens)[None]).log_softmax(-1)
+    logp: torch.Tensor = joint(joint.frame(frames)[:, None], joint.token(tokens)[None]).log_softmax(-1)
 
     def ways(frame: int, emitted: int) -> torch.Tensor:
         """Log probability of all that may follow."""
@@ -144,17 +146,22 @@ def test_what_is_held_out_is_never_trained_on(config: Config) -> None:
     found = recordings(SPEECH)
     train, choose = held_out(found, config.data.held_out)
     assert sorted(map(str, (r.path for r in train + choose))) == sorted(str(r.path) for r in found)
-    for job in jobs(config, SPEECH):
+    for job in jobs(config, SPEECH, None):
         wrong = choose if job.name.startswith("speech") else train
         assert not set(job.recordings) & set(wrong)
 
 
 def test_jobs_cover_every_sentence_once(config: Config) -> None:
-    numbers = [number for job in jobs(config, None) for number in job.sentences or ()]
+    numbers = [number for job in jobs(config, None, None) for number in job.sentences or ()]
     assert numbers == list(range(config.data.most_sentences))
-    assert next(iter(jobs(config, SPEECH))) == Job(
-        "choose-whole", recordings=tuple(recordings(SPEECH)[:: config.data.held_out])
-    )
+
+
+def test_other_recordings_can_be_given_to_choose_by(config: Config, tmp_path: Path) -> None:
+    shutil.copy(SPEECH / "jfk.flac", tmp_path)
+    (tmp_path / "manifest.tsv").write_text("file\ttext\njfk.flac\tAnd so\n")
+    made = {job.name: job.recordings for job in jobs(config, SPEECH, tmp_path)}
+    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", tmp_path.name, "and so"),)
+    assert set(made["speech-00"]) == set(recordings(SPEECH))
 
 
 def test_exported_graphs_compute_what_the_model_does(model: Transducer, config: Config) -> None:
@@ -231,3 +238,22 @@ def test_unknown_keys_of_a_configuration_are_refused(tmp_path: Path) -> None:
     path.write_text(MINIATURE.read_text().replace("seed = 1", "seed = 1\nsped = 2"))
     with pytest.raises(ValueError, match="sped"):
         configuration.load(path)
+
+
+def test_a_training_starts_from_a_repositorys_graphs(tmp_path: Path) -> None:
+    original = build(configuration.load(configuration.DEFAULT))
+    start.load(original, MODEL_REPOSITORY)
+    exported = graphs(original, original.predictor.lstm.hidden_size, original.joint.frame.in_features)
+    for name, graph in exported.items():
+        (tmp_path / name / "1").mkdir(parents=True)
+        onnx.save(graph, tmp_path / name / "1" / "model.onnx")
+    copy = build(configuration.load(configuration.DEFAULT))
+    start.load(copy, tmp_path)
+    ours, theirs = (m.state_dict() for m in (copy, original))
+    different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    assert different == ["ctc.weight", "ctc.bias"], "what no graph holds is new, the rest is the same"
+
+
+def test_graphs_of_another_architecture_are_no_start(model: Transducer) -> None:
+    with pytest.raises(ValueError, match="operators have weights"):
+        start.load(model, MODEL_REPOSITORY)
