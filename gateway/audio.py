@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RATE = 16_000
+BYTES_A_SAMPLE = 2
 """Samples per second of what comes out, and of raw PCM coming in."""
 
 MIN_RATE, MAX_RATE = 8_000, 48_000

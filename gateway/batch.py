@@ -14,9 +14,9 @@ from starlette.datastructures import UploadFile
 from gateway import metrics
 from gateway.access import check_key
 from gateway.audio import RATE, decode_audio, pcm_from_json
+from gateway.endpoint import Samples
 from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.service import Service
-from gateway.triton import Samples
 
 router = APIRouter()
 
@@ -92,7 +92,7 @@ async def decode_batch(request: Request, model: str) -> Response:
         max_secs = min(service.settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
         samples, opaque = await _read_audio(request, max_secs)
         metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / RATE)
-        utterance = service.triton.open(recogniser, {"context": "whole", **service.options})
+        utterance = service.triton.recording(recogniser, service.options)
         async with service.admission.batch_places:
             answer = await utterance.send(samples, end=True)
     body = {

@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway import __version__
+from gateway.breaker import BreakerState
+from gateway.endpoint import Endpoint, ModelState
 from gateway.service import Service
-from gateway.triton import ModelState
 
 router = APIRouter()
 
@@ -47,7 +48,7 @@ async def ready(request: Request) -> Response:
 async def detailed(request: Request) -> Response:
     """State of Triton and each of its models, and how much is in flight."""
     service: Service = request.app.state.service
-    triton, admission, settings = service.triton, service.admission, service.settings
+    admission, settings = service.admission, service.settings
     status = _status(service)
     body: dict[str, Any] = {
         "status": status,
@@ -55,12 +56,7 @@ async def detailed(request: Request) -> Response:
         "version": __version__,
         "uptime_secs": round(time.time() - service.started_at, 1),
         "dependencies": {
-            "triton": {
-                "endpoint": settings.triton_address,
-                "reachable": triton.latency_secs is not None,
-                "latency_ms": None if triton.latency_secs is None else round(triton.latency_secs * 1000, 2),
-                "models": {name: state.value for name, state in triton.models.items()},
-            }
+            "triton": [_describe(endpoint) for endpoint in service.triton.endpoints],
         },
         "streams": {"active": admission.streams, "capacity": settings.max_concurrent_streams},
         "batches": {
@@ -79,11 +75,28 @@ async def metrics_page() -> Response:
 
 
 def _status(service: Service) -> str:
-    triton = service.triton
+    endpoints = service.triton.endpoints
     if service.admission.draining:
         return "draining"
-    if all(state is ModelState.READY for state in triton.models.values()):
+    if all(_well(endpoint) for endpoint in endpoints):
         return "ready"
     if service.ready():
         return "degraded"
-    return "critical" if triton.was_ready else "initializing"
+    return "critical" if any(endpoint.was_ready for endpoint in endpoints) else "initializing"
+
+
+def _well(endpoint: Endpoint) -> bool:
+    models_ready = all(state is ModelState.READY for state in endpoint.models.values())
+    return models_ready and endpoint.breaker.state is BreakerState.CLOSED
+
+
+def _describe(endpoint: Endpoint) -> dict[str, Any]:
+    latency_secs = endpoint.latency_secs
+    return {
+        "endpoint": endpoint.address,
+        "reachable": latency_secs is not None,
+        "latency_ms": None if latency_secs is None else round(latency_secs * 1000, 2),
+        "breaker": endpoint.breaker.state.name.lower(),
+        "sequences": endpoint.sequences,
+        "models": {name: state.value for name, state in endpoint.models.items()},
+    }

@@ -34,9 +34,16 @@ STREAM_LAG = Histogram(
 AUDIO_SECONDS = Counter("asr_audio_seconds", "Seconds of audio received", ["endpoint", "model"])
 REJECTIONS = Counter("asr_rejections", "Requests and streams refused or failed, by error code", ["reason"])
 CLOSES = Counter("asr_websocket_closes", "WebSocket closes by code", ["code"])
+STREAM_RECOVERIES = Counter("asr_stream_recoveries", "Streams that Triton failed, by whether they went on", ["outcome"])
+REPLAYED_AUDIO = Counter("asr_replayed_audio_seconds", "Seconds of audio that were sent to Triton once more")
+BREAKER_STATE = Gauge(
+    "asr_circuit_breaker_state", "New streams for a Triton: 0 they go there, 1 one does as a trial, 2 none", ["endpoint"]
+)
 DRAINING = Gauge("asr_draining", "1 while the gateway drains")
 BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the streams' audio buffers in use, 0 to 1")
 BUILD_INFO = Gauge("asr_build_info", "Always 1", ["version"])
+
+RECOVERED, FAILED = "recovered", "failed"
 
 DISCONNECTED = 1006
 """Code of a close without a close frame: the client disappeared."""
@@ -64,5 +71,7 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
         REJECTIONS.labels(kind.code)
     for code in {1000, DISCONNECTED, *(kind.close_code for kind in ErrorKind)}:
         CLOSES.labels(str(code))
+    STREAM_RECOVERIES.labels(RECOVERED)
+    STREAM_RECOVERIES.labels(FAILED)
     STREAM_CAPACITY.set(stream_capacity)
     BUILD_INFO.labels(__version__).set(1)

@@ -83,6 +83,18 @@ class ConfigError(ValueError):
     """The configuration can't be used; one line that says what to change where."""
 
 
+class Address(NamedTuple):
+    """Where a Triton listens for gRPC.
+
+    Attributes:
+        target: ``host:port``.
+        tls: whether to use TLS.
+    """
+
+    target: str
+    tls: bool
+
+
 @dataclass(frozen=True)
 class Allowed:
     """On a setting whose type doesn't tell: what it may be, after "must be"."""
@@ -109,6 +121,11 @@ def _split_endpoint(value: str) -> re.Match[str]:
     if not match or not 0 < int(match["port"] or DEFAULT_TRITON_PORT) < 2**16:
         raise ValueError
     return match
+
+
+def _address(endpoint: str) -> Address:
+    parts = _split_endpoint(endpoint)
+    return Address(f"{parts['host']}:{parts['port'] or DEFAULT_TRITON_PORT}", parts["scheme"] in ("https", "grpcs"))
 
 
 def _check_endpoint(value: str) -> str:
@@ -150,8 +167,16 @@ class Settings(
         Allowed("host:port, optionally after http://, https://, grpc:// or grpcs://"),
     ] = "http://localhost:8001"
     """Triton's gRPC endpoint; https:// and grpcs:// use TLS."""
+    triton_endpoints: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_endpoint)], ...],
+        BeforeValidator(_parse),
+        Allowed("a list of endpoints, each as triton_endpoint has it"),
+    ] = ()
+    """Several Tritons with the same models, which share the streams; if not set, triton_endpoint is the only one."""
     inference_timeout_secs: Annotated[float, Field(ge=0.001, le=3600)] = 5.0
     """Longest wait for one answer of Triton, in seconds."""
+    recovery_timeout_secs: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """Longest time in which work that Triton failed is tried again, in seconds; then it fails."""
     models: Annotated[
         dict[Name, Name],
         BeforeValidator(_parse),
@@ -207,15 +232,9 @@ class Settings(
     """Name of this service in health answers."""
 
     @property
-    def triton_address(self) -> str:
-        """Triton's ``host:port`` for gRPC."""
-        endpoint = _split_endpoint(self.triton_endpoint)
-        return f"{endpoint['host']}:{endpoint['port'] or DEFAULT_TRITON_PORT}"
-
-    @property
-    def triton_ssl(self) -> bool:
-        """Whether to use TLS towards Triton."""
-        return _split_endpoint(self.triton_endpoint)["scheme"] in ("https", "grpcs")
+    def triton_addresses(self) -> list[Address]:
+        """The Tritons to use, each once."""
+        return list(dict.fromkeys(map(_address, self.triton_endpoints or (self.triton_endpoint,))))
 
     @field_validator("*", mode="before")
     @classmethod

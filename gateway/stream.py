@@ -23,14 +23,13 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics
 from gateway.access import check_key, origin_allowed
-from gateway.audio import RATE
+from gateway.audio import BYTES_A_SAMPLE, RATE
+from gateway.endpoint import Recogniser
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import BufferUsage, Service
 from gateway.transcript import Answer, Transcript
-from gateway.triton import Recogniser
 
-BYTES_A_SAMPLE = 2
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
 
 HEARTBEAT_SHARE = 0.5
@@ -112,7 +111,7 @@ class Session:
         self._settings = service.settings
         self._model = model
         self._recogniser = recogniser
-        self._utterance = service.triton.open(recogniser, dict(service.options))
+        self._utterance = service.triton.stream(recogniser, service.options)
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._transcript = Transcript()
@@ -136,6 +135,7 @@ class Session:
             failed = next((task for task in (reader, pump) if task.done() and task.exception()), None)
             code = await self._close(failed.exception() if failed else None)
             self._buffer.close(End.ABANDONED)
+            self._utterance.give_up()
             await asyncio.wait({pump})
         finally:
             for task in (reader, pump, last_call):

@@ -15,6 +15,7 @@ class Answer(NamedTuple):
         stable_chars: how many leading characters of the text can no longer change.
         segment_final: the segment ends here, the next answer begins another.
         samples, features, frames: decoded for good since the start of the stream.
+        state: the stream's in the decoder, where it was asked for; another sequence can go on from it.
     """
 
     text: str
@@ -26,6 +27,7 @@ class Answer(NamedTuple):
     samples: int
     features: int
     frames: int
+    state: str = ""
 
 
 @dataclass

@@ -61,7 +61,8 @@ async def service(
     await triton.start(on_progress)
     keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
     try:
-        server = build_server(settings.model_copy(update={"triton_endpoint": f"http://{ports.host}:{ports.grpc}"}))
+        ours = {"triton_endpoint": f"http://{ports.host}:{ports.grpc}", "triton_endpoints": ()}
+        server = build_server(settings.model_copy(update=ours))
         serving = asyncio.create_task(server.serve(), name="gateway")
         while not server.started:
             if serving.done():
@@ -98,7 +99,7 @@ async def transcribe_with_each(
         for name in ensembles:
             recogniser = client.recogniser(name)
             samples = decode_audio(recording, "application/octet-stream", recogniser.max_whole_secs)
-            yield name, await client.open(recogniser, {"context": "whole"}).send(samples, end=True)
+            yield name, await client.recording(recogniser, {}).send(samples, end=True)
     except ApiError as error:
         raise EngineError(f"an utterance failed: {error.message}; {ENGINE_HOME / 'triton-check.log'} tells more") from error
     finally:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -385,3 +386,45 @@ def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
     samples = audio(0, 8 * FRAME_SAMPLES + 3)
     answer = receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // FRAME_SAMPLES])
     assert (answer.samples, answer.frames) == (len(samples), 8)
+
+
+@few_examples
+@given(seeds, lengths, configs, closing_options, kinds, st.data())
+def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    pieces = data.draw(cuts(samples))
+    undisturbed = recognise(network, config, pieces, options)
+    stream, disturbed, sent, kept = Stream(config, network.transducer, options), [], 0, 0
+    for i, piece in enumerate(pieces, 1):
+        sent += len(piece)
+        disturbed += execute(network, [Request(stream, samples[kept:sent], i == len(pieces))])
+        kept = sent
+        if i < len(pieces) and data.draw(st.booleans()):
+            kept = max(0, disturbed[-1].frames - config.left_frames) * FRAME_SAMPLES
+            stream = Stream.restore(config, network.transducer, options, stream.save())
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
+        assert after[1:] == before[1:]
+    assert_same(final_tokens(disturbed), final_tokens(undisturbed))
+
+
+@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 2}', "shape", "token", "frames"])
+def test_what_is_no_state_is_refused(saved: str) -> None:
+    config, transducer = parameters(), RandomTransducer(0).transducer
+    state = json.loads(Stream(config, transducer, NEVER_CLOSES).save())
+    broken = {
+        "shape": {**state, "states": state["states"][0][:8]},
+        "token": {**state, "last_token": VOCABULARY + 1},
+        "frames": {**state, "frames": "many"},
+    }
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(config, transducer, NEVER_CLOSES, json.dumps(broken[saved]) if saved in broken else saved)
+
+
+def test_a_whole_recording_has_no_state() -> None:
+    config, transducer = parameters(), RandomTransducer(0).transducer
+    saved = Stream(config, transducer, NEVER_CLOSES).save()
+    with pytest.raises(ValueError, match="context=whole"):
+        Stream.restore(config, transducer, WHOLE, saved)

@@ -213,8 +213,13 @@ class TestValues:
         ],
     )
     def test_triton_endpoint(self, endpoint: str, address: str, ssl: bool) -> None:
-        settings = Settings(triton_endpoint=endpoint)
-        assert (settings.triton_address, settings.triton_ssl) == (address, ssl)
+        assert Settings(triton_endpoint=endpoint).triton_addresses == [(address, ssl)]
+
+    def test_several_tritons(self) -> None:
+        given = {"AMIRA_TRITON_ENDPOINTS": "a:1, https://b, a:1", "AMIRA_TRITON_ENDPOINT": "c"}
+        assert load_settings(given).settings.triton_addresses == [("a:1", False), ("b:8001", True)]
+        with pytest.raises(ConfigError, match=r"triton_endpoints = 'a:1,b:c'.*must be a list of endpoints"):
+            load_settings({"AMIRA_TRITON_ENDPOINTS": "a:1,b:c"})
 
     def test_frozen(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):

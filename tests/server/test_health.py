@@ -35,9 +35,11 @@ async def test_detailed_tells_every_model_and_what_is_in_flight(gateway: Gateway
     async with open_socket(gateway.stream_url()):
         body = (await http.get(f"{gateway.url}/health/detailed")).json()
     assert body["status"] == "ready"
-    assert body["dependencies"]["triton"]["models"] == dict.fromkeys(MODELS, "ready")
-    assert body["dependencies"]["triton"]["reachable"] is True
-    assert 0 < body["dependencies"]["triton"]["latency_ms"] < 2000
+    (endpoint,) = body["dependencies"]["triton"]
+    assert endpoint["models"] == dict.fromkeys(MODELS, "ready")
+    assert endpoint["reachable"] is True
+    assert 0 < endpoint["latency_ms"] < 2000
+    assert endpoint["breaker"] == "closed"
     assert body["streams"] == {"active": 1, "capacity": 64}
     assert body["batches"]["active"] == 0
 
@@ -54,7 +56,7 @@ async def test_without_triton_it_lives_but_is_not_ready(http: httpx.AsyncClient)
         assert answer.json()["error"]["code"] == "not_ready"
         assert "Retry-After" in answer.headers
         body = (await http.get(f"{gateway.url}/health/detailed")).json()
-        assert body["dependencies"]["triton"]["reachable"] is False
+        assert body["dependencies"]["triton"][0]["reachable"] is False
 
 
 async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
@@ -63,7 +65,7 @@ async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.
         assert answer.json() == {"status": "degraded", "models": {"amira": True, "other": False}}
         assert answer.status_code == 200
         body = (await http.get(f"{gateway.url}/health/detailed")).json()
-        assert body["dependencies"]["triton"]["models"]["no_such_ensemble"] == "unknown"
+        assert body["dependencies"]["triton"][0]["models"]["no_such_ensemble"] == "unknown"
 
 
 async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
@@ -87,6 +89,7 @@ async def test_metrics_exist_from_the_start(gateway: Gateway) -> None:
         "triton_inference_duration_seconds_bucket", "memory_pool_usage", "asr_partial_latency_seconds_bucket",
         "asr_final_latency_seconds_bucket", "asr_stream_lag_seconds_bucket", "asr_audio_seconds_total", "asr_stream_capacity",
         "asr_draining", "asr_rejections_total", "asr_websocket_closes_total", "asr_build_info",
+        "asr_stream_recoveries_total", "asr_replayed_audio_seconds_total", "asr_circuit_breaker_state",
     ):  # fmt: skip
         assert name in names
     assert ("asr_websocket_closes_total", (("code", "4413"),)) in samples

@@ -79,8 +79,7 @@ class TritonPythonModel:
         samples = _input(request, "AUDIO").reshape(-1)
         try:
             if start:
-                options = self._parameters.options.override(request.parameters())
-                self._streams[sequence] = Stream(self._parameters, self._transducer, options)
+                self._streams[sequence] = self._begin(json.loads(request.parameters() or "{}"))
             elif sequence not in self._streams:
                 raise ParameterError(f"sequence {sequence} is not known: it idled for too long, failed, or never started")
             self._last_use.pop(sequence, None)
@@ -92,6 +91,13 @@ class TritonPythonModel:
             return self._error(str(error))
         self._metrics.audio(len(samples) / SAMPLE_RATE)
         return Job(sequence, end, stream)
+
+    def _begin(self, given: dict[str, Any]) -> Stream:
+        """A new stream, or one that another sequence began, for the parameters of a first request."""
+        options = self._parameters.options.override(given)
+        if saved := given.get("restore"):
+            return Stream.restore(self._parameters, self._transducer, options, str(saved))
+        return Stream(self._parameters, self._transducer, options)
 
     async def _decode(self, jobs: Sequence[Job]) -> None:
         """Decode due windows, one of each stream a round; a job that fails is marked and the others go on."""
@@ -144,6 +150,7 @@ class TritonPythonModel:
             "STABLE": np.array([answer.stable], np.int32),
             "SEGMENT": np.array([answer.segment, answer.final], np.int32),
             "LENGTHS": np.array([answer.samples, answer.features, answer.frames], np.int64),
+            "STATE": np.array([job.stream.save() if job.stream.options.save_state and not job.end else ""], np.object_),
         }
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array[None]) for name, array in tensors.items()])
 

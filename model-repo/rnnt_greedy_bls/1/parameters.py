@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -24,20 +23,21 @@ class Options:
         max_symbols_per_step: tokens on one frame after which the walk moves on.
         max_total_tokens: a segment that has this many tokens is closed; what follows begins the next one.
         endpoint_silence_ms: a segment ends after this much silence behind its last token; 0 turns that off.
+        save_state: 1 answers every request with the stream's state, from which another sequence can go on.
     """
 
     context: str = "window"
     max_symbols_per_step: int = 10
     max_total_tokens: int = 200
     endpoint_silence_ms: int = 1200
+    save_state: int = 0
 
-    def override(self, request_parameters: str) -> Options:
-        """These options with those of a request, given as Triton's JSON object; names that are no option are left alone.
+    def override(self, given: Mapping[str, Any]) -> Options:
+        """These options with those of a request's parameters; names that are no option are left alone.
 
         Raises:
             ParameterError: a value is not allowed.
         """
-        given = json.loads(request_parameters) if request_parameters else {}
         names = {field.name for field in fields(Options)}
         chosen: dict[str, Any] = {}
         for name, value in given.items():
@@ -58,6 +58,9 @@ class Options:
         _within("max_symbols_per_step", self.max_symbols_per_step, 1, 1000)
         _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
         _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)
+        _within("save_state", self.save_state, 0, 1)
+        if self.save_state and self.context == "whole":
+            raise ParameterError("save_state is 1, but context=whole has no state before its end")
         return self
 
 

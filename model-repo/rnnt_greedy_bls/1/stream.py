@@ -8,6 +8,8 @@ recording that is decoded whole is one window without context.
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from parameters import SAMPLE_RATE, Options, Parameters
 Samples = npt.NDArray[np.int16]
 
 UNLIMITED_TOKENS = 2**31
+STATE_VERSION = 1
 
 
 class Window(NamedTuple):
@@ -86,6 +89,58 @@ class Stream:
         self._closed: list[list[Token]] = []  # of segments that ended since the last answer
         self._segment = 0
         self._segment_start_frame = 0
+
+    def save(self) -> str:
+        """The state behind an answer as text; with the audio from ``left_frames`` before it on it makes the same stream.
+
+        The audio is left out: whoever keeps the state has it, and it is most of the bytes.
+        """
+        predictor = self.predictor
+        return json.dumps(
+            {
+                "version": STATE_VERSION,
+                "frames": self._frames,
+                "features": self._features,
+                "segment": self._segment,
+                "segment_start_frame": self._segment_start_frame,
+                "tokens": self._tokens,
+                "last_token": predictor.last_token,
+                "symbols": predictor.symbols,
+                "surplus_frames": predictor.surplus_frames,
+                "shape": predictor.states[0].shape,
+                "states": [base64.b64encode(state.astype("<f4").tobytes()).decode() for state in predictor.states],
+            },
+            separators=(",", ":"),
+        )
+
+    @classmethod
+    def restore(cls, parameters: Parameters, transducer: Transducer, options: Options, saved: str) -> Stream:
+        """The stream of which ``saved`` is the state; its next audio begins ``left_frames`` before the state's ``frames``.
+
+        Raises:
+            ValueError: ``saved`` is no state of this model, or the stream is to be decoded whole.
+        """
+        if options.context != "window":
+            raise ValueError("a state can't be restored with context=whole")
+        stream = cls(parameters, transducer, options)
+        try:
+            state = json.loads(saved)
+            if state["version"] != STATE_VERSION:
+                raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
+            shape = parameters.predictor_layers, parameters.predictor_hidden
+            states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
+            stream.predictor = Predictor(int(state["last_token"]), states, int(state["symbols"]), int(state["surplus_frames"]))
+            stream._tokens = [Token(*token) for token in state["tokens"]]
+            stream._features, stream._segment = int(state["features"]), int(state["segment"])
+            stream._frames = stream._encoded = int(state["frames"])
+            stream._segment_start_frame = int(state["segment_start_frame"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the state to restore is none of this model's: {error!r}") from None
+        if not 0 <= stream.predictor.last_token <= parameters.blank:
+            raise ValueError(f"the state to restore has token {stream.predictor.last_token}, of {parameters.blank}")
+        stream._pcm_start = max(0, stream._frames - parameters.left_frames)
+        stream._received_samples = stream._pcm_start * parameters.frame_samples
+        return stream
 
     def push(self, samples: Samples) -> None:
         """Append audio.

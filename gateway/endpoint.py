@@ -1,0 +1,364 @@
+"""One Triton as the gateway sees it: which models are behind an ensemble, whether they are ready, sequences of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import orjson
+import structlog
+from tritonclient.grpc import InferInput, InferRequestedOutput
+from tritonclient.grpc import aio as grpcclient
+from tritonclient.utils import InferenceServerException
+
+from gateway import metrics
+from gateway.breaker import Breaker
+from gateway.errors import ApiError, ErrorKind
+from gateway.settings import Address, Settings
+from gateway.transcript import Answer
+
+OUTPUTS = ("TEXT", "TOKENS", "WORDS", "CONFIDENCE", "STABLE_CHARS", "SEGMENT", "LENGTHS", "STATE")
+READY_POLL_SECS = 1.0
+UNREADY_POLL_SECS = 0.2
+READY_TIMEOUT_SECS = 2.0
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    (
+        "grpc.max_reconnect_backoff_ms",
+        1000,
+    ),  # 120 s by default: too long to find a Triton that is back
+]
+
+UNAVAILABLE, DEADLINE_EXCEEDED = map(str, (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED))
+
+SLOW_SHARE = 0.8
+"""A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
+
+Samples = npt.NDArray[np.int16]
+
+log = structlog.get_logger()
+
+
+class UnreachableError(ApiError):
+    """There is no Triton to ask."""
+
+
+class ModelState(Enum):
+    """A model as Triton's repository index tells it."""
+
+    READY = "ready"
+    UNAVAILABLE = "unavailable"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """What the model configurations behind an ensemble tell.
+
+    Attributes:
+        ensemble: its name.
+        models: every model that it needs, itself included.
+        chunk_samples: audio that a window decodes for good.
+        left_samples: audio before a chunk that its window holds.
+        right_samples: audio that must follow a chunk before it is decoded.
+        max_whole_secs: longest recording in one piece.
+        max_idle_secs: after this long without a request Triton drops a sequence.
+        max_sequences: how many sequences can live at once.
+    """
+
+    ensemble: str
+    models: tuple[str, ...]
+    chunk_samples: int
+    left_samples: int
+    right_samples: int
+    max_whole_secs: float
+    max_idle_secs: float
+    max_sequences: int
+
+    @classmethod
+    def from_config(cls, ensemble: str, steps: Iterable[str], decoder: Mapping[str, Any]) -> Recogniser:
+        """Read the configuration of an ensemble's sequence model.
+
+        Raises:
+            KeyError, ValueError: it is none of this project's decoder.
+        """
+        parameters = {name: entry.get("string_value", "") for name, entry in decoder["parameters"].items()}
+        frame_samples = int(parameters["frame_samples"])
+        batching = decoder["sequence_batching"]
+        instances = sum(int(group["count"]) for group in decoder["instance_group"])
+        callees = [parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")]
+        return cls(
+            ensemble=ensemble,
+            models=(ensemble, *steps, *callees),
+            chunk_samples=int(parameters["chunk_frames"]) * frame_samples,
+            left_samples=int(parameters["left_frames"]) * frame_samples,
+            right_samples=int(parameters["right_frames"]) * frame_samples,
+            max_whole_secs=float(parameters["max_whole_secs"]),
+            max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
+            max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
+        )
+
+    def due_samples(self, sent: int) -> int:
+        """How many samples a stream must have for its next window, when ``sent`` samples gave it all windows they could."""
+        windows = max(0, sent - self.right_samples) // self.chunk_samples
+        return (windows + 1) * self.chunk_samples + self.right_samples
+
+
+class Endpoint:
+    """One Triton server, with the ensembles that the settings name.
+
+    Attributes:
+        address: its ``host:port`` for gRPC.
+        models: state of every model that an ensemble needs, as of the last look.
+        latency_secs: how long that look took; None if it failed.
+        was_ready: whether some ensemble has ever been ready.
+        breaker: whether new sequences may come here.
+        sequences: how many of ours live here.
+    """
+
+    def __init__(self, address: Address, settings: Settings) -> None:
+        self.address = address.target
+        self._tls = address.tls
+        self.models: dict[str, ModelState] = {}
+        self.latency_secs: float | None = None
+        self.was_ready = False
+        self.breaker = Breaker()
+        self.sequences = 0
+        self._settings = settings
+        self._client = self._connect()
+        self._recognisers: dict[str, Recogniser] = {}
+        self._doubted = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Look once, and from then on in the background."""
+        await self._look()
+        self._in_background(self._poll())
+
+    async def close(self) -> None:
+        """Stop looking and close the connection."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._client.close()
+
+    def ready(self, ensemble: str) -> bool:
+        """Whether every model that the ensemble needs was ready at the last look."""
+        recogniser = self._recognisers.get(ensemble)
+        return recogniser is not None and all(self.models.get(m) is ModelState.READY for m in recogniser.models)
+
+    def recogniser(self, ensemble: str) -> Recogniser:
+        """What is known of an ensemble that is ready."""
+        return self._recognisers[ensemble]
+
+    def open(self, ensemble: str, options: Mapping[str, str | int]) -> Sequence:
+        """A new sequence: the state of one stream in the decoder, made by its first request."""
+        return Sequence(self, ensemble, options, self._settings.inference_timeout_secs)
+
+    def doubt(self) -> None:
+        """Take nothing for ready until the next look, which comes at once."""
+        self.models = dict.fromkeys(self.models, ModelState.UNKNOWN)
+        self._doubted.set()
+
+    def abandon(self, sequence: Sequence) -> None:
+        """Free the decoder's state of a sequence that nobody waits for; failures don't matter, it ages out."""
+        self._in_background(sequence.abandon())
+
+    async def infer(self, ensemble: str, audio: InferInput, **arguments: Any) -> Any:
+        """Send one request.
+
+        Raises:
+            InferenceServerException: it failed.
+        """
+        outputs = [InferRequestedOutput(name) for name in OUTPUTS]
+        return await self._client.infer(ensemble, [audio], outputs=outputs, **arguments)
+
+    def _connect(self) -> grpcclient.InferenceServerClient:
+        return grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
+
+    def _reconnect(self) -> None:
+        """Leave a connection on which nothing is answered: a silent network would keep it for minutes."""
+        silent, self._client = self._client, self._connect()
+        self._in_background(_close_later(silent, 2 * self._settings.inference_timeout_secs))
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _poll(self) -> None:
+        while True:
+            pause_secs = READY_POLL_SECS if any(map(self.ready, self._recognisers)) else UNREADY_POLL_SECS
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._doubted.wait(), pause_secs)
+            self._doubted.clear()
+            await self._look()
+
+    async def _look(self) -> None:
+        started = time.perf_counter()
+        before = self.models
+        try:
+            index = await self._client.get_model_repository_index(client_timeout=READY_TIMEOUT_SECS)
+            states = {model.name: _model_state(model.state) for model in index.models}
+            for ensemble in set(self._settings.models.values()) - self._recognisers.keys():
+                if states.get(ensemble) is ModelState.READY:
+                    await self._discover(ensemble)
+            needed = {name for recogniser in self._recognisers.values() for name in recogniser.models}
+            needed |= set(self._settings.models.values())
+            self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
+            self.latency_secs = time.perf_counter() - started
+            self.was_ready |= any(map(self.ready, self._recognisers))
+        except InferenceServerException as error:
+            self.models = dict.fromkeys(before or self._settings.models.values(), ModelState.UNKNOWN)
+            self.latency_secs = None
+            self._recognisers.clear()  # it may come back with another configuration
+            if error.status() == DEADLINE_EXCEEDED:
+                self._reconnect()
+            if before != self.models:
+                log.warning("triton unreachable", endpoint=self.address, reason=error.message())
+        if before != self.models:
+            log.info("triton models", endpoint=self.address, **{name: state.value for name, state in self.models.items()})
+
+    async def _discover(self, ensemble: str) -> None:
+        """Learn what the configurations behind an ensemble tell."""
+        config = await self._config(ensemble)
+        try:
+            steps = [step["model_name"] for step in config["ensemble_scheduling"]["step"]]
+            configs = [await self._config(step) for step in steps]
+            (decoder,) = (config for config in configs if "sequence_batching" in config)
+            recogniser = Recogniser.from_config(ensemble, steps, decoder)
+        except (KeyError, ValueError) as error:
+            log.error("ensemble is no recogniser", ensemble=ensemble, reason=repr(error))
+            return
+        self._recognisers[ensemble] = recogniser
+        settings = self._settings
+        if recogniser.max_idle_secs <= settings.stream_timeout_secs:
+            log.warning(
+                "streams may be dropped: stream_timeout_secs is not below the model's max_sequence_idle_microseconds",
+                stream_timeout_secs=settings.stream_timeout_secs,
+                max_idle_secs=recogniser.max_idle_secs,
+            )
+        if recogniser.max_sequences < settings.max_concurrent_streams + settings.max_concurrent_batches:
+            log.warning(
+                "requests may wait in Triton: it has fewer sequence slots than the gateway admits streams and batches",
+                slots=recogniser.max_sequences,
+                admitted=settings.max_concurrent_streams + settings.max_concurrent_batches,
+            )
+
+    async def _config(self, model: str) -> dict[str, Any]:
+        answer = await self._client.get_model_config(model, as_json=True, client_timeout=READY_TIMEOUT_SECS)
+        config: dict[str, Any] = answer["config"]
+        return config
+
+
+class Sequence:
+    """One sequence of requests to one Triton, one in flight at a time: Triton may reorder those of one sequence."""
+
+    def __init__(self, endpoint: Endpoint, ensemble: str, options: Mapping[str, str | int], timeout_secs: float) -> None:
+        self.endpoint = endpoint
+        self._ensemble = ensemble
+        self._options = dict(options)
+        self._timeout_secs = timeout_secs
+        self._id = secrets.randbelow(2**63 - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
+        self._alive = False
+
+    async def send(self, samples: Samples, *, end: bool) -> Answer:
+        """Send new audio and give the decoder's answer.
+
+        Args:
+            samples: 16 kHz audio [n]; may be empty.
+            end: the sequence ends with it.
+
+        Raises:
+            UnreachableError: Triton is gone.
+            ApiError: it failed or took too long; the sequence's state is then unknown.
+        """
+        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+        audio.set_data_from_numpy(samples[None])
+        start = not self._alive
+        self._live(True)  # from here on the decoder may hold state, whatever comes back
+        began = time.perf_counter()
+        try:
+            result = await self.endpoint.infer(
+                self._ensemble,
+                audio,
+                sequence_id=self._id,
+                sequence_start=start,
+                sequence_end=end,
+                parameters=self._options if start else None,
+                client_timeout=self._timeout_secs,
+            )
+        except InferenceServerException as error:
+            log.warning(
+                "inference failed",
+                endpoint=self.endpoint.address,
+                sequence=self._id,
+                status=error.status(),
+                reason=error.message(),
+            )
+            self.endpoint.breaker.record(success=False)
+            if error.status() == UNAVAILABLE:
+                self.endpoint.doubt()
+                raise UnreachableError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") from error
+            if error.status() == DEADLINE_EXCEEDED:
+                raise ApiError(
+                    ErrorKind.BACKEND_TIMEOUT, f"the recogniser took longer than {self._timeout_secs:g} s; please retry"
+                ) from error
+            raise ApiError(ErrorKind.BACKEND_FAILED, "the recogniser failed; please retry") from error
+        finally:
+            seconds = time.perf_counter() - began
+            metrics.TRITON_DURATION.labels(self._ensemble).observe(seconds)
+        self.endpoint.breaker.record(success=seconds < SLOW_SHARE * self._timeout_secs)
+        if end:
+            self._live(False)
+        return _parse(result)
+
+    async def abandon(self) -> None:
+        """Free the decoder's state; does nothing where there is none."""
+        if self._alive:
+            with contextlib.suppress(ApiError):
+                await self.send(np.zeros(0, np.int16), end=True)
+            self._live(False)
+
+    def _live(self, alive: bool) -> None:
+        self.endpoint.sequences += alive - self._alive
+        self._alive = alive
+
+
+async def _close_later(client: grpcclient.InferenceServerClient, delay_secs: float) -> None:
+    """Close a connection when the calls that it still has are over: closing cancels those, and with them who waits."""
+    await asyncio.sleep(delay_secs)
+    await client.close()
+
+
+def _model_state(state: str) -> ModelState:
+    return ModelState.READY if state == "READY" else ModelState.UNAVAILABLE
+
+
+def _parse(result: Any) -> Answer:
+    text, tokens, words, confidence, stable, segment, lengths, state = (result.as_numpy(name)[0] for name in OUTPUTS)
+    samples, features, frames = lengths.tolist()
+    return Answer(
+        text=text[0].decode(),
+        tokens=tokens.tolist(),
+        words=orjson.loads(words[0]),
+        confidence=float(confidence[0]),
+        stable_chars=int(stable[0]),
+        segment_final=bool(segment[1]),
+        samples=samples,
+        features=features,
+        frames=frames,
+        state=state[0].decode(),
+    )
