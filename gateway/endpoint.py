@@ -41,7 +41,12 @@ CHANNEL_OPTIONS = [
     ),  # 120 s by default: too long to find a Triton that is back
 ]
 
-UNAVAILABLE, DEADLINE_EXCEEDED = map(str, (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED))
+UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (
+    str(code) for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+)
+
+ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
+"""Before each try to end a sequence on a Triton that does not answer."""
 
 SLOW_SHARE = 0.8
 """A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
@@ -176,12 +181,14 @@ class Endpoint:
         """Free the decoder's state of a sequence that nobody waits for; failures don't matter, it ages out."""
         self._in_background(sequence.abandon())
 
-    async def infer(self, ensemble: str, audio: InferInput, **arguments: Any) -> Any:
-        """Send one request.
+    async def infer(self, ensemble: str, samples: Samples, **arguments: Any) -> Any:
+        """Send one request with 16 kHz audio [n].
 
         Raises:
             InferenceServerException: it failed.
         """
+        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+        audio.set_data_from_numpy(samples[None])
         outputs = [InferRequestedOutput(name) for name in OUTPUTS]
         return await self._client.infer(ensemble, [audio], outputs=outputs, **arguments)
 
@@ -285,15 +292,13 @@ class Sequence:
             UnreachableError: Triton is gone.
             ApiError: it failed or took too long; the sequence's state is then unknown.
         """
-        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
-        audio.set_data_from_numpy(samples[None])
         start = not self._alive
         self._live(True)  # from here on the decoder may hold state, whatever comes back
         began = time.perf_counter()
         try:
             result = await self.endpoint.infer(
                 self._ensemble,
-                audio,
+                samples,
                 sequence_id=self._id,
                 sequence_start=start,
                 sequence_end=end,
@@ -308,7 +313,8 @@ class Sequence:
                 status=error.status(),
                 reason=error.message(),
             )
-            self.endpoint.breaker.record(success=False)
+            if error.status() != INVALID_ARGUMENT:  # as of a sequence that Triton no longer knows
+                self.endpoint.breaker.record(success=False)
             if error.status() == UNAVAILABLE:
                 self.endpoint.doubt()
                 raise UnreachableError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") from error
@@ -326,11 +332,24 @@ class Sequence:
         return _parse(result)
 
     async def abandon(self) -> None:
-        """Free the decoder's state; does nothing where there is none."""
-        if self._alive:
-            with contextlib.suppress(ApiError):
-                await self.send(np.zeros(0, np.int16), end=True)
-            self._live(False)
+        """Free the decoder's state, if there may be any; what can't be freed ages out."""
+        if not self._alive:
+            return
+        for pause_secs in ABANDON_PAUSES_SECS:
+            await asyncio.sleep(pause_secs)
+            try:
+                await self.endpoint.infer(
+                    self._ensemble,
+                    np.zeros(0, np.int16),
+                    sequence_id=self._id,
+                    sequence_end=True,
+                    client_timeout=self._timeout_secs,
+                )
+            except InferenceServerException as error:
+                if error.status() in (UNAVAILABLE, DEADLINE_EXCEEDED):
+                    continue
+            break
+        self._live(False)
 
     def _live(self, alive: bool) -> None:
         self.endpoint.sequences += alive - self._alive

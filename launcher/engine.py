@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import structlog
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
@@ -36,6 +37,7 @@ PYTHONS = ("3.10", "3.11", "3.12")
 
 CONTAINER_HINT = "use the Triton container instead (docs/Operations.md)"
 RESTART_DELAY_RANGE_SECS = (1.0, 30.0)
+STUB_CHECK_SECS = 0.5
 POLL_SECS = 0.1
 
 log = structlog.get_logger()
@@ -242,7 +244,7 @@ class Triton:
         while True:
             started = time.monotonic()
             if self._process:
-                code = await self._process.wait()
+                code = await self._wait(self._process)
                 log.error("triton ended", exit_code=code, restart_in_secs=delay, log=str(self._log_path))
             self._clean_up()
             await asyncio.sleep(delay)
@@ -252,6 +254,16 @@ class Triton:
                 log.info("triton restarted", pid=self.pid)
             except EngineError as error:
                 log.error("triton restart failed", reason=str(error))
+
+    async def _wait(self, process: asyncio.subprocess.Process) -> int:
+        """Wait until it ends; end it when one of its stubs died, which Triton goes on without and never replaces."""
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(process.wait(), STUB_CHECK_SECS)
+            with contextlib.suppress(psutil.Error):
+                if any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()):
+                    log.error("triton lost a stub", pid=process.pid)
+                    os.killpg(process.pid, signal.SIGKILL)
 
     async def stop(self, timeout_secs: float = 20.0) -> None:
         """Let it finish what it has begun, then end it with all its children."""

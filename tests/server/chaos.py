@@ -1,0 +1,319 @@
+"""Load that is like real use, faults that really happen, and what became of the load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import psutil
+from clients import END, open_socket
+from conftest import Samples
+from websockets.exceptions import ConnectionClosed
+
+from launcher.engine import Engine, Ports, Triton, free_ports
+from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
+
+RATE = 16_000
+FRAME_SECS = 0.1
+MODELS = 6
+
+
+@dataclass
+class Said:
+    """What a stream got back.
+
+    Attributes:
+        messages: with the time of their arrival, in seconds of time.monotonic.
+        close_code: of the socket.
+        latencies: of each message that told of more audio: its arrival, and how long it came after the audio was sent.
+    """
+
+    messages: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    close_code: int | None = None
+    latencies: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def finals(self) -> list[str]:
+        return [message["text"] for _, message in self.messages if message["type"] == "final"]
+
+
+async def speak(url: str, samples: Samples, pace: float = 1.0, right_secs: float = 0.48) -> Said:
+    """Stream a recording at ``pace`` times real time."""
+    said = Said()
+    async with open_socket(url) as socket:
+        began = time.monotonic()
+
+        async def listen() -> None:
+            heard_ms = 0
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    message = orjson.loads(await socket.recv())
+                    now = time.monotonic()
+                    said.messages.append((now, message))
+                    processed_ms = message.get("audio_processed_ms", 0)
+                    if message["type"] == "partial" and processed_ms > heard_ms:
+                        heard_ms = processed_ms
+                        said.latencies.append((now, now - began - (processed_ms / 1000 + right_secs) / pace))
+
+        listener = asyncio.create_task(listen())
+        with contextlib.suppress(ConnectionClosed):
+            step = int(FRAME_SECS * RATE)
+            for start in range(0, len(samples), step):
+                await asyncio.sleep(began + start / RATE / pace - time.monotonic())
+                await socket.send(samples[start : start + step].tobytes())
+            await socket.send(END)
+        await listener
+        said.close_code = socket.close_code
+    return said
+
+
+async def transcribe_repeatedly(url: str, samples: Samples, until: asyncio.Event) -> list[tuple[int, str]]:
+    """Send a recording as a batch again and again; status and text of each answer."""
+    answers = []
+    headers = {"Content-Type": "audio/pcm"}
+    async with httpx.AsyncClient(timeout=120) as http:
+        while not until.is_set():
+            answer = await http.post(url, content=samples.tobytes(), headers=headers)
+            answers.append((answer.status_code, answer.json().get("text", "")))
+            await asyncio.sleep(0.3)
+    return answers
+
+
+class Backend:
+    """A Triton that can be made to fail; started again as the launcher does it."""
+
+    def __init__(self, name: str) -> None:
+        self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+        engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+        self.triton = Triton(engine, MODEL_REPOSITORY, self.ports, ENGINE_HOME / f"triton-{name}.log")
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def target(self) -> str:
+        return f"{self.ports.host}:{self.ports.grpc}"
+
+    async def start(self) -> None:
+        await self.triton.start()
+        self._keeper = asyncio.create_task(self.triton.keep_alive())
+
+    async def stop(self) -> None:
+        if self._keeper:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self.triton.stop()
+
+    def signal(self, number: int) -> None:
+        assert self.triton.pid
+        os.kill(self.triton.pid, number)
+
+    def stubs(self, model: str) -> list[psutil.Process]:
+        """The processes of a Python model."""
+        return [p for p in psutil.Process(self.triton.pid).children() if f"{model}_0" in " ".join(p.cmdline())]
+
+    async def ready_again(self) -> float:
+        """Wait until all models are served; the moment."""
+        url = f"http://{self.ports.host}:{self.ports.http}/v2"
+        async with httpx.AsyncClient(timeout=1) as http:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    states = (await http.post(f"{url}/repository/index")).json()
+                    if sum(model.get("state") == "READY" for model in states) == MODELS:
+                        return time.monotonic()
+                await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def backends(count: int) -> AsyncIterator[list[Backend]]:
+    running = [Backend(f"chaos-{i}") for i in range(count)]
+    try:
+        await asyncio.gather(*(backend.start() for backend in running))
+        yield running
+    finally:
+        await asyncio.gather(*(backend.stop() for backend in running))
+
+
+class Proxy:
+    """TCP between a gateway and a Triton, which can be bad.
+
+    Attributes:
+        delay_secs: before each piece is passed on.
+        silent: whether pieces are swallowed, in both directions.
+        deaf: whether what comes from the gateway is swallowed, as on a half-open connection.
+    """
+
+    def __init__(self, target: Ports) -> None:
+        self._target = target
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.delay_secs = 0.0
+        self.silent = False
+        self.deaf = False
+        self.port = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Proxy]:
+        server = await asyncio.start_server(self._connect, LOOPBACK, 0)
+        self.port = server.sockets[0].getsockname()[1]
+        try:
+            yield self
+        finally:
+            server.close()
+            self.reset()
+
+    def reset(self) -> None:
+        """Break every connection."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            their_reader, their_writer = await asyncio.open_connection(self._target.host, self._target.grpc)
+        except OSError:
+            writer.transport.abort()
+            return
+        self._writers |= {writer, their_writer}
+        await asyncio.gather(self._pass(reader, their_writer, True), self._pass(their_reader, writer, False))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outward: bool) -> None:
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(65536):
+                if self.delay_secs:
+                    await asyncio.sleep(self.delay_secs)
+                if not self.silent and not (self.deaf and outward):
+                    writer.write(piece)
+        writer.transport.abort()
+
+
+@dataclass
+class Outcome:
+    """What became of the load.
+
+    Attributes:
+        lost: streams whose final is not that of the undisturbed run, or that have none or several.
+        closes: close codes other than 1000.
+        batches: answers to batch requests, by status.
+        wrong_batches: answers with 200 and another text.
+        recovery_secs: from ``ready_at`` until the last stream heard something again; None where nothing was to recover.
+        p95_before, p95_during: of the latency of partials, in seconds.
+    """
+
+    lost: list[int]
+    closes: list[int | None]
+    batches: dict[int, int]
+    wrong_batches: int
+    recovery_secs: float | None
+    p95_before: float
+    p95_during: float
+
+
+Fault = Callable[[], Awaitable[float | None]]
+
+
+async def disturb(stream_url: str, batch_url: str, speech: Sequence[Samples], texts: Sequence[str], fault: Fault) -> Outcome:
+    """Run a stream for each piece of speech and batches beside them, with a fault in their midst.
+
+    Args:
+        stream_url, batch_url: of the gateway.
+        speech: what each stream says.
+        texts: the finals of an undisturbed run.
+        fault: makes the fault; gives the moment at which everything was well again.
+    """
+    done = asyncio.Event()
+    streams = [asyncio.create_task(speak(stream_url, samples)) for samples in speech]
+    shortest = min(range(len(speech)), key=lambda i: len(speech[i]))
+    batch_speech = speech[shortest][: 5 * RATE]
+    batch = asyncio.create_task(transcribe_repeatedly(batch_url, batch_speech, done))
+    await asyncio.sleep(len(speech[shortest]) / RATE * 0.4)
+    fault_at = time.monotonic()
+    ready_at = await fault()
+    said = await asyncio.gather(*streams)
+    done.set()
+    answers = await batch
+    good_texts = {text for status, text in answers if status == 200}
+    statuses = [status for status, _ in answers]
+    heard = [next((at for at, _ in one.messages if ready_at and at > ready_at), None) for one in said]
+    return Outcome(
+        lost=[i for i, (one, text) in enumerate(zip(said, texts, strict=True)) if one.finals != [text]],
+        closes=[one.close_code for one in said if one.close_code != 1000],
+        batches={status: statuses.count(status) for status in sorted(set(statuses))},
+        wrong_batches=len(good_texts) - 1,
+        recovery_secs=max((at - ready_at for at in heard if at), default=None) if ready_at else None,
+        p95_before=_p95([secs for one in said for at, secs in one.latencies if at < fault_at]),
+        p95_during=_p95([secs for one in said for at, secs in one.latencies if at >= fault_at]),
+    )
+
+
+def _p95(values: Sequence[float]) -> float:
+    return float(np.percentile(values, 95)) if values else float("nan")
+
+
+def pieces(recordings: Sequence[Samples], count: int, seconds: float) -> list[Samples]:
+    """Different speech for so many streams."""
+    everything = np.concatenate(list(recordings))
+    length = int(seconds * RATE)
+    starts = np.random.default_rng(5).integers(0, len(everything), count)
+    return [np.resize(np.roll(everything, -start), length) for start in starts]
+
+
+async def kill(backend: Backend) -> float:
+    """SIGKILL, as by the kernel when memory is short."""
+    backend.signal(signal.SIGKILL)
+    await asyncio.sleep(0.2)
+    return await backend.ready_again()
+
+
+async def kill_twice(backend: Backend) -> float:
+    """Killed, and once more as soon as it is back."""
+    await kill(backend)
+    await asyncio.sleep(0.5)
+    return await kill(backend)
+
+
+async def terminate(backend: Backend) -> float:
+    """SIGTERM, as by an operator's restart."""
+    backend.signal(signal.SIGTERM)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        await asyncio.to_thread(psutil.Process(backend.triton.pid).wait, 60)
+    return await backend.ready_again()
+
+
+async def kill_stub(backend: Backend, model: str) -> float:
+    """The process of a Python model is killed; Triton goes on without it, and is started again."""
+    before = backend.triton.pid
+    (process, *_) = backend.stubs(model)
+    process.kill()
+    while backend.triton.pid in (before, None):
+        await asyncio.sleep(0.05)
+    return await backend.ready_again()
+
+
+async def stop_for(backend: Backend, seconds: float) -> float:
+    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps."""
+    processes = [psutil.Process(backend.triton.pid), *psutil.Process(backend.triton.pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    await asyncio.sleep(seconds)
+    for process in processes:
+        process.resume()
+    return time.monotonic()
+
+
+def report(path: Path, title: str, outcome: Outcome, streams: int) -> None:
+    """Append a row to a table."""
+    recovery = "" if outcome.recovery_secs is None else f"{outcome.recovery_secs:.1f} s"
+    batches = ", ".join(f"{count} × {status}" for status, count in outcome.batches.items())
+    row = f"| {title} | {streams - len(outcome.lost)} of {streams} | {recovery} | {batches} "
+    row += f"| {outcome.p95_before:.2f} s | {outcome.p95_during:.2f} s |\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(row)

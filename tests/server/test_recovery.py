@@ -1,0 +1,139 @@
+"""Faults that really happen: no word is lost, none is said twice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from chaos import Backend, Outcome, Proxy, backends, disturb, kill, kill_stub, pieces, speak, stop_for
+from clients import decoder_metric, gateway_metrics, growth, transcribe
+from conftest import Gateway, Recordings, Samples, run_gateway
+
+STREAMS, SECONDS = 5, 9.0
+
+
+@pytest.fixture(scope="module")
+async def two() -> AsyncIterator[list[Backend]]:
+    async with backends(2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def speech(two: list[Backend], recordings: Recordings) -> tuple[list[Samples], list[str]]:
+    """What the streams say, and what is understood when nothing disturbs them."""
+    said = pieces([*recordings.values()], STREAMS, SECONDS)
+    async with run_gateway(triton_endpoint=two[0].target) as gateway:
+        texts = [(await transcribe(gateway.stream_url(), samples)).final["text"] for samples in said]
+    assert all(texts)
+    return said, texts
+
+
+def assert_nothing_lost(outcome: Outcome) -> None:
+    assert outcome.lost == []
+    assert outcome.closes == []
+    assert outcome.wrong_batches == 0
+    assert set(outcome.batches) == {200}
+
+
+async def test_killed(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
+    async with run_gateway(triton_endpoint=two[0].target) as gateway:
+        before = await gateway_metrics(gateway.url)
+        outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill(two[0]))
+        grown = growth(before, await gateway_metrics(gateway.url))
+    assert_nothing_lost(outcome)
+    assert outcome.recovery_secs is not None
+    assert outcome.recovery_secs < 5
+    assert grown("asr_stream_recoveries_total", outcome="recovered") >= STREAMS
+    assert grown("asr_stream_recoveries_total", outcome="failed") == 0
+    assert grown("asr_replayed_audio_seconds_total") > 0
+
+
+@pytest.mark.parametrize("model", ["rnnt_greedy_bls", "encoder"])
+async def test_a_stub_is_killed(two: list[Backend], speech: tuple[list[Samples], list[str]], model: str) -> None:
+    async with run_gateway(triton_endpoint=two[0].target) as gateway:
+        outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill_stub(two[0], model))
+    assert_nothing_lost(outcome)
+
+
+async def test_one_of_two_is_killed(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
+    async with run_gateway(triton_endpoints=[backend.target for backend in two]) as gateway:
+
+        async def fault() -> float:
+            shares = [await decoder_metric(backend.ports, "asr_decoder_sequences") for backend in two]
+            assert min(shares) >= STREAMS // 2, "the streams are not shared out"
+            two[1].signal(signal.SIGKILL)
+            return time.monotonic()
+
+        outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, fault)
+    assert_nothing_lost(outcome)
+    assert outcome.recovery_secs is not None
+    assert outcome.recovery_secs < 3, "they waited for the dead one"
+    await two[1].ready_again()
+
+
+async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
+    async with run_gateway(triton_endpoint=two[0].target, inference_timeout_secs=1.5) as gateway:
+        outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: stop_for(two[0], 2.0))
+    assert outcome.lost == []
+    assert outcome.closes == []
+
+
+@pytest.mark.parametrize("how", ["reset", "silent", "deaf"])
+async def test_a_bad_network(two: list[Backend], speech: tuple[list[Samples], list[str]], how: str) -> None:
+    proxy = Proxy(two[0].ports)
+
+    async def fault() -> float:
+        if how == "reset":
+            proxy.reset()
+        else:
+            setattr(proxy, how, True)
+            await asyncio.sleep(3)
+            setattr(proxy, how, False)
+            proxy.reset()
+        return time.monotonic()
+
+    async with (
+        proxy.running(),
+        run_gateway(triton_endpoint=f"127.0.0.1:{proxy.port}", inference_timeout_secs=2) as gateway,
+    ):
+        outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, fault)
+    assert outcome.lost == []
+    assert outcome.closes == []
+    assert outcome.recovery_secs is not None
+    assert outcome.recovery_secs < 5
+
+
+async def test_nothing_is_left_behind(two: list[Backend], gateway: Gateway) -> None:
+    """Sequences that were left for others are ended where their Triton still lives."""
+    assert gateway
+    for _ in range(100):
+        left = [await decoder_metric(backend.ports, "asr_decoder_sequences") for backend in two]
+        if not any(left):
+            return
+        await asyncio.sleep(0.2)
+    pytest.fail(f"the decoders still hold {left} streams")
+
+
+async def test_what_never_comes_back_is_told(two: list[Backend], recordings: Recordings) -> None:
+    """The time for recovery is over: the documented error, and the audio's place is free again."""
+    proxy = Proxy(two[0].ports)
+    async with (
+        proxy.running(),
+        run_gateway(
+            triton_endpoint=f"127.0.0.1:{proxy.port}", inference_timeout_secs=0.5, recovery_timeout_secs=1.5
+        ) as gateway,
+    ):
+        stream = asyncio.create_task(speak(gateway.stream_url(), recordings["jfk"]))
+        await asyncio.sleep(3)
+        proxy.silent = True
+        said = await asyncio.wait_for(stream, 15)
+        metrics = await gateway_metrics(gateway.url)
+    assert said.close_code == 4503
+    assert said.messages[-1][1]["error"]["code"] in ("backend_timeout", "backend_failed", "not_ready")
+    assert said.messages[-1][1]["error"]["retryable"] is True
+    assert said.finals == []
+    assert metrics["asr_stream_recoveries_total", (("outcome", "failed"),)] >= 1
+    assert metrics["asr_active_connections", ()] == 0
