@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway launcher model-repo backends training tests perf
+SOURCES := gateway launcher amira_client model-repo backends training tests perf
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test lint format eval perf data train export peers test-training lock clean

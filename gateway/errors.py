@@ -51,6 +51,7 @@ class ErrorKind(Kind, Enum):
     AUDIO_TOO_LONG = Kind("audio_too_long", "too_large", 413, 4413)
     UNSUPPORTED_MEDIA = Kind("unsupported_media", "unsupported_media", 415, 1003)
     UNACCEPTABLE = Kind("unacceptable", "invalid_request", 422, 1007)
+    INVALID_SESSION = Kind("invalid_session", "invalid_request", 422, 1007)
     QUOTA_EXCEEDED = Kind("quota_exceeded", "quota", 429, 4429, retryable=True)
     INTERNAL = Kind("internal", "server_error", 500, 1011)
     BACKEND_FAILED = Kind("backend_failed", "backend", 502, 4503, retryable=True)

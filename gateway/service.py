@@ -10,6 +10,7 @@ from gateway import metrics
 from gateway.access import Admission
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
+from gateway.tickets import Tickets
 from gateway.triton import Triton
 
 
@@ -36,6 +37,7 @@ class Service:
     Attributes:
         settings: its settings.
         triton: the server behind it.
+        tickets: with which streams go on after a lost connection.
         admission: places for streams and batches.
         options: decoding options that the settings give every stream.
         buffer_usage: audio that waits in the streams' buffers.
@@ -47,6 +49,7 @@ class Service:
         self.settings = settings
         self.triton = Triton(settings)
         self.admission = Admission(settings)
+        self.tickets = Tickets(settings)
         self.options: dict[str, str | int] = {
             name: value
             for name in ("max_symbols_per_step", "max_total_tokens")

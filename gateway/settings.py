@@ -79,6 +79,10 @@ KEYS_WITHOUT_EFFECT = {
 """Keys of earlier servers that are accepted, and why they change nothing here."""
 
 
+SECRETS = {"api_keys", "session_key"}
+"""Keys whose values are never shown."""
+
+
 class ConfigError(ValueError):
     """The configuration can't be used; one line that says what to change where."""
 
@@ -213,6 +217,8 @@ class Settings(
 
     api_keys: Annotated[tuple[Key, ...], BeforeValidator(_parse), Allowed("a list of keys in visible ASCII characters")] = ()
     """Keys of which a client must send one; with none here, nobody needs one."""
+    session_key: Annotated[Annotated[SecretStr, Field(min_length=16)] | None, Allowed("a text of 16 characters or more")] = None
+    """Signs the sessions with which clients go on after a lost connection; the same on every gateway. If not set, random."""
     enable_cors: bool = False
     """Send CORS headers, so that pages of allowed_origins can read answers."""
     allowed_origins: Annotated[
@@ -310,12 +316,12 @@ def load_settings(environ: Mapping[str, str] = os.environ, directory: Path = Pat
 
 def to_toml(settings: Settings) -> str:
     """The settings as a ``config.toml``, without the API keys and what is not set, which TOML can't express."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude={"api_keys"}, exclude_none=True))
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude=SECRETS, exclude_none=True))
 
 
 def to_yaml(settings: Settings) -> str:
     """The settings as a ``config.yaml``, without the API keys."""
-    return yaml.safe_dump(settings.model_dump(mode="json", exclude={"api_keys"}), sort_keys=False)
+    return yaml.safe_dump(settings.model_dump(mode="json", exclude=SECRETS), sort_keys=False)
 
 
 def _gather(variables: Mapping[str, str], directory: Path) -> dict[str, _Given]:
@@ -367,7 +373,7 @@ def _explain(error: ValidationError, given: Mapping[str, _Given]) -> str:
     first = error.errors()[0]
     key = str(first["loc"][0])
     value, source = given.get(key, (first["input"], None))
-    shown = "***" if key == "api_keys" else repr(value)
+    shown = "***" if key in SECRETS else repr(value)
     rule = first["msg"] if first["type"] == "conflict" else f"must be {_allowed(key)}"
     return f"{key} = {shown} ({f'from {source}' if source else 'default'}): {rule}"
 

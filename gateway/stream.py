@@ -1,5 +1,7 @@
 """``/v2/decode/stream/{model}``: a live stream over a WebSocket.
 
+With the subprotocol ``amira.v2`` a client learns with every answer what it needs to go on after a lost connection.
+
 Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops
 reading, and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a
 time, and the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the
@@ -28,9 +30,11 @@ from gateway.endpoint import Recogniser
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import BufferUsage, Service
+from gateway.tickets import Ticket, Tickets
 from gateway.transcript import Answer, Transcript
 
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
+RESUMABLE = "amira.v2"
 
 HEARTBEAT_SHARE = 0.5
 """A silent stream's sequence is touched after this share of Triton's idle limit."""
@@ -106,8 +110,10 @@ class AudioBuffer:
 class Session:
     """One stream, from the upgrade to the close."""
 
-    def __init__(self, socket: WebSocket, service: Service, model: str, recogniser: Recogniser) -> None:
+    def __init__(self, socket: WebSocket, service: Service, model: str, recogniser: Recogniser, *, resumable: bool) -> None:
         self._socket = socket
+        self._tickets = service.tickets if resumable else None
+        self._resumed = self._acknowledged = Ticket(model)
         self._settings = service.settings
         self._model = model
         self._recogniser = recogniser
@@ -116,12 +122,13 @@ class Session:
         self._last_call = service.last_call
         self._transcript = Transcript()
         self._received_bytes = 0
+        self._sent_samples = 0  # since the start of the stream
         self._ended_at = 0.0  # seconds of time.monotonic
 
     @property
     def received_secs(self) -> float:
-        """Audio received."""
-        return self._received_bytes / BYTES_A_SAMPLE / RATE
+        """Audio received since the start of the stream, that of earlier connections included."""
+        return (self._resumed.samples + self._received_bytes / BYTES_A_SAMPLE) / RATE
 
     async def run(self) -> int:
         """Serve the stream; gives the code it was closed with."""
@@ -181,14 +188,32 @@ class Session:
                 raise WebSocketDisconnect(message["code"])
             frame = message.get("bytes")
             if frame is None:
-                raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
-            if frame == END_OF_STREAM:
+                self._resume(message["text"])
+            elif frame == END_OF_STREAM:
                 self._ended_at = time.monotonic()
                 self._buffer.close(End.CLIENT)
                 return
-            if frame != KEEPALIVE:
+            elif frame != KEEPALIVE:
                 self._check(frame)
                 await self._buffer.put(frame)
+
+    def _resume(self, text: str) -> None:
+        """Take the first frame of a connection that goes on with a stream: ``{"type": "resume", "session": TICKET}``."""
+        if not self._tickets:
+            raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
+        if self._received_bytes:
+            raise ApiError(ErrorKind.TEXT_FRAME, "resume comes before any audio")
+        try:
+            request = orjson.loads(text)
+            session = request["session"] if request["type"] == "resume" else None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            session = None
+        if not isinstance(session, str):
+            raise ApiError(ErrorKind.TEXT_FRAME, 'the text frame is not understood; known: {"type": "resume", "session": …}')
+        self._resumed = self._acknowledged = self._tickets.redeem(session, self._model)
+        self._utterance.resume(self._resumed.state, self._resumed.samples)
+        self._transcript = Transcript(continues=self._resumed.chars > 0)
+        self._sent_samples = self._resumed.samples
 
     def _check(self, frame: bytes) -> None:
         if not frame:
@@ -216,17 +241,16 @@ class Session:
             ApiError: Triton failed.
             WebSocketDisconnect: the client disappeared.
         """
-        sent_samples = 0
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
-            due_samples = self._recogniser.due_samples(sent_samples) - sent_samples
+            due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
             audio = await self._buffer.take(due_samples * BYTES_A_SAMPLE, heartbeat_secs)
             end, arrived = self._buffer.end, self._buffer.last_put
-            if end is End.ABANDONED:
+            if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
                 await self._utterance.abandon()
                 return
             answer = await self._utterance.send(np.frombuffer(audio, "<i2"), end=end is not None)
-            sent_samples += len(audio) // BYTES_A_SAMPLE
+            self._sent_samples += len(audio) // BYTES_A_SAMPLE
             metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / RATE)
             changed = self._transcript.update(answer)
             lag = max(0.0, self.received_secs - answer.samples / RATE)
@@ -239,6 +263,19 @@ class Session:
             if changed and self._buffer.end is not End.ABANDONED:
                 await self._send(self._message("partial", answer))
                 metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
+            if self._tickets and self._buffer.end is not End.ABANDONED:
+                await self._acknowledge(self._tickets)
+
+    async def _acknowledge(self, tickets: Tickets) -> None:
+        """Tell the client what it needs no more, and with what it can go on."""
+        state, samples = self._utterance.restart
+        counts = (self._resumed.chars, self._resumed.tokens, self._resumed.words)
+        chars, tokens, words = (before + now for before, now in zip(counts, self._transcript.settled, strict=True))
+        ticket = Ticket(self._model, samples, state, chars, tokens, words)
+        if ticket != self._acknowledged:
+            self._acknowledged = ticket
+            settled = {"chars": chars, "tokens": tokens, "words": words}
+            await self._send({"type": "ack", "session": tickets.issue(ticket), "samples": samples, "settled": settled})
 
     def _message(self, kind: str, answer: Answer) -> dict[str, Any]:
         transcript = self._transcript
@@ -286,8 +323,12 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             status = error.kind.status
             await _refuse(socket, error, service)
         else:
-            await socket.accept(headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())])
-            session = Session(socket, service, model, recogniser)
+            resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+            await socket.accept(
+                RESUMABLE if resumable else None,
+                headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())],
+            )
+            session = Session(socket, service, model, recogniser, resumable=resumable)
             code = await session.run()
             metrics.CLOSES.labels(str(code)).inc()
             log.info(

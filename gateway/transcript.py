@@ -34,6 +34,9 @@ class Answer(NamedTuple):
 class Transcript:
     """Final segments and the current one.
 
+    Args:
+        continues: there is text before it, so that a leading space means something.
+
     Attributes:
         text: the whole transcript so far.
         tokens: its token ids.
@@ -42,6 +45,7 @@ class Transcript:
         segment_words: how many of the words are of the current segment.
     """
 
+    continues: bool = False
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     words: list[dict[str, Any]] = field(default_factory=list)
@@ -60,8 +64,8 @@ class Transcript:
     def update(self, answer: Answer) -> bool:
         """Take an answer; whether the text changed."""
         before, final_text = self.text, self.text[: self._final_chars]
-        self.text = (final_text + answer.text).lstrip()
-        self.stable_chars = len((final_text + answer.text[: answer.stable_chars]).lstrip())
+        self.text = self._join(final_text, answer.text)
+        self.stable_chars = len(self._join(final_text, answer.text[: answer.stable_chars]))
         self.tokens[self._final_tokens :] = answer.tokens
         self.words[len(self.words) - self.segment_words :] = answer.words
         self.segment_words = len(answer.words)
@@ -73,3 +77,11 @@ class Transcript:
             self._final_probability = self._probability
             self.segment_words = 0
         return self.text != before
+
+    @property
+    def settled(self) -> tuple[int, int, int]:
+        """How many characters, tokens and words are of final segments."""
+        return self._final_chars, self._final_tokens, len(self.words) - self.segment_words
+
+    def _join(self, settled: str, text: str) -> str:
+        return settled + text if self.continues else (settled + text).lstrip()

@@ -142,6 +142,15 @@ class Utterance:
         self._keep(answer)
         return answer
 
+    @property
+    def restart(self) -> tuple[str, int]:
+        """The decoder's state, and from which sample on it takes audio to go on from there."""
+        return self._state, self._kept_from
+
+    def resume(self, state: str, samples: int) -> None:
+        """Go on where another utterance was; the next audio begins at this sample."""
+        self._state, self._kept_from = state, samples
+
     def give_up(self) -> None:
         """Nobody waits for an answer any more: what fails from now on is not tried again."""
         self._given_up = True

@@ -8,7 +8,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gateway.settings import KEYS_WITHOUT_EFFECT, LAUNCHER_VARIABLES, ConfigError, Settings, load_settings, to_toml, to_yaml
+from gateway.settings import (
+    KEYS_WITHOUT_EFFECT,
+    LAUNCHER_VARIABLES,
+    SECRETS,
+    ConfigError,
+    Settings,
+    load_settings,
+    to_toml,
+    to_yaml,
+)
 
 SHIPPED = Path(__file__).parents[2] / "config.toml"
 
@@ -220,6 +229,13 @@ class TestValues:
         assert load_settings(given).settings.triton_addresses == [("a:1", False), ("b:8001", True)]
         with pytest.raises(ConfigError, match=r"triton_endpoints = 'a:1,b:c'.*must be a list of endpoints"):
             load_settings({"AMIRA_TRITON_ENDPOINTS": "a:1,b:c"})
+
+    def test_the_session_key_is_never_shown(self, tmp_path: Path) -> None:
+        loaded = load_settings({"AMIRA_SESSION_KEY": "a secret of 24 characters"}, tmp_path)
+        assert loaded.settings.session_key
+        assert "secret" not in f"{loaded}{to_toml(loaded.settings)}{to_yaml(loaded.settings)}"
+        with pytest.raises(ConfigError, match=r"session_key = \*\*\* \(from AMIRA_SESSION_KEY\): must be a text of 16"):
+            load_settings({"AMIRA_SESSION_KEY": "too short"}, tmp_path)
 
     def test_frozen(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
@@ -485,4 +501,4 @@ class TestExport:
         assert "max_total_tokens = 7" in to_toml(self.CHANGED)
 
     def test_yaml_has_every_setting_but_the_keys(self) -> None:
-        assert yaml.safe_load(to_yaml(Settings())).keys() == Settings.model_fields.keys() - {"api_keys"}
+        assert yaml.safe_load(to_yaml(Settings())).keys() == Settings.model_fields.keys() - SECRETS

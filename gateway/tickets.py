@@ -1,0 +1,65 @@
+"""Tickets: what a client of ``amira.v2`` holds so that its stream goes on after a lost connection, on any gateway.
+
+A ticket carries the decoder's state. It is signed, so that the decoder is given no state but its own, and it is not secret: it
+holds nothing but what the client's own audio made.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import asdict, dataclass
+
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+from gateway.errors import ApiError, ErrorKind
+from gateway.settings import Settings
+
+MAX_AGE_SECS = 3600
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Where a stream is.
+
+    Attributes:
+        model: its public model name.
+        samples: audio from here on is still needed, in samples since the start of the stream.
+        state: the decoder's; empty before the first window.
+        chars, tokens, words: how much of the transcript is settled; what a later connection says comes behind it.
+    """
+
+    model: str
+    samples: int = 0
+    state: str = ""
+    chars: int = 0
+    tokens: int = 0
+    words: int = 0
+
+
+class Tickets:
+    """Issues and redeems tickets."""
+
+    def __init__(self, settings: Settings) -> None:
+        key = settings.session_key.get_secret_value() if settings.session_key else secrets.token_hex()
+        self._serializer = URLSafeTimedSerializer(key, salt="amira.v2")
+
+    def issue(self, ticket: Ticket) -> str:
+        """The ticket as text."""
+        text = self._serializer.dumps(asdict(ticket))
+        return text if isinstance(text, str) else text.decode()
+
+    def redeem(self, text: str, model: str) -> Ticket:
+        """The ticket that the text is.
+
+        Raises:
+            ApiError: it is none of this service's, too old, or another model's.
+        """
+        try:
+            ticket = Ticket(**self._serializer.loads(text, max_age=MAX_AGE_SECS))
+        except (BadData, TypeError):
+            raise ApiError(
+                ErrorKind.INVALID_SESSION, f"the session is not known here, or older than {MAX_AGE_SECS} s; begin a new stream"
+            ) from None
+        if ticket.model != model:
+            raise ApiError(ErrorKind.INVALID_SESSION, f"the session is of model {ticket.model!r}, not {model!r}")
+        return ticket

@@ -1,0 +1,185 @@
+"""``amira.v2``: a stream goes on after its connection, or its gateway, is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from chaos import Proxy
+from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
+from conftest import Gateway, Recordings, Samples
+
+from amira_client import LiveStream, StreamError
+from launcher.engine import Ports, free_ports
+from launcher.run import LOOPBACK, ROOT
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+AMIRA = ROOT / ".venv" / "bin" / "amira"
+KEY = "one for all gateways"
+V2: dict[str, Any] = {"subprotocols": ["amira.v2"]}
+
+
+@pytest.fixture(scope="module")
+def speech(recordings: Recordings) -> Samples:
+    """Long enough for several segments."""
+    spoken = [np.append(samples, np.zeros(24_000, np.int16)) for samples in recordings.values()]
+    everything: Samples = np.concatenate(spoken)
+    return everything[: 16_000 * 45]
+
+
+async def talk(stream: LiveStream, samples: Samples, pace: float = 8.0) -> None:
+    for frame in cut(samples, 1600):
+        await stream.send(frame)
+        await asyncio.sleep(0.1 / pace)
+
+
+async def test_acks_tell_what_is_no_longer_needed(gateway: Gateway, speech: Samples) -> None:
+    plain = (await transcribe(gateway.stream_url(), speech)).final
+    conversation = await converse(gateway.stream_url(), [*cut(speech, 1600), END], pause_secs=0.01, **V2)
+    acks = [message for message in conversation.messages if message["type"] == "ack"]
+    assert len(acks) > 10
+    assert [ack["samples"] for ack in acks] == sorted(ack["samples"] for ack in acks)
+    assert acks[-1]["samples"] > len(speech) - 16_000 * 7
+    assert acks[-1]["settled"]["chars"] > 0, "no segment was final"
+    assert conversation.final == plain
+
+
+async def test_every_ack_can_be_gone_on_from(make_gateway: MakeGateway, speech: Samples) -> None:
+    async with (
+        make_gateway(session_key="one for all gateways") as first,
+        make_gateway(session_key="one for all gateways") as second,
+    ):
+        whole = await converse(first.stream_url(), [*cut(speech, 1600), END], pause_secs=0.01, **V2)
+        texts, acks = "", []
+        for message in whole.messages:
+            if message["type"] == "ack":
+                acks.append((message, texts[: message["settled"]["chars"]]))
+            else:
+                texts = message["text"]
+        for ack, settled in acks[:: len(acks) // 6]:
+            resume = orjson.dumps({"type": "resume", "session": ack["session"]}).decode()
+            async with open_socket(second.stream_url(), **V2) as socket:
+                await socket.send(resume)
+                for frame in [*cut(speech[ack["samples"] :], 16_000), END]:
+                    await socket.send(frame)
+                rest = (await listen(socket)).final
+            assert settled + rest["text"] == whole.final["text"]
+            assert whole.final["tokens"][ack["settled"]["tokens"] :] == rest["tokens"]
+            assert whole.final["words"][ack["settled"]["words"] :] == rest["words"]
+            assert rest["audio_processed_ms"] == whole.final["audio_processed_ms"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("hello", "text_frame"),
+        ("{}", "text_frame"),
+        ('{"type":"resume"}', "text_frame"),
+        ('{"type":"resume","session":7}', "text_frame"),
+        ('{"type":"resume","session":"forged"}', "invalid_session"),
+    ],
+)
+async def test_what_is_no_session_is_refused(gateway: Gateway, text: str, code: str) -> None:
+    async with open_socket(gateway.stream_url(), **V2) as socket:
+        await socket.send(text)
+        conversation = await listen(socket)
+    assert conversation.error["code"] == code
+
+
+async def test_another_services_session_is_refused(make_gateway: MakeGateway, speech: Samples) -> None:
+    async with make_gateway() as first, make_gateway() as second:
+        messages = (await transcribe(first.stream_url(), speech[: 16_000 * 8], **V2)).messages
+        session = next(message["session"] for message in messages if message["type"] == "ack")
+        async with open_socket(second.stream_url(), **V2) as socket:
+            await socket.send(orjson.dumps({"type": "resume", "session": session}).decode())
+            assert (await listen(socket)).error["code"] == "invalid_session"
+
+
+async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway: MakeGateway, speech: Samples) -> None:
+    assert triton
+    async with make_gateway(max_concurrent_streams=4) as gateway:
+        plain = (await transcribe(gateway.stream_url(), speech)).final
+        port = gateway.server.port
+        proxy = Proxy(Ports(LOOPBACK, 0, port, 0))
+        async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
+            talking = asyncio.create_task(talk(stream, speech))
+            for _ in range(3):
+                await asyncio.sleep(1.2)
+                proxy.reset()
+            await talking
+            final = await asyncio.wait_for(stream.finish(), 60)
+            assert stream.reconnects >= 3
+            messages = [message async for message in stream]
+        assert (await gateway_metrics(gateway.url))["asr_active_connections", ()] == 0
+    assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+    assert messages[-1] == final
+    assert all(not message.final for message in messages[:-1])
+
+
+@asynccontextmanager
+async def gateway_process(port: int, triton: Ports) -> AsyncIterator[asyncio.subprocess.Process]:
+    env = {
+        **os.environ,
+        "AMIRA_SERVER_HOST": LOOPBACK,
+        "AMIRA_SERVER_PORT": str(port),
+        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
+        "AMIRA_SESSION_KEY": KEY,
+        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
+    }
+    process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        async with httpx.AsyncClient() as http:
+            for _ in range(200):
+                try:
+                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                await asyncio.sleep(0.1)
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_the_client_goes_on_at_the_next_gateway(
+    triton: Ports, gateway: Gateway, speech: Samples, number: signal.Signals
+) -> None:
+    plain = (await transcribe(gateway.stream_url(), speech)).final
+    (port,) = free_ports(LOOPBACK, 1)
+    async with LiveStream(f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira") as stream:
+        async with gateway_process(port, triton) as first:
+            talking = asyncio.create_task(talk(stream, speech))
+            await asyncio.sleep(2.5)
+            first.send_signal(number)
+            await first.wait()
+        async with gateway_process(port, triton):
+            await talking
+            final = await asyncio.wait_for(stream.finish(), 60)
+    assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+
+
+async def test_the_client_tells_what_it_can_not_mend(make_gateway: MakeGateway) -> None:
+    async with make_gateway(api_keys=["key"]) as gateway, LiveStream(gateway.stream_url()) as stream:
+        with pytest.raises(StreamError, match="401") as refused:
+            await stream.finish()
+        assert refused.value.code == "refused"
+    (port,) = free_ports(LOOPBACK, 1)
+    async with LiveStream(f"ws://{LOOPBACK}:{port}/", reconnect_secs=0.5) as stream:
+        with pytest.raises(StreamError, match=r"no server for 0\.5 s") as unreachable:
+            await stream.finish()
+        assert unreachable.value.code == "unreachable"
+        with pytest.raises(StreamError):
+            await stream.send(b"\x00\x00")
+        with pytest.raises(ValueError, match="3 bytes"):
+            await stream.send(b"abc")
