@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
@@ -13,15 +15,24 @@ from gateway import metrics
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 
+ANYBODY = -1
+"""The caller where no keys are asked for."""
 
-def check_key(headers: Headers, settings: Settings) -> None:
+BURST_SECS = 60.0
+"""A caller that was quiet may send at once what it may send in this time."""
+
+
+def check_key(headers: Headers, settings: Settings) -> int:
     """Hold the request's key against those of the settings; without any there, everybody may.
+
+    Returns:
+        The caller: its key's place among those of the settings.
 
     Raises:
         ApiError: the key is missing or wrong.
     """
     if not settings.api_keys:
-        return
+        return ANYBODY
     scheme, _, token = headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     if not given:
@@ -30,11 +41,58 @@ def check_key(headers: Headers, settings: Settings) -> None:
     matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in settings.api_keys]
     if not any(matches):
         raise ApiError(ErrorKind.INVALID_API_KEY, "the API key is not valid")
+    return matches.index(True)
 
 
 def origin_allowed(origin: str, settings: Settings) -> bool:
     """Whether a browser's page from this origin may connect."""
     return "*" in settings.allowed_origins or origin in settings.allowed_origins
+
+
+class Quotas:
+    """What each key may use: streams at once, and seconds of audio a second by a token bucket (Turner, 1986)."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_streams = settings.max_streams_per_key
+        self._audio_rate = settings.max_audio_rate_per_key
+        self._clock = clock
+        self._streams: Counter[int] = Counter()
+        self._audio: dict[int, tuple[float, float]] = {}  # seconds of audio left, and as of when
+
+    @contextmanager
+    def stream(self, caller: int) -> Iterator[None]:
+        """Hold one of the caller's streams.
+
+        Raises:
+            ApiError: it has no more.
+        """
+        if caller != ANYBODY and self._max_streams is not None and self._streams[caller] >= self._max_streams:
+            raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"all {self._max_streams} streams of this key are in use; please retry")
+        self._streams[caller] += 1
+        try:
+            yield
+        finally:
+            self._streams[caller] -= 1
+
+    def spend(self, caller: int, audio_secs: float) -> None:
+        """Take audio off what the caller may send; the last piece may be larger than what is left.
+
+        Raises:
+            ApiError: nothing is left.
+        """
+        if caller == ANYBODY or self._audio_rate is None:
+            return
+        now, full = self._clock(), self._audio_rate * BURST_SECS
+        left, as_of = self._audio.get(caller, (full, now))
+        left = min(full, left + (now - as_of) * self._audio_rate)
+        if left <= 0:
+            self._audio[caller] = left, now
+            error = ApiError(
+                ErrorKind.QUOTA_EXCEEDED, f"this key may send {self._audio_rate:g} s of audio a second, and has sent more"
+            )
+            error.retry_after_secs = 1.0 - left / self._audio_rate
+            raise error
+        self._audio[caller] = left - audio_secs, now
 
 
 class Admission:

@@ -85,12 +85,13 @@ REQUEST_BODY: dict[str, Any] = {
 async def decode_batch(request: Request, model: str) -> Response:
     """Answer one recording."""
     service: Service = request.app.state.service
-    check_key(request.headers, service.settings)
+    caller = check_key(request.headers, service.settings)
     ensemble = service.ensemble(model)
     with service.admission.batch():
         recogniser = service.triton.recogniser(ensemble)
         max_secs = min(service.settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
         samples, opaque = await _read_audio(request, max_secs)
+        service.quotas.spend(caller, len(samples) / RATE)
         metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / RATE)
         utterance = service.triton.recording(recogniser, service.options)
         async with service.admission.batch_places:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from gateway import metrics
-from gateway.access import Admission
+from gateway.access import Admission, Quotas
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 from gateway.tickets import Tickets
@@ -37,6 +37,7 @@ class Service:
     Attributes:
         settings: its settings.
         triton: the server behind it.
+        quotas: what each key may use.
         tickets: with which streams go on after a lost connection.
         admission: places for streams and batches.
         options: decoding options that the settings give every stream.
@@ -49,6 +50,7 @@ class Service:
         self.settings = settings
         self.triton = Triton(settings)
         self.admission = Admission(settings)
+        self.quotas = Quotas(settings)
         self.tickets = Tickets(settings)
         self.options: dict[str, str | int] = {
             name: value

@@ -217,6 +217,10 @@ class Settings(
 
     api_keys: Annotated[tuple[Key, ...], BeforeValidator(_parse), Allowed("a list of keys in visible ASCII characters")] = ()
     """Keys of which a client must send one; with none here, nobody needs one."""
+    max_streams_per_key: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Most streams at once with one key; if not set, as many as there are."""
+    max_audio_rate_per_key: Annotated[float | None, Field(ge=0.001, le=1_000_000)] = None
+    """Most audio with one key, in seconds a second on average over a minute; if not set, any."""
     session_key: Annotated[Annotated[SecretStr, Field(min_length=16)] | None, Allowed("a text of 16 characters or more")] = None
     """Signs the sessions with which clients go on after a lost connection; the same on every gateway. If not set, random."""
     enable_cors: bool = False
@@ -388,6 +392,6 @@ def _allowed(key: str) -> str:
         return "true or false"
     if get_origin(field.annotation) is Literal:
         return f"one of {', '.join(get_args(field.annotation))}"
-    kind = "a number" if field.annotation is float else "a whole number"
+    kind = "a number" if field.annotation in (float, float | None) else "a whole number"
     multiple = f", a multiple of {limits[MultipleOf].multiple_of}" if MultipleOf in limits else ""
     return f"{kind} within {limits[Ge].ge} … {limits[Le].le}{multiple}"

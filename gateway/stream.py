@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,8 +112,18 @@ class AudioBuffer:
 class Session:
     """One stream, from the upgrade to the close."""
 
-    def __init__(self, socket: WebSocket, service: Service, model: str, recogniser: Recogniser, *, resumable: bool) -> None:
+    def __init__(
+        self,
+        socket: WebSocket,
+        service: Service,
+        model: str,
+        recogniser: Recogniser,
+        spend: Callable[[float], None],
+        *,
+        resumable: bool,
+    ) -> None:
         self._socket = socket
+        self._spend = spend
         self._tickets = service.tickets if resumable else None
         self._resumed = self._acknowledged = Ticket(model)
         self._settings = service.settings
@@ -229,6 +241,7 @@ class Session:
             )
         if len(frame) % BYTES_A_SAMPLE:
             raise ApiError(ErrorKind.ODD_LENGTH, f"the frame has {len(frame)} bytes; 16-bit samples need an even number")
+        self._spend(len(frame) / BYTES_A_SAMPLE / RATE)
         self._received_bytes += len(frame)
         if self.received_secs > self._settings.max_stream_audio_secs:
             limit = self._settings.max_stream_audio_secs
@@ -315,8 +328,9 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
     with contextlib.ExitStack() as place:
         try:
             _check_origin(socket, service)
-            check_key(socket.headers, service.settings)
+            caller = check_key(socket.headers, service.settings)
             ensemble = service.ensemble(model)
+            place.enter_context(service.quotas.stream(caller))
             place.enter_context(service.admission.stream())
             recogniser = service.triton.recogniser(ensemble)
         except ApiError as error:
@@ -328,7 +342,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
                 RESUMABLE if resumable else None,
                 headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())],
             )
-            session = Session(socket, service, model, recogniser, resumable=resumable)
+            session = Session(socket, service, model, recogniser, partial(service.quotas.spend, caller), resumable=resumable)
             code = await session.run()
             metrics.CLOSES.labels(str(code)).inc()
             log.info(

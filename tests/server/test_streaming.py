@@ -314,3 +314,25 @@ async def test_the_socket_counts_and_measures(gateway: Gateway, recordings: Reco
     assert grown("asr_partial_latency_seconds_count", model="amira") >= 1
     assert grown("asr_audio_seconds_total", endpoint="stream", model="amira") == pytest.approx(len(samples) / 16000)
     assert grown("triton_inference_duration_seconds_count", model="asr_ensemble") >= 2
+
+
+async def test_a_keys_quota(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    samples = recordings["jfk"]
+    key: dict[str, Any] = {"additional_headers": {"X-API-Key": "first"}}
+    async with make_gateway(api_keys=["first", "second"], max_streams_per_key=1, max_audio_rate_per_key=0.1) as gateway:
+        async with open_socket(gateway.stream_url(), **key) as socket:
+            with pytest.raises(InvalidStatus) as refused:
+                await converse(gateway.stream_url(), [], **key)
+            assert refused.value.response.status_code == 429
+            assert int(refused.value.response.headers["Retry-After"]) >= 1
+            for frame in cut(samples, 16000):
+                await socket.send(frame)
+            conversation = await listen(socket)
+        assert conversation.close_code == 4429
+        assert conversation.error["code"] == "quota_exceeded"
+        assert conversation.error["retry_after_ms"] >= 1000
+        async with httpx.AsyncClient() as http:
+            for name, status in (("first", 429), ("second", 200)):
+                headers = {"X-API-Key": name, "Content-Type": "audio/pcm"}
+                answer = await http.post(gateway.batch_url(), content=samples[:16000].tobytes(), headers=headers)
+                assert answer.status_code == status
