@@ -10,7 +10,7 @@ INTO ?= model-repo
 SOURCES := gateway launcher amira_client model-repo backends training tests perf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf data train export peers test-training lock clean
+.PHONY: help setup run demo test lint format eval perf data train export peers test-training chaos lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -73,6 +73,9 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, five minutes
 	@$(BIN)/pytest tests/training
+
+chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, and write down what it did; ten minutes
+	@$(BIN)/pytest tests/chaos
 
 lock:  ## Resolve the newest packages into requirements.lock
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv

@@ -10,7 +10,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,11 +21,13 @@ from conftest import Samples
 from websockets.exceptions import ConnectionClosed
 
 from launcher.engine import Engine, Ports, Triton, free_ports
-from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
+from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 
 RATE = 16_000
 FRAME_SECS = 0.1
 MODELS = 6
+AMIRA = ROOT / ".venv" / "bin" / "amira"
+SESSION_KEY = "one for all gateways"
 
 
 @dataclass
@@ -195,6 +196,35 @@ class Proxy:
         writer.transport.abort()
 
 
+@asynccontextmanager
+async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A gateway in a process of its own."""
+    env = {
+        **os.environ,
+        "AMIRA_SERVER_HOST": LOOPBACK,
+        "AMIRA_SERVER_PORT": str(port),
+        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
+        "AMIRA_SESSION_KEY": SESSION_KEY,
+        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
+        **{f"AMIRA_{name.upper()}": value for name, value in settings.items()},
+    }
+    process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        async with httpx.AsyncClient() as http:
+            for _ in range(200):
+                try:
+                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                await asyncio.sleep(0.1)
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
 @dataclass
 class Outcome:
     """What became of the load.
@@ -307,13 +337,3 @@ async def stop_for(backend: Backend, seconds: float) -> float:
     for process in processes:
         process.resume()
     return time.monotonic()
-
-
-def report(path: Path, title: str, outcome: Outcome, streams: int) -> None:
-    """Append a row to a table."""
-    recovery = "" if outcome.recovery_secs is None else f"{outcome.recovery_secs:.1f} s"
-    batches = ", ".join(f"{count} × {status}" for status, count in outcome.batches.items())
-    row = f"| {title} | {streams - len(outcome.lost)} of {streams} | {recovery} | {batches} "
-    row += f"| {outcome.p95_before:.2f} s | {outcome.p95_during:.2f} s |\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(row)

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import httpx
 import numpy as np
 import orjson
 import pytest
-from chaos import Proxy
+from chaos import Proxy, gateway_process
 from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples
 
 from amira_client import LiveStream, StreamError
 from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, ROOT
+from launcher.run import LOOPBACK
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
-AMIRA = ROOT / ".venv" / "bin" / "amira"
-KEY = "one for all gateways"
 V2: dict[str, Any] = {"subprotocols": ["amira.v2"]}
 
 
@@ -122,33 +118,6 @@ async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway:
     assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
     assert messages[-1] == final
     assert all(not message.final for message in messages[:-1])
-
-
-@asynccontextmanager
-async def gateway_process(port: int, triton: Ports) -> AsyncIterator[asyncio.subprocess.Process]:
-    env = {
-        **os.environ,
-        "AMIRA_SERVER_HOST": LOOPBACK,
-        "AMIRA_SERVER_PORT": str(port),
-        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
-        "AMIRA_SESSION_KEY": KEY,
-        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
-    }
-    process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        async with httpx.AsyncClient() as http:
-            for _ in range(200):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                await asyncio.sleep(0.1)
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
