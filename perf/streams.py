@@ -1,0 +1,185 @@
+"""Live streams paced in real time over WebSockets, and the search for how many a server holds.
+
+A stream sends its frames when they would come from a microphone. The latency of a chunk is the time from when its last sample
+was due to be sent to the first message that covers it, so it includes the right context that the chunk waits for. A chunk that
+does not change the text gets no message; a trial of the same audio beforehand tells which chunks do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, WebSocketException
+
+from gateway.audio import RATE
+from gateway.settings import Settings
+from gateway.transcript import Transcript
+from gateway.triton import Triton
+from perf.recogniser import MODEL, Windows
+from perf.speech import Samples
+
+FRAME_SAMPLES = 1600
+END = b"\x00"
+PATH = "/v2/decode/stream/amira"
+FINAL_TIMEOUT_SECS = 15.0
+CONNECT_LEAD_SECS = 0.2
+NEVER = float("inf")
+
+
+class Script(NamedTuple):
+    """What a stream sends, and which of its chunks change the text."""
+
+    samples: Samples
+    chunks: Sequence[int]
+
+
+class Message(NamedTuple):
+    """When a message came, in seconds of ``time.perf_counter``, and how much audio it covers."""
+
+    arrived: float
+    processed_ms: int
+
+
+class Partial(NamedTuple):
+    """The time that a chunk's text took, in seconds.
+
+    Attributes:
+        latency: since its last sample was due.
+        added: since the frame was sent that completed its window; what is left is the server's doing.
+    """
+
+    latency: float
+    added: float
+
+
+async def rehearse(endpoint: str, samples: Samples, windows: Windows) -> Script:
+    """Send audio window by window straight to Triton, and see which chunks change the text."""
+    triton = Triton(Settings(triton_endpoint=endpoint, inference_timeout_secs=60))
+    try:
+        await triton.start()
+        utterance = triton.open(triton.recogniser(MODEL), {})
+        transcript, changing, sent = Transcript(), [], 0
+        for chunk in range(windows.complete(len(samples))):
+            answer = await utterance.send(samples[sent : windows.due(chunk)], end=False)
+            sent = windows.due(chunk)
+            if transcript.update(answer):
+                changing.append(chunk)
+        await utterance.abandon()
+    finally:
+        await triton.close()
+    return Script(samples, changing)
+
+
+async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs: float) -> list[Partial]:
+    """Play a stream for each script, at random phases of a chunk, and wait for their finals.
+
+    Args:
+        url: the gateway's.
+        scripts: one for each stream; they may repeat.
+        windows: of the recogniser.
+        lead_secs: audio at the beginning whose chunks are not counted.
+
+    Returns:
+        The partials of all counted chunks that change the text; infinite where none came.
+    """
+    phases = random.Random(len(scripts))  # noqa: S311 (the same for every run)
+    address = f"{url.replace('http', 'ws', 1)}{PATH}"
+    sockets = []
+    try:
+        sockets = [await connect(address, compression=None, max_size=None, ping_interval=None) for _ in scripts]
+        start = time.perf_counter() + CONNECT_LEAD_SECS
+        played = await asyncio.gather(
+            *(
+                _play(socket, script, windows, lead_secs, start + phases.random() * windows.chunk / RATE)
+                for socket, script in zip(sockets, scripts, strict=True)
+            )
+        )
+    except (OSError, WebSocketException):  # the server takes no more: that many it doesn't hold
+        return [Partial(NEVER, NEVER)]
+    finally:
+        await asyncio.gather(*(socket.close() for socket in sockets))
+    return [partial for partials in played for partial in partials]
+
+
+async def _play(socket: ClientConnection, script: Script, windows: Windows, lead_secs: float, start: float) -> list[Partial]:
+    listener = asyncio.create_task(_listen(socket))
+    audio = script.samples.tobytes()
+    sent_at = []
+    try:
+        for i, offset in enumerate(range(0, len(audio), 2 * FRAME_SAMPLES)):
+            await asyncio.sleep(_due(start, i) - time.perf_counter())
+            sent_at.append(time.perf_counter())
+            await socket.send(audio[offset : offset + 2 * FRAME_SAMPLES])
+        await socket.send(END)
+    except ConnectionClosed:
+        pass  # what is missing counts as never
+    messages = await listener
+    partials = []
+    for chunk in script.chunks:
+        last_frame = _frame_with(windows.due(chunk))
+        if chunk * windows.chunk < lead_secs * RATE:
+            continue
+        covered_ms = (chunk + 1) * windows.chunk * 1000 // RATE
+        arrived = next((message.arrived for message in messages if message.processed_ms >= covered_ms), NEVER)
+        sent = sent_at[last_frame] if last_frame < len(sent_at) else NEVER
+        due = _due(start, _frame_with((chunk + 1) * windows.chunk))
+        partials.append(Partial(arrived - due, arrived - sent if arrived < NEVER else NEVER))
+    return partials
+
+
+async def _listen(socket: ClientConnection) -> list[Message]:
+    messages = []
+    try:
+        async for data in socket:
+            message = orjson.loads(data)
+            if message["type"] == "error":
+                break
+            messages.append(Message(time.perf_counter(), message["audio_processed_ms"]))
+    except ConnectionClosed:
+        pass
+    return messages
+
+
+def _frame_with(samples: int) -> int:
+    """Index of the frame with the last of so many samples."""
+    return (samples - 1) // FRAME_SAMPLES
+
+
+def _due(start: float, frame: int) -> float:
+    """When a frame has been spoken."""
+    return start + (frame + 1) * FRAME_SAMPLES / RATE
+
+
+def percentile_ms(seconds: Sequence[float], percent: float) -> float:
+    """A percentile in milliseconds; infinite where too many are."""
+    return 1000 * float(np.percentile(seconds, percent, method="higher"))
+
+
+async def most_held(holds: Callable[[int], Awaitable[bool]], start: int, precision: float) -> int:
+    """The largest number that holds, as far as doubling and bisecting find it.
+
+    Args:
+        holds: whether a number does; taken to be so for every smaller one.
+        start: where to begin.
+        precision: share of the result within which it is enough to know it.
+
+    Returns:
+        A number that held; 0 if not even 1 does.
+    """
+    low, high = 0, start
+    while await holds(high):
+        low, high = high, 2 * high
+    while high - low > max(1, precision * low):
+        middle = (low + high) // 2
+        if await holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
