@@ -20,12 +20,12 @@ from launcher.engine import free_ports
 from launcher.run import LOOPBACK, ROOT
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch
-from perf.load import Contender, Turn, alternate
+from perf.load import Contender, Turn, alternate, percentiles_ms
 from perf.processes import Meter
 from perf.recogniser import Windows
 from perf.server import Process, amira
 from perf.speech import Samples
-from perf.streams import PATH, Script, percentile_ms, play
+from perf.streams import PATH, Script, play
 
 INFERENCE_MS = 50.0
 """Of the stand-in where a request's time is measured: without any, eight at once would only queue for the gateway."""
@@ -81,7 +81,7 @@ async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: flo
     async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url, max_concurrent_streams=streams) as gateway:
         with _on(gateway.pid, {first}), _on(standin.pid, rest), _on(os.getpid(), rest):
             partials = await play(gateway.url, [script] * streams, windows, 0.0)
-    return percentile_ms([partial.added for partial in partials], 99)
+    return percentiles_ms([partial.added for partial in partials])[2]
 
 
 @contextlib.contextmanager

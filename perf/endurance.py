@@ -94,7 +94,9 @@ async def memory_a_stream(samples: Samples, streams: int) -> float:
     """
     async with (
         triton_server(None) as target,
-        amira("serve", triton_endpoint=target.endpoint, max_concurrent_streams=streams + 1, inference_timeout_secs=60) as gateway,
+        amira(
+            "serve", triton_endpoint=target.endpoint, max_concurrent_streams=streams + 1, inference_timeout_secs=60
+        ) as gateway,
     ):
         meter = Meter({"triton": target.pid or 0, "gateway": gateway.pid})
         await _with_open_streams(gateway.url, target, samples, 1, meter)

@@ -156,6 +156,7 @@ async def closed_loop(
     return latencies
 
 
-def percentiles_ms(latencies: Sequence[float]) -> list[float]:
-    """p50, p95 and p99 of seconds, in milliseconds; of a missing answer, which is infinite, too."""
-    return [round(1000 * float(value), 1) for value in np.percentile(latencies, (50, 95, 99), method="higher")]
+def percentiles_ms(latencies: Sequence[float]) -> tuple[float, float, float]:
+    """p50, p95 and p99 of seconds, in milliseconds."""
+    p50, p95, p99 = (round(1000 * float(value), 1) for value in np.percentile(latencies, (50, 95, 99), method="higher"))
+    return p50, p95, p99

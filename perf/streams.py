@@ -8,29 +8,31 @@ does not change the text gets no message; a trial of the same audio beforehand t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, WebSocketException
+from websockets.exceptions import WebSocketException
 
 from gateway.audio import RATE
 from gateway.settings import Settings
 from gateway.transcript import Transcript
 from gateway.triton import Triton
 from perf.recogniser import MODEL, Windows
+from perf.server import PerfError
 from perf.speech import Samples
 
 FRAME_SAMPLES = 1600
 END = b"\x00"
 PATH = "/v2/decode/stream/amira"
-FINAL_TIMEOUT_SECS = 15.0
+PATIENCE_SECS = 3.0
+"""How long a stream's last messages are waited for; what has not come by then counts as coming then."""
+
 CONNECT_LEAD_SECS = 0.2
-NEVER = float("inf")
 
 
 class Script(NamedTuple):
@@ -38,6 +40,11 @@ class Script(NamedTuple):
 
     samples: Samples
     chunks: Sequence[int]
+
+    def cut(self, size: int, windows: Windows) -> Script:
+        """The beginning of it, in samples."""
+        complete = windows.complete(size)
+        return Script(self.samples[:size], [chunk for chunk in self.chunks if chunk < complete])
 
 
 class Message(NamedTuple):
@@ -87,64 +94,66 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
         lead_secs: audio at the beginning whose chunks are not counted.
 
     Returns:
-        The partials of all counted chunks that change the text; infinite where none came.
+        The partials of all counted chunks that change the text.
+
+    Raises:
+        PerfError: a stream was refused, or ended by an error.
     """
     phases = random.Random(len(scripts))  # noqa: S311 (the same for every run)
     address = f"{url.replace('http', 'ws', 1)}{PATH}"
-    sockets = []
     try:
-        sockets = [await connect(address, compression=None, max_size=None, ping_interval=None) for _ in scripts]
-        start = time.perf_counter() + CONNECT_LEAD_SECS
-        played = await asyncio.gather(
-            *(
-                _play(socket, script, windows, lead_secs, start + phases.random() * windows.chunk / RATE)
-                for socket, script in zip(sockets, scripts, strict=True)
+        async with contextlib.AsyncExitStack() as stack:
+            sockets = [await stack.enter_async_context(_open(address)) for _ in scripts]
+            start = time.perf_counter() + CONNECT_LEAD_SECS
+            played = await asyncio.gather(
+                *(
+                    _play(socket, script, windows, lead_secs, start + phases.random() * windows.chunk / RATE)
+                    for socket, script in zip(sockets, scripts, strict=True)
+                )
             )
-        )
-    except (OSError, WebSocketException):  # the server takes no more: that many it doesn't hold
-        return [Partial(NEVER, NEVER)]
-    finally:
-        await asyncio.gather(*(socket.close() for socket in sockets))
+    except (OSError, WebSocketException) as error:
+        raise PerfError(f"one of {len(scripts)} streams was refused or cut off: {error}") from None
     return [partial for partials in played for partial in partials]
 
 
+def _open(address: str) -> connect:
+    return connect(address, compression=None, max_size=None, ping_interval=None, close_timeout=1)
+
+
 async def _play(socket: ClientConnection, script: Script, windows: Windows, lead_secs: float, start: float) -> list[Partial]:
-    listener = asyncio.create_task(_listen(socket))
+    messages: list[Message] = []
+    listener = asyncio.create_task(_listen(socket, messages))
     audio = script.samples.tobytes()
     sent_at = []
-    try:
-        for i, offset in enumerate(range(0, len(audio), 2 * FRAME_SAMPLES)):
-            await asyncio.sleep(_due(start, i) - time.perf_counter())
-            sent_at.append(time.perf_counter())
-            await socket.send(audio[offset : offset + 2 * FRAME_SAMPLES])
-        await socket.send(END)
-    except ConnectionClosed:
-        pass  # what is missing counts as never
-    messages = await listener
+    for i, offset in enumerate(range(0, len(audio), 2 * FRAME_SAMPLES)):
+        await asyncio.sleep(_due(start, i) - time.perf_counter())
+        sent_at.append(time.perf_counter())
+        await socket.send(audio[offset : offset + 2 * FRAME_SAMPLES])
+    await socket.send(END)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(listener, PATIENCE_SECS)
+    gave_up = time.perf_counter()
     partials = []
     for chunk in script.chunks:
-        last_frame = _frame_with(windows.due(chunk))
-        if chunk * windows.chunk < lead_secs * RATE:
-            continue
-        covered_ms = (chunk + 1) * windows.chunk * 1000 // RATE
-        arrived = next((message.arrived for message in messages if message.processed_ms >= covered_ms), NEVER)
-        sent = sent_at[last_frame] if last_frame < len(sent_at) else NEVER
-        due = _due(start, _frame_with((chunk + 1) * windows.chunk))
-        partials.append(Partial(arrived - due, arrived - sent if arrived < NEVER else NEVER))
+        covered = (chunk + 1) * windows.chunk
+        if covered - windows.chunk >= lead_secs * RATE:
+            arrived = next((at for at, processed_ms in messages if processed_ms >= covered * 1000 // RATE), gave_up)
+            sent = sent_at[_frame_with(windows.due(chunk))]
+            partials.append(Partial(arrived - _due(start, _frame_with(covered)), arrived - sent))
     return partials
 
 
-async def _listen(socket: ClientConnection) -> list[Message]:
-    messages = []
-    try:
-        async for data in socket:
-            message = orjson.loads(data)
-            if message["type"] == "error":
-                break
-            messages.append(Message(time.perf_counter(), message["audio_processed_ms"]))
-    except ConnectionClosed:
-        pass
-    return messages
+async def _listen(socket: ClientConnection, messages: list[Message]) -> None:
+    """Note what comes until the final.
+
+    Raises:
+        PerfError: an error came instead.
+    """
+    async for data in socket:
+        message = orjson.loads(data)
+        if message["type"] == "error":
+            raise PerfError(f"a stream failed: {message['error']['message']}")
+        messages.append(Message(time.perf_counter(), message["audio_processed_ms"]))
 
 
 def _frame_with(samples: int) -> int:
@@ -155,11 +164,6 @@ def _frame_with(samples: int) -> int:
 def _due(start: float, frame: int) -> float:
     """When a frame has been spoken."""
     return start + (frame + 1) * FRAME_SAMPLES / RATE
-
-
-def percentile_ms(seconds: Sequence[float], percent: float) -> float:
-    """A percentile in milliseconds; infinite where too many are."""
-    return 1000 * float(np.percentile(seconds, percent, method="higher"))
 
 
 async def most_held(holds: Callable[[int], Awaitable[bool]], start: int, precision: float) -> int:
