@@ -20,7 +20,7 @@ from launcher.engine import free_ports
 from launcher.run import LOOPBACK, ROOT
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch
-from perf.load import Contender, Turn, alternate, percentiles_ms
+from perf.load import closed_loop, percentiles_ms
 from perf.processes import Meter
 from perf.recogniser import Windows
 from perf.server import Process, amira
@@ -30,7 +30,7 @@ from perf.streams import PATH, Script, play
 INFERENCE_MS = 50.0
 """Of the stand-in where a request's time is measured: without any, eight at once would only queue for the gateway."""
 
-REQUESTS_A_TURN = 80
+REQUESTS_A_TURN = 100
 
 
 class Added(NamedTuple):
@@ -60,16 +60,17 @@ async def added_time(samples: Samples, at_once: int, times: int) -> Added:
     """The same requests by REST through the gateway and by gRPC without it, in turns."""
     async with _standin(INFERENCE_MS) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
         rest, grpc = RestClient(gateway.url), GrpcClient(standin.url)
+        latencies: dict[str, list[float]] = {"REST": [], "gRPC": []}
         try:
-            turns = [
-                Turn(Contender(name, send, {}), at_once) for name, send in (("REST", rest.transcribe), ("gRPC", grpc.ours))
-            ]
-            await alternate(turns, [samples] * at_once, 1, "warm-up")
-            with_gateway, without = await alternate(turns, [samples] * REQUESTS_A_TURN, times, "added")
+            for _ in range(times):
+                for name, send in (("REST", rest.transcribe), ("gRPC", grpc.ours)):
+                    # The first ones come all in the same instant, which is another load.
+                    latencies[name] += (await closed_loop(send, [samples] * REQUESTS_A_TURN, at_once))[at_once:]
         finally:
             await rest.close()
             await grpc.close()
-    return Added(with_gateway.p50_ms - without.p50_ms, with_gateway.p99_ms - without.p99_ms)
+    (with_p50, _, with_p99), (without_p50, _, without_p99) = map(percentiles_ms, latencies.values())
+    return Added(with_p50 - without_p50, with_p99 - without_p99)
 
 
 async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: float) -> float:

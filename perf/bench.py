@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -36,7 +37,7 @@ from perf.plots import draw
 from perf.recogniser import Windows
 from perf.report import to_markdown
 from perf.server import PerfError, amira, cpu_model, triton_server
-from perf.speech import audio_secs, cut, read_speech
+from perf.speech import audio_secs, cut, read_speech, repeat
 from perf.stages import LONG_SECS, STAGES, Bench
 
 ROOM = {
@@ -52,6 +53,7 @@ ROOM = {
 async def prepare(directory: Path, plan: Plan) -> AsyncIterator[Bench]:
     """The servers and their clients."""
     recordings = [part for samples in read_speech(directory) for part in cut(samples, round(LONG_SECS * RATE))]
+    recordings = recordings[: len(repeat(recordings, plan.recordings_secs))]
     with merged_repository() as repository:
         async with (
             triton_server(None, repository) as triton,
@@ -71,14 +73,16 @@ async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
     Returns:
         The report.
     """
-    plan = QUICK if quick else FULL
+    plan, stage_secs = QUICK if quick else FULL, dict[str, float]()
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("starting the servers", total=len(STAGES))
         async with prepare(directory, plan) as bench:
             for name, stage in STAGES.items():
                 progress.update(task, description=name)
+                began = time.monotonic()
                 await stage(bench)
+                stage_secs[name] = round(time.monotonic() - began, 1)
                 progress.advance(task)
     return {
         "date": datetime.now(timezone.utc).isoformat(" ", "minutes"),
@@ -94,6 +98,7 @@ async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
         "alternations": plan.alternations,
         "latency_limit_ms": bench.limit_ms,
         "floor_streams": bench.floor_streams,
+        "stage_secs": stage_secs,
         "goals": [goal._asdict() for goal in bench.goals],
         "figures": [figure._asdict() for figure in bench.figures],
         "trials": [trial._asdict() for trial in bench.trials],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
@@ -87,33 +87,36 @@ async def long_stream(target: Target, samples: Samples, windows: Windows) -> Gro
     return watch.growth()
 
 
-async def memory_a_stream(samples: Samples, streams: int) -> float:
-    """What an open stream that has sent its audio and is silent now takes in the gateway and the decoder, in MB.
+class Memory(NamedTuple):
+    """Megabytes."""
+
+    gateway: float
+    decoder: float
+
+
+async def memory_a_stream(samples: Samples, streams: int) -> Memory:
+    """What an open stream that has sent its audio and is silent now takes.
 
     The servers are new, and have served one stream before.
     """
-    async with (
-        triton_server(None) as target,
-        amira(
-            "serve", triton_endpoint=target.endpoint, max_concurrent_streams=streams + 1, inference_timeout_secs=60
-        ) as gateway,
-    ):
+    variables = {"max_concurrent_streams": streams + 1, "inference_timeout_secs": 60}
+    async with triton_server(None) as target, amira("serve", triton_endpoint=target.endpoint, **variables) as gateway:
         meter = Meter({"triton": target.pid or 0, "gateway": gateway.pid})
         await _with_open_streams(gateway.url, target, samples, 1, meter)
-        before = sum(meter.rss_mb()[name] for name in ("gateway", DECODER))
+        before = meter.rss_mb()
         after = await _with_open_streams(gateway.url, target, samples, streams, meter)
-    return (after - before) / streams
+    return Memory(*((after[name] - before[name]) / streams for name in ("gateway", DECODER)))
 
 
-async def _with_open_streams(url: str, target: Target, samples: Samples, streams: int, meter: Meter) -> float:
-    """Memory of gateway and decoder while so many streams are open, in MB."""
+async def _with_open_streams(url: str, target: Target, samples: Samples, streams: int, meter: Meter) -> Mapping[str, float]:
+    """Memory of the servers while so many streams are open, in MB."""
     address = f"{url.replace('http', 'ws', 1)}{PATH}"
     async with contextlib.AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(connect(address, compression=None)) for _ in range(streams)]
         for frame in cut(samples, FRAME_SAMPLES):
             await asyncio.gather(*(socket.send(frame.tobytes()) for socket in sockets))
         await _settled(target)
-        return sum(meter.rss_mb()[name] for name in ("gateway", DECODER))
+        return meter.rss_mb()
 
 
 async def _settled(target: Target) -> None:

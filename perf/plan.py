@@ -13,7 +13,9 @@ class Plan(NamedTuple):
 
     Attributes:
         alternations: turns of each contender.
+        recordings_secs: of more recordings than last so long only the first ones are used.
         turn_secs: audio of a turn at least.
+        long_turns: the same as alternations, where a turn is one recording of a minute.
         levels: further concurrencies of whole recordings.
         analyzed: concurrencies of perf_analyzer, for streams and for whole recordings.
         interval_ms: perf_analyzer's measurement interval.
@@ -27,7 +29,9 @@ class Plan(NamedTuple):
     """
 
     alternations: int
+    recordings_secs: float
     turn_secs: float
+    long_turns: int
     levels: tuple[int, ...]
     analyzed: Mapping[str, tuple[int, ...]]
     interval_ms: int
@@ -42,7 +46,9 @@ class Plan(NamedTuple):
 
 FULL = Plan(
     alternations=5,
-    turn_secs=300,
+    recordings_secs=390,
+    turn_secs=390,
+    long_turns=5,
     levels=(1, 2, 4, 16, 32, 64),
     analyzed={STREAM.name: (1, 2, 4, 8, 16, 32, 64), WHOLE.name: (1, 2, 4, 8, 16, 32, 64)},
     interval_ms=2000,
@@ -56,15 +62,17 @@ FULL = Plan(
 )
 QUICK = Plan(
     alternations=2,
-    turn_secs=40,
+    recordings_secs=30,
+    turn_secs=120,
+    long_turns=1,
     levels=(),
     analyzed={STREAM.name: (8,), WHOLE.name: (8,)},
     interval_ms=1000,
     hold_secs=4,
     proof_secs=0,
-    precision=0.25,
+    precision=0.34,
     crowds=(300,),
-    long_secs=180,
+    long_secs=150,
     idle_streams=16,
     starts=1,
 )

@@ -52,8 +52,9 @@ FIGURE_TITLES = (
     "p95 ms",
     "p99 ms",
     "decoder calls per audio s",
-    "CPU s per audio s",
+    "CPU ms per audio s",
     "of which",
+    "cores busy",
     "peak RSS MB",
 )
 GOAL_TITLES = ("figure", "measured", "must", "aim", "")
@@ -100,14 +101,15 @@ def _goal_cells(goal: Goal) -> list[str]:
 def _figure_cells(figure: Figure) -> list[str]:
     cpu = figure.cpu_secs_per_audio_sec
     largest = sorted(cpu.items(), key=lambda item: -item[1])
-    parts = ", ".join(f"{name} {1000 * secs:.1f} ms" for name, secs in largest if secs >= max(cpu.values()) / 50)
+    parts = ", ".join(f"{name} {1000 * secs:.1f}" for name, secs in largest if secs >= max(cpu.values()) / 50)
     return [
         figure.contender,
         figure.load,
         *map(_number, (figure.concurrency, figure.audio_secs_per_sec, figure.p50_ms, figure.p95_ms, figure.p99_ms)),
         _number(figure.decoder_calls_per_audio_sec),
-        f"{sum(cpu.values()):.4f}",
+        _number(1000 * sum(cpu.values())),
         parts,
+        _number(sum(cpu.values()) * figure.audio_secs_per_sec),
         _number(figure.peak_rss_mb),
     ]
 

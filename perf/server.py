@@ -7,7 +7,6 @@ import contextlib
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from launcher.engine import Engine, Ports, Triton, free_ports
 from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 
 AMIRA = Path(sys.prefix) / "bin" / "amira"
+AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
 START_TIMEOUT_SECS = 60.0
 READY_POLL_SECS = 0.02
 
@@ -79,9 +79,10 @@ async def amira(command: str, **variables: Any) -> AsyncIterator[Process]:
     (port,) = free_ports(LOOPBACK, 1)
     given = {"server_host": LOOPBACK, "server_port": port, "log_level": "error", **variables}
     environment = {**os.environ, **{f"AMIRA_{name.upper()}": str(value) for name, value in given.items()}}
-    process = await asyncio.create_subprocess_exec(
-        AMIRA, command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    with AMIRA_LOG.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            AMIRA, command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         url = f"http://{LOOPBACK}:{port}"
         await _ready(url, process)
@@ -97,12 +98,14 @@ async def _ready(url: str, process: asyncio.subprocess.Process) -> None:
     async with httpx.AsyncClient(timeout=5) as client:
         while time.monotonic() < deadline:
             if process.returncode is not None:
-                raise PerfError(f"{AMIRA.name} ended with exit code {process.returncode} while it started")
+                raise PerfError(
+                    f"{AMIRA.name} ended with exit code {process.returncode} while it started; {AMIRA_LOG} says why"
+                )
             with contextlib.suppress(httpx.HTTPError):
                 if (await client.get(f"{url}/health/ready")).is_success:
                     return
             await asyncio.sleep(READY_POLL_SECS)
-    raise PerfError(f"{AMIRA.name} was not ready within {START_TIMEOUT_SECS:g} s")
+    raise PerfError(f"{AMIRA.name} was not ready within {START_TIMEOUT_SECS:g} s; {AMIRA_LOG} says why")
 
 
 async def read_counters(url: str) -> Counters:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -114,7 +115,7 @@ async def whole_recordings(bench: Bench) -> None:
         turns = [Turn(bench.contender(name), level) for name in (OURS_REST, FRAME_SYNCHRONOUS) for level in plan.levels]
         bench.figures += await alternate(turns, work, 1, "whole")
     one_at_once = [onnx_asr, *(Turn(bench.contender(name), 1) for name in (OURS_REST, OURS_GRPC, FRAME_SYNCHRONOUS))]
-    bench.figures += await alternate(one_at_once, [long], plan.alternations, "60 s")
+    bench.figures += await alternate(one_at_once, [long], plan.long_turns, "60 s")
     bench.figures += await alternate(one_at_once, [short] * 3, 2 * plan.alternations, "10 s")
 
     rest, peer_rate = bench.figure(OURS_REST, "whole", AT_ONCE), bench.figure(ONNX_ASR, "whole", 1).audio_secs_per_sec
@@ -191,15 +192,16 @@ async def perf_analyzer(bench: Bench) -> None:
         for concurrency in bench.plan.analyzed[load.name]:
             arguments = command(bench.triton, load, concurrency, *measurement)
             measuring = measure(tool, bench.triton, load, concurrency, arguments)
-            level, (_, cpu, peak) = await _spending(bench, measuring, gateway=False)
+            level, (_, _, cpu, peak) = await _spending(bench, measuring, gateway=False)
             latencies = level.p50_ms, level.p95_ms, level.p99_ms
             rest = level.decoder_calls_per_audio_sec, cpu, peak
             bench.figures.append(Figure(OURS_ANALYZED, load.name, concurrency, level.audio_secs_per_sec, *latencies, *rest))
 
 
 class Spent(NamedTuple):
-    """The last fields of a figure."""
+    """The last fields of a figure, and the audio seconds a second that the decoder received meanwhile."""
 
+    audio_secs_per_sec: float
     decoder_calls_per_audio_sec: float
     cpu_secs_per_audio_sec: Mapping[str, float]
     peak_rss_mb: float
@@ -215,11 +217,18 @@ async def _spending(bench: Bench, work: Awaitable[T], *, gateway: bool) -> tuple
     meter = Meter(bench.roots(gateway=gateway))
     secs_before, calls_before = await count()
     meter.start()
+    began = time.perf_counter()
     result = await work
+    wall_secs = time.perf_counter() - began
     usage, (secs_after, calls_after) = meter.stop(), await count()
     secs = secs_after - secs_before
     cpu = {name: round(used / secs, 5) for name, used in usage.cpu_secs.items() if used}
-    return result, Spent(round((calls_after - calls_before) / secs, 2), cpu, round(sum(usage.peak_rss_mb.values())))
+    return result, Spent(
+        audio_secs_per_sec=round(secs / wall_secs, 1),
+        decoder_calls_per_audio_sec=round((calls_after - calls_before) / secs, 2),
+        cpu_secs_per_audio_sec=cpu,
+        peak_rss_mb=round(sum(usage.peak_rss_mb.values())),
+    )
 
 
 async def paced_streams(bench: Bench) -> None:
@@ -244,10 +253,9 @@ async def paced_streams(bench: Bench) -> None:
     bench.add("paced streams held over what the floor's windows allow", held / bench.floor_streams, 0.7, 0.85, at_least=True)
 
     few = max(1, held // 2)
-    bench.figures.append(await _hold(bench, scripts, few, plan.hold_secs, "paced, half"))
     recordings = cut(join(bench.recordings, AT_ONCE * BATCH_SECS), round(BATCH_SECS * RATE))
     batches = asyncio.create_task(_forever(bench, recordings))
-    figure = await _hold(bench, scripts, few, plan.hold_secs, f"paced, half, beside {AT_ONCE} of {BATCH_SECS:g} s")
+    figure = await _hold(bench, scripts, few, plan.hold_secs, f"paced, beside {AT_ONCE} of {BATCH_SECS:g} s")
     batches.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await batches
@@ -275,9 +283,9 @@ async def _hold(bench: Bench, scripts: Sequence[Script], streams: int, secs: flo
     size = round(_stream_secs(bench.windows, secs) * RATE)
     chosen = [scripts[i % len(scripts)].cut(size, bench.windows) for i in range(streams)]
     playing = play(bench.gateway.url, chosen, bench.windows, lead_secs=bench.windows.size / RATE)
-    partials, spent = await _spending(bench, playing, gateway=True)
+    partials, (rate, *spent) = await _spending(bench, playing, gateway=True)
     percentiles = percentiles_ms([partial.latency for partial in partials])
-    return Figure(OURS_SOCKET, load, streams, float(streams), *percentiles, *spent)
+    return Figure(OURS_SOCKET, load, streams, rate, *percentiles, *spent)
 
 
 async def _forever(bench: Bench, recordings: Sequence[Samples]) -> None:
@@ -288,7 +296,7 @@ async def _forever(bench: Bench, recordings: Sequence[Samples]) -> None:
 async def gateway_alone(bench: Bench) -> None:
     """The gateway before a stand-in for Triton."""
     windows = bench.windows
-    added = await alone.added_time(join(bench.recordings, SHORT_SECS), AT_ONCE, 3 * bench.plan.alternations)
+    added = await alone.added_time(join(bench.recordings, SHORT_SECS), AT_ONCE, 2 * bench.plan.alternations)
     bench.add("gateway: time added to a request, 8 at once, p50 ms", added.p50_ms, 3.0, 1.5)
     bench.add("gateway: the same, p99 ms", added.p99_ms, 15.0)
     for i, streams in enumerate(bench.plan.crowds):
@@ -313,7 +321,8 @@ async def long_stream(bench: Bench) -> None:
 async def memory(bench: Bench) -> None:
     """Memory of open streams, on servers of their own: those above have kept what they once needed."""
     mb = await endurance.memory_a_stream(join(bench.recordings, SHORT_SECS), bench.plan.idle_streams)
-    bench.add("memory a live stream, gateway + decoder, MB", mb, 1.5, 0.5)
+    bench.add("memory a live stream, gateway + decoder, MB", mb.gateway + mb.decoder, 1.5, 0.5)
+    bench.add("of which the gateway's, MB", mb.gateway)
 
 
 async def start(bench: Bench) -> None:

@@ -132,7 +132,29 @@ async def _play(socket: ClientConnection, script: Script, windows: Windows, lead
     await socket.send(END)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(listener, PATIENCE_SECS)
-    gave_up = time.perf_counter()
+    return timings(script, windows, lead_secs, start, sent_at, messages, gave_up=time.perf_counter())
+
+
+def timings(
+    script: Script,
+    windows: Windows,
+    lead_secs: float,
+    start: float,
+    sent_at: Sequence[float],
+    messages: Sequence[Message],
+    gave_up: float,
+) -> list[Partial]:
+    """What a stream's messages say of its chunks' times.
+
+    Args:
+        script: what was sent.
+        windows: of the recogniser.
+        lead_secs: audio at the beginning whose chunks are not counted.
+        start: when the stream began; this and all times in seconds of one clock.
+        sent_at: when each frame was sent.
+        messages: what came, in order.
+        gave_up: when nothing more was waited for.
+    """
     partials = []
     for chunk in script.chunks:
         covered = (chunk + 1) * windows.chunk
