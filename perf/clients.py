@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
-import numpy as np
 import orjson
-from tritonclient.grpc import InferInput, InferRequestedOutput
+from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
-from gateway.triton import OUTPUTS
 from perf.peers import FRAME_SYNCHRONOUS
-from perf.recogniser import MODEL
+from perf.recogniser import MODEL, Windows
 from perf.speech import Samples
 
 PATH = "/v2/decode/batch/amira"
@@ -28,23 +26,45 @@ class GrpcClient:
 
     async def ours(self, samples: Samples) -> list[int]:
         """Tokens by the ensemble."""
-        sequence = {"sequence_id": secrets.randbelow(2**63 - 1) + 1, "sequence_start": True, "sequence_end": True}
-        return await self._infer(MODEL, samples, OUTPUTS, **sequence, parameters={"context": "whole"})
+        result = await self.request(samples, new_sequence(), start=True, end=True, context="whole")
+        return _tokens(result)
 
     async def frame_synchronous(self, samples: Samples) -> list[int]:
         """Tokens by the peer."""
-        return await self._infer(FRAME_SYNCHRONOUS, samples, ("TOKENS",))
+        return _tokens(await self._client.infer(FRAME_SYNCHRONOUS, _audio(samples)))
+
+    async def request(self, samples: Samples, sequence: int, *, start: bool, end: bool, **options: str | int) -> Any:
+        """One request of a sequence to the ensemble, with the decoder's options; all its outputs."""
+        flags = {"sequence_id": sequence, "sequence_start": start, "sequence_end": end}
+        return await self._client.infer(MODEL, _audio(samples), **flags, parameters=options)
+
+    async def chunks(self, samples: Samples, windows: Windows) -> AsyncIterator[Any]:
+        """The answers to a stream that is sent chunk after chunk, as the gateway sends it."""
+        sequence, sent = new_sequence(), 0
+        for chunk in range(windows.complete(len(samples))):
+            piece, sent = samples[sent : windows.due(chunk)], windows.due(chunk)
+            yield await self.request(piece, sequence, start=chunk == 0, end=False, save_state=1)
+        await self.request(samples[:0], sequence, start=sent == 0, end=True)
 
     async def close(self) -> None:
         """Close the connection."""
         await self._client.close()
 
-    async def _infer(self, model: str, samples: Samples, outputs: Sequence[str], **options: Any) -> list[int]:
-        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
-        audio.set_data_from_numpy(samples[None])
-        result = await self._client.infer(model, [audio], outputs=list(map(InferRequestedOutput, outputs)), **options)
-        tokens: list[int] = np.asarray(result.as_numpy("TOKENS"))[0].tolist()
-        return tokens
+
+def new_sequence() -> int:
+    """An id; 0 is none."""
+    return secrets.randbelow(2**63 - 1) + 1
+
+
+def _audio(samples: Samples) -> list[InferInput]:
+    audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+    audio.set_data_from_numpy(samples[None])
+    return [audio]
+
+
+def _tokens(result: Any) -> list[int]:
+    tokens: list[int] = result.as_numpy("TOKENS")[0].tolist()
+    return tokens
 
 
 class RestClient:

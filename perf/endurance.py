@@ -13,12 +13,11 @@ from typing import NamedTuple
 from websockets.asyncio.client import connect
 
 from gateway.audio import RATE
-from gateway.settings import Settings
-from gateway.triton import Triton
 from launcher.engine import free_ports
 from launcher.run import LOOPBACK
+from perf.clients import GrpcClient
 from perf.processes import Meter
-from perf.recogniser import DECODER, MODEL, Windows
+from perf.recogniser import DECODER, Windows
 from perf.server import Target, amira, read_counters, triton_server
 from perf.speech import Samples, cut
 from perf.streams import FRAME_SAMPLES, PATH
@@ -69,21 +68,13 @@ class Watch:
 
 async def long_stream(target: Target, samples: Samples, windows: Windows) -> Growth:
     """A long stream straight to Triton, each chunk as soon as the last is answered."""
-    triton = Triton(Settings(triton_endpoint=target.endpoint, inference_timeout_secs=60))
-    meter = Meter({"triton": target.pid or 0})
+    client, meter = GrpcClient(target.endpoint), Meter({"triton": target.pid or 0})
     watch = Watch(windows, lambda: meter.rss_mb()[DECODER])
-    try:
-        await triton.start()
-        utterance = triton.open(triton.recogniser(MODEL), {})
-        sent = 0
-        for chunk in range(windows.complete(len(samples))):
-            began = time.perf_counter()
-            await utterance.send(samples[sent : windows.due(chunk)], end=False)
-            sent = windows.due(chunk)
-            watch.note(time.perf_counter() - began)
-        await utterance.abandon()
-    finally:
-        await triton.close()
+    began = time.perf_counter()
+    async for _ in client.chunks(samples, windows):
+        watch.note(time.perf_counter() - began)
+        began = time.perf_counter()
+    await client.close()
     return watch.growth()
 
 

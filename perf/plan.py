@@ -63,7 +63,7 @@ FULL = Plan(
 QUICK = Plan(
     alternations=2,
     recordings_secs=30,
-    turn_secs=120,
+    turn_secs=90,
     long_turns=1,
     levels=(),
     analyzed={STREAM.name: (8,), WHOLE.name: (8,)},
@@ -72,7 +72,7 @@ QUICK = Plan(
     proof_secs=0,
     precision=0.34,
     crowds=(300,),
-    long_secs=150,
+    long_secs=130,
     idle_streams=16,
     starts=1,
 )

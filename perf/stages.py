@@ -269,7 +269,7 @@ async def _scripts(bench: Bench, hold_secs: float) -> list[Script]:
     for i in range(SCRIPTS):
         first = i * len(bench.recordings) // SCRIPTS
         audio = join([*bench.recordings[first:], *bench.recordings[:first]], _stream_secs(bench.windows, hold_secs))
-        scripts.append(await rehearse(bench.triton.endpoint, audio, bench.windows))
+        scripts.append(await rehearse(bench.grpc, audio, bench.windows))
     return scripts
 
 
@@ -283,9 +283,9 @@ async def _hold(bench: Bench, scripts: Sequence[Script], streams: int, secs: flo
     size = round(_stream_secs(bench.windows, secs) * RATE)
     chosen = [scripts[i % len(scripts)].cut(size, bench.windows) for i in range(streams)]
     playing = play(bench.gateway.url, chosen, bench.windows, lead_secs=bench.windows.size / RATE)
-    partials, (rate, *spent) = await _spending(bench, playing, gateway=True)
+    partials, (rate, calls, cpu, peak) = await _spending(bench, playing, gateway=True)
     percentiles = percentiles_ms([partial.latency for partial in partials])
-    return Figure(OURS_SOCKET, load, streams, rate, *percentiles, *spent)
+    return Figure(OURS_SOCKET, load, streams, rate, *percentiles, calls, cpu, peak)
 
 
 async def _forever(bench: Bench, recordings: Sequence[Samples]) -> None:

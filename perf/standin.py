@@ -24,6 +24,8 @@ from launcher.run import LOOPBACK, MODEL_REPOSITORY
 from perf.recogniser import MODEL, Windows
 
 SEGMENT_WORDS = 20
+STATE = b"." * 4000
+"""About as long as a recogniser's."""
 
 
 class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated code has no types
@@ -63,10 +65,16 @@ class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
             await asyncio.sleep(self._delay_secs)
         segment = before // SEGMENT_WORDS
         final = end or words // SEGMENT_WORDS > segment
-        return _response(words - segment * SEGMENT_WORDS, segment, final, samples if end else words * self._windows.chunk)
+        return _response(
+            words - segment * SEGMENT_WORDS,
+            segment,
+            final,
+            samples if end else words * self._windows.chunk,
+            b"" if end else STATE,
+        )
 
 
-def _response(words: int, segment: int, final: bool, samples: int) -> Any:
+def _response(words: int, segment: int, final: bool, samples: int, state: bytes) -> Any:
     timed = [{"word": "word", "start": float(i), "end": i + 0.5, "confidence": 0.9} for i in range(words)]
     text = " word" * words
     tensors: dict[str, tuple[str, bytes, int]] = {
@@ -78,6 +86,7 @@ def _response(words: int, segment: int, final: bool, samples: int) -> Any:
         "STABLE_CHARS": ("INT32", np.int32(len(text)).tobytes(), 1),
         "SEGMENT": ("INT32", np.array([segment, final], np.int32).tobytes(), 2),
         "LENGTHS": ("INT64", np.array([samples, samples // 160, samples // 1536], np.int64).tobytes(), 3),
+        "STATE": ("BYTES", _string(state), 1),
     }
     output = service_pb2.ModelInferResponse.InferOutputTensor
     return service_pb2.ModelInferResponse(

@@ -19,10 +19,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
 from gateway.audio import RATE
-from gateway.settings import Settings
-from gateway.transcript import Transcript
-from gateway.triton import Triton
-from perf.recogniser import MODEL, Windows
+from perf.clients import GrpcClient
+from perf.recogniser import Windows
 from perf.server import PerfError
 from perf.speech import Samples
 
@@ -66,21 +64,17 @@ class Partial(NamedTuple):
     added: float
 
 
-async def rehearse(endpoint: str, samples: Samples, windows: Windows) -> Script:
-    """Send audio window by window straight to Triton, and see which chunks change the text."""
-    triton = Triton(Settings(triton_endpoint=endpoint, inference_timeout_secs=60))
-    try:
-        await triton.start()
-        utterance = triton.open(triton.recogniser(MODEL), {})
-        transcript, changing, sent = Transcript(), [], 0
-        for chunk in range(windows.complete(len(samples))):
-            answer = await utterance.send(samples[sent : windows.due(chunk)], end=False)
-            sent = windows.due(chunk)
-            if transcript.update(answer):
-                changing.append(chunk)
-        await utterance.abandon()
-    finally:
-        await triton.close()
+async def rehearse(client: GrpcClient, samples: Samples, windows: Windows) -> Script:
+    """Send audio chunk by chunk straight to Triton, and see which chunks change the text."""
+    changing, chunk = [], 0
+    final_text = text = ""
+    async for answer in client.chunks(samples, windows):
+        before, text = text, final_text + answer.as_numpy("TEXT")[0, 0].decode()
+        if answer.as_numpy("SEGMENT")[0, 1]:
+            final_text = text
+        if text.lstrip() != before.lstrip():
+            changing.append(chunk)
+        chunk += 1
     return Script(samples, changing)
 
 
