@@ -304,7 +304,7 @@ async def gateway_alone(bench: Bench) -> None:
         must, aim = (20.0, None) if i == 0 else (None, 20.0)
         bench.add(f"gateway on one core, {streams} paced streams: p99 added, ms", p99_ms, must, aim)
     growth = await alone.long_stream(join(bench.recordings, bench.plan.long_secs), windows)
-    name = f"stream of {bench.plan.long_secs / 60:g} min, last minute over first"
+    name = f"stream of {bench.plan.long_secs / 60:.3g} min, last minute over first"
     bench.add(f"{name}: the gateway's time a chunk", growth.time, 1.05, 1.0)
     bench.add(f"{name}: the gateway's memory", growth.memory, 1.05, 1.0)
 
@@ -313,7 +313,7 @@ async def long_stream(bench: Bench) -> None:
     """One stream straight to Triton, each chunk as soon as the last is answered."""
     audio = join(bench.recordings, bench.plan.long_secs)
     growth = await endurance.long_stream(bench.triton, audio, bench.windows)
-    name = f"stream of {bench.plan.long_secs / 60:g} min, last minute over first"
+    name = f"stream of {bench.plan.long_secs / 60:.3g} min, last minute over first"
     bench.add(f"{name}: Triton's time a chunk", growth.time, 1.05, 1.0)
     bench.add(f"{name}: the decoder's memory", growth.memory, 1.05, 1.0)
 
