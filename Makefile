@@ -10,7 +10,7 @@ INTO ?= model-repo
 SOURCES := gateway launcher amira_client model-repo backends training tests perf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf data train export peers test-training chaos lock clean
+.PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -41,6 +41,7 @@ lint: setup  ## Check style and types
 	@$(BIN)/mypy
 	@MYPYPATH=model-repo/detokenizer/1 $(BIN)/mypy model-repo/detokenizer/1/model.py
 	@$(BIN)/mypy backends/onnxruntime/model.py
+	@$(BIN)/mypy perf/model-repo/frame_synchronous/1/model.py
 
 format: setup  ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
@@ -52,6 +53,14 @@ eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (rec
 
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)
+
+$(VENV)/perf-installed: $(VENV)/installed
+	@echo "installing what the benchmark needs into $(VENV)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[perf]'
+	@touch $@
+
+bench: $(VENV)/perf-installed  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
+	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
 $(VENV)/training-installed: $(VENV)/installed
 	@echo "installing what the training needs into $(VENV)"

@@ -23,45 +23,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import csv
 import importlib.metadata
 import os
-import platform
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
-import numpy as np
 import orjson
-from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from gateway.audio import RATE, decode_audio
-from gateway.errors import ApiError
-from launcher.engine import Engine, EngineError, Ports, Triton, free_ports
-from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
+from gateway.audio import RATE
+from launcher.engine import EngineError
+from launcher.run import ENGINE_HOME, ROOT, SPEECH
+from perf.recogniser import DECODER, MODEL
+from perf.server import PerfError, Target, cpu_model, read_counters, triton_server
+from perf.speech import Samples, audio_secs, cut, read_speech
 
-MODEL = "asr_ensemble"
 LOCK = ROOT / "perf" / "perf_analyzer.lock"
 DATA = Path("perf", "data")
 """perf_analyzer's files, from the checkout's root, where it runs."""
 
 REPORT = DATA / "report.csv"
 RESULTS = ROOT / "perf" / "results"
-AUDIO_SUFFIXES = frozenset((".flac", ".ogg", ".opus", ".wav"))
 LIBRARIES = ("libb64.so.0d", "libcrypto.so.3", "libcudart.so.12", "libssl.so.3")
 """What perf_analyzer needs and few machines have; nvidia-pytriton carries them under other names."""
 
@@ -82,10 +74,6 @@ TITLES = (
     "decoder calls an audio second",
 )
 """Of the Markdown table: the recordings' name, then the fields of ``Level``."""
-
-
-class PerfError(RuntimeError):
-    """Nothing can be measured; one line that says why."""
 
 
 class Load(NamedTuple):
@@ -123,13 +111,6 @@ class Tool(NamedTuple):
     environment: Mapping[str, str]
 
 
-class Target(NamedTuple):
-    """The server: its gRPC endpoint and the URL of its metrics."""
-
-    endpoint: str
-    metrics_url: str
-
-
 class Level(NamedTuple):
     """The result of one load at one concurrency."""
 
@@ -143,43 +124,16 @@ class Level(NamedTuple):
     decoder_calls_per_audio_sec: float
 
 
-def read_speech(directory: Path) -> list[NDArray[np.int16]]:
-    """Samples of the recordings in a directory: those of its ``manifest.tsv``, or else every audio file.
-
-    Raises:
-        PerfError: one can't be decoded, or there is none.
-    """
-    manifest = directory / "manifest.tsv"
-    if manifest.is_file():
-        with manifest.open(encoding="utf-8") as lines:
-            paths = [directory / row["file"] for row in csv.DictReader(lines, delimiter="\t")]
-    else:
-        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
-    recordings = []
-    for path in paths:
-        try:
-            recordings.append(decode_audio(path.read_bytes(), "audio/wav", max_secs=3600))
-        except ApiError as error:
-            raise PerfError(f"{path}: {error}") from None
-    if not recordings:
-        raise PerfError(f"{directory} holds no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
-    return recordings
-
-
-def write_inputs(recordings: Sequence[NDArray[np.int16]]) -> None:
+def write_inputs(recordings: Sequence[Samples]) -> None:
     """Write both loads' sequences in perf_analyzer's format."""
     (ROOT / DATA).mkdir(parents=True, exist_ok=True)
-    streams = [[_step(piece) for piece in _cut(samples, PIECE_SAMPLES)] for samples in recordings]
-    wholes = [[_step(part)] for samples in recordings for part in _cut(samples, MAX_WHOLE_SAMPLES)]
+    streams = [[_step(piece) for piece in cut(samples, PIECE_SAMPLES)] for samples in recordings]
+    wholes = [[_step(part)] for samples in recordings for part in cut(samples, MAX_WHOLE_SAMPLES)]
     for load, sequences in ((STREAM, streams), (WHOLE, wholes)):
         (ROOT / load.inputs).write_bytes(orjson.dumps({"data": sequences}))
 
 
-def _cut(samples: NDArray[np.int16], size: int) -> list[NDArray[np.int16]]:
-    return [samples[start : start + size] for start in range(0, len(samples), size)]
-
-
-def _step(samples: NDArray[np.int16]) -> dict[str, Any]:
+def _step(samples: Samples) -> dict[str, Any]:
     """A request; each has a shape of its own, since the last piece of a stream is shorter."""
     return {"AUDIO": {"b64": base64.b64encode(samples.astype("<i2").tobytes()).decode(), "shape": [len(samples)]}}
 
@@ -222,22 +176,6 @@ def _download(binary: Path) -> None:
     partial.rename(binary)
 
 
-@contextlib.asynccontextmanager
-async def server(target: Target | None) -> AsyncIterator[Target]:
-    """The server to measure: the one given, or an embedded Triton of our own."""
-    if target:
-        yield target
-        return
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
-    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-perf.log")
-    await triton.start()
-    try:
-        yield Target(f"{LOOPBACK}:{ports.grpc}", f"http://{LOOPBACK}:{ports.metrics}/metrics")
-    finally:
-        await triton.stop()
-
-
 def command(target: Target, load: Load, concurrency: int, *measurement: str) -> list[str]:
     """perf_analyzer's arguments for one level."""
     return [
@@ -274,33 +212,18 @@ async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
     return {name: float(value) for name, value in row.items()}
 
 
-async def read_counters(url: str) -> dict[str, float]:
-    """The decoder's and the ensemble's counters, each summed over its labels.
-
-    Raises:
-        PerfError: there are none at the URL.
-    """
-    try:
-        async with httpx.AsyncClient(timeout=10) as client:
-            page = (await client.get(url)).raise_for_status().text
-    except httpx.HTTPError as error:
-        raise PerfError(f"can't read Triton's metrics at {url} ({error}); say where they are with --metrics-url") from None
-    counters: defaultdict[str, float] = defaultdict(float)
-    for family in text_string_to_metric_families(page):
-        for sample in family.samples:
-            if sample.name.startswith("asr_decoder_") or sample.labels.get("model") == MODEL:
-                counters[sample.name] += sample.value
-    return counters
-
-
 async def measure(tool: Tool, target: Target, load: Load, concurrency: int, arguments: Sequence[str]) -> Level:
     """Measure one level."""
     before = await read_counters(target.metrics_url)
     report = await run(tool, arguments)
     after = await read_counters(target.metrics_url)
     # The parser names every counter …_total, though Triton does not.
-    names = ("nv_inference_request_success_total", "asr_decoder_audio_seconds_total", "asr_decoder_calls_total")
-    requests, audio_secs, calls = (after[name] - before[name] for name in names)
+    keys = (
+        ("nv_inference_request_success_total", MODEL),
+        ("asr_decoder_audio_seconds_total", DECODER),
+        ("asr_decoder_calls_total", DECODER),
+    )
+    requests, audio_secs, calls = (after[key] - before[key] for key in keys)
     if not (requests and audio_secs):
         raise PerfError(f"the counters at {target.metrics_url} did not move; are they those of {target.endpoint}?")
     rate = report["Inferences/Second"]
@@ -330,7 +253,7 @@ async def analyze(tool: Tool, directory: Path, given: Target | None, quick: bool
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting Triton", total=sum(len(concurrencies) for _, concurrencies in plan))
-        async with server(given) as target:
+        async with triton_server(given) as target:
             for load, concurrencies in plan:
                 progress.update(task, description=f"{load.name}, warming up")
                 await run(tool, command(target, load, max(concurrencies), *WARM_UP))
@@ -348,19 +271,11 @@ async def analyze(tool: Tool, directory: Path, given: Target | None, quick: bool
         "recordings": {
             "name": "bundled" if directory == SPEECH else directory.name,
             "count": len(recordings),
-            "seconds": round(sum(map(len, recordings)) / RATE, 1),
+            "seconds": round(audio_secs(recordings), 1),
         },
         "levels": [level._asdict() for level in levels],
         "commands": commands,
     }
-
-
-def cpu_model() -> str:
-    """The processor's name, as Linux tells it."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
-            return found[1]
-    return platform.machine()
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,118 @@
+"""The gateway alone, before a stand-in for Triton: what it adds to a request, to live streams, and over an hour."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+from websockets.asyncio.client import connect
+
+from gateway.audio import RATE
+from launcher.engine import free_ports
+from launcher.run import LOOPBACK, ROOT
+from perf.clients import GrpcClient, RestClient
+from perf.endurance import Growth, Watch
+from perf.load import closed_loop, percentiles_ms
+from perf.processes import Meter
+from perf.recogniser import Windows
+from perf.server import Process, amira
+from perf.speech import Samples
+from perf.streams import PATH, Script, play
+
+INFERENCE_MS = 50.0
+"""Of the stand-in where a request's time is measured: without any, eight at once would only queue for the gateway."""
+
+REQUESTS_A_TURN = 100
+
+
+class Added(NamedTuple):
+    """Time that the gateway adds to a request: the difference of the percentiles with and without it."""
+
+    p50_ms: float
+    p99_ms: float
+
+
+@contextlib.asynccontextmanager
+async def _standin(inference_ms: float) -> AsyncIterator[Process]:
+    (port,) = free_ports(LOOPBACK, 1)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "perf.standin", str(port), "--delay-ms", str(inference_ms)),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield Process(f"{LOOPBACK}:{port}", process.pid)
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def added_time(samples: Samples, at_once: int, times: int) -> Added:
+    """The same requests by REST through the gateway and by gRPC without it, in turns."""
+    async with _standin(INFERENCE_MS) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
+        rest, grpc = RestClient(gateway.url), GrpcClient(standin.url)
+        latencies: dict[str, list[float]] = {"REST": [], "gRPC": []}
+        try:
+            for _ in range(times):
+                for name, send in (("REST", rest.transcribe), ("gRPC", grpc.ours)):
+                    # The first ones come all in the same instant, which is another load.
+                    latencies[name] += (await closed_loop(send, [samples] * REQUESTS_A_TURN, at_once))[at_once:]
+        finally:
+            await rest.close()
+            await grpc.close()
+    (with_p50, _, with_p99), (without_p50, _, without_p99) = map(percentiles_ms, latencies.values())
+    return Added(with_p50 - without_p50, with_p99 - without_p99)
+
+
+async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: float) -> float:
+    """The p99 that a gateway on one core adds to the partials of paced streams, in milliseconds."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    rest = set(others or [first])
+    size = round(windows.chunk + windows.right + hold_secs * RATE)
+    script = Script(samples[:size], range(windows.complete(size)))
+    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url, max_concurrent_streams=streams) as gateway:
+        with _on(gateway.pid, {first}), _on(standin.pid, rest), _on(os.getpid(), rest):
+            partials = await play(gateway.url, [script] * streams, windows, 0.0)
+    return percentiles_ms([partial.added for partial in partials])[2]
+
+
+@contextlib.contextmanager
+def _on(pid: int, cores: set[int]) -> Iterator[None]:
+    """Keep a process to some cores."""
+
+    def pin(chosen: set[int]) -> None:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), chosen)
+
+    before = os.sched_getaffinity(pid)
+    pin(cores)
+    try:
+        yield
+    finally:
+        pin(before)
+
+
+async def long_stream(samples: Samples, windows: Windows) -> Growth:
+    """A long stream through the gateway, each chunk as soon as the last one's partial is here."""
+    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
+        meter = Meter({"gateway": gateway.pid})
+        watch = Watch(windows, lambda: meter.rss_mb()["gateway"])
+        async with connect(f"{gateway.url.replace('http', 'ws', 1)}{PATH}", compression=None, max_size=None) as socket:
+            sent = 0
+            for chunk in range(windows.complete(len(samples))):
+                began = time.perf_counter()
+                await socket.send(samples[sent : windows.due(chunk)].tobytes())
+                sent = windows.due(chunk)
+                while orjson.loads(await socket.recv())["audio_processed_ms"] < (chunk + 1) * windows.chunk * 1000 // RATE:
+                    pass
+                watch.note(time.perf_counter() - began)
+        return watch.growth()

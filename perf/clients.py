@@ -1,0 +1,85 @@
+"""Clients that send a whole recording and give its tokens: by gRPC straight to Triton, and by REST to the gateway."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import orjson
+from tritonclient.grpc import InferInput
+from tritonclient.grpc import aio as grpcclient
+
+from perf.peers import FRAME_SYNCHRONOUS
+from perf.recogniser import MODEL, Windows
+from perf.speech import Samples
+
+PATH = "/v2/decode/batch/amira"
+
+
+class GrpcClient:
+    """Triton's own client."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._client = grpcclient.InferenceServerClient(endpoint)
+
+    async def ours(self, samples: Samples) -> list[int]:
+        """Tokens by the ensemble."""
+        result = await self.request(samples, new_sequence(), start=True, end=True, context="whole")
+        return _tokens(result)
+
+    async def frame_synchronous(self, samples: Samples) -> list[int]:
+        """Tokens by the peer."""
+        return _tokens(await self._client.infer(FRAME_SYNCHRONOUS, _audio(samples)))
+
+    async def request(self, samples: Samples, sequence: int, *, start: bool, end: bool, **options: str | int) -> Any:
+        """One request of a sequence to the ensemble, with the decoder's options; all its outputs."""
+        flags = {"sequence_id": sequence, "sequence_start": start, "sequence_end": end}
+        return await self._client.infer(MODEL, _audio(samples), **flags, parameters=options)
+
+    async def chunks(self, samples: Samples, windows: Windows) -> AsyncIterator[Any]:
+        """The answers to a stream that is sent chunk after chunk, as the gateway sends it."""
+        sequence, sent = new_sequence(), 0
+        for chunk in range(windows.complete(len(samples))):
+            piece, sent = samples[sent : windows.due(chunk)], windows.due(chunk)
+            yield await self.request(piece, sequence, start=chunk == 0, end=False, save_state=1)
+        await self.request(samples[:0], sequence, start=sent == 0, end=True)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+
+def new_sequence() -> int:
+    """An id; 0 is none."""
+    return secrets.randbelow(2**63 - 1) + 1
+
+
+def _audio(samples: Samples) -> list[InferInput]:
+    audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+    audio.set_data_from_numpy(samples[None])
+    return [audio]
+
+
+def _tokens(result: Any) -> list[int]:
+    tokens: list[int] = result.as_numpy("TOKENS")[0].tolist()
+    return tokens
+
+
+class RestClient:
+    """A client of the gateway that keeps its connections; aiohttp, since httpx takes longer than the gateway does."""
+
+    def __init__(self, url: str) -> None:
+        self._url = f"{url}{PATH}"
+        self._client = aiohttp.ClientSession(raise_for_status=True, headers={"Content-Type": "application/octet-stream"})
+
+    async def transcribe(self, samples: Samples) -> list[int]:
+        """Tokens of a recording, sent as raw PCM."""
+        async with self._client.post(self._url, data=samples.tobytes()) as answer:
+            tokens: list[int] = orjson.loads(await answer.read())["tokens"]
+            return tokens
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()

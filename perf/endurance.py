@@ -1,0 +1,131 @@
+"""What a server is like over time: a stream of an hour, many open streams, a start."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from websockets.asyncio.client import connect
+
+from gateway.audio import RATE
+from launcher.engine import free_ports
+from launcher.run import LOOPBACK
+from perf.clients import GrpcClient
+from perf.processes import Meter
+from perf.recogniser import DECODER, Windows
+from perf.server import Target, amira, read_counters, triton_server
+from perf.speech import Samples, cut
+from perf.streams import FRAME_SAMPLES, PATH
+
+SETTLE_SECS = 1.0
+
+
+class Growth(NamedTuple):
+    """What a stream's last minute takes over what its first one took; 1 is none."""
+
+    time: float
+    memory: float
+
+
+@dataclass
+class Watch:
+    """Watches a stream chunk by chunk. The first minute begins when the stream's window is full.
+
+    Attributes:
+        windows: of the stream.
+        rss_mb: tells the memory of what serves it.
+    """
+
+    windows: Windows
+    rss_mb: Callable[[], float]
+    _secs: list[float] = field(default_factory=list)
+    _first_rss_mb: float = 0.0
+
+    def note(self, secs: float) -> None:
+        """Note what the next chunk took."""
+        self._secs.append(secs)
+        if len(self._secs) == self._lead + self._minute:
+            self._first_rss_mb = self.rss_mb()
+
+    def growth(self) -> Growth:
+        """Over all chunks noted."""
+        first, last = self._secs[self._lead : self._lead + self._minute], self._secs[-self._minute :]
+        return Growth(median(last) / median(first), self.rss_mb() / self._first_rss_mb)
+
+    @property
+    def _lead(self) -> int:
+        return -(-self.windows.size // self.windows.chunk)
+
+    @property
+    def _minute(self) -> int:
+        return 60 * RATE // self.windows.chunk
+
+
+async def long_stream(target: Target, samples: Samples, windows: Windows) -> Growth:
+    """A long stream straight to Triton, each chunk as soon as the last is answered."""
+    client, meter = GrpcClient(target.endpoint), Meter({"triton": target.pid or 0})
+    watch = Watch(windows, lambda: meter.rss_mb()[DECODER])
+    began = time.perf_counter()
+    async for _ in client.chunks(samples, windows):
+        watch.note(time.perf_counter() - began)
+        began = time.perf_counter()
+    await client.close()
+    return watch.growth()
+
+
+class Memory(NamedTuple):
+    """Megabytes."""
+
+    gateway: float
+    decoder: float
+
+
+async def memory_a_stream(samples: Samples, streams: int) -> Memory:
+    """What an open stream that has sent its audio and is silent now takes.
+
+    The servers are new, and have served one stream before.
+    """
+    variables = {"max_concurrent_streams": streams + 1, "inference_timeout_secs": 60}
+    async with triton_server(None) as target, amira("serve", triton_endpoint=target.endpoint, **variables) as gateway:
+        meter = Meter({"triton": target.pid or 0, "gateway": gateway.pid})
+        await _with_open_streams(gateway.url, target, samples, 1, meter)
+        before = meter.rss_mb()
+        after = await _with_open_streams(gateway.url, target, samples, streams, meter)
+    return Memory(*((after[name] - before[name]) / streams for name in ("gateway", DECODER)))
+
+
+async def _with_open_streams(url: str, target: Target, samples: Samples, streams: int, meter: Meter) -> Mapping[str, float]:
+    """Memory of the servers while so many streams are open, in MB."""
+    address = f"{url.replace('http', 'ws', 1)}{PATH}"
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(connect(address, compression=None)) for _ in range(streams)]
+        for frame in cut(samples, FRAME_SAMPLES):
+            await asyncio.gather(*(socket.send(frame.tobytes()) for socket in sockets))
+        await _settled(target)
+        return meter.rss_mb()
+
+
+async def _settled(target: Target) -> None:
+    """Wait until the decoder calls nothing any more."""
+    before: object = None
+    while (now := (await read_counters(target.metrics_url))["nv_inference_request_success_total", "encoder"]) != before:
+        before = now
+        await asyncio.sleep(SETTLE_SECS)
+
+
+async def start_secs(times: int) -> float:
+    """Seconds from the command that runs everything to ready; the median."""
+    return median([await _start_secs() for _ in range(times)])
+
+
+async def _start_secs() -> float:
+    ports: Sequence[int] = free_ports(LOOPBACK, 3)
+    variables = dict(zip(("triton_http_port", "triton_grpc_port", "triton_metrics_port"), ports, strict=True))
+    began = time.perf_counter()
+    async with amira("run", **variables):
+        return time.perf_counter() - began

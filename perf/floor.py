@@ -1,0 +1,69 @@
+"""The floor: preprocessor and encoder alone, in ONNX Runtime in this process. No server can be faster on the same cores."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from perf.speech import Samples
+
+Floats = NDArray[np.float32]
+Lengths = NDArray[np.int64]
+
+
+def open_graph(repository: Path, model: str, threads: int) -> Any:
+    """A session of one of the repository's graphs."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(repository / model / "1" / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+
+def to_waveforms(samples: Samples) -> tuple[Floats, Lengths]:
+    """A recording as the preprocessor takes it: [1, n] at full scale 1, and its length [1]."""
+    return samples[None].astype(np.float32) / np.float32(32768), np.array([len(samples)], np.int64)
+
+
+class FrontEnd:
+    """Preprocessor and encoder, a session each."""
+
+    def __init__(self, repository: Path, threads: int) -> None:
+        self._preprocessor = open_graph(repository, "preprocessor", threads)
+        self._encoder = open_graph(repository, "encoder", threads)
+
+    def preprocess(self, waveforms: Floats, waveforms_lens: Lengths) -> tuple[Floats, Lengths]:
+        """Features [B, F, T] and their lengths [B]."""
+        inputs = {"waveforms": waveforms, "waveforms_lens": waveforms_lens}
+        features, lengths = self._preprocessor.run(["features", "features_lens"], inputs)
+        return features, lengths
+
+    def encode(self, features: Floats, lengths: Lengths) -> tuple[Floats, Lengths]:
+        """Frames [B, D, T] and their lengths [B]."""
+        inputs = {"audio_signal": features, "length": lengths}
+        frames, lengths = self._encoder.run(["outputs", "encoded_lengths"], inputs)
+        return frames, lengths
+
+
+class Floor:
+    """So many front ends side by side, each of so many threads."""
+
+    def __init__(self, repository: Path, sessions: int, threads: int) -> None:
+        self.sessions = sessions
+        self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
+        for _ in range(sessions):
+            self._idle.put(FrontEnd(repository, threads))
+
+    async def encode(self, samples: Samples) -> None:
+        """Encode one recording or window."""
+        await asyncio.to_thread(self._encode, samples)
+
+    def _encode(self, samples: Samples) -> None:
+        front_end = self._idle.get()
+        front_end.encode(*front_end.preprocess(*to_waveforms(samples)))
+        self._idle.put(front_end)

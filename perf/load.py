@@ -1,0 +1,162 @@
+"""Closed loops over recordings: contenders take turns at the same work, so that what else the machine does hits them alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perf.processes import Meter
+from perf.speech import Samples, audio_secs
+
+Calls = Callable[[], Awaitable[float]]
+"""How often decoder_joint has been called so far."""
+
+
+class Figure(NamedTuple):
+    """What one contender did under one load.
+
+    Attributes:
+        contender, load: their names.
+        concurrency: recordings or streams in flight.
+        audio_secs_per_sec: throughput; the median of the turns.
+        p50_ms, p95_ms, p99_ms: of one request, over all turns.
+        decoder_calls_per_audio_sec: calls of decoder_joint, whoever shares them.
+        cpu_secs_per_audio_sec: by process.
+        peak_rss_mb: of all its processes together.
+    """
+
+    contender: str
+    load: str
+    concurrency: int
+    audio_secs_per_sec: float
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    decoder_calls_per_audio_sec: float
+    cpu_secs_per_audio_sec: Mapping[str, float]
+    peak_rss_mb: float
+
+
+async def _no_calls() -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Someone who can transcribe a recording.
+
+    Attributes:
+        name: its name in the tables.
+        send: transcribes 16 kHz audio [n].
+        roots: its processes, see ``Meter``.
+        calls: counts decoder_joint.
+    """
+
+    name: str
+    send: Callable[[Samples], Awaitable[Any]]
+    roots: Mapping[str, int]
+    calls: Calls = _no_calls
+
+
+@dataclass
+class Tally:
+    """The sum of a contender's turns."""
+
+    rates: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    audio_secs: float = 0.0
+    calls: float = 0.0
+    cpu_secs: Counter[str] = field(default_factory=Counter)
+    peak_rss_mb: float = 0.0
+
+    def figure(self, contender: str, load: str, concurrency: int) -> Figure:
+        """What the turns come to."""
+        p50, p95, p99 = percentiles_ms(self.latencies)
+        cpu = {name: round(secs / self.audio_secs, 5) for name, secs in sorted(self.cpu_secs.items()) if secs}
+        return Figure(
+            contender,
+            load,
+            concurrency,
+            audio_secs_per_sec=round(median(self.rates), 1),
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            decoder_calls_per_audio_sec=round(self.calls / self.audio_secs, 2),
+            cpu_secs_per_audio_sec=cpu,
+            peak_rss_mb=round(self.peak_rss_mb),
+        )
+
+
+class Turn(NamedTuple):
+    """A contender, and how many recordings it has in flight."""
+
+    contender: Contender
+    concurrency: int
+
+
+async def alternate(turns: Sequence[Turn], recordings: Sequence[Samples], times: int, load: str) -> list[Figure]:
+    """Let contenders take turns at the same recordings.
+
+    Args:
+        turns: who takes part, in order.
+        recordings: the work of one turn.
+        times: how many turns each gets.
+        load: the work's name.
+
+    Returns:
+        A figure for each.
+    """
+    tallies = [Tally() for _ in turns]
+    for _ in range(times):
+        for (contender, concurrency), tally in zip(turns, tallies, strict=True):
+            await _take_turn(contender, concurrency, recordings, tally)
+    return [tally.figure(turn.contender.name, load, turn.concurrency) for turn, tally in zip(turns, tallies, strict=True)]
+
+
+async def _take_turn(contender: Contender, concurrency: int, recordings: Sequence[Samples], tally: Tally) -> None:
+    calls = await contender.calls()
+    meter = Meter(contender.roots)
+    meter.start()
+    began = time.perf_counter()
+    tally.latencies += await closed_loop(contender.send, recordings, concurrency)
+    seconds = audio_secs(recordings)
+    tally.rates.append(seconds / (time.perf_counter() - began))
+    usage = meter.stop()
+    tally.audio_secs += seconds
+    tally.calls += await contender.calls() - calls
+    tally.cpu_secs.update(usage.cpu_secs)
+    tally.peak_rss_mb = max(tally.peak_rss_mb, sum(usage.peak_rss_mb.values()))
+
+
+async def closed_loop(
+    send: Callable[[Samples], Awaitable[Any]], recordings: Sequence[Samples], concurrency: int
+) -> list[float]:
+    """Send every recording, so many at once.
+
+    Returns:
+        Seconds that each took.
+    """
+    waiting = iter(recordings)
+    latencies = []
+
+    async def work() -> None:
+        for recording in waiting:
+            began = time.perf_counter()
+            await send(recording)
+            latencies.append(time.perf_counter() - began)
+
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return latencies
+
+
+def percentiles_ms(latencies: Sequence[float]) -> tuple[float, float, float]:
+    """p50, p95 and p99 of seconds, in milliseconds."""
+    p50, p95, p99 = (round(1000 * float(value), 1) for value in np.percentile(latencies, (50, 95, 99), method="higher"))
+    return p50, p95, p99

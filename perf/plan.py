@@ -1,0 +1,78 @@
+"""How much a benchmark measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from perf.analyze import STREAM, WHOLE
+
+
+class Plan(NamedTuple):
+    """How much of everything.
+
+    Attributes:
+        alternations: turns of each contender.
+        recordings_secs: of more recordings than last so long only the first ones are used.
+        turn_secs: audio of a turn at least.
+        long_turns: the same as alternations, where a turn is one recording of a minute.
+        levels: further concurrencies of whole recordings.
+        analyzed: concurrencies of perf_analyzer, for streams and for whole recordings.
+        interval_ms: perf_analyzer's measurement interval.
+        hold_secs: how long a number of paced streams is tried.
+        proof_secs: how long the largest that held is tried once more; 0: it is not.
+        precision: of the search for that number.
+        crowds: numbers of streams for the gateway alone.
+        long_secs: length of the long stream.
+        idle_streams: open streams whose memory is measured.
+        starts: how often the server is started.
+    """
+
+    alternations: int
+    recordings_secs: float
+    turn_secs: float
+    long_turns: int
+    levels: tuple[int, ...]
+    analyzed: Mapping[str, tuple[int, ...]]
+    interval_ms: int
+    hold_secs: float
+    proof_secs: float
+    precision: float
+    crowds: tuple[int, ...]
+    long_secs: float
+    idle_streams: int
+    starts: int
+
+
+FULL = Plan(
+    alternations=5,
+    recordings_secs=390,
+    turn_secs=390,
+    long_turns=5,
+    levels=(1, 2, 4, 16, 32, 64),
+    analyzed={STREAM.name: (1, 2, 4, 8, 16, 32, 64), WHOLE.name: (1, 2, 4, 8, 16, 32, 64)},
+    interval_ms=2000,
+    hold_secs=20,
+    proof_secs=60,
+    precision=0.05,
+    crowds=(300, 600),
+    long_secs=3600,
+    idle_streams=64,
+    starts=3,
+)
+QUICK = Plan(
+    alternations=2,
+    recordings_secs=30,
+    turn_secs=90,
+    long_turns=1,
+    levels=(),
+    analyzed={STREAM.name: (8,), WHOLE.name: (8,)},
+    interval_ms=1000,
+    hold_secs=4,
+    proof_secs=0,
+    precision=0.34,
+    crowds=(300,),
+    long_secs=130,
+    idle_streams=16,
+    starts=1,
+)

@@ -1,0 +1,76 @@
+"""The benchmark's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+
+mpl.use("agg")
+
+SIZE_INCHES = (7, 4)
+DPI = 110
+
+
+def draw(report: Mapping[str, Any], folder: Path) -> None:
+    """Write the pictures into a folder."""
+    about = f"{report['cpu']}, {report['cores']} cores, {report['date'][:10]}"
+    for name, plot in (("streams", _streams), ("throughput", _throughput), ("cpu", _cpu)):
+        figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
+        plot(axes, report)
+        axes.set_title(f"{axes.get_title()}\n{about}", fontsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        figure.savefig(folder / f"bench-{name}.png", dpi=DPI)
+        plt.close(figure)
+
+
+def _streams(axes: Any, report: Mapping[str, Any]) -> None:
+    """Latency of partials by the number of paced streams."""
+    trials = sorted(report["trials"], key=lambda trial: trial["streams"])
+    streams = [trial["streams"] for trial in trials]
+    axes.plot(streams, [trial["p95_ms"] / 1000 for trial in trials], "o-", label="p95")
+    axes.plot(streams, [trial["p50_ms"] / 1000 for trial in trials], "o:", label="p50")
+    limit = report["latency_limit_ms"] / 1000
+    axes.axhline(limit, color="tab:red", label=f"limit {limit:.2f} s: chunk + right context + 0.3 s")
+    axes.axvline(
+        report["floor_streams"], color="gray", ls="--", label=f"the floor's windows allow {report['floor_streams']:.0f}"
+    )
+    axes.set(xlabel="streams at once", ylabel="latency of partials, s", ylim=(0, 3 * limit), title="Live streams in real time")
+    axes.legend(fontsize=8)
+
+
+def _throughput(axes: Any, report: Mapping[str, Any]) -> None:
+    """Audio seconds a second by concurrency, whole recordings and streams."""
+    lines: dict[str, dict[int, float]] = {}
+    for figure in report["figures"]:
+        if figure["load"] in ("whole", "stream"):
+            name = f"{figure['contender']}, {figure['load']}"
+            lines.setdefault(name, {})[figure["concurrency"]] = figure["audio_secs_per_sec"]
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="at once", ylabel="audio seconds a second", title="Throughput")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7, ncols=2)
+
+
+def _cpu(axes: Any, report: Mapping[str, Any]) -> None:
+    """CPU seconds an audio second, stacked by process."""
+    bars = [figure for figure in report["figures"] if figure["load"] != "windows"]
+    labels = [f"{figure['contender']}, {figure['load']}, {figure['concurrency']}" for figure in bars]
+    processes = sorted({process for figure in bars for process in figure["cpu_secs_per_audio_sec"]})
+    axes.figure.set_size_inches(SIZE_INCHES[0], 1.5 + 0.25 * len(bars))
+    left = [0.0] * len(bars)
+    for process in processes:
+        values = [figure["cpu_secs_per_audio_sec"].get(process, 0.0) for figure in bars]
+        axes.barh(labels, values, left=left, label=process)
+        left = [done + value for done, value in zip(left, values, strict=True)]
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel="CPU seconds an audio second", title="Where the time goes")
+    axes.legend(fontsize=7)

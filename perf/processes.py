@@ -1,0 +1,89 @@
+"""CPU time and memory of the servers' processes, by what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+STUB = "triton_python_backend_stub"
+RESET_PEAK = "5"
+"""Written to ``/proc/PID/clear_refs``, this makes the present resident set the peak (proc(5))."""
+
+
+class Usage(NamedTuple):
+    """What processes used over some time, by their names.
+
+    Attributes:
+        cpu_secs: user and system time; processes that ended meanwhile are missing.
+        peak_rss_mb: the largest resident set; memory that processes share counts in each.
+    """
+
+    cpu_secs: Mapping[str, float]
+    peak_rss_mb: Mapping[str, float]
+
+
+class Meter:
+    """Measures processes and all their descendants; of this process, whose descendants the servers are, only itself.
+
+    Args:
+        roots: process ids by name. A Python stub of Triton counts under its model's name.
+    """
+
+    def __init__(self, roots: Mapping[str, int]) -> None:
+        self._roots = roots
+        self._before: Mapping[str, float] = {}
+
+    def start(self) -> None:
+        """Begin."""
+        for _, process in self._processes():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{process.pid}/clear_refs").write_text(RESET_PEAK, encoding="ascii")
+        self._before = self._cpu_secs()
+
+    def stop(self) -> Usage:
+        """What was used since the start."""
+        after = self._cpu_secs()
+        peaks: defaultdict[str, float] = defaultdict(float)
+        for name, process in self._processes():
+            peaks[name] += _peak_rss_mb(process.pid)
+        return Usage({name: after[name] - self._before.get(name, 0.0) for name in after}, peaks)
+
+    def rss_mb(self) -> Mapping[str, float]:
+        """Resident memory now."""
+        sizes: defaultdict[str, float] = defaultdict(float)
+        for name, process in self._processes():
+            sizes[name] += process.memory_info().rss / 2**20
+        return sizes
+
+    def _cpu_secs(self) -> Mapping[str, float]:
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for name, process in self._processes():
+            times = process.cpu_times()
+            seconds[name] += times.user + times.system
+        return seconds
+
+    def _processes(self) -> Iterator[tuple[str, psutil.Process]]:
+        for name, pid in self._roots.items():
+            root = psutil.Process(pid)
+            yield name, root
+            for child in root.children(recursive=True) if pid != os.getpid() else ():
+                command = child.cmdline()
+                yield (_stub_model(command) if command and Path(command[0]).name == STUB else name), child
+
+
+def _stub_model(command: list[str]) -> str:
+    """The model of a stub, whose last argument but one is its instance: ``encoder_0_1`` is the encoder's second."""
+    return command[-2].rsplit("_", 2)[0]
+
+
+def _peak_rss_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**10
+    return 0.0

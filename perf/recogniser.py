@@ -1,0 +1,45 @@
+"""The recogniser under measurement: its names in Triton, its parameters, its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.models import recognisers
+
+MODEL = "asr_ensemble"
+DECODER = "rnnt_greedy_bls"
+
+
+class Windows(NamedTuple):
+    """What a stream's windows are made of, in samples: see docs/Architecture.md."""
+
+    left: int
+    chunk: int
+    right: int
+
+    @classmethod
+    def of(cls, repository: Path) -> Windows:
+        """Those that a model repository configures."""
+        given = parameters(repository)
+        return cls(*(int(given[f"{part}_frames"]) * int(given["frame_samples"]) for part in cls._fields))
+
+    @property
+    def size(self) -> int:
+        """Of a whole window."""
+        return self.left + self.chunk + self.right
+
+    def due(self, chunk: int) -> int:
+        """How many samples a stream must have before its chunk of this index can be decoded."""
+        return (chunk + 1) * self.chunk + self.right
+
+    def complete(self, samples: int) -> int:
+        """How many chunks can be decoded of so many samples."""
+        return max(0, samples - self.right) // self.chunk
+
+
+def parameters(repository: Path) -> Mapping[str, str]:
+    """The decoder's parameters, as ``config.pbtxt`` has them."""
+    (found,) = (recogniser for recogniser in recognisers(repository) if recogniser.name == MODEL)
+    return found.parameters

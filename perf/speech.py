@@ -1,0 +1,70 @@
+"""The recordings to measure with."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.audio import RATE, decode_audio
+from gateway.errors import ApiError
+from perf.server import PerfError
+
+Samples = NDArray[np.int16]
+"""16 kHz audio [n]."""
+
+AUDIO_SUFFIXES = frozenset((".flac", ".ogg", ".opus", ".wav"))
+
+
+def read_speech(directory: Path) -> list[Samples]:
+    """The recordings in a directory: those of its ``manifest.tsv``, or else every audio file.
+
+    Raises:
+        PerfError: one can't be decoded, or there is none.
+    """
+    manifest = directory / "manifest.tsv"
+    if manifest.is_file():
+        with manifest.open(encoding="utf-8") as lines:
+            paths = [directory / row["file"] for row in csv.DictReader(lines, delimiter="\t")]
+    else:
+        paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
+    recordings = []
+    for path in paths:
+        try:
+            recordings.append(decode_audio(path.read_bytes(), "audio/wav", max_secs=3600))
+        except ApiError as error:
+            raise PerfError(f"{path}: {error}") from None
+    if not recordings:
+        raise PerfError(f"{directory} holds no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
+    return recordings
+
+
+def cut(samples: Samples, size: int) -> list[Samples]:
+    """Pieces of so many samples; the last may be shorter."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+
+def join(recordings: Sequence[Samples], secs: float) -> Samples:
+    """The recordings one after another, from the first again where they are too few, cut at so many seconds."""
+    return np.concatenate(repeat(recordings, secs))[: round(secs * RATE)]
+
+
+def repeat(recordings: Sequence[Samples], secs: float) -> list[Samples]:
+    """As many recordings as last so many seconds at least, from the first again where they are too few."""
+    chosen: list[Samples] = []
+    samples = 0
+    for recording in cycle(recordings):
+        chosen.append(recording)
+        samples += len(recording)
+        if samples >= secs * RATE:
+            return chosen
+    raise ValueError("no recordings")
+
+
+def audio_secs(recordings: Sequence[Samples]) -> float:
+    """How long the recordings last together."""
+    return sum(map(len, recordings)) / RATE
