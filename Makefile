@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway launcher model-repo backends training tests perf
+SOURCES := gateway launcher model-repo backends training tests perf deploy
+# What requirements.lock holds; training is left out, since torch is larger than all the rest.
+LOCKED := engine models tracing dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test lint format eval perf data train export peers test-training lock clean
@@ -33,6 +35,7 @@ demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
 test: setup  ## Run all tests, on a real Triton with the bundled model
+	@tools/system-packages
 	@$(BIN)/pytest --cov --cov-report=term
 
 lint: setup  ## Check style and types
@@ -76,7 +79,7 @@ test-training: $(VENV)/training-installed  ## Run a miniature of the whole train
 
 lock:  ## Resolve the newest packages into requirements.lock
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
+	@$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
 
 clean:  ## Remove everything that make made
