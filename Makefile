@@ -77,10 +77,12 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, five minutes
 	@$(BIN)/pytest tests/training
 
-lock:  ## Resolve the newest packages into requirements.lock
+lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra tracing --universal --generate-hashes --no-header --no-annotate \
+		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made
 	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
