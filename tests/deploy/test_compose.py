@@ -137,7 +137,7 @@ def test_the_gateways_variables_are_settings() -> None:
     loaded = load_settings({name: str(value) for name, value in environment.items()}, ROOT / "deploy")
     assert loaded.notices == []
     settings = loaded.settings
-    assert settings.triton_address == f"triton:{DEFAULT_TRITON_PORT}"
+    assert [address.target for address in settings.triton_addresses] == [f"triton:{DEFAULT_TRITON_PORT}"]
     assert settings.server_port == Settings().server_port
     (slots,) = re.findall(r"max_candidate_sequences: (\d+)", (ROOT / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text())
     assert SCALE * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
