@@ -10,6 +10,7 @@ from gateway import metrics
 from gateway.access import Admission
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
+from gateway.tracing import Tracing
 from gateway.triton import Triton
 
 
@@ -37,16 +38,18 @@ class Service:
         settings: its settings.
         triton: the server behind it.
         admission: places for streams and batches.
+        tracing: where spans go.
         options: decoding options that the settings give every stream.
         buffer_usage: audio that waits in the streams' buffers.
         last_call: set when live streams must end, at the end of a drain.
         started_at: Unix time in seconds.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self.settings = settings
         self.triton = Triton(settings)
         self.admission = Admission(settings)
+        self.tracing = tracing
         self.options: dict[str, str | int] = {
             name: value
             for name in ("max_symbols_per_step", "max_total_tokens")
