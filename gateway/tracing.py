@@ -110,7 +110,7 @@ def fail(kind: ErrorKind) -> None:
 def headers() -> dict[str, str] | None:
     """What a request to Triton carries, so that its spans hang below the current one."""
     span = _span.get()
-    if not span:
+    if not span or not span.get_span_context().trace_flags.sampled:  # Triton would trace it all the same
         return None
     context = span.get_span_context()
     given = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
