@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway launcher amira_client model-repo backends training tests perf
+SOURCES := gateway launcher amira_client model-repo backends training tests perf deploy
+# What requirements.lock holds; training is left out, since torch is larger than all the rest.
+LOCKED := engine models perf tracing dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos lock clean
@@ -33,6 +35,7 @@ demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
 test: setup  ## Run all tests, on a real Triton with the bundled model
+	@tools/system-packages
 	@$(BIN)/pytest --cov --cov-report=term
 
 lint: setup  ## Check style and types
@@ -86,10 +89,12 @@ test-training: $(VENV)/training-installed  ## Run a miniature of the whole train
 chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, and write down what it did; ten minutes
 	@$(BIN)/pytest tests/chaos
 
-lock:  ## Resolve the newest packages into requirements.lock
+lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-header \
+	@$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
+	@$(BIN)/uv pip compile pyproject.toml --extra tracing --universal --generate-hashes --no-header --no-annotate \
+		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made
 	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -19,11 +19,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import __version__, batch, health, metrics, stream
+from gateway import __version__, batch, health, metrics, stream, tracing
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
 from gateway.settings import Settings
+from gateway.tracing import Tracing
 
 MAX_REQUEST_ID_CHARS = 128
 LINGER_SECS = 5.0
@@ -38,14 +39,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = Service(settings)
+        service = Service(settings, spans)
         app.state.service = service
         await service.triton.start()
         try:
             yield
         finally:
             await service.triton.close()
+            await spans.close()
 
+    spans = Tracing(settings)
     metrics.initialise(settings.models, settings.models.values(), settings.max_concurrent_streams)
     app = FastAPI(
         title="AMIRA ASR server",
@@ -60,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_crash)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, spans=spans)
     if settings.enable_cors:
         app.add_middleware(
             CORSMiddleware,
@@ -80,17 +83,26 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 class RequestMiddleware:
-    """Counts and logs every HTTP request, and cuts off a body that is too large while it streams in."""
+    """Counts, logs and traces every HTTP request, and cuts off a body that is too large while it streams in."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, spans: Tracing) -> None:
         self._app = app
         self._settings = settings
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        endpoint, model = _labels(scope, self._settings)
+        if endpoint == "batch":
+            with self._spans.span("POST /v2/decode/batch/{model}", Headers(scope=scope), model=model):
+                await self._serve(scope, receive, send, endpoint, model)
+        else:
+            await self._serve(scope, receive, send, endpoint, model)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint: str, model: str) -> None:
         began = time.perf_counter()
         status = ErrorKind.INTERNAL.status
         limit, received_bytes = self._settings.max_request_size, 0
@@ -124,7 +136,7 @@ class RequestMiddleware:
             await self._app(scope, counted_receive, watched_send)
         finally:
             duration = time.perf_counter() - began
-            endpoint, model = _labels(scope, self._settings)
+            tracing.describe(status=status, body_bytes=received_bytes)
             metrics.REQUESTS.labels(endpoint, model, str(status)).inc()
             metrics.REQUEST_DURATION.labels(endpoint, model).observe(duration)
             log_request = log.info if endpoint in ("batch", "other") else log.debug
@@ -160,6 +172,7 @@ def _labels(scope: MutableMapping[str, Any], settings: Settings) -> tuple[str, s
 async def _answer_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 (registered for it alone)
     metrics.REJECTIONS.labels(error.kind.code).inc()
+    tracing.fail(error.kind)
     return Response(
         orjson.dumps(error.body(current_request_id())), error.kind.status, error.headers(), media_type="application/json"
     )

@@ -20,7 +20,7 @@ from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from gateway import metrics
+from gateway import metrics, tracing
 from gateway.breaker import Breaker
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Address, Settings
@@ -304,6 +304,7 @@ class Sequence:
                 sequence_end=end,
                 parameters=self._options if start else None,
                 client_timeout=self._timeout_secs,
+                headers=tracing.headers(),
             )
         except InferenceServerException as error:
             log.warning(

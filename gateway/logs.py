@@ -10,6 +10,7 @@ import structlog
 from asgi_correlation_id import correlation_id
 
 from gateway.settings import Settings
+from gateway.tracing import trace_id
 
 REQUEST_ID_HEADER = "X-Request-ID"
 
@@ -24,7 +25,7 @@ def configure_logging(settings: Settings) -> None:
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _add_request_id,
+        _add_ids,
     ]
     renderer: Any = (
         structlog.processors.JSONRenderer()
@@ -64,8 +65,6 @@ def _is_no_denial(record: logging.LogRecord) -> bool:
     return record.getMessage() != "ASGI callable returned without completing handshake."
 
 
-def _add_request_id(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    request_id = current_request_id()
-    if request_id:
-        event["request_id"] = request_id
-    return event
+def _add_ids(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    ids = {"request_id": current_request_id(), "trace_id": trace_id()}
+    return event | {name: value for name, value in ids.items() if value}

@@ -11,6 +11,7 @@ from gateway.access import Admission, Quotas
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 from gateway.tickets import Tickets
+from gateway.tracing import Tracing
 from gateway.triton import Triton
 
 
@@ -40,18 +41,20 @@ class Service:
         quotas: what each key may use.
         tickets: with which streams go on after a lost connection.
         admission: places for streams and batches.
+        tracing: where spans go.
         options: decoding options that the settings give every stream.
         buffer_usage: audio that waits in the streams' buffers.
         last_call: set when live streams must end, at the end of a drain.
         started_at: Unix time in seconds.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self.settings = settings
         self.triton = Triton(settings)
         self.admission = Admission(settings)
         self.quotas = Quotas(settings)
         self.tickets = Tickets(settings)
+        self.tracing = tracing
         self.options: dict[str, str | int] = {
             name: value
             for name in ("max_symbols_per_step", "max_total_tokens")

@@ -74,7 +74,6 @@ KEYS_WITHOUT_EFFECT = {
     "max_triton_connections": "one gRPC connection carries every stream",
     "connection_idle_timeout_secs": "the connection to Triton stays open",
     "websocket_buffer_size": "max_frame_bytes limits a frame, audio_buffer_capacity what waits",
-    "jaeger_endpoint": "the gateway sends no traces; Triton can (--trace-config)",
 }
 """Keys of earlier servers that are accepted, and why they change nothing here."""
 
@@ -239,7 +238,9 @@ class Settings(
     log_format: Literal["json", "console"] = "json"
     """Logs for machines or for people."""
     service_name: Annotated[Name, Allowed(A_NAME)] = "amira-asr-server"
-    """Name of this service in health answers."""
+    """Name of this service in health answers and traces."""
+    jaeger_endpoint: Annotated[str | None, Field(pattern=r"^https?://\S+$"), Allowed("a URL with http:// or https://")] = None
+    """Where traces are sent, as OTLP over HTTP; if not set, where OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere."""
 
     @property
     def triton_addresses(self) -> list[Address]:

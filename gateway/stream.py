@@ -25,7 +25,7 @@ from fastapi import APIRouter, WebSocket
 from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from gateway import metrics
+from gateway import metrics, tracing
 from gateway.access import check_key, origin_allowed
 from gateway.audio import BYTES_A_SAMPLE, RATE
 from gateway.endpoint import Recogniser
@@ -176,6 +176,7 @@ class Session:
                 log.error("stream failed", exc_info=error)
                 error = ApiError(ErrorKind.INTERNAL, "internal error")
             metrics.REJECTIONS.labels(error.kind.code).inc()
+            tracing.fail(error.kind)
             code, message = error.kind.close_code, error.frame(current_request_id())
         with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.TimeoutError):  # gone meanwhile
             if message:
@@ -269,11 +270,13 @@ class Session:
             lag = max(0.0, self.received_secs - answer.samples / RATE)
             metrics.STREAM_LAG.labels(self._model).observe(lag)
             if end:
+                tracing.event("final", lag_secs=lag)
                 await self._send(self._message("final", answer))
                 if self._ended_at:
                     metrics.FINAL_LATENCY.labels(self._model).observe(time.monotonic() - self._ended_at)
                 return
             if changed and self._buffer.end is not End.ABANDONED:
+                tracing.event("partial", lag_secs=lag)
                 await self._send(self._message("partial", answer))
                 metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
             if self._tickets and self._buffer.end is not End.ABANDONED:
@@ -326,6 +329,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
     began = time.monotonic()
     status = 101
     with contextlib.ExitStack() as place:
+        place.enter_context(service.tracing.span("GET /v2/decode/stream/{model}", socket.headers, model=label))
         try:
             _check_origin(socket, service)
             caller = check_key(socket.headers, service.settings)
@@ -345,6 +349,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             session = Session(socket, service, model, recogniser, partial(service.quotas.spend, caller), resumable=resumable)
             code = await session.run()
             metrics.CLOSES.labels(str(code)).inc()
+            tracing.describe(close_code=code, audio_secs=session.received_secs)
             log.info(
                 "stream closed",
                 model=label,
@@ -371,6 +376,7 @@ def _check_origin(socket: WebSocket, service: Service) -> None:
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
     """Refuse a stream by HTTP status; a browser, which can't read that, gets the upgrade, the error frame and the close."""
     metrics.REJECTIONS.labels(error.kind.code).inc()
+    tracing.fail(error.kind)
     request_id = current_request_id()
     log.info("stream refused", code=error.kind.code)
     origin = socket.headers.get("origin")

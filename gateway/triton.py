@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import structlog
 
-from gateway import metrics
+from gateway import metrics, tracing
 from gateway.audio import BYTES_A_SAMPLE, RATE
 from gateway.endpoint import Endpoint, Recogniser, Samples, Sequence, UnreachableError
 from gateway.errors import ApiError, ErrorKind
@@ -185,6 +185,7 @@ class Utterance:
         self._kept_from = needed_from
 
     def _count(self, outcome: str) -> None:
+        tracing.event("recovery", outcome=outcome)
         if self._options.get("context") != "whole":
             metrics.STREAM_RECOVERIES.labels(outcome).inc()
             log.info("stream recovery", outcome=outcome)

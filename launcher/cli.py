@@ -77,7 +77,8 @@ def run(
 @app.command()
 def serve() -> None:
     """Serve in front of a Triton that runs elsewhere (triton_endpoint)."""
-    _main(build_server(_settings()).serve)
+    settings = _settings()
+    _main(lambda: build_server(settings).serve())
 
 
 @app.command()
@@ -196,7 +197,7 @@ def _settings() -> Settings:
 def _main(serve: Callable[[], object]) -> None:
     try:
         uvloop.run(serve())  # type: ignore[arg-type]
-    except EngineError as error:
+    except (EngineError, ConfigError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         pass

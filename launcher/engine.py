@@ -21,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,13 +197,17 @@ class Triton:
         model_repository: its models.
         ports: where it listens.
         log_path: file for what it prints.
+        options: more of its command line.
     """
 
-    def __init__(self, engine: Engine, model_repository: Path, ports: Ports, log_path: Path) -> None:
+    def __init__(
+        self, engine: Engine, model_repository: Path, ports: Ports, log_path: Path, options: Sequence[str] = ()
+    ) -> None:
         self._engine = engine
         self._model_repository = model_repository
         self._ports = ports
         self._log_path = log_path
+        self._options = options
         self._shm_prefix = f"amira_{os.getpid()}_{ports.grpc}_"
         self._process: asyncio.subprocess.Process | None = None
         self._client: Any = None
@@ -296,6 +300,7 @@ class Triton:
             f"--http-port={ports.http}",
             f"--grpc-port={ports.grpc}",
             f"--metrics-port={ports.metrics}",
+            *self._options,
         ]
         with self._log_path.open("ab" if self._process else "wb") as output:  # a restart keeps what the crash left
             self._process = await asyncio.create_subprocess_exec(

@@ -13,6 +13,7 @@ from gateway.audio import decode_audio
 from gateway.errors import ApiError
 from gateway.server import build_server
 from gateway.settings import Settings
+from gateway.tracing import triton_options
 from gateway.transcript import Answer
 from gateway.triton import Triton as TritonClient
 from launcher.engine import Engine, EngineError, Ports, Triton, check_free
@@ -57,7 +58,8 @@ async def service(
         check_free(settings.server_host, settings.server_port, "AMIRA_SERVER_PORT")
     ports.check_free()
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
-    triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, log_path)
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(engine, model_repository, ports, log_path, triton_options(settings))
     await triton.start(on_progress)
     keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
     try:

@@ -449,6 +449,7 @@ class TestEarlierServers:
             max_concurrent_batches=200,
             max_symbols_per_step=30,
             max_total_tokens=200,
+            jaeger_endpoint="http://localhost:14268/api/traces",
         )
         own = {name for name in EARLIER_ENVIRONMENT if name.startswith("AMIRA_")}
         live = {source for source in loaded.sources.values() if source != "default"}

@@ -57,6 +57,8 @@ class TritonPythonModel:
     async def execute(self, requests: list[Any]) -> list[Any]:
         """Take the new audio of every request's stream, decode what became due, and answer each request by itself."""
         self._evict()
+        # Calls are shared; a trace has those of the batches in which its request is the first that is traced.
+        self._network.trace = next((trace for request in requests if (trace := request.trace()).get_context()), None)
         jobs = [self._accept(request) for request in requests]
         good = [job for job in jobs if isinstance(job, Job)]
         await self._decode(good)

@@ -23,12 +23,17 @@ class NetworkError(RuntimeError):
 
 
 class Network:
-    """Calls of the three models, with NeMo's tensor names."""
+    """Calls of the three models, with NeMo's tensor names.
+
+    Attributes:
+        trace: what Triton's traces have the calls under; None where the requests that are being served are not traced.
+    """
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
         self._decoder_calls = 0
         self._decoder_rows = 0
+        self.trace: Any = None
 
     async def encode(self, windows: Sequence[Window]) -> list[tuple[Floats, int] | NetworkError]:
         """Encode windows, all calls at once; only windows of equal length share a call, since padding costs more than it saves.
@@ -70,7 +75,7 @@ class Network:
             pb_utils.Tensor("input_states_2", states[1]),
         ]
         name = self._parameters.decoder_joint_model
-        response = _request(name, inputs, ["outputs", "output_states_1", "output_states_2"]).exec()
+        response = self._request(name, inputs, ["outputs", "output_states_1", "output_states_2"]).exec()
         self._decoder_calls += 1
         self._decoder_rows += rows
         logits, state_1, state_2 = _arrays(name, response, "outputs", "output_states_1", "output_states_2")
@@ -89,19 +94,20 @@ class Network:
             pb_utils.Tensor("waveforms_lens", np.full(len(batch), waveforms.shape[1], np.int64)),
         ]
         name = self._parameters.preprocessor_model
-        response = await _request(name, inputs, ["features", "features_lens"]).async_exec()
+        response = await self._request(name, inputs, ["features", "features_lens"]).async_exec()
         features, lengths = _arrays(name, response, "features", "features_lens")
         inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
         name = self._parameters.encoder_model
-        response = await _request(name, inputs, ["outputs", "encoded_lengths"]).async_exec()
+        response = await self._request(name, inputs, ["outputs", "encoded_lengths"]).async_exec()
         frames, encoded = _arrays(name, response, "outputs", "encoded_lengths")
         return [(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(batch))]
 
-
-def _request(model: str, inputs: list[Any], outputs: list[str]) -> Any:
-    # numpy reads answers in the CPU's memory only; unasked, a GPU model's answer stays on the GPU.
-    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)
-    return pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs, preferred_memory=on_cpu)
+    def _request(self, model: str, inputs: list[Any], outputs: list[str]) -> Any:
+        # numpy reads answers in the CPU's memory only; unasked, a GPU model's answer stays on the GPU.
+        options = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)}
+        if self.trace is not None:
+            options["trace"] = self.trace
+        return pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs, **options)
 
 
 def _arrays(model: str, response: Any, *names: str) -> list[npt.NDArray[Any]]:

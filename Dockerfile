@@ -1,0 +1,27 @@
+# The gateway. Triton is a container of its own: see docker-compose.yml.
+FROM python:3.12.11-slim-bookworm AS build
+WORKDIR /src
+RUN python -m venv /opt/amira
+COPY deploy/requirements.lock deploy/
+RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --require-hashes -r deploy/requirements.lock
+COPY pyproject.toml README.md ./
+COPY gateway gateway
+COPY launcher launcher
+RUN /opt/amira/bin/pip install --no-cache-dir --no-deps . \
+    && /opt/amira/bin/pip uninstall --yes pip
+
+FROM python:3.12.11-slim-bookworm
+RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nologin amira
+COPY --from=build /opt/amira /opt/amira
+ENV PATH=/opt/amira/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    AMIRA_SERVER_PORT=8057
+# A config.toml or config.yaml may be mounted here.
+WORKDIR /etc/amira
+USER 10001
+EXPOSE 8057
+# Alive, not ready: a gateway whose Triton is away must not be restarted.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["python", "-c", "\
+import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"AMIRA_SERVER_PORT\"]}/health/live', timeout=2)"]
+ENTRYPOINT ["amira"]
+CMD ["serve"]

@@ -1,0 +1,343 @@
+"""The Grafana dashboards: ``python -m deploy.grafana.dashboards`` writes them as JSON, which provisioning loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
+from grafana_foundation_sdk.builders.prometheus import Dataquery
+from grafana_foundation_sdk.builders.timeseries import Panel as TimeSeries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef
+
+JSON = Path(__file__).parent / "json"
+PROMETHEUS = DataSourceRef(type_val="prometheus", uid="prometheus")
+
+COLUMNS = 24
+PANELS_A_ROW = 3
+PANEL_HEIGHT = 8
+
+RATE = "[$__rate_interval]"
+AUDIO_ENDPOINTS = 'endpoint=~"batch|stream"'
+OURS = 'reason=~"backend_.*|internal|not_ready"'
+TURNED_AWAY = 'reason=~"no_capacity|draining|quota_exceeded"'
+
+Query = tuple[str, str]
+"""PromQL, and the legend of its lines."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A panel of lines.
+
+    Attributes:
+        title: what is above it.
+        unit: Grafana's name of the unit.
+        queries: what is drawn.
+        note: what the title doesn't say.
+    """
+
+    title: str
+    unit: str
+    queries: tuple[Query, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Board:
+    """A dashboard: its panels by the titles of their rows."""
+
+    uid: str
+    title: str
+    rows: dict[str, tuple[Panel, ...]]
+
+
+def panel(title: str, unit: str, *queries: Query, note: str = "") -> Panel:
+    """A panel of these queries."""
+    return Panel(title, unit, queries, note)
+
+
+def rate(metric: str, by: str = "", matchers: str = "") -> str:
+    """How fast a counter grows a second, summed."""
+    return f"sum{f' by ({by}) ' if by else ''}(rate({metric}{f'{{{matchers}}}' if matchers else ''}{RATE}))"
+
+
+def ratio(above: str, below: str) -> str:
+    """One sum by the other with the same labels; nothing where that is 0."""
+    return f"{above} / ({below} > 0)"
+
+
+def each_audio_second(of_models: str) -> str:
+    """A sum by model for each second of audio that the decoders received."""
+    return f"{of_models} / on () group_left () ({rate('asr_decoder_audio_seconds_total')} > 0)"
+
+
+def mean_seconds(duration: str) -> Query:
+    """Mean of one of Triton's durations of a request, by model."""
+    return ratio(f"{rate(duration, 'model')} / 1e6", rate("nv_inference_request_success", "model")), "{{model}}"
+
+
+def quantiles(metric: str, matchers: str = "") -> tuple[Query, ...]:
+    """Median and 95th percentile of a histogram, by model."""
+    return tuple(
+        (f"histogram_quantile({share}, {rate(f'{metric}_bucket', 'model, le', matchers)})", f"p{share * 100:g} {{{{model}}}}")
+        for share in (0.5, 0.95)
+    )
+
+
+SERVICE = Board(
+    "amira-service",
+    "AMIRA ASR: service",
+    {
+        "Load": (
+            panel(
+                "Requests",
+                "reqps",
+                (rate("asr_requests_total", "endpoint", AUDIO_ENDPOINTS), "{{endpoint}}"),
+                note="Recordings, and streams when they end.",
+            ),
+            panel("Streams", "short", ("sum(asr_active_connections)", "live"), ("sum(asr_stream_capacity)", "capacity")),
+            panel("Places in use", "percentunit", ("asr:streams:utilisation", "streams"), note="Autoscaling looks at this."),
+            panel("Audio", "short", (rate("asr_audio_seconds_total", "endpoint"), "{{endpoint}}"), note="Seconds a second."),
+            panel("Recordings in flight", "short", ("sum(asr_active_batches)", "recordings")),
+            panel(
+                "Gateways",
+                "short",
+                ("sum by (version) (asr_build_info)", "{{version}}"),
+                ("sum(asr_draining)", "draining"),
+            ),
+        ),
+        "Errors": (
+            panel("Failures of ours", "percentunit", ("asr:failures:ratio_rate5m", "of requests and streams")),
+            panel("Refused and failed", "reqps", (rate("asr_rejections_total", "reason"), "{{reason}}")),
+            panel(
+                "HTTP statuses",
+                "reqps",
+                (rate("asr_requests_total", "status", AUDIO_ENDPOINTS), "{{status}}"),
+                note="101: a stream that was admitted.",
+            ),
+        ),
+        "Latency": (
+            panel("Partials behind their audio", "s", *quantiles("asr_partial_latency_seconds")),
+            panel("Finals behind the end", "s", *quantiles("asr_final_latency_seconds")),
+            panel("Recordings", "s", *quantiles("asr_request_duration_seconds", 'endpoint="batch"')),
+            panel(
+                "Lag of streams",
+                "s",
+                *quantiles("asr_stream_lag_seconds"),
+                note="Audio received and not yet decoded for good.",
+            ),
+            panel("One request to Triton", "s", *quantiles("triton_inference_duration_seconds")),
+        ),
+    },
+)
+
+TRITON = Board(
+    "amira-triton",
+    "AMIRA ASR: Triton",
+    {
+        "Models": (
+            panel("Requests", "reqps", (rate("nv_inference_request_success", "model"), "{{model}}")),
+            panel("Queue", "s", mean_seconds("nv_inference_queue_duration_us"), note="Mean wait of a request."),
+            panel(
+                "Compute",
+                "s",
+                mean_seconds("nv_inference_compute_infer_duration_us"),
+                note="Mean of a request; rnnt_greedy_bls includes what it calls.",
+            ),
+            panel("Waiting", "short", ("sum by (model) (nv_inference_pending_request_count)", "{{model}}")),
+            panel(
+                "Batch size",
+                "short",
+                (ratio(rate("nv_inference_count", "model"), rate("nv_inference_exec_count", "model")), "{{model}}"),
+                note="As Triton counts it: the ONNX models take a whole batch as one request, which counts as 1.",
+            ),
+            panel(
+                "Failures by reason",
+                "reqps",
+                (rate("nv_inference_request_failure", "model, reason"), "{{model}} {{reason}}"),
+            ),
+        ),
+        "Decoder": (
+            panel("Streams with state", "short", ("sum by (instance) (asr_decoder_sequences)", "{{instance}}")),
+            panel(
+                "Streams a call",
+                "short",
+                (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "rows a call"),
+            ),
+            panel("Calls", "reqps", (rate("asr_decoder_calls_total", "instance"), "{{instance}}")),
+            panel(
+                "Tokens",
+                "short",
+                (rate("asr_decoder_tokens_total", "instance"), "{{instance}}"),
+                note="A second, in final answers.",
+            ),
+            panel(
+                "Audio",
+                "short",
+                (rate("asr_decoder_audio_seconds_total", "instance"), "{{instance}}"),
+                note="Seconds a second.",
+            ),
+        ),
+        "Machine": (
+            panel("CPU", "percentunit", ("nv_cpu_utilization", "{{instance}}")),
+            panel("Memory", "percentunit", ("nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes", "{{instance}}")),
+            panel(
+                "GPU",
+                "percentunit",
+                ("nv_gpu_utilization", "busy {{instance}} {{gpu_uuid}}"),
+                ("nv_gpu_memory_used_bytes / nv_gpu_memory_total_bytes", "memory {{instance}} {{gpu_uuid}}"),
+            ),
+        ),
+    },
+)
+
+TROUBLE = Board(
+    "amira-trouble",
+    "AMIRA ASR: trouble",
+    {
+        "Towards Triton": (
+            panel("Up", "short", ("up", "{{job}} {{instance}}")),
+            panel(
+                "Circuit breaker",
+                "short",
+                ("max by (endpoint) (asr_circuit_breaker_state)", "{{endpoint}}"),
+                note="0 closed, 1 half open, 2 open.",
+            ),
+            panel(
+                "Recoveries of streams",
+                "short",
+                (f"sum by (outcome) (increase(asr_stream_recoveries_total{RATE}))", "{{outcome}}"),
+            ),
+            panel(
+                "Replayed audio",
+                "short",
+                (rate("asr_replayed_audio_seconds_total"), "seconds a second"),
+                note="Sent to Triton a second time, to carry streams over.",
+            ),
+            panel(
+                "Evictions",
+                "short",
+                (f"sum by (instance) (increase(asr_decoder_evictions_total{RATE}))", "{{instance}}"),
+                note="Streams that the decoder forgot because they idled.",
+            ),
+            panel("Triton's failures", "reqps", (rate("nv_inference_request_failure", "reason"), "{{reason}}")),
+        ),
+        "Towards clients": (
+            panel(
+                "Streams closed other than by 1000",
+                "reqps",
+                (rate("asr_websocket_closes_total", "code", 'code!="1000"'), "{{code}}"),
+                note="1006: the client vanished. 1012: a drain ended it. 4503: no capacity, or Triton failed.",
+            ),
+            panel("Failed by us", "reqps", (rate("asr_rejections_total", "reason", OURS), "{{reason}}")),
+            panel("Turned away", "reqps", (rate("asr_rejections_total", "reason", TURNED_AWAY), "{{reason}}")),
+        ),
+        "Gateways": (
+            panel("Audio buffers in use", "percentunit", ("memory_pool_usage", "{{instance}}")),
+            panel("Memory", "bytes", ('process_resident_memory_bytes{job="gateway"}', "{{instance}}")),
+            panel(
+                "CPU",
+                "short",
+                (rate("process_cpu_seconds_total", "instance", 'job="gateway"'), "{{instance}}"),
+                note="Cores. A gateway is one event loop and can use little more than one.",
+            ),
+        ),
+    },
+)
+
+COST = Board(
+    "amira-cost",
+    "AMIRA ASR: cost",
+    {
+        "Seconds of work for a second of audio": (
+            panel(
+                "Models",
+                "s",
+                ("asr:compute_seconds_per_audio_second:rate5m", "{{model}}"),
+                note="asr_ensemble and rnnt_greedy_bls include the waiting for what they call; the others add up.",
+            ),
+            panel(
+                "Gateways",
+                "s",
+                (
+                    ratio(rate("process_cpu_seconds_total", matchers='job="gateway"'), rate("asr_audio_seconds_total")),
+                    "processor time",
+                ),
+            ),
+            panel(
+                "Queues",
+                "s",
+                (each_audio_second(f"{rate('nv_inference_queue_duration_us', 'model')} / 1e6"), "{{model}}"),
+            ),
+        ),
+        "What drives it": (
+            panel(
+                "Decoder calls for a second of audio",
+                "short",
+                (ratio(rate("asr_decoder_calls_total"), rate("asr_decoder_audio_seconds_total")), "calls"),
+                note="Falls as streams share calls.",
+            ),
+            panel(
+                "Requests for a second of audio",
+                "short",
+                (each_audio_second(rate("nv_inference_request_success", "model")), "{{model}}"),
+            ),
+            panel("Audio", "short", (rate("asr_audio_seconds_total", "model"), "{{model}}"), note="Seconds a second."),
+        ),
+    },
+)
+
+BOARDS = {"service": SERVICE, "triton": TRITON, "trouble": TROUBLE, "cost": COST}
+
+
+def build(board: Board) -> Dashboard:
+    """A dashboard for Grafana."""
+    dashboard: Dashboard = (
+        Dashboard(board.title)
+        .uid(board.uid)
+        .tags(["amira"])
+        .refresh("30s")
+        .time("now-1h", "now")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .readonly()
+    )
+    ids = count(1)
+    for title, panels in board.rows.items():
+        dashboard.with_row(Row(title).id(next(ids)))
+        for lines in panels:
+            dashboard.with_panel(_lines(lines).id(next(ids)))
+    return dashboard
+
+
+def as_json() -> Iterator[tuple[Path, str]]:
+    """Each dashboard's file and what it holds."""
+    encoder = JSONEncoder(sort_keys=True, indent=2)
+    for name, board in BOARDS.items():
+        yield JSON / f"{name}.json", encoder.encode(build(board).build()) + "\n"
+
+
+def _lines(drawn: Panel) -> TimeSeries:
+    lines: TimeSeries = (
+        TimeSeries()
+        .title(drawn.title)
+        .unit(drawn.unit)
+        .min(0)
+        .fill_opacity(8)
+        .height(PANEL_HEIGHT)
+        .span(COLUMNS // PANELS_A_ROW)
+        .datasource(PROMETHEUS)
+    )
+    if drawn.note:
+        lines.description(drawn.note)
+    for letter, (query, legend) in zip("ABCD", drawn.queries, strict=False):
+        lines.with_target(Dataquery().ref_id(letter).expr(query).legend_format(legend).range().datasource(PROMETHEUS))
+    return lines
+
+
+if __name__ == "__main__":
+    for path, text in as_json():
+        path.write_text(text)

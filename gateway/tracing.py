@@ -1,0 +1,151 @@
+"""Traces by OpenTelemetry: a span for each recording and each stream, handed on to Triton.
+
+They are off unless the settings or OpenTelemetry's own variables say where to send them: then none of its SDK is imported, and
+each hook costs one look at a context variable. What OpenTelemetry's variables may say beyond that (headers, sampling, resource
+attributes) is read by its own packages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from gateway import __version__
+from gateway.errors import ErrorKind
+from gateway.settings import ConfigError, Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+TRACES_ENDPOINT, ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
+OTLP_HTTP_PORT = 4318
+OTLP_PATH = "/v1/traces"
+JAEGER_THRIFT_PATH = "/api/traces"
+
+_span: ContextVar[Span | None] = ContextVar("span", default=None)
+
+
+class Tracing:
+    """Where a gateway's spans go.
+
+    Args:
+        settings: the gateway's.
+        environ: environment variables.
+
+    Raises:
+        ConfigError: traces are wanted and the packages for them are missing.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
+        self._provider: TracerProvider | None = None
+        if not _wanted(settings, environ):
+            return
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 (optional)
+            from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+            from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+        except ImportError:
+            raise ConfigError("traces are wanted, but not installed: pip install 'amira-asr-server[tracing]'") from None
+        attributes = {"service.version": __version__}
+        if not environ.get("OTEL_SERVICE_NAME"):
+            attributes["service.name"] = settings.service_name
+        self._provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
+        endpoint = otlp_url(settings.jaeger_endpoint) if settings.jaeger_endpoint else None
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+
+    @contextmanager
+    def span(self, name: str, headers: Mapping[str, str], **attributes: str) -> Iterator[None]:
+        """A span around what is served to a client, below the client's own if its headers name one (W3C ``traceparent``)."""
+        if self._provider is None:
+            yield
+            return
+        from opentelemetry.trace import SpanKind  # noqa: PLC0415
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+
+        parent = TraceContextTextMapPropagator().extract(headers)
+        span = self._provider.get_tracer("gateway").start_span(name, parent, SpanKind.SERVER, _named(attributes))
+        token = _span.set(span)
+        try:
+            yield
+        finally:
+            _span.reset(token)
+            span.end()
+
+    async def close(self) -> None:
+        """Send what is left."""
+        if self._provider:
+            await asyncio.to_thread(self._provider.shutdown)
+
+
+def event(name: str, **attributes: str | float) -> None:
+    """Note on the current span that something happened."""
+    if span := _span.get():
+        span.add_event(name, _named(attributes))
+
+
+def describe(**attributes: str | float) -> None:
+    """Say more of the current span."""
+    if span := _span.get():
+        span.set_attributes(_named(attributes))
+
+
+def fail(kind: ErrorKind) -> None:
+    """Note on the current span what the client is told; what is no fault of ours does not mark it as an error."""
+    if span := _span.get():
+        from opentelemetry.trace import StatusCode  # noqa: PLC0415
+
+        span.set_attribute("error.type", kind.code)
+        if kind.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            span.set_status(StatusCode.ERROR, kind.code)
+
+
+def headers() -> dict[str, str] | None:
+    """What a request to Triton carries, so that its spans hang below the current one."""
+    span = _span.get()
+    if not span or not span.get_span_context().trace_flags.sampled:  # Triton would trace it all the same
+        return None
+    context = span.get_span_context()
+    given = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
+    return given | ({"tracestate": context.trace_state.to_header()} if context.trace_state else {})
+
+
+def trace_id() -> str | None:
+    """Of the current span, for the logs."""
+    span = _span.get()
+    return f"{span.get_span_context().trace_id:032x}" if span else None
+
+
+def otlp_url(endpoint: str) -> str:
+    """Where OTLP over HTTP goes; the address of Jaeger's older Thrift collector becomes that of its OTLP port."""
+    url = urlsplit(endpoint)
+    if url.path == JAEGER_THRIFT_PATH:
+        return f"{url.scheme}://{url.hostname}:{OTLP_HTTP_PORT}{OTLP_PATH}"
+    return endpoint if url.path.strip("/") else endpoint.rstrip("/") + OTLP_PATH
+
+
+def triton_options(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Options with which a Triton traces the requests that carry a trace, and no others, to where the gateway's spans go."""
+    if not _wanted(settings, environ):
+        return []
+    general = environ.get(ENDPOINT, "").rstrip("/") + OTLP_PATH
+    url = otlp_url(settings.jaeger_endpoint) if settings.jaeger_endpoint else environ.get(TRACES_ENDPOINT) or general
+    chosen = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=0", f"opentelemetry,url={url}")
+    return [f"--trace-config={option}" for option in (*chosen, "opentelemetry,resource=service.name=triton")]
+
+
+def _wanted(settings: Settings, environ: Mapping[str, str]) -> bool:
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return False
+    return bool(settings.jaeger_endpoint or environ.get(TRACES_ENDPOINT) or environ.get(ENDPOINT))
+
+
+def _named(attributes: Mapping[str, str | float]) -> dict[str, Any]:
+    return {f"asr.{name}": value for name, value in attributes.items()}

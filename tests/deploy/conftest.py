@@ -1,0 +1,38 @@
+"""What the tests of deploy/ share: a running server, as in tests/server, and the real tools that run or check the files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import gateway, http, make_gateway, recordings, triton
+
+__all__ = ["gateway", "http", "make_gateway", "recordings", "triton"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin"
+
+
+@pytest.fixture(scope="session")
+def need() -> Callable[[str], str]:
+    """Path of a command that tools/system-packages installs; where it is missing the test is skipped, but in CI it fails."""
+
+    def find(command: str) -> str:
+        path = shutil.which(command, path=SEARCHED)
+        if path is None:
+            reason = f"{command} is not installed; run tools/system-packages as root"
+            if os.environ.get("CI") == "true":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def deploy() -> Path:
+    """The directory of the deployment files."""
+    return ROOT / "deploy"

@@ -1,0 +1,183 @@
+"""The Kubernetes manifests as kustomize renders them: against the schemas, against each other and against the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from gateway.settings import OWN_VARIABLES, Settings, load_settings
+
+Need = Callable[[str], str]
+Manifest = dict[str, Any]
+
+VERSIONS = ("1.30", "1.33", kubernetes_validate.latest_version())
+WITHOUT_SCHEMA = {"ServiceMonitor"}
+"""Kinds of operators, not of Kubernetes."""
+
+SELECTED = "app.kubernetes.io/name"
+
+
+@pytest.fixture(scope="module")
+def manifests(need: Need, deploy: Path) -> dict[tuple[str, str], Manifest]:
+    """By kind and name; a generated ConfigMap without its hash."""
+    return render(need, deploy / "kubernetes" / "base")
+
+
+def render(need: Need, directory: Path) -> dict[tuple[str, str], Manifest]:
+    done = subprocess.run([need("kubectl"), "kustomize", str(directory)], capture_output=True, text=True, check=True)
+    return {
+        (manifest["kind"], re.sub(r"-[a-z0-9]{10}$", "", manifest["metadata"]["name"])): manifest
+        for manifest in yaml.safe_load_all(done.stdout)
+    }
+
+
+def pod(workload: Manifest) -> Manifest:
+    spec: Manifest = workload["spec"]["template"]["spec"]
+    return spec
+
+
+def container(workload: Manifest) -> Manifest:
+    (only,) = pod(workload)["containers"]
+    return dict(only)
+
+
+def labels(workload: Manifest) -> dict[str, str]:
+    return dict(workload["spec"]["template"]["metadata"]["labels"])
+
+
+def test_manifests_follow_the_schemas(manifests: dict[tuple[str, str], Manifest]) -> None:
+    for (kind, _), manifest in manifests.items():
+        for version in VERSIONS if kind not in WITHOUT_SCHEMA else ():
+            kubernetes_validate.validate(manifest, version, strict=True)
+        assert manifest["metadata"]["namespace"] == "amira"
+
+
+def test_a_wrong_manifest_is_noticed(manifests: dict[tuple[str, str], Manifest]) -> None:
+    wrong = {**manifests["Deployment", "amira-gateway"], "spec": {"replica": 2}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, VERSIONS[0], strict=True)
+
+
+def workloads(manifests: dict[tuple[str, str], Manifest]) -> Iterator[Manifest]:
+    yield manifests["Deployment", "amira-gateway"]
+    yield manifests["StatefulSet", "amira-triton"]
+
+
+def test_selectors_select(manifests: dict[tuple[str, str], Manifest]) -> None:
+    names = {labels(workload)[SELECTED] for workload in workloads(manifests)}
+    for workload in workloads(manifests):
+        assert workload["spec"]["selector"]["matchLabels"] == {SELECTED: labels(workload)[SELECTED]}
+        for constraint in pod(workload)["topologySpreadConstraints"]:
+            assert constraint["labelSelector"]["matchLabels"] == {SELECTED: labels(workload)[SELECTED]}
+        name = workload["metadata"]["name"]
+        assert manifests["Service", name]["spec"]["selector"] == {SELECTED: name}
+        assert manifests["Service", name]["metadata"]["labels"][SELECTED] == name  # for the ServiceMonitor
+        for kind in ("PodDisruptionBudget", "ServiceMonitor"):
+            assert manifests[kind, name]["spec"]["selector"]["matchLabels"] == {SELECTED: name}
+        assert manifests["NetworkPolicy", name]["spec"]["podSelector"]["matchLabels"] == {SELECTED: name}
+        scaled = manifests["HorizontalPodAutoscaler", name]["spec"]["scaleTargetRef"]
+        assert manifests[scaled["kind"], scaled["name"]]["apiVersion"] == scaled["apiVersion"]
+        assert "replicas" not in workload["spec"], "or applying again undoes what the autoscaler did"
+    assert names == {"amira-gateway", "amira-triton"}
+
+
+def test_ports_meet(manifests: dict[tuple[str, str], Manifest]) -> None:
+    for workload in workloads(manifests):
+        name = workload["metadata"]["name"]
+        ports = {port["name"]: port["containerPort"] for port in container(workload)["ports"]}
+        for port in manifests["Service", name]["spec"]["ports"]:
+            assert port["port"] == ports[port["targetPort"]]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container(workload)[probe]["httpGet"]["port"] in ports
+        for rule in manifests["NetworkPolicy", name]["spec"]["ingress"]:
+            assert {port["port"] for port in rule["ports"]} <= set(ports)
+        served = {port["name"] for port in manifests["Service", name]["spec"]["ports"]}
+        for endpoint in manifests["ServiceMonitor", name]["spec"]["endpoints"]:
+            assert endpoint["port"] in served
+    assert container(manifests["Deployment", "amira-gateway"])["ports"][0]["containerPort"] == Settings().server_port
+
+
+def test_only_gateways_reach_triton(manifests: dict[tuple[str, str], Manifest]) -> None:
+    policy = manifests["NetworkPolicy", "amira-triton"]["spec"]
+    (caller,) = [rule["from"] for rule in policy["ingress"] if rule["ports"] == [{"protocol": "TCP", "port": "grpc"}]]
+    assert caller == [{"podSelector": {"matchLabels": {SELECTED: "amira-gateway"}}}]
+    assert policy["egress"] == []
+
+
+def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest]) -> None:
+    gateway = container(manifests["Deployment", "amira-gateway"])
+    assert gateway["livenessProbe"]["httpGet"]["path"] == "/health/live"
+    assert gateway["readinessProbe"]["httpGet"]["path"] == "/health/ready"
+    assert pod(manifests["Deployment", "amira-gateway"])["enableServiceLinks"] is False
+
+
+def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    given = manifests["ConfigMap", "amira-gateway"]["data"]
+    assert set(given) <= set(OWN_VARIABLES)
+    loaded = load_settings(given, deploy)
+    assert loaded.notices == []
+    settings = loaded.settings
+    gateway = manifests["Deployment", "amira-gateway"]
+    config, keys = container(gateway)["envFrom"]
+    assert config["configMapRef"]["name"] == manifests["ConfigMap", "amira-gateway"]["metadata"]["name"]
+    assert keys["secretRef"]["optional"] is True
+    (tritons, gateways) = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
+    service = manifests["StatefulSet", "amira-triton"]["spec"]["serviceName"]
+    assert manifests["Service", service]["spec"]["clusterIP"] == "None"
+    assert [address.target for address in settings.triton_addresses] == [
+        f"amira-triton-{ordinal}.{service}:8001" for ordinal in range(tritons["maxReplicas"])
+    ]
+    config_text = (deploy.parent / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text()
+    slots = int(re.findall(r"max_candidate_sequences: (\d+)", config_text)[0])
+    admitted = settings.max_concurrent_streams + settings.max_concurrent_batches
+    for bound in ("minReplicas", "maxReplicas"):
+        assert gateways[bound] * admitted <= tritons[bound] * slots
+    grace = pod(gateway)["terminationGracePeriodSeconds"]
+    wait = int(re.findall(r"sleep\((\d+)\)", str(container(gateway)["lifecycle"]))[0])
+    assert grace >= settings.drain_timeout_secs + 2 * settings.inference_timeout_secs + 30 + wait
+    assert pod(manifests["StatefulSet", "amira-triton"])["terminationGracePeriodSeconds"] >= grace
+
+
+def test_images_are_those_of_the_compose_file(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    services = yaml.safe_load((deploy.parent / "docker-compose.yml").read_text())["services"]
+    for workload, service in zip(workloads(manifests), ("gateway", "triton"), strict=True):
+        assert container(workload)["image"] == services[service]["image"]
+
+
+def test_volumes_are_there(manifests: dict[tuple[str, str], Manifest]) -> None:
+    for workload in workloads(manifests):
+        volumes = {volume["name"]: volume for volume in pod(workload)["volumes"]}
+        assert {mount["name"] for mount in container(workload)["volumeMounts"]} == set(volumes)
+    claim = pod(manifests["StatefulSet", "amira-triton"])["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert ("PersistentVolumeClaim", claim) in manifests
+    assert container(manifests["StatefulSet", "amira-triton"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_autoscalers_use_metrics_that_the_adapter_makes(
+    manifests: dict[tuple[str, str], Manifest], need: Need, deploy: Path, tmp_path: Path
+) -> None:
+    adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
+    made = {"Pods": adapter["rules"], "External": adapter["externalRules"]}
+    for name in ("amira-gateway", "amira-triton"):
+        for metric in manifests["HorizontalPodAutoscaler", name]["spec"]["metrics"]:
+            wanted = metric[metric["type"].lower()]["metric"]["name"]
+            assert wanted in {rule["name"]["as"] for rule in made[metric["type"]]}
+    queries = [rule["metricsQuery"] for rules in made.values() for rule in rules]
+    filled = [query.replace("<<.LabelMatchers>>", 'namespace="amira"').replace("<<.GroupBy>>", "pod") for query in queries]
+    rules = {"groups": [{"name": "adapter", "rules": [{"record": f"r{n}", "expr": query} for n, query in enumerate(filled)]}]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    subprocess.run([need("promtool"), "check", "rules", str(tmp_path / "rules.yml")], check=True, capture_output=True)
+
+
+def test_shards_are_the_base_each_in_its_namespace(need: Need, deploy: Path) -> None:
+    for directory in (deploy / "kubernetes" / "shards").iterdir():
+        shard = render(need, directory)
+        assert {manifest["metadata"]["namespace"] for manifest in shard.values()} == {f"amira-{directory.name}"}
+        assert ("StatefulSet", "amira-triton") in shard

@@ -1,0 +1,212 @@
+"""The real nginx in front of two real gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from clients import END, cut, listen, open_socket, transcribe
+from conftest import Gateway, Recordings
+from websockets.exceptions import InvalidStatus
+
+from gateway.service import Service
+from gateway.settings import Settings
+from launcher.engine import free_ports
+from launcher.run import LOOPBACK, SPEECH
+
+Need = Callable[[str], str]
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+MIB = 2**20
+
+
+@dataclass
+class Proxy:
+    """A running nginx."""
+
+    url: str
+    directory: Path
+    process: asyncio.subprocess.Process
+
+    def stream_url(self) -> str:
+        return f"{self.url.replace('http', 'ws', 1)}/v2/decode/stream/amira"
+
+    def workers(self) -> set[str]:
+        """Their process ids."""
+        return set(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
+
+    async def reload(self) -> None:
+        """Take the configuration anew, and wait for new workers."""
+        before = self.workers()
+        self.process.send_signal(signal.SIGHUP)
+        while not self.workers() - before:
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def run_nginx(binary: str, deploy: Path, directory: Path, *gateways: Gateway) -> AsyncIterator[Proxy]:
+    """nginx with the project's configuration; only addresses and places of files are others."""
+    (port,) = free_ports(LOOPBACK, 1)
+    text = (deploy / "nginx" / "nginx.conf").read_text()
+    for theirs, ours in (
+        ("listen 8080 ", f"listen {LOOPBACK}:{port} "),
+        ("/tmp/", f"{directory}/"),  # noqa: S108
+        ("/dev/stderr", f"{directory}/error.log"),
+        ("/dev/stdout", f"{directory}/access.log"),
+        ("worker_processes auto", "worker_processes 2"),
+        ("worker_rlimit_nofile 65536;", ""),
+        ("worker_connections 32768", "worker_connections 256"),
+    ):
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    user = "user root;\n" if os.geteuid() == 0 else ""  # workers of another user could not write to the test's directory
+    (directory / "nginx.conf").write_text(f"daemon off;\n{user}{text}")
+    upstream = (deploy / "nginx" / "upstream.conf").read_text()
+    server = re.search(r"server gateway:8057 resolve (.*);", upstream)
+    assert server
+    servers = "\n".join(f"server {gateway.url.removeprefix('http://')} {server[1]};" for gateway in gateways)
+    upstream = re.sub(r"^resolver .*$", "", upstream.replace(server[0], servers), flags=re.MULTILINE)
+    (directory / "upstream.conf").write_text(upstream)
+    process = await asyncio.create_subprocess_exec(binary, "-p", str(directory), "-c", str(directory / "nginx.conf"))
+    proxy = Proxy(f"http://{LOOPBACK}:{port}", directory, process)
+    try:
+        async with httpx.AsyncClient() as client:
+            while True:
+                assert process.returncode is None, (directory / "error.log").read_text()
+                try:
+                    assert (await client.get(f"{proxy.url}/nginx-health")).status_code == 200
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.05)
+        yield proxy
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.fixture
+async def gateways(make_gateway: MakeGateway) -> AsyncIterator[tuple[Gateway, Gateway]]:
+    async with make_gateway(max_concurrent_streams=2) as first, make_gateway(max_concurrent_streams=2) as second:
+        yield first, second
+
+
+@pytest.fixture
+async def proxy(need: Need, deploy: Path, tmp_path: Path, gateways: tuple[Gateway, Gateway]) -> AsyncIterator[Proxy]:
+    async with run_nginx(need("nginx"), deploy, tmp_path, *gateways) as running:
+        yield running
+
+
+def service(gateway: Gateway) -> Service:
+    its: Service = gateway.server._app.state.service
+    return its
+
+
+def active(gateway: Gateway) -> int:
+    return service(gateway).admission.streams
+
+
+async def test_requests_and_streams_pass(proxy: Proxy, http: httpx.AsyncClient, recordings: Recordings) -> None:
+    flac = (SPEECH / "jfk.flac").read_bytes()
+    answer = await http.post(f"{proxy.url}/v2/decode/batch/amira", content=flac, headers={"X-Request-ID": "mine"})
+    assert answer.status_code == 200
+    assert answer.headers["X-Request-ID"] == "mine"
+    through = await transcribe(proxy.stream_url(), recordings["jfk"])
+    assert through.close_code == 1000
+    assert "fellow" in through.final["text"]
+    answer = await http.get(f"{proxy.url}/health/ready")
+    assert answer.headers["X-Request-ID"] in (proxy.directory / "access.log").read_text()
+
+
+async def test_the_gateway_refuses_bodies_itself(proxy: Proxy, http: httpx.AsyncClient, deploy: Path) -> None:
+    (limit,) = re.findall(r"client_max_body_size (\d+)m", (deploy / "nginx" / "nginx.conf").read_text())
+    assert Settings().max_request_size < int(limit) * MIB
+    answer = await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(Settings().max_request_size + 1))
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+    assert (await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(int(limit) * MIB + 1))).status_code == 413
+
+
+async def test_what_is_for_operators_stays_inside(proxy: Proxy, http: httpx.AsyncClient) -> None:
+    for path in ("/metrics", "/health/detailed"):
+        assert (await http.get(f"{proxy.url}{path}")).status_code == 404
+    assert (await http.get(f"{proxy.url}/health")).json()["status"] == "healthy"
+
+
+async def test_timeouts_fit_the_settings(deploy: Path) -> None:
+    text = (deploy / "nginx" / "nginx.conf").read_text()
+    defaults = Settings()
+    hours = {name: int(hours) * 3600 for name, hours in re.findall(r"(\w+) (\d+)h;", text)}
+    assert hours["proxy_read_timeout"] >= defaults.max_stream_audio_secs
+    assert hours["worker_shutdown_timeout"] >= defaults.max_stream_audio_secs
+    (send_timeout,) = re.findall(r"proxy_send_timeout (\d+)s;", text)
+    assert int(send_timeout) > defaults.stream_timeout_secs
+
+
+async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple[Gateway, Gateway]) -> None:
+    """Each gateway takes two; the fifth gets the gateways' own refusal."""
+    first, second = gateways
+    sockets = [await open_socket(proxy.stream_url()) for _ in range(4)]
+    assert (active(first), active(second)) == (2, 2)
+    with pytest.raises(InvalidStatus) as refused:
+        await open_socket(proxy.stream_url())
+    assert refused.value.response.status_code == 503
+    assert b"no_capacity" in refused.value.response.body
+    assert "Retry-After" in refused.value.response.headers
+    for socket in sockets:
+        await socket.close()
+
+
+async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
+    proxy: Proxy, gateways: tuple[Gateway, Gateway], recordings: Recordings, http: httpx.AsyncClient
+) -> None:
+    sockets = [await open_socket(proxy.stream_url()) for _ in range(2)]
+    assert [active(gateway) for gateway in gateways] == [1, 1]
+    frames = cut(recordings["jfk"], 16_000)
+    listeners = {asyncio.create_task(listen(socket)): socket for socket in sockets}
+    for socket in sockets:
+        for frame in frames[:3]:
+            await socket.send(frame)
+    server = gateways[0].server
+    server.should_exit = True
+    while not service(gateways[0]).admission.draining:
+        await asyncio.sleep(0.01)
+    # It drains for a second: refuses new streams, which nginx brings to the other, and ends its own with a final.
+    assert (await transcribe(proxy.stream_url(), recordings["jfk"])).close_code == 1000
+    (ended,), (going_on,) = await asyncio.wait(listeners, return_when=asyncio.FIRST_COMPLETED)
+    assert ended.result().close_code == 1012
+    assert ended.result().final["audio_processed_ms"] == 3000
+    for frame in frames[3:]:
+        await listeners[going_on].send(frame)
+    await listeners[going_on].send(END)
+    assert (await going_on).close_code == 1000
+    assert "fellow" in (await going_on).final["text"]
+    while server.servers[0].is_serving():
+        await asyncio.sleep(0.05)
+    # Once it is gone, nobody notices.
+    for _ in range(3):
+        assert (await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(32_000))).status_code == 200
+        assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
+
+
+async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Recordings) -> None:
+    frames = cut(recordings["jfk"], 16_000)
+    async with open_socket(proxy.stream_url()) as socket:
+        listener = asyncio.create_task(listen(socket))
+        for frame in frames[:5]:
+            await socket.send(frame)
+        await proxy.reload()
+        assert (await transcribe(proxy.stream_url(), recordings["jfk"])).close_code == 1000  # by a new worker
+        for frame in frames[5:]:
+            await socket.send(frame)
+        await socket.send(END)
+        conversation = await listener
+    assert conversation.close_code == 1000
+    assert "fellow" in conversation.final["text"]

@@ -1,0 +1,253 @@
+"""Traces: a real receiver of OTLP over HTTP gets the spans of a real gateway and a real Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from clients import END, listen, open_socket, transcribe
+from conftest import Gateway, Recordings, run_gateway
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from gateway.settings import ConfigError, Settings
+from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
+from launcher.engine import Engine, Ports, Triton, free_ports
+from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+
+CLIENTS_TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "preprocessor", "encoder", "decoder_joint", "detokenizer"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the tests look at."""
+
+    service: str
+    trace: str
+    id: str
+    parent: str
+    name: str
+    attributes: dict[str, Any] = field(hash=False, compare=False)
+    events: Sequence[str] = field(hash=False, compare=False)
+    error: bool
+
+
+class Receiver:
+    """Takes OTLP over HTTP: as protobuf from the gateway, as JSON from Triton."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Encoding"] == "gzip":
+                    body = gzip.decompress(body)
+                assert self.path == "/v1/traces"
+                receiver.take(body, self.headers["Content-Type"])
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer((LOOPBACK, 0), Handler)
+        self.url = f"http://{LOOPBACK}:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def take(self, body: bytes, content_type: str) -> None:
+        if content_type == "application/x-protobuf":
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                service = {item.key: item.value.string_value for item in resource.resource.attributes}["service.name"]
+                self.spans += [
+                    Span(
+                        service,
+                        span.trace_id.hex(),
+                        span.span_id.hex(),
+                        span.parent_span_id.hex(),
+                        span.name,
+                        {item.key: getattr(item.value, str(item.value.WhichOneof("value"))) for item in span.attributes},
+                        [event.name for event in span.events],
+                        span.status.code == span.status.STATUS_CODE_ERROR,
+                    )
+                    for scope in resource.scope_spans
+                    for span in scope.spans
+                ]
+            return
+        for resource in orjson.loads(body)["resourceSpans"]:
+            service = {item["key"]: item["value"].get("stringValue") for item in resource["resource"]["attributes"]}[
+                "service.name"
+            ]
+            self.spans += [
+                Span(service, span["traceId"], span["spanId"], span["parentSpanId"], span["name"], {}, [], False)
+                for scope in resource["scopeSpans"]
+                for span in scope["spans"]
+            ]
+
+    async def trace(self, root: str, spans_named: set[str]) -> tuple[Span, list[Span]]:
+        """The gateway's newest span of a name, and its whole trace once there are spans of all these names."""
+        for _ in range(100):
+            for top in reversed([span for span in self.spans if span.name == root]):
+                trace = [span for span in self.spans if span.trace == top.trace]
+                if spans_named <= {span.name for span in trace}:
+                    return top, trace
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"no {root} over {spans_named} in {[(span.name, span.trace) for span in self.spans]}")
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    running = Receiver()
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+async def traced(receiver: Receiver) -> AsyncIterator[Gateway]:
+    """A gateway and a Triton that send their spans to the receiver."""
+    settings: dict[str, Any] = {"jaeger_endpoint": receiver.url, "service_name": "asr-test"}
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    options = [*triton_options(Settings(**settings)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-traced.log", options)
+    await triton.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        async with run_gateway(triton_endpoint=f"{LOOPBACK}:{ports.grpc}", max_concurrent_streams=1, **settings) as running:
+            yield running
+    await triton.stop()
+
+
+def tree(top: Span, spans: Sequence[Span], depth: int = 0) -> Iterator[str]:
+    """The trace as lines; calls of the same model at the same place as one."""
+    yield f"{'  ' * depth}{top.service}: {top.name} {' '.join(top.events)}".rstrip()
+    children = [span for span in spans if span.parent == top.id]
+    for name in dict.fromkeys(child.name for child in children):
+        same = [child for child in children if child.name == name]
+        first, *rest = tree(same[0], spans, depth + 1)
+        yield first + (f" × {len(same)}" if len(same) > 1 else "")
+        yield from rest
+
+
+def below(top: Span, spans: Sequence[Span]) -> set[str]:
+    """Names of all spans under one."""
+    children = [span for span in spans if span.parent == top.id]
+    return {span.name for span in children}.union(*(below(child, spans) for child in children))
+
+
+async def test_one_tree_from_the_client_to_the_decoder(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
+    answer = await http.post(
+        traced.batch_url(),
+        content=(SPEECH / "jfk.flac").read_bytes(),
+        headers={"traceparent": f"00-{CLIENTS_TRACE}-{CLIENTS_SPAN}-01"},
+    )
+    assert answer.status_code == 200
+    top, spans = await receiver.trace("POST /v2/decode/batch/{model}", MODELS)
+    print("\n".join(tree(top, spans)))
+    assert (top.service, top.trace, top.parent) == ("asr-test", CLIENTS_TRACE, CLIENTS_SPAN)
+    assert top.attributes["asr.status"] == 200
+    assert below(top, spans) >= MODELS
+    (decoder,) = (span for span in spans if span.name == "rnnt_greedy_bls")
+    assert below(decoder, spans) >= {"preprocessor", "encoder", "decoder_joint"}
+    assert {span.service for span in spans} == {"asr-test", "triton"}
+
+
+async def test_a_stream_is_one_span_with_events(traced: Gateway, receiver: Receiver, recordings: Recordings) -> None:
+    await transcribe(traced.stream_url(), recordings["jfk"])
+    top, spans = await receiver.trace("GET /v2/decode/stream/{model}", MODELS)
+    print("\n".join(tree(top, spans)))
+    assert top.parent == ""
+    assert top.events[-1] == "final"
+    assert top.events.count("final") == 1
+    assert "partial" in top.events
+    assert top.attributes["asr.close_code"] == 1000
+    assert top.attributes["asr.audio_secs"] == 11
+    assert below(top, spans) >= MODELS
+    assert not top.error
+
+
+async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
+    await http.post(traced.batch_url(), content=b"\x00\x00\x00")
+    async with open_socket(traced.stream_url()) as socket:
+        with pytest.raises(Exception, match="503"):
+            await open_socket(traced.stream_url())
+        await socket.send(END)
+        await listen(socket)
+    for _ in range(50):
+        found = {span.attributes.get("error.type"): span.error for span in receiver.spans}
+        if {"odd_length", "no_capacity"} <= set(found):
+            break
+        await asyncio.sleep(0.1)
+    assert found["odd_length"] is False, "a client's mistake is no error of ours"
+    assert found["no_capacity"] is True
+
+
+async def test_what_the_client_does_not_sample_is_not_traced(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
+    """Not sampled by the client means not traced, in the gateway and in Triton."""
+    await asyncio.sleep(0.3)
+    before = len(receiver.spans)
+    unsampled = {"traceparent": f"00-{'1' * 32}-{CLIENTS_SPAN}-00"}
+    answer = await http.post(traced.batch_url(), content=bytes(32_000), headers=unsampled)
+    assert answer.status_code == 200
+    await asyncio.sleep(0.5)
+    assert [span for span in receiver.spans[before:] if span.trace == "1" * 32] == []
+
+
+def test_without_a_place_to_send_them_no_sdk_is_imported() -> None:
+    code = """if True:
+        import sys
+        from gateway.app import create_app
+        from gateway.settings import Settings
+        create_app(Settings())
+        assert not {"opentelemetry.sdk", "opentelemetry.exporter"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONWARNINGS": "error"})
+    assert headers() is None
+    assert trace_id() is None
+    assert triton_options(Settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://jaeger:4318/v1/traces", "http://jaeger:4318/v1/traces"),
+        ("http://jaeger:4318", "http://jaeger:4318/v1/traces"),
+        ("https://traces.example.com/", "https://traces.example.com/v1/traces"),
+        ("http://localhost:14268/api/traces", "http://localhost:4318/v1/traces"),
+    ],
+)
+def test_addresses(given: str, url: str) -> None:
+    assert otlp_url(given) == url
+
+
+def test_opentelemetrys_own_variables_count() -> None:
+    for environ in (
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318/"},
+        {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"},
+    ):
+        assert "--trace-config=opentelemetry,url=http://collector:4318/v1/traces" in triton_options(Settings(), environ)
+        assert triton_options(Settings(), {**environ, "OTEL_SDK_DISABLED": "true"}) == []
+        assert triton_options(Settings(), {**environ, "OTEL_TRACES_EXPORTER": "none"}) == []
+
+
+def test_missing_packages_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ConfigError, match=r"amira-asr-server\[tracing\]"):
+        Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))
