@@ -7,6 +7,7 @@ RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --require-hashes -r depl
 COPY pyproject.toml README.md ./
 COPY gateway gateway
 COPY launcher launcher
+COPY amira_client amira_client
 RUN /opt/amira/bin/pip install --no-cache-dir --no-deps . \
     && /opt/amira/bin/pip uninstall --yes pip
 

@@ -30,7 +30,7 @@ from conftest import Recordings, Samples, run_gateway
 from amira_client import LiveStream
 from launcher.engine import free_ports
 from launcher.run import LOOPBACK, ROOT
-from perf.analyze import cpu_model
+from perf.server import cpu_model
 
 STREAMS, SECONDS = 20, 24.0
 REPORT = ROOT / "perf" / "results" / "faults.md"

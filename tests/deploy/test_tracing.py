@@ -199,7 +199,9 @@ async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, htt
     assert found["no_capacity"] is True
 
 
-async def test_what_the_client_does_not_sample_is_not_traced(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
+async def test_what_the_client_does_not_sample_is_not_traced(
+    traced: Gateway, receiver: Receiver, http: httpx.AsyncClient
+) -> None:
     """Not sampled by the client means not traced, in the gateway and in Triton."""
     await asyncio.sleep(0.3)
     before = len(receiver.spans)
