@@ -27,7 +27,7 @@ def main(
     losses.set(xlabel="hours of audio passed", ylabel="loss a token (CTC weighted)", yscale="log")
     for name in sorted(lines[-1]["errors"]):
         errors.plot(hours, [line["errors"][name]["all"] for line in lines], marker=".", label=name)
-    errors.set(xlabel="hours of audio passed", ylabel="word error rate % on held-out recordings", ylim=(0, None))
+    errors.set(xlabel="hours of audio passed", ylabel="word error rate % on held-out recordings", ylim=(0, 100))
     for axes in (losses, errors):
         axes.grid(alpha=0.3)
         axes.legend()
