@@ -221,6 +221,9 @@ def test_the_image() -> None:
         if keyword == "COPY" and not sources[0].startswith("--from"):
             assert set(sources) <= kept
             assert all((ROOT / source).exists() for source in sources)
+    copied = {sources[0] for keyword, (*sources, _) in instructions if keyword == "COPY"}
+    (packaged,) = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(yaml.safe_load(packaged)) <= copied
     (entry,) = (words for keyword, words in instructions if keyword == "ENTRYPOINT")
     (command,) = (words for keyword, words in instructions if keyword == "CMD")
     assert entry == ["[amira]"]
