@@ -115,7 +115,7 @@ def test_only_gateways_reach_triton(manifests: dict[tuple[str, str], Manifest]) 
 
 def test_a_triton_that_lost_a_stub_is_not_alive(manifests: dict[tuple[str, str], Manifest]) -> None:
     """The check as it stands, but for the question to Triton, with a child that died and that nobody waited for."""
-    *shell, script = container(manifests["Deployment", "amira-triton"])["livenessProbe"]["exec"]["command"]
+    *shell, script = container(manifests["StatefulSet", "amira-triton"])["livenessProbe"]["exec"]["command"]
     question, check = script.split(" && ")
     assert question == "curl --silent --fail http://localhost:8000/v2/health/live"
     dead = subprocess.Popen(["true"])
