@@ -38,6 +38,9 @@ from gateway.transcript import Answer, Transcript
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
 RESUMABLE = "amira.v2"
 
+MAX_WINDOWS = 4
+"""A request carries the audio of so many windows at most: a stream that is sent fast must not hold up the others' requests."""
+
 HEARTBEAT_SHARE = 0.5
 """A silent stream's sequence is touched after this share of Triton's idle limit."""
 
@@ -90,8 +93,12 @@ class AudioBuffer:
             self._clear()
         self._filled.set()
 
-    async def take(self, enough_bytes: int, timeout_secs: float) -> bytes:
-        """All the audio, once there are ``enough_bytes`` of it, or it can't become more, or the time is over."""
+    async def take(self, enough_bytes: int, most_bytes: int, timeout_secs: float) -> tuple[bytes, End | None]:
+        """Up to ``most_bytes``, once there are ``enough_bytes``, or it can't become more, or the time is over.
+
+        Returns:
+            The audio, and why nothing follows it; None if something may.
+        """
         deadline = time.monotonic() + timeout_secs
         enough_bytes = min(enough_bytes, self._capacity // 2)
         self._filled.clear()
@@ -99,9 +106,11 @@ class AudioBuffer:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._filled.wait(), left)
             self._filled.clear()
-        audio = bytes(self._audio)
-        self._clear()
-        return audio
+        audio = bytes(self._audio[:most_bytes])
+        del self._audio[:most_bytes]
+        self._usage.used_bytes -= len(audio)
+        self._emptied.set()
+        return audio, None if self._audio else self.end
 
     def _clear(self) -> None:
         self._usage.used_bytes -= len(self._audio)
@@ -258,8 +267,9 @@ class Session:
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
             due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            audio = await self._buffer.take(due_samples * BYTES_A_SAMPLE, heartbeat_secs)
-            end, arrived = self._buffer.end, self._buffer.last_put
+            most_samples = due_samples + (MAX_WINDOWS - 1) * self._recogniser.chunk_samples
+            audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
+            arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
                 await self._utterance.abandon()
                 return

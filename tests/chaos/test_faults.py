@@ -32,7 +32,7 @@ from launcher.engine import free_ports
 from launcher.run import LOOPBACK, ROOT
 from perf.server import cpu_model
 
-STREAMS, SECONDS = 20, 24.0
+STREAMS, SECONDS = 20, 16.0
 REPORT = ROOT / "perf" / "results" / "faults.md"
 TITLES = ("fault", "finals as undisturbed", "recovered in", "batches", "p95 of partials before", "from the fault on")
 
