@@ -25,14 +25,14 @@ from chaos import (
     terminate,
 )
 from clients import cut, transcribe
-from conftest import Recordings, Samples, run_gateway
+from conftest import Samples, read_recordings, run_gateway
 
 from amira_client import LiveStream
 from launcher.engine import free_ports
 from launcher.run import LOOPBACK, ROOT
 from perf.server import cpu_model
 
-STREAMS, SECONDS = 20, 16.0
+STREAMS, SECONDS = 20, 12.0
 REPORT = ROOT / "perf" / "results" / "faults.md"
 TITLES = ("fault", "finals as undisturbed", "recovered in", "batches", "p95 of partials before", "from the fault on")
 
@@ -47,8 +47,8 @@ async def two() -> AsyncIterator[list[Backend]]:
 
 
 @pytest.fixture(scope="session")
-async def speech(two: list[Backend], recordings: Recordings) -> Speech:
-    said = pieces([*recordings.values()], STREAMS, SECONDS)
+async def speech(two: list[Backend]) -> Speech:
+    said = pieces([*read_recordings().values()], STREAMS, SECONDS)
     async with run_gateway(triton_endpoint=two[0].target, max_concurrent_streams=STREAMS) as gateway:
         texts = [(await transcribe(gateway.stream_url(), samples)).final["text"] for samples in said]
     return said, texts

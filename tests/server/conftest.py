@@ -92,6 +92,10 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture(scope="session")
 def recordings() -> Recordings:
+    return read_recordings()
+
+
+def read_recordings() -> Recordings:
     """The bundled recordings at 16 kHz by name, the shortest first."""
     samples = {path.stem: decode_audio(path.read_bytes(), "audio/flac", max_secs=60) for path in SPEECH.glob("*.flac")}
     return dict(sorted(samples.items(), key=lambda item: len(item[1])))
