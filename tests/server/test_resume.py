@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import numpy as np
 import orjson
 import pytest
-from chaos import Proxy, gateway_process
+from chaos import Proxy, backends, gateway_process
 from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples
 
@@ -120,19 +120,26 @@ async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway:
     assert all(not message.final for message in messages[:-1])
 
 
+@pytest.fixture(scope="module")
+async def own_triton() -> AsyncIterator[Ports]:
+    """A killed gateway leaves sequences behind until they idle for too long; they are not to be other tests'."""
+    async with backends(1) as (backend,):
+        yield backend.ports
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_the_client_goes_on_at_the_next_gateway(
-    triton: Ports, gateway: Gateway, speech: Samples, number: signal.Signals
+    own_triton: Ports, gateway: Gateway, speech: Samples, number: signal.Signals
 ) -> None:
     plain = (await transcribe(gateway.stream_url(), speech)).final
     (port,) = free_ports(LOOPBACK, 1)
     async with LiveStream(f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira") as stream:
-        async with gateway_process(port, triton) as first:
+        async with gateway_process(port, own_triton) as first:
             talking = asyncio.create_task(talk(stream, speech))
             await asyncio.sleep(2.5)
             first.send_signal(number)
             await first.wait()
-        async with gateway_process(port, triton):
+        async with gateway_process(port, own_triton):
             await talking
             final = await asyncio.wait_for(stream.finish(), 60)
     assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
