@@ -66,6 +66,7 @@ class TritonPythonModel:
         for job in good:
             if job.end or job.error:
                 self._forget(job.sequence)
+        self._network.trace = None  # it ends with its request
         self._metrics.decoder_calls(*self._network.take_counts())
         self._metrics.sequences(len(self._streams))
         return [responses[job.sequence] if isinstance(job, Job) else job for job in jobs]
