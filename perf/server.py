@@ -24,6 +24,7 @@ AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
 START_TIMEOUT_SECS = 60.0
 READY_POLL_SECS = 0.02
+REPORTED_SECS = 0.3  # the decoder reports ten times a second
 
 
 class PerfError(RuntimeError):
@@ -109,11 +110,12 @@ async def _ready(url: str, process: asyncio.subprocess.Process) -> None:
 
 
 async def read_counters(url: str) -> Counters:
-    """Triton's counters and the decoder's.
+    """Triton's counters and the decoder's, once it has reported what it did until now.
 
     Raises:
         PerfError: there are none at the URL.
     """
+    await asyncio.sleep(REPORTED_SECS)
     try:
         async with httpx.AsyncClient(timeout=10) as client:
             page = (await client.get(url)).raise_for_status().text

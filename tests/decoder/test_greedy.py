@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transducers import DIMENSION, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame, random_frames
 
-from greedy import Floats, Predictor, States, Step, Token, Transducer, decode
+from greedy import Floats, Predictor, Row, States, Step, Token, Transducer, decode
 
 UNLIMITED = 10**9
 RNNT: tuple[int, ...] = ()
@@ -39,8 +39,11 @@ def run(
     predictors: Sequence[Predictor] | None = None,
 ) -> tuple[list[list[Token]], list[int]]:
     predictors = predictors or [network.fresh() for _ in rows]
-    limits = [max_symbols_per_step] * len(rows), [max_tokens] * len(rows)
-    return decode(network, network.transducer, rows, predictors, *limits, block_frames)
+    decoded = [
+        Row(frames, predictor, max_symbols_per_step, max_tokens) for frames, predictor in zip(rows, predictors, strict=True)
+    ]
+    decode(network, network.transducer, decoded, block_frames)
+    return [row.tokens for row in decoded], [row.done_frames for row in decoded]
 
 
 def test_the_random_transducers_mix_blanks_and_tokens() -> None:
@@ -122,12 +125,11 @@ def test_max_symbols_per_step_holds_for_every_frame(block_frames: int) -> None:
 @pytest.mark.parametrize("durations", KINDS)
 def test_each_row_has_its_own_limits(durations: tuple[int, ...]) -> None:
     network = RandomTransducer(3, durations, blank_bias=-100.0)
-    rows = [random_frames(3, 12)] * 3
-    predictors = [network.fresh() for _ in rows]
-    tokens, _ = decode(network, network.transducer, rows, predictors, [1, 2, 4], [UNLIMITED, 5, UNLIMITED], 4)
-    assert_same(tokens[0], decode_frame_by_frame(network, rows[0], 1))
-    assert_same(tokens[1], decode_frame_by_frame(network, rows[1], 2)[:5])
-    assert_same(tokens[2], decode_frame_by_frame(network, rows[2], 4))
+    frames, limits = random_frames(3, 12), [(1, UNLIMITED), (2, 5), (4, UNLIMITED)]
+    rows = [Row(frames, network.fresh(), max_symbols, max_tokens) for max_symbols, max_tokens in limits]
+    decode(network, network.transducer, rows, 4)
+    for row, (max_symbols, max_tokens) in zip(rows, limits, strict=True):
+        assert_same(row.tokens, decode_frame_by_frame(network, frames, max_symbols)[:max_tokens])
 
 
 @few_examples
@@ -188,8 +190,9 @@ def fixed(*logits: float) -> Step:
 
 def decode_one_frame(step: Step, transducer: Transducer) -> list[Token]:
     frame = np.zeros((DIMENSION, 1), np.float32)
-    (tokens,), _ = decode(step, transducer, [frame], [Predictor(transducer.blank, ())], [1], [UNLIMITED], 1)
-    return tokens
+    row = Row(frame, Predictor(transducer.blank, ()), 1, UNLIMITED)
+    decode(step, transducer, [row], 1)
+    return row.tokens
 
 
 @pytest.mark.parametrize("durations", [RNNT, (0, 1, 2, 3, 4)])

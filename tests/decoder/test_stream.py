@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transducers import DIMENSION, HIDDEN, LAYERS, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame
 
+import batching
+from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
 from parameters import Options, Parameters
-from stream import Answer, Samples, Stream, Window, decode_tails, decode_windows
+from stream import Answer, Samples, Stream, Window
 
 FRAME_SAMPLES = 16  # so that a frame is a millisecond
 FEATURES_A_FRAME = 8
@@ -44,6 +47,7 @@ def parameters(**changes: Any) -> Parameters:
         "chunk_frames": 4,
         "right_frames": 2,
         "block_frames": 5,
+        "encoder_calls": 2,
         "encoder_batch": 4,
         "max_segment_secs": 3600.0,
         "max_whole_secs": 60.0,
@@ -94,24 +98,49 @@ def reference(network: RandomTransducer, samples: Samples, max_symbols_per_step:
     return [token._replace(frame=token.frame + start) for token in tokens]
 
 
+Encode = Callable[[Samples], Floats]
+
+
 class Request(NamedTuple):
     stream: Stream
     samples: Samples
     end: bool
 
 
-def execute(network: RandomTransducer, requests: Sequence[Request], windows: list[Window] | None = None) -> list[Answer]:
+class RecordingEncoder(Encoder):
+    """An encoder that keeps its windows."""
+
+    def __init__(self, parameters: Parameters, encode: Encode, windows: list[Window]) -> None:
+        super().__init__(self._call, parameters.encoder_calls, parameters.encoder_batch)
+        self._frames_of = encode
+        self._windows = windows
+
+    async def encode(self, window: Window) -> Encoded:
+        self._windows.append(window)
+        return await super().encode(window)
+
+    def _call(self, group: Sequence[Samples]) -> list[Encoded]:
+        assert len({len(samples) for samples in group}) == 1
+        return [Encoded(self._frames_of(samples), features_of(samples)) for samples in group]
+
+
+def execute(
+    network: RandomTransducer,
+    requests: Sequence[Request],
+    windows: list[Window] | None = None,
+    encode: Encode = frames_of,
+) -> list[Answer]:
     """What the model does with requests that Triton brings at once."""
-    for request in requests:
-        request.stream.push(request.samples)
-    while due := [(r.stream, window) for r in requests if (window := r.stream.next_window(r.end))]:
-        for stream, window in due:
-            stream.receive(window, frames_of(window.samples), features_of(window.samples))
-            if windows is not None:
-                windows.append(window)
-        decode_windows(network, [stream for stream, _ in due])
-    tails = decode_tails(network, [request.stream for request in requests])
-    return [request.stream.answer(tail, request.end) for request, tail in zip(requests, tails, strict=True)]
+
+    async def serve() -> list[Answer]:
+        parameters = requests[0].stream.parameters
+        encoder = RecordingEncoder(parameters, encode, [] if windows is None else windows)
+        decoder = Decoder(network, network.transducer, parameters.block_frames)
+        for request in requests:
+            request.stream.push(request.samples)
+        return await asyncio.gather(*(batching.recognise(r.stream, encoder, decoder, end=r.end) for r in requests))
+
+    return asyncio.run(serve())
 
 
 def recognise(
@@ -122,7 +151,7 @@ def recognise(
     windows: list[Window] | None = None,
 ) -> list[Answer]:
     """The answers to a stream sent in pieces, the last of which ends it."""
-    stream = Stream(config, network.transducer, options or config.options)
+    stream = Stream(config, options or config.options)
     requests = [Request(stream, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1)]
     return [answer for request in requests for answer in execute(network, [request], windows)]
 
@@ -289,7 +318,7 @@ def test_streams_that_share_calls_do_not_touch_each_other(
     config = replace(config, max_segment_secs=seconds(20))
     all_options = [replace(options, context="whole" if whole else "window") for _, options, whole in kinds_of_streams]
     all_pieces = [data.draw(cuts(audio(seed + i, length))) for i, (length, _, _) in enumerate(kinds_of_streams)]
-    streams = [Stream(config, network.transducer, options) for options in all_options]
+    streams = [Stream(config, options) for options in all_options]
     together: list[list[Answer]] = [[] for _ in streams]
     for turn in range(max(map(len, all_pieces))):
         live = [i for i, pieces in enumerate(all_pieces) if turn < len(pieces)]
@@ -310,7 +339,7 @@ def test_a_whole_recording_is_one_window_at_the_end(
     config = replace(config, max_segment_secs=seconds(5))
     expected = reference(network, samples)
     network.calls = 0
-    stream = Stream(config, network.transducer, replace(WHOLE, max_total_tokens=1, endpoint_silence_ms=1))
+    stream = Stream(config, replace(WHOLE, max_total_tokens=1, endpoint_silence_ms=1))
     for piece in data.draw(cuts(samples)):
         assert execute(network, [Request(stream, piece, end=False)]) == [Answer([], 0, 0, False, 0, 0, 0)]
     assert network.calls == 0
@@ -323,12 +352,12 @@ def test_a_whole_recording_is_one_window_at_the_end(
 
 def test_a_whole_recording_has_a_limit() -> None:
     config = parameters(max_whole_secs=2.0)
-    stream = Stream(config, RandomTransducer(0).transducer, WHOLE)
+    stream = Stream(config, WHOLE)
     stream.push(audio(0, 20_000))
     stream.push(audio(0, 12_000))
     with pytest.raises(ValueError, match=r"context=whole takes at most 2 s of audio; this has 2\.25 s"):
         stream.push(audio(0, 4_000))
-    Stream(config, RandomTransducer(0).transducer, NEVER_CLOSES).push(audio(0, 36_000))
+    Stream(config, NEVER_CLOSES).push(audio(0, 36_000))
 
 
 @pytest.mark.parametrize("options", [NEVER_CLOSES, WHOLE])
@@ -351,17 +380,9 @@ def test_audio_shorter_than_a_frame_is_padded_to_one(options: Options) -> None:
     assert (answer.samples, answer.frames) == (5, 1)
 
 
-Encode = Callable[[Samples], Floats]
-
-
 def receive_all(config: Parameters, samples: Samples, encode: Encode) -> Answer:
-    network = RandomTransducer(0)
-    stream = Stream(config, network.transducer, config.options)
-    stream.push(samples)
-    while window := stream.next_window(end=True):
-        stream.receive(window, encode(window.samples), features_of(window.samples))
-        decode_windows(network, [stream])
-    return stream.answer([], end=True)
+    (answer,) = execute(RandomTransducer(0), [Request(Stream(config, config.options), samples, end=True)], encode=encode)
+    return answer
 
 
 def test_too_few_frames_are_refused() -> None:
@@ -396,14 +417,14 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
     pieces = data.draw(cuts(samples))
     undisturbed = recognise(network, config, pieces, options)
-    stream, disturbed, sent, kept = Stream(config, network.transducer, options), [], 0, 0
+    stream, disturbed, sent, kept = Stream(config, options), [], 0, 0
     for i, piece in enumerate(pieces, 1):
         sent += len(piece)
         disturbed += execute(network, [Request(stream, samples[kept:sent], i == len(pieces))])
         kept = sent
         if i < len(pieces) and data.draw(st.booleans()):
             kept = max(0, disturbed[-1].frames - config.left_frames) * FRAME_SAMPLES
-            stream = Stream.restore(config, network.transducer, options, stream.save())
+            stream = Stream.restore(config, options, stream.save())
     for before, after in zip(undisturbed, disturbed, strict=True):
         assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
         assert after[1:] == before[1:]
@@ -412,19 +433,19 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 2}', "shape", "token", "frames"])
 def test_what_is_no_state_is_refused(saved: str) -> None:
-    config, transducer = parameters(), RandomTransducer(0).transducer
-    state = json.loads(Stream(config, transducer, NEVER_CLOSES).save())
+    config = parameters()
+    state = json.loads(Stream(config, NEVER_CLOSES).save())
     broken = {
         "shape": {**state, "states": state["states"][0][:8]},
         "token": {**state, "last_token": VOCABULARY + 1},
         "frames": {**state, "frames": "many"},
     }
     with pytest.raises(ValueError, match="the state to restore"):
-        Stream.restore(config, transducer, NEVER_CLOSES, json.dumps(broken[saved]) if saved in broken else saved)
+        Stream.restore(config, NEVER_CLOSES, json.dumps(broken[saved]) if saved in broken else saved)
 
 
 def test_a_whole_recording_has_no_state() -> None:
-    config, transducer = parameters(), RandomTransducer(0).transducer
-    saved = Stream(config, transducer, NEVER_CLOSES).save()
+    config = parameters()
+    saved = Stream(config, NEVER_CLOSES).save()
     with pytest.raises(ValueError, match="context=whole"):
-        Stream.restore(config, transducer, WHOLE, saved)
+        Stream.restore(config, WHOLE, saved)

@@ -16,7 +16,7 @@ from onnx_asr.asr import TimestampedResult
 from onnx_asr.models.nemo import NemoConformerRnnt
 from synthetic import FRAMES_PER_SECOND, HIDDEN, SIZES, Kind, build, recordings, vocabulary
 
-from greedy import Floats, Predictor, States, Token, Transducer, decode
+from greedy import Floats, Predictor, Row, States, Token, Transducer, decode
 
 UNLIMITED = 10**9
 SAMPLE_RATE = 16_000
@@ -243,11 +243,10 @@ def test_our_decoder_gives_the_tokens_of_onnx_asr(
     for batches in [rows], [[row] for row in rows]:
         found: list[list[Token]] = []
         for batch in batches:
-            predictors = [model.fresh() for _ in batch]
-            limits = [max_tokens_per_frame] * len(batch), [UNLIMITED] * len(batch)
-            tokens, done = decode(model.step, model.transducer, batch, predictors, *limits, block_frames)
-            assert done == [row.shape[1] for row in batch]
-            found += tokens
+            decoded = [Row(frames, model.fresh(), max_tokens_per_frame, UNLIMITED) for frames in batch]
+            decode(model.step, model.transducer, decoded, block_frames)
+            assert [row.done_frames for row in decoded] == [frames.shape[1] for frames in batch]
+            found += [row.tokens for row in decoded]
         assert_same(found, expected)
 
 
@@ -257,11 +256,13 @@ def test_chunks_change_nothing(model: Model, chunk_frames: int) -> None:
     predictors = [model.fresh() for _ in rows]
     found: list[list[Token]] = [[] for _ in rows]
     for start in range(0, max(row.shape[1] for row in rows), chunk_frames):
-        chunks = [row[:, start : start + chunk_frames] for row in rows]
-        limits = [10] * len(rows), [UNLIMITED] * len(rows)
-        tokens, _ = decode(model.step, model.transducer, chunks, predictors, *limits, 16)
-        for row_tokens, chunk_tokens in zip(found, tokens, strict=True):
-            row_tokens += [token._replace(frame=token.frame + start) for token in chunk_tokens]
+        chunks = [
+            Row(row[:, start : start + chunk_frames], predictor, 10, UNLIMITED)
+            for row, predictor in zip(rows, predictors, strict=True)
+        ]
+        decode(model.step, model.transducer, chunks, 16)
+        for row_tokens, chunk in zip(found, chunks, strict=True):
+            row_tokens += [token._replace(frame=token.frame + start) for token in chunk.tokens]
     assert_same(found, model.recognise(speech()))
 
 

@@ -20,6 +20,8 @@ MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 END = b"\x00"
 KEEPALIVE = b"\x01"
+REPORTED_SECS = 0.3
+"""The decoder reports its metrics ten times a second."""
 
 
 class Conversation(NamedTuple):
@@ -89,7 +91,8 @@ async def transcribe(
 
 
 async def decoder_metric(ports: Ports, name: str) -> float:
-    """Sum of a metric over its labels, from Triton's metrics port."""
+    """Sum of a metric over its labels, from Triton's metrics port, once the decoder has reported what it did until now."""
+    await asyncio.sleep(REPORTED_SECS)
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"http://{ports.host}:{ports.metrics}/metrics")).text
     return sum(

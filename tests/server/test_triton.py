@@ -173,7 +173,7 @@ async def test_calls_of_the_decoder(ensemble: Ensemble, recordings: Recordings, 
     before = await decoder_metric(triton, "asr_decoder_calls_total")
     answer = await ensemble.whole(recordings["jfk"], context="whole")
     calls = await decoder_metric(triton, "asr_decoder_calls_total") - before
-    tokens, frames, block_frames = answer["TOKENS"].shape[1], answer["LENGTHS"][0, 2], 32
+    tokens, frames, block_frames = answer["TOKENS"].shape[1], answer["LENGTHS"][0, 2], 8
     assert tokens < calls <= tokens + 1 + frames // block_frames
 
 

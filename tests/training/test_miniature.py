@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from greedy import Floats, Predictor, States, Transducer, decode
+from greedy import Floats, Predictor, Row, States, Transducer, decode
 from launcher.run import MODEL_REPOSITORY
 from training import config as configuration
 from training.speech import Voices
@@ -92,8 +92,9 @@ def _error_rate(repository: Path, config_file: Path) -> float:
         features, count = preprocessor.run(None, {"waveforms": audio[None], "waveforms_lens": np.array([len(audio)])})
         frames, _ = encoder.run(None, {"audio_signal": features, "length": count})
         zeros = np.zeros((1, config.model.predictor), np.float32)
-        tokens, _ = decode(step, Transducer(blank), [frames[0]], [Predictor(blank, (zeros, zeros))], [4], [1000], 32)
-        heard.append("".join(pieces[token.id] for token in tokens[0]).replace("▁", " ").strip())
+        row = Row(frames[0], Predictor(blank, (zeros, zeros)), max_symbols_per_step=4, max_tokens=1000)
+        decode(step, Transducer(blank), [row], 32)
+        heard.append("".join(pieces[token.id] for token in row.tokens).replace("▁", " ").strip())
         said.append(normalise(sentence))
     return jiwer.wer(said, heard)
 

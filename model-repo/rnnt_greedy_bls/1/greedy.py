@@ -12,7 +12,7 @@ network also says how many frames to jump. An RNN-T is a TDT whose blanks always
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -66,7 +66,7 @@ class Predictor:
     Attributes:
         last_token: last token emitted, blank at the start.
         states: the predictor's states before ``last_token`` was fed, each [L, H].
-        symbols: tokens already emitted on the frame that comes next; not 0 only where ``max_tokens`` stopped the walk.
+        symbols: tokens already emitted on the frame that comes next; between rows not 0 only where ``max_tokens`` stopped one.
         surplus_frames: frames of the next row that a TDT jump has already passed.
     """
 
@@ -92,82 +92,103 @@ class Token(NamedTuple):
     probability: float
 
 
-def decode(
-    step: Step,
-    transducer: Transducer,
-    rows: Sequence[Floats],
-    predictors: Sequence[Predictor],
-    max_symbols_per_step: Sequence[int],
-    max_tokens: Sequence[int],
-    block_frames: int,
-) -> tuple[list[list[Token]], list[int]]:
-    """Decode each row of frames and leave its predictor where the next row of that stream begins.
+@dataclass(eq=False)
+class Row:
+    """Frames of one stream on their way through the decoder.
+
+    Attributes:
+        frames: encoder frames [D, T]; T may be 0.
+        predictor: carried state of the stream, changed in place; behind the last frame it is where the next row begins.
+        max_symbols_per_step: tokens on one frame after which the walk moves on; at least 1.
+        max_tokens: tokens after which the row is left; what is not decoded then is for the next row.
+        tokens: emitted so far, frames counted from the row's start.
+        position: the frame that comes next; behind the row's end where a TDT jumped.
+    """
+
+    frames: Floats
+    predictor: Predictor
+    max_symbols_per_step: int
+    max_tokens: int
+    tokens: list[Token] = field(default_factory=list)
+    position: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = 0
+        self._move(self.predictor.surplus_frames)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all frames are decoded, or ``max_tokens`` reached."""
+        return self.position >= self.frames.shape[1] or len(self.tokens) >= self.max_tokens
+
+    @property
+    def done_frames(self) -> int:
+        """How many frames are decoded."""
+        return min(self.position, self.frames.shape[1])
+
+    def pass_blanks(self, frames: int) -> None:
+        """Go on behind blanks that reach over so many frames."""
+        self.predictor.symbols = 0
+        self._move(frames)
+
+    def emit(self, token: int, jump: int, probability: float, states: States) -> None:
+        """Take a token on the next frame, jump so many frames, and commit the predictor's states [L, H]."""
+        predictor = self.predictor
+        self.tokens.append(Token(token, self.position, max(jump, 1), probability))
+        predictor.last_token, predictor.states = token, states
+        predictor.symbols += 1
+        if jump == 0 and predictor.symbols >= self.max_symbols_per_step:
+            jump = 1
+        if jump > 0:
+            predictor.symbols = 0
+        self._move(jump)
+
+    def _move(self, frames: int) -> None:
+        self.position += frames
+        self.predictor.surplus_frames = max(0, self.position - self.frames.shape[1])
+
+
+def decode(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
+    """Decode rows to their end.
 
     Args:
         step: the network.
         transducer: the meaning of its outputs.
-        rows: encoder frames of each stream [D, T_i]; lengths may differ, and may be 0.
-        predictors: carried state of each stream, changed in place.
-        max_symbols_per_step: for each stream, after how many tokens on one frame the walk moves on by one frame.
-        max_tokens: for each stream, the number of tokens at which its walk stops before the end of its row.
-        block_frames: frames scored by one call.
+        rows: one of each stream; lengths may differ.
+        block_frames: frames that one call scores.
 
-    Returns:
-        The tokens of each row in order, and how many of its frames are done: all, unless ``max_tokens`` was reached.
+    Raises:
+        ValueError: the network's outputs are not those of the transducer.
     """
-    tokens: list[list[Token]] = [[] for _ in rows]
-    position = [predictor.surplus_frames for predictor in predictors]
+    while unfinished := [row for row in rows if not row.finished]:
+        advance(step, transducer, unfinished, block_frames)
 
-    def unfinished(i: int) -> bool:
-        return position[i] < rows[i].shape[1] and len(tokens[i]) < max_tokens[i]
 
-    active = [i for i in range(len(rows)) if unfinished(i)]
-    while active:
-        logits, states = _score(step, rows, predictors, position, active, block_frames)
-        best, jumps = _choose(transducer, logits)
-        for b, i in enumerate(active):
-            length = min(block_frames, rows[i].shape[1] - position[i])
-            t = 0
-            while t < length and best[b][t] == transducer.blank:
-                t += max(jumps[b][t], 1)
-                predictors[i].symbols = 0
-            if t >= length:
-                position[i] += t
-                continue
-            token, jump = best[b][t], jumps[b][t]
+def advance(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
+    """Take each row to its next token, or behind a block without one, by one call of the network; see ``decode``."""
+    logits, states = _score(step, rows, block_frames)
+    best, jumps = _choose(transducer, logits)
+    for b, row in enumerate(rows):
+        length = min(block_frames, row.frames.shape[1] - row.position)
+        t = 0
+        while t < length and best[b][t] == transducer.blank:
+            t += max(jumps[b][t], 1)
+        if t:
+            row.pass_blanks(t)
+        if t < length:
+            token = best[b][t]
             probability = _probability(transducer, logits[b, t], token)
-            tokens[i].append(Token(token, position[i] + t, max(jump, 1), probability))
-            predictors[i].last_token = token
-            predictors[i].states = tuple(state[:, b] for state in states)
-            predictors[i].symbols += 1
-            if jump == 0 and predictors[i].symbols >= max_symbols_per_step[i]:
-                jump = 1
-            if jump > 0:
-                predictors[i].symbols = 0
-            position[i] += t + jump
-        active = [i for i in active if unfinished(i)]
-    done = [min(position[i], row.shape[1]) for i, row in enumerate(rows)]
-    for i in range(len(rows)):
-        predictors[i].surplus_frames = position[i] - done[i]
-    return tokens, done
+            row.emit(token, jumps[b][t], probability, tuple(state[:, b].copy() for state in states))
 
 
-def _score(
-    step: Step,
-    rows: Sequence[Floats],
-    predictors: Sequence[Predictor],
-    position: Sequence[int],
-    active: Sequence[int],
-    block_frames: int,
-) -> tuple[Floats, States]:
-    """Call the network on the next block of every active row; shorter rows are padded with zeros."""
-    width = max(min(block_frames, rows[i].shape[1] - position[i]) for i in active)
-    frames = np.zeros((len(active), rows[active[0]].shape[0], width), np.float32)
-    for b, i in enumerate(active):
-        block = rows[i][:, position[i] : position[i] + width]
-        frames[b, :, : block.shape[1]] = block
-    last_tokens = np.array([predictors[i].last_token for i in active], np.int32)
-    states = tuple(np.stack(layers, axis=1) for layers in zip(*(predictors[i].states for i in active), strict=True))
+def _score(step: Step, rows: Sequence[Row], block_frames: int) -> tuple[Floats, States]:
+    """Call the network on the next block of every row; shorter rows are padded with zeros."""
+    blocks = [row.frames[:, row.position : row.position + block_frames] for row in rows]
+    frames = np.zeros((len(rows), blocks[0].shape[0], max(block.shape[1] for block in blocks)), np.float32)
+    for padded, block in zip(frames, blocks, strict=True):
+        padded[:, : block.shape[1]] = block
+    last_tokens = np.array([row.predictor.last_token for row in rows], np.int32)
+    states = tuple(np.stack(layers, axis=1) for layers in zip(*(row.predictor.states for row in rows), strict=True))
     return step(frames, last_tokens, states)
 
 
@@ -178,11 +199,9 @@ def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], li
             f"the joint network gives {logits.shape[-1]} logits a frame, but blank {transducer.blank} and "
             f"{len(transducer.durations)} durations need {transducer.outputs}"
         )
-    scores = logits[..., : transducer.blank + 1]
-    if transducer.blank_penalty:
-        scores = scores.copy()
-        scores[..., transducer.blank] -= transducer.blank_penalty
-    best = scores.argmax(axis=-1)
+    best = logits[..., : transducer.blank].argmax(axis=-1)
+    highest = np.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
+    best[highest < logits[..., transducer.blank] - np.float32(transducer.blank_penalty)] = transducer.blank
     if transducer.durations:
         jumps = np.asarray(transducer.durations)[logits[..., transducer.blank + 1 :].argmax(axis=-1)]
     else:

@@ -2,54 +2,66 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+GAUGES = {
+    "sequences": "Streams with state in the decoder",
+    "waiting_windows": "Windows that wait for a call of the encoder",
+}
+COUNTERS = {
+    "audio_seconds": "Seconds of audio received",
+    "windows": "Windows encoded",
+    "encode_calls": "Calls of preprocessor and encoder",
+    "encode_seconds": "Seconds that those calls took; several may run at once",
+    "calls": "Calls of decoder_joint",
+    "rows": "Streams in the calls of decoder_joint, summed",
+    "decode_seconds": "Seconds that those calls took",
+    "tokens": "Tokens in final answers",
+    "segments": "Segments that ended",
+    "evictions": "Streams forgotten because they idled",
+}
+
 
 class Metrics:
-    """Counters and gauges of one model instance."""
+    """Counters and gauges of one model instance: ``asr_decoder_NAME_total`` and ``asr_decoder_NAME``.
+
+    They are added up here and reported now and then: every report is a message to Triton's process, and its answer.
+    """
 
     def __init__(self, model: str, instance: str) -> None:
         self._labels = {"model": model, "instance": instance}
         self._families: list[Any] = []  # a metric dies with its family
-        gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
-        self._sequences = self._metric("asr_decoder_sequences", "Streams with state in the decoder", gauge)
-        self._calls = self._metric("asr_decoder_calls_total", "Calls of decoder_joint", counter)
-        self._rows = self._metric("asr_decoder_rows_total", "Streams in the calls of decoder_joint, summed", counter)
-        self._tokens = self._metric("asr_decoder_tokens_total", "Tokens in final answers", counter)
-        self._audio = self._metric("asr_decoder_audio_seconds_total", "Seconds of audio received", counter)
-        self._evictions = self._metric("asr_decoder_evictions_total", "Streams forgotten because they idled", counter)
-        self.sequences(0)
+        kind = pb_utils.MetricFamily
+        self._gauges = {name: self._metric(f"asr_decoder_{name}", text, kind.GAUGE) for name, text in GAUGES.items()}
+        self._counters = {
+            name: self._metric(f"asr_decoder_{name}_total", text, kind.COUNTER) for name, text in COUNTERS.items()
+        }
+        self._lock = threading.Lock()
+        self._added: defaultdict[str, float] = defaultdict(float)
+        self._reported: dict[str, int] = {}
 
-    def sequences(self, alive: int) -> None:
-        """Report the streams alive."""
-        self._sequences.set(alive)
+    def add(self, name: str, amount: float = 1) -> None:
+        """Count; from any thread."""
+        with self._lock:
+            self._added[name] += amount
 
-    def decoder_calls(self, calls: int, rows: int) -> None:
-        """Count calls of decoder_joint and the streams in them."""
-        _add(self._calls, calls)
-        _add(self._rows, rows)
-
-    def tokens(self, count: int) -> None:
-        """Count tokens of final answers."""
-        _add(self._tokens, count)
-
-    def audio(self, seconds: float) -> None:
-        """Count audio received."""
-        _add(self._audio, seconds)
-
-    def evictions(self, count: int) -> None:
-        """Count streams forgotten because they idled."""
-        _add(self._evictions, count)
+    def report(self, **gauges: int) -> None:
+        """Report what changed since last time."""
+        with self._lock:
+            added, self._added = self._added, defaultdict(float)
+        for name, amount in added.items():
+            if amount:
+                self._counters[name].increment(amount)
+        for name, value in gauges.items():
+            if self._reported.get(name) != value:
+                self._gauges[name].set(value)
+        self._reported = gauges
 
     def _metric(self, name: str, description: str, kind: Any) -> Any:
         family = pb_utils.MetricFamily(name=name, description=description, kind=kind)
         self._families.append(family)
         return family.Metric(labels=self._labels)
-
-
-def _add(counter: Any, amount: float) -> None:
-    """Increment, unless by nothing: every call is a message to Triton's process."""
-    if amount:
-        counter.increment(amount)

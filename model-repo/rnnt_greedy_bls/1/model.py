@@ -1,42 +1,79 @@
 """Streaming transducer recognition inside Triton: requests of Triton's sequence batcher in, tokens out.
 
-All state of a live stream is one ``Stream`` in ``_streams``; the decoding itself is in ``greedy.py`` and ``stream.py``, which
-know nothing of Triton. This module turns requests into calls of those and back.
+All state of a live stream is one ``Stream`` in ``_sequences``; the decoding itself is in ``greedy.py``, ``stream.py`` and
+``batching.py``, which know nothing of Triton. This module turns requests into calls of those and back.
+
+``execute`` only takes requests; each is answered by itself, when it is ready, from the event loop in which everything else
+happens (response senders in the default mode: Triton 24.06 and later).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from greedy import Token, Transducer
+from batching import Decoder, Encoder, recognise
+from greedy import Transducer
 from metrics import Metrics
-from network import Network, NetworkError
+from network import TRACE, Network
 from parameters import SAMPLE_RATE, ParameterError, Parameters
-from stream import Stream, decode_tails, decode_windows
+from stream import Answer, Samples, Stream
+
+REPORT_SECS = 0.1
+"""So often the metrics are brought up to date."""
 
 
-@dataclass
-class Job:
-    """One request of a stream on its way through ``execute``."""
+@dataclass(frozen=True)
+class Request:
+    """What a request of Triton's says; its tensors do not outlive ``execute``."""
 
     sequence: int
+    start: bool
     end: bool
+    samples: Samples
+    parameters: str
+    sender: Any
+
+    @classmethod
+    def read(cls, request: Any) -> Request:
+        """Copy it out of Triton's memory."""
+        return cls(
+            sequence=int(_input(request, "CORRID")[0]),
+            start=bool(_input(request, "START")[0]),
+            end=bool(_input(request, "END")[0]),
+            samples=_input(request, "AUDIO").reshape(-1).copy(),
+            parameters=request.parameters() or "{}",
+            sender=request.get_response_sender(),
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of Triton's sequences.
+
+    Attributes:
+        stream: its state.
+        turn: held by the request that is being served; Triton sends the next one while that is not yet answered.
+        used_at: when a request came last, in seconds of ``time.monotonic``.
+    """
+
     stream: Stream
-    error: str = ""
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    used_at: float = 0.0
 
 
 class TritonPythonModel:
     """The model ``rnnt_greedy_bls``."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the parameters.
+        """Read the parameters, and start the event loop.
 
         Raises:
             pb_utils.TritonModelException: one of them is missing or not allowed.
@@ -44,103 +81,96 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
         try:
-            self._parameters = Parameters.from_config(config)
+            self._parameters = parameters = Parameters.from_config(config)
         except ParameterError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: config.pbtxt: {error}") from error
-        self._transducer = Transducer(self._parameters.blank, self._parameters.durations, self._parameters.blank_penalty)
         self._idle_secs = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
-        self._network = Network(self._parameters)
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])
-        self._streams: dict[int, Stream] = {}
-        self._last_use: dict[int, float] = {}  # seconds of time.monotonic; the order is that of use
+        network = Network(parameters, self._metrics)
+        self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.encoder_batch)
+        transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
+        self._decoder = Decoder(network.step, transducer, parameters.block_frames)
+        self._sequences: dict[int, Sequence] = {}  # in the order of their last use
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._report(), self._loop)
 
-    async def execute(self, requests: list[Any]) -> list[Any]:
-        """Take the new audio of every request's stream, decode what became due, and answer each request by itself."""
-        self._evict()
-        # Calls are shared; a trace has those of the batches in which its request is the first that is traced.
-        self._network.trace = next((trace for request in requests if (trace := request.trace()).get_context()), None)
-        jobs = [self._accept(request) for request in requests]
-        good = [job for job in jobs if isinstance(job, Job)]
-        await self._decode(good)
-        responses = self._answer(good)
-        for job in good:
-            if job.end or job.error:
-                self._forget(job.sequence)
-        self._network.trace = None  # it ends with its request
-        self._metrics.decoder_calls(*self._network.take_counts())
-        self._metrics.sequences(len(self._streams))
-        return [responses[job.sequence] if isinstance(job, Job) else job for job in jobs]
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests; they are answered later, each by itself."""
+        traced = []
+        for request in requests:
+            trace = request.trace()
+            serving = self._serve(Request.read(request), trace if trace.get_context() else None)
+            served = asyncio.run_coroutine_threadsafe(serving, self._loop)
+            if trace.get_context():
+                traced.append(served)
+        # A trace ends with its request, and that ends when this returns.
+        for served in traced:
+            served.result()
 
     def finalize(self) -> None:
-        """Report no streams once the model is unloaded."""
-        self._metrics.sequences(0)
+        """Stop the event loop, and report no streams."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._sequences.clear()
+        self._report_now()
 
-    def _accept(self, request: Any) -> Job | Any:
-        """Add a request's audio to its stream; an error response where that can't be."""
-        sequence = int(_input(request, "CORRID")[0])
-        start, end = bool(_input(request, "START")[0]), bool(_input(request, "END")[0])
-        samples = _input(request, "AUDIO").reshape(-1)
+    async def _serve(self, request: Request, trace: Any) -> None:
+        """Answer one request."""
+        TRACE.set(trace)
+        self._evict()
         try:
-            if start:
-                self._streams[sequence] = self._begin(json.loads(request.parameters() or "{}"))
-            elif sequence not in self._streams:
-                raise ParameterError(f"sequence {sequence} is not known: it idled for too long, failed, or never started")
-            self._last_use.pop(sequence, None)
-            self._last_use[sequence] = time.monotonic()
-            stream = self._streams[sequence]
-            stream.push(samples)
-        except ValueError as error:
-            self._forget(sequence)
-            return self._error(str(error))
-        self._metrics.audio(len(samples) / SAMPLE_RATE)
-        return Job(sequence, end, stream)
+            response = self._response(*await self._recognise(request))
+        except Exception as error:  # noqa: BLE001 (whoever waits gets an answer, whatever happens)
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}"))
+        request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def _begin(self, given: dict[str, Any]) -> Stream:
+    async def _recognise(self, request: Request) -> tuple[Answer, str]:
+        """Add a request's audio to its stream and decode what became due.
+
+        Returns:
+            The answer, and the state behind it where it is wanted.
+
+        Raises:
+            RuntimeError, ValueError: that can't be; the stream's state is lost.
+        """
+        sequence = self._begin(request) if request.start else self._sequences.get(request.sequence)
+        if sequence:
+            sequence.used_at = time.monotonic()
+            self._sequences.pop(request.sequence, None)
+            self._sequences[request.sequence] = sequence
+            async with sequence.turn:
+                if self._sequences.get(request.sequence) is sequence:
+                    return await self._decode(sequence, request)
+        raise ParameterError(f"sequence {request.sequence} is not known: it idled for too long, failed, or never started")
+
+    async def _decode(self, sequence: Sequence, request: Request) -> tuple[Answer, str]:
+        stream, done = sequence.stream, request.end
+        try:
+            stream.push(request.samples)
+            self._metrics.add("audio_seconds", len(request.samples) / SAMPLE_RATE)
+            answer = await recognise(stream, self._encoder, self._decoder, end=request.end)
+        except Exception:
+            done = True
+            raise
+        finally:
+            if done and self._sequences.get(request.sequence) is sequence:  # else it was begun anew
+                del self._sequences[request.sequence]
+        self._metrics.add("segments", answer.final)
+        self._metrics.add("tokens", answer.stable if answer.final else 0)
+        return answer, stream.save() if stream.options.save_state and not request.end else ""
+
+    def _begin(self, request: Request) -> Sequence:
         """A new stream, or one that another sequence began, for the parameters of a first request."""
+        self._sequences.pop(request.sequence, None)  # Triton begins a live sequence anew without a word
+        given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
         if saved := given.get("restore"):
-            return Stream.restore(self._parameters, self._transducer, options, str(saved))
-        return Stream(self._parameters, self._transducer, options)
+            return Sequence(Stream.restore(self._parameters, options, str(saved)))
+        return Sequence(Stream(self._parameters, options))
 
-    async def _decode(self, jobs: Sequence[Job]) -> None:
-        """Decode due windows, one of each stream a round; a job that fails is marked and the others go on."""
-        while True:
-            due = [(job, window) for job in jobs if not job.error and (window := job.stream.next_window(job.end))]
-            if not due:
-                return
-            encoded = await self._network.encode([window for _, window in due])
-            for (job, window), result in zip(due, encoded, strict=True):
-                try:
-                    if isinstance(result, NetworkError):
-                        raise result
-                    job.stream.receive(window, *result)
-                except (NetworkError, ValueError) as error:
-                    job.error = str(error)
-            ready = [job for job, _ in due if not job.error]
-            try:
-                decode_windows(self._network.step, [job.stream for job in ready])
-            except (NetworkError, ValueError) as error:
-                for job in ready:
-                    job.error = str(error)
-
-    def _answer(self, jobs: Sequence[Job]) -> dict[int, Any]:
-        """A response for every job, by its sequence."""
-        live = [job for job in jobs if not job.error]
-        try:
-            tails = decode_tails(self._network.step, [job.stream for job in live])
-        except (NetworkError, ValueError) as error:
-            tails = [[] for _ in live]
-            for job in live:
-                job.error = str(error)
-        responses = {job.sequence: self._error(job.error) for job in jobs if job.error}
-        for job, tail in zip(live, tails, strict=True):
-            if not job.error:
-                responses[job.sequence] = self._response(job, tail)
-        return responses
-
-    def _response(self, job: Job, tail: Sequence[Token]) -> Any:
-        answer = job.stream.answer(tail, job.end)
-        self._metrics.tokens(answer.stable if answer.final else 0)
+    def _response(self, answer: Answer, state: str) -> Any:
         seconds_a_frame = self._parameters.frame_samples / SAMPLE_RATE
         spans = [(token.frame, token.frame + token.frames) for token in answer.tokens]
         times = np.array(spans, np.float32).reshape(-1, 2) * np.float32(seconds_a_frame)
@@ -153,24 +183,30 @@ class TritonPythonModel:
             "STABLE": np.array([answer.stable], np.int32),
             "SEGMENT": np.array([answer.segment, answer.final], np.int32),
             "LENGTHS": np.array([answer.samples, answer.features, answer.frames], np.int64),
-            "STATE": np.array([job.stream.save() if job.stream.options.save_state and not job.end else ""], np.object_),
+            "STATE": np.array([state], np.object_),
         }
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array[None]) for name, array in tensors.items()])
 
     def _evict(self) -> None:
         """Forget streams that Triton has given up: it frees an idle sequence's slot without telling the model."""
         oldest = time.monotonic() - self._idle_secs
-        stale = [sequence for sequence, used in self._last_use.items() if used < oldest]
-        for sequence in stale:
-            self._forget(sequence)
-        self._metrics.evictions(len(stale))
+        stale = []
+        for number, sequence in self._sequences.items():
+            if sequence.used_at >= oldest:
+                break
+            if not sequence.turn.locked():
+                stale.append(number)
+        for number in stale:
+            del self._sequences[number]
+        self._metrics.add("evictions", len(stale))
 
-    def _error(self, message: str) -> Any:
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {message}"))
+    async def _report(self) -> None:
+        while True:
+            self._report_now()
+            await asyncio.sleep(REPORT_SECS)
 
-    def _forget(self, sequence: int) -> None:
-        self._streams.pop(sequence, None)
-        self._last_use.pop(sequence, None)
+    def _report_now(self) -> None:
+        self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.waiting)
 
 
 def _input(request: Any, name: str) -> Any:

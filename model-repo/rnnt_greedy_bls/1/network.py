@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
+import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
+from batching import Encoded
 from greedy import Floats, States
+from metrics import Metrics
 from parameters import Parameters
-from stream import Window
+from stream import Samples
 
 INT16_SCALE = np.float32(1 / 32768)
+
+TRACE: ContextVar[Any] = ContextVar("TRACE", default=None)
+"""What Triton's traces have the calls under; None where the request that is being served is not traced."""
 
 
 class NetworkError(RuntimeError):
@@ -23,42 +28,31 @@ class NetworkError(RuntimeError):
 
 
 class Network:
-    """Calls of the three models, with NeMo's tensor names.
+    """Calls of the three models, with NeMo's tensor names; each blocks until it is answered."""
 
-    Attributes:
-        trace: what Triton's traces have the calls under; None where the requests that are being served are not traced.
-    """
-
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, metrics: Metrics) -> None:
         self._parameters = parameters
-        self._decoder_calls = 0
-        self._decoder_rows = 0
-        self.trace: Any = None
+        self._metrics = metrics
 
-    async def encode(self, windows: Sequence[Window]) -> list[tuple[Floats, int] | NetworkError]:
-        """Encode windows, all calls at once; only windows of equal length share a call, since padding costs more than it saves.
+    def encode(self, windows: Sequence[Samples]) -> list[Encoded]:
+        """One call of preprocessor and encoder on windows of equal length; see ``batching.Encode``.
 
-        Returns:
-            For each window its frames [D, T] and the number of feature frames they were made from, or what went wrong.
+        Raises:
+            NetworkError: one of them failed.
         """
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for i, window in enumerate(windows):
-            by_length[len(window.samples)].append(i)
-        size = self._parameters.encoder_batch
-        batches = [group[i : i + size] for group in by_length.values() for i in range(0, len(group), size)]
-        answers = await asyncio.gather(
-            *(self._encode_batch([windows[i].samples for i in batch]) for batch in batches), return_exceptions=True
-        )
-        results: dict[int, tuple[Floats, int] | NetworkError] = {}
-        for batch, answer in zip(batches, answers, strict=True):
-            for row, i in enumerate(batch):
-                if isinstance(answer, NetworkError):
-                    results[i] = answer
-                elif isinstance(answer, BaseException):
-                    raise answer
-                else:
-                    results[i] = answer[row]
-        return [results[i] for i in range(len(windows))]
+        began = time.perf_counter()
+        waveforms = np.stack(windows).astype(np.float32) * INT16_SCALE
+        inputs = [
+            pb_utils.Tensor("waveforms", waveforms),
+            pb_utils.Tensor("waveforms_lens", np.full(len(windows), waveforms.shape[1], np.int64)),
+        ]
+        features, lengths = self._call(self._parameters.preprocessor_model, inputs, "features", "features_lens")
+        inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
+        frames, encoded = self._call(self._parameters.encoder_model, inputs, "outputs", "encoded_lengths")
+        self._metrics.add("encode_calls")
+        self._metrics.add("windows", len(windows))
+        self._metrics.add("encode_seconds", time.perf_counter() - began)
+        return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
 
     def step(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
         """One call of decoder_joint; see ``greedy.Step``.
@@ -66,7 +60,7 @@ class Network:
         Raises:
             NetworkError: it failed.
         """
-        rows = len(last_tokens)
+        began, rows = time.perf_counter(), len(last_tokens)
         inputs = [
             pb_utils.Tensor("encoder_outputs", frames),
             pb_utils.Tensor("targets", last_tokens[:, None]),
@@ -74,48 +68,25 @@ class Network:
             pb_utils.Tensor("input_states_1", states[0]),
             pb_utils.Tensor("input_states_2", states[1]),
         ]
-        name = self._parameters.decoder_joint_model
-        response = self._request(name, inputs, ["outputs", "output_states_1", "output_states_2"]).exec()
-        self._decoder_calls += 1
-        self._decoder_rows += rows
-        logits, state_1, state_2 = _arrays(name, response, "outputs", "output_states_1", "output_states_2")
+        outputs = self._call(self._parameters.decoder_joint_model, inputs, "outputs", "output_states_1", "output_states_2")
+        self._metrics.add("calls")
+        self._metrics.add("rows", rows)
+        self._metrics.add("decode_seconds", time.perf_counter() - began)
+        logits, state_1, state_2 = outputs
         return logits[:, :, 0], (state_1, state_2)
 
-    def take_counts(self) -> tuple[int, int]:
-        """Calls of decoder_joint, and rows in them, since this was last asked."""
-        counts = self._decoder_calls, self._decoder_rows
-        self._decoder_calls = self._decoder_rows = 0
-        return counts
+    def _call(self, model: str, inputs: list[Any], *outputs: str) -> list[npt.NDArray[Any]]:
+        """The outputs of a model, as arrays of their own, so that Triton's memory is free again.
 
-    async def _encode_batch(self, batch: list[npt.NDArray[np.int16]]) -> list[tuple[Floats, int]]:
-        waveforms = np.stack(batch).astype(np.float32) * INT16_SCALE
-        inputs = [
-            pb_utils.Tensor("waveforms", waveforms),
-            pb_utils.Tensor("waveforms_lens", np.full(len(batch), waveforms.shape[1], np.int64)),
-        ]
-        name = self._parameters.preprocessor_model
-        response = await self._request(name, inputs, ["features", "features_lens"]).async_exec()
-        features, lengths = _arrays(name, response, "features", "features_lens")
-        inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
-        name = self._parameters.encoder_model
-        response = await self._request(name, inputs, ["outputs", "encoded_lengths"]).async_exec()
-        frames, encoded = _arrays(name, response, "outputs", "encoded_lengths")
-        return [(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(batch))]
-
-    def _request(self, model: str, inputs: list[Any], outputs: list[str]) -> Any:
+        Raises:
+            NetworkError: it failed.
+        """
         # numpy reads answers in the CPU's memory only; unasked, a GPU model's answer stays on the GPU.
-        options = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)}
-        if self.trace is not None:
-            options["trace"] = self.trace
-        return pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs, **options)
-
-
-def _arrays(model: str, response: Any, *names: str) -> list[npt.NDArray[Any]]:
-    """The outputs of a response as arrays of their own, so that Triton's memory is free again.
-
-    Raises:
-        NetworkError: the response is an error.
-    """
-    if response.has_error():
-        raise NetworkError(f"{model} failed: {response.error().message()}")
-    return [pb_utils.get_output_tensor_by_name(response, name).as_numpy().copy() for name in names]
+        options: dict[str, Any] = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)}
+        if trace := TRACE.get():
+            options["trace"] = trace
+        request = pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=list(outputs), **options)
+        response = request.exec()
+        if response.has_error():
+            raise NetworkError(f"{model} failed: {response.error().message()}")
+        return [pb_utils.get_output_tensor_by_name(response, name).as_numpy().copy() for name in outputs]

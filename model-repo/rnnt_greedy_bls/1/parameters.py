@@ -78,6 +78,7 @@ class Parameters:
         frame_samples: samples of 16 kHz audio an encoder frame stands for.
         left_frames, chunk_frames, right_frames: a window is decoded for its chunk; left and right are context.
         block_frames: frames scored by one call of the decoder.
+        encoder_calls: calls of the encoder at once; as many as it has instances keep all of them busy.
         encoder_batch: most windows of equal length in one call of the encoder.
         max_segment_secs: a segment is closed at the end of the window that reaches this length.
         max_whole_secs: longest recording with ``context=whole``.
@@ -98,6 +99,7 @@ class Parameters:
     chunk_frames: int
     right_frames: int
     block_frames: int
+    encoder_calls: int
     encoder_batch: int
     max_segment_secs: float
     max_whole_secs: float
@@ -126,6 +128,7 @@ class Parameters:
             chunk_frames=given.integer("chunk_frames", 1, 100_000),
             right_frames=given.integer("right_frames", 0, 100_000),
             block_frames=given.integer("block_frames", 1, 100_000, 32),
+            encoder_calls=given.integer("encoder_calls", 1, 64, 2),
             encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
             max_segment_secs=given.number("max_segment_secs", 1.0, 3600.0, 20.0),
             max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0),

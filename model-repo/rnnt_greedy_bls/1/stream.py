@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from greedy import Floats, Predictor, Step, Token, Transducer, decode
+from greedy import Floats, Predictor, Row, Token
 from parameters import SAMPLE_RATE, Options, Parameters
 
 Samples = npt.NDArray[np.int16]
@@ -33,11 +32,13 @@ class Window(NamedTuple):
         samples: 16 kHz audio [n].
         left_frames: frames of left context, to be dropped.
         chunk_frames: frames to be decoded for good; None: all that remain.
+        live: somebody waits for it while it is spoken; False for a recording that is decoded whole.
     """
 
     samples: Samples
     left_frames: int
     chunk_frames: int | None
+    live: bool
 
 
 class Answer(NamedTuple):
@@ -65,27 +66,22 @@ class Stream:
     """The whole state of one sequence.
 
     Attributes:
-        parameters, transducer: the decoder's, the same for all streams.
+        parameters: the decoder's, the same for all streams.
         options: what the stream chose.
-        predictor: the predictor where the next frame is decoded.
-        waiting: encoded frames [D, T] of the last window's chunk that are yet to be decoded for good.
-        tail: encoded frames [D, T] of the last window's right context.
     """
 
-    def __init__(self, parameters: Parameters, transducer: Transducer, options: Options) -> None:
+    def __init__(self, parameters: Parameters, options: Options) -> None:
         self.options = options
         self.parameters = parameters
-        self.transducer = transducer
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # frame index of the first sample of _pcm
         self._encoded = 0  # frames whose window was given out
         self._received_samples = 0
         self._features = 0
         self._frames = 0  # frames decoded for good
-        self.waiting: Floats = np.zeros((0, 0), np.float32)
-        self.tail: Floats = self.waiting
-        self.predictor = self._fresh_predictor()
+        self._predictor = self._fresh_predictor()  # where the next frame is decoded for good
         self._tokens: list[Token] = []  # of the segment
+        self._tail: list[Token] = []  # of the last window's right context
         self._closed: list[list[Token]] = []  # of segments that ended since the last answer
         self._segment = 0
         self._segment_start_frame = 0
@@ -95,7 +91,7 @@ class Stream:
 
         The audio is left out: whoever keeps the state has it, and it is most of the bytes.
         """
-        predictor = self.predictor
+        predictor = self._predictor
         return json.dumps(
             {
                 "version": STATE_VERSION,
@@ -114,7 +110,7 @@ class Stream:
         )
 
     @classmethod
-    def restore(cls, parameters: Parameters, transducer: Transducer, options: Options, saved: str) -> Stream:
+    def restore(cls, parameters: Parameters, options: Options, saved: str) -> Stream:
         """The stream of which ``saved`` is the state; its next audio begins ``left_frames`` before the state's ``frames``.
 
         Raises:
@@ -122,22 +118,22 @@ class Stream:
         """
         if options.context != "window":
             raise ValueError("a state can't be restored with context=whole")
-        stream = cls(parameters, transducer, options)
+        stream = cls(parameters, options)
         try:
             state = json.loads(saved)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
             states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
-            stream.predictor = Predictor(int(state["last_token"]), states, int(state["symbols"]), int(state["surplus_frames"]))
+            stream._predictor = Predictor(int(state["last_token"]), states, int(state["symbols"]), int(state["surplus_frames"]))
             stream._tokens = [Token(*token) for token in state["tokens"]]
             stream._features, stream._segment = int(state["features"]), int(state["segment"])
             stream._frames = stream._encoded = int(state["frames"])
             stream._segment_start_frame = int(state["segment_start_frame"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the state to restore is none of this model's: {error!r}") from None
-        if not 0 <= stream.predictor.last_token <= parameters.blank:
-            raise ValueError(f"the state to restore has token {stream.predictor.last_token}, of {parameters.blank}")
+        if not 0 <= stream._predictor.last_token <= parameters.blank:
+            raise ValueError(f"the state to restore has token {stream._predictor.last_token}, of {parameters.blank}")
         stream._pcm_start = max(0, stream._frames - parameters.left_frames)
         stream._received_samples = stream._pcm_start * parameters.frame_samples
         return stream
@@ -168,7 +164,7 @@ class Stream:
         ahead = len(self._pcm) - left_frames * p.frame_samples
         if self.options.context == "window" and ahead >= (p.chunk_frames + p.right_frames) * p.frame_samples:
             frames = left_frames + p.chunk_frames + p.right_frames
-            window = Window(self._pcm[: frames * p.frame_samples], left_frames, p.chunk_frames)
+            window = Window(self._pcm[: frames * p.frame_samples], left_frames, p.chunk_frames, live=True)
             self._encoded += p.chunk_frames
             drop = max(0, self._encoded - p.left_frames - self._pcm_start)
             self._pcm = self._pcm[drop * p.frame_samples :]
@@ -178,28 +174,13 @@ class Stream:
             return None
         samples = np.pad(self._pcm, (0, max(0, p.frame_samples - len(self._pcm))))
         self._encoded += -(-ahead // p.frame_samples)
-        return Window(samples, left_frames, None)
+        return Window(samples, left_frames, None, live=self.options.context == "window")
 
-    def answer(self, tail: Sequence[Token], end: bool) -> Answer:
-        """What to reply to the request that was just decoded; a final answer begins the next segment."""
-        if end:
-            self._close_segment()
-        final = bool(self._closed)
-        stable = [token for tokens in self._closed for token in tokens] if final else self._tokens
-        tokens = stable if final else [*stable, *tail]
-        samples = self._received_samples if end else self._frames * self.parameters.frame_samples
-        answer = Answer(tokens, len(stable), self._segment, final, samples, self._features, self._frames)
-        self._closed = []
-        self._segment += final
-        return answer
+    def receive(self, window: Window, frames: Floats, features: int) -> tuple[Floats, Floats]:
+        """Take the encoder's frames [D, T] of a window, made from so many feature frames.
 
-    def _fresh_predictor(self, surplus_frames: int = 0) -> Predictor:
-        p = self.parameters
-        state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
-        return Predictor(p.blank, (state, state), surplus_frames=surplus_frames)
-
-    def receive(self, window: Window, frames: Floats, features: int) -> None:
-        """Take the encoder's frames [D, T] of a window.
+        Returns:
+            The frames to be decoded for good, and those of the right context.
 
         Raises:
             ValueError: there are too few, so ``frame_samples`` or the contexts do not suit the encoder.
@@ -215,20 +196,16 @@ class Stream:
             )
         features_to = [round(features * frame * frame_samples / samples) for frame in (window.left_frames, end)]
         self._features += (features if window.chunk_frames is None else features_to[1]) - features_to[0]
-        self.waiting = frames[:, window.left_frames : end]
-        self.tail = frames[:, end:]
+        return frames[:, window.left_frames : end], frames[:, end:]
 
-    def token_budget(self) -> int:
-        """How many tokens the segment may still get."""
-        if self.options.context == "whole":
-            return UNLIMITED_TOKENS
-        return self.options.max_total_tokens - len(self._tokens)
+    def row(self, frames: Floats) -> Row:
+        """The frames that come next, to be decoded for good and then given to ``commit``."""
+        return self._row(frames, self._predictor)
 
-    def commit(self, tokens: Sequence[Token], done_frames: int) -> None:
-        """Book decoded tokens and frames, and close the segment where its rules say so."""
-        self._tokens.extend(self.from_start(tokens))
-        self._frames += done_frames
-        self.waiting = self.waiting[:, done_frames:]
+    def commit(self, row: Row) -> Floats:
+        """Book a decoded row, and close the segment where its rules say so; gives the frames that the segment's end left."""
+        self._tokens.extend(self._from_start(row.tokens))
+        self._frames += row.done_frames
         p, options = self.parameters, self.options
         silent_frames = self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
         silent_ms = silent_frames * p.frame_samples * 1000 // SAMPLE_RATE
@@ -239,56 +216,46 @@ class Stream:
             or (options.endpoint_silence_ms and silent_ms >= options.endpoint_silence_ms)
         ):
             self._close_segment()
+        return row.frames[:, row.done_frames :]
+
+    def tail_row(self, frames: Floats) -> Row:
+        """The right context's frames, to be decoded from a copy of the state and then given to ``show``."""
+        return self._row(frames, replace(self._predictor))
+
+    def show(self, row: Row) -> None:
+        """Take the decoded right context: what may still change of the next answers."""
+        self._tail = self._from_start(row.tokens)
+
+    def answer(self, end: bool) -> Answer:
+        """What to reply to the request that was just decoded; a final answer begins the next segment."""
+        if end:
+            self._close_segment()
+        final = bool(self._closed)
+        stable = [token for tokens in self._closed for token in tokens] if final else self._tokens
+        tokens = stable if final else [*stable, *self._tail]
+        samples = self._received_samples if end else self._frames * self.parameters.frame_samples
+        answer = Answer(tokens, len(stable), self._segment, final, samples, self._features, self._frames)
+        self._closed = []
+        self._segment += final
+        return answer
+
+    def _row(self, frames: Floats, predictor: Predictor) -> Row:
+        whole = self.options.context == "whole"
+        left_tokens = UNLIMITED_TOKENS if whole else self.options.max_total_tokens - len(self._tokens)
+        return Row(frames, predictor, self.options.max_symbols_per_step, left_tokens)
+
+    def _fresh_predictor(self, surplus_frames: int = 0) -> Predictor:
+        p = self.parameters
+        state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
+        return Predictor(p.blank, (state, state), surplus_frames=surplus_frames)
 
     def _close_segment(self) -> None:
         self._closed.append(self._tokens)
         self._tokens = []
         self._segment_start_frame = self._frames
-        if not self.predictor.symbols:  # amid a frame a fresh predictor would find the frame's tokens once more
-            self.predictor = self._fresh_predictor(self.predictor.surplus_frames)
+        if not self._predictor.symbols:  # amid a frame a fresh predictor would find the frame's tokens once more
+            self._predictor = self._fresh_predictor(self._predictor.surplus_frames)
 
-    def from_start(self, tokens: Sequence[Token]) -> list[Token]:
+    def _from_start(self, tokens: list[Token]) -> list[Token]:
         """Tokens whose frames are counted from the first that is not decoded for good, counted from the stream's start."""
         return [token._replace(frame=token.frame + self._frames) for token in tokens]
-
-
-def decode_windows(step: Step, streams: Sequence[Stream]) -> None:
-    """Decode for good the frames that each stream has received; the streams share every call of the network.
-
-    Args:
-        step: the network.
-        streams: streams, each once.
-
-    Raises:
-        ValueError: the network's outputs are not those of the transducer.
-    """
-    while batch := [stream for stream in streams if stream.waiting.size]:
-        tokens, done = _decode(step, batch, [s.waiting for s in batch], [s.predictor for s in batch])
-        for stream, row_tokens, row_done in zip(batch, tokens, done, strict=True):
-            stream.commit(row_tokens, row_done)
-
-
-def decode_tails(step: Step, streams: Sequence[Stream]) -> list[list[Token]]:
-    """The unstable tokens of each stream: those of its right context, decoded from a copy of its state."""
-    tails: list[list[Token]] = [[] for _ in streams]
-    index = [i for i, stream in enumerate(streams) if stream.tail.size]
-    if index:
-        batch = [streams[i] for i in index]
-        tokens, _ = _decode(step, batch, [s.tail for s in batch], [replace(s.predictor) for s in batch])
-        for i, row_tokens in zip(index, tokens, strict=True):
-            tails[i] = streams[i].from_start(row_tokens)
-    return tails
-
-
-def _decode(
-    step: Step, streams: Sequence[Stream], rows: Sequence[Floats], predictors: Sequence[Predictor]
-) -> tuple[list[list[Token]], list[int]]:
-    return decode(
-        step,
-        streams[0].transducer,
-        rows,
-        predictors,
-        [stream.options.max_symbols_per_step for stream in streams],
-        [stream.token_budget() for stream in streams],
-        streams[0].parameters.block_frames,
-    )

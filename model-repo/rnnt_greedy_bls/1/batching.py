@@ -1,0 +1,210 @@
+"""How streams share the networks: windows wait for the encoder, rows of frames come and go between two calls of the decoder.
+
+Nothing here waits for a batch to fill or to empty. A window is encoded as soon as a call is free, together with those of equal
+length that wait with it; a row joins the decoder's very next call and leaves with its own last token. So the encoder works on
+some streams while others are decoded, and a long recording holds up nobody. (Continuous batching as Orca does it for text:
+Yu et al., OSDI 2022.)
+
+All of it runs in one event loop. Calls of the encoder block threads of their own; those of the decoder, which are short, the
+loop itself. A call runs in the context (``contextvars``) of the first of those that share it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from greedy import Floats, Row, Step, Transducer, advance
+from stream import Answer, Samples, Stream, Window
+
+RECORDING_PATIENCE_SECS = 2.0
+"""So long live windows go before a whole recording; then it takes its turn, or many streams would starve it."""
+
+LIVE_SECS = 2.0
+"""While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of a window.
+
+    Attributes:
+        frames: encoder frames [D, T].
+        features: number of feature frames that they were made from.
+    """
+
+    frames: Floats
+    features: int
+
+
+Encode = Callable[[Sequence[Samples]], Sequence[Encoded]]
+"""Encode windows of equal length, 16 kHz audio [n] each, by one call."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A window that waits for the encoder; ``due`` is in seconds of the event loop."""
+
+    window: Window
+    due: float
+    encoded: asyncio.Future[Encoded]
+    context: contextvars.Context
+
+    @property
+    def kind(self) -> tuple[bool, int]:
+        """Only windows of one kind share a call: padding would cost more than it saves."""
+        return self.window.live, len(self.window.samples)
+
+
+class Encoder:
+    """The encoder, for all streams.
+
+    Args:
+        encode: one call; it blocks.
+        calls: how many may run at once.
+        batch: most windows in one.
+    """
+
+    def __init__(self, encode: Encode, calls: int, batch: int) -> None:
+        self._encode = encode
+        self._calls = calls
+        self._batch = batch
+        self._threads = ThreadPoolExecutor(calls, "encoder")
+        self._waiting: list[_Waiting] = []  # in the order in which they are due
+        self._running = 0
+        self._running_recordings = 0
+        self._last_live = -LIVE_SECS
+
+    @property
+    def waiting(self) -> int:
+        """How many windows wait."""
+        return len(self._waiting)
+
+    async def encode(self, window: Window) -> Encoded:
+        """Encode a window.
+
+        Raises:
+            RuntimeError: the call failed.
+        """
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if window.live:
+            self._last_live = now
+        due = now if window.live else now + RECORDING_PATIENCE_SECS
+        waiting = _Waiting(window, due, loop.create_future(), contextvars.copy_context())
+        self._waiting.append(waiting)
+        self._waiting.sort(key=lambda waiting: waiting.due)
+        # Those that come in the same turn of the loop can share a call.
+        loop.call_soon(self._dispatch)
+        return await waiting.encoded
+
+    def _dispatch(self) -> None:
+        """Start calls for what waits, as far as there is room."""
+        while self._running < self._calls:
+            first = next((waiting for waiting in self._waiting if waiting.window.live or self._room_for_recording()), None)
+            if not first:
+                return
+            alike = [waiting for waiting in self._waiting if waiting.kind == first.kind]
+            share = -(-len(alike) // (self._calls - self._running))  # calls side by side beat one with all
+            group = alike[: min(self._batch, share)]
+            self._waiting = [waiting for waiting in self._waiting if waiting not in group]
+            self._running += 1
+            self._running_recordings += not first.window.live
+            samples = [waiting.window.samples for waiting in group]
+            call = asyncio.get_running_loop().run_in_executor(self._threads, first.context.run, self._encode, samples)
+            call.add_done_callback(partial(self._finish, group))
+
+    def _room_for_recording(self) -> bool:
+        reserved = asyncio.get_running_loop().time() - self._last_live < LIVE_SECS
+        return self._running_recordings < max(1, self._calls - reserved)
+
+    def _finish(self, group: Sequence[_Waiting], call: asyncio.Future[Sequence[Encoded]]) -> None:
+        self._running -= 1
+        self._running_recordings -= not group[0].window.live
+        if error := call.exception():
+            for waiting in group:
+                waiting.encoded.set_exception(error)
+        else:
+            for waiting, encoded in zip(group, call.result(), strict=True):
+                waiting.encoded.set_result(encoded)
+        self._dispatch()
+
+
+class Decoder:
+    """The predictor and joint network, for all streams.
+
+    Args:
+        step: one call; it blocks, for a moment.
+        transducer: the meaning of its outputs.
+        block_frames: frames that one call scores.
+    """
+
+    def __init__(self, step: Step, transducer: Transducer, block_frames: int) -> None:
+        self._step = step
+        self._transducer = transducer
+        self._block_frames = block_frames
+        self._rows: dict[Row, tuple[asyncio.Future[None], contextvars.Context]] = {}
+
+    async def decode(self, row: Row) -> None:
+        """Decode a row to its end.
+
+        Raises:
+            RuntimeError: a call failed.
+            ValueError: the network's outputs are not those of the transducer.
+        """
+        if row.finished:
+            return
+        decoded = asyncio.get_running_loop().create_future()
+        self._rows[row] = decoded, contextvars.copy_context()
+        if len(self._rows) == 1:
+            asyncio.get_running_loop().call_soon(self._call)
+        await decoded
+
+    def _call(self) -> None:
+        """Call the network once, and again as long as there are rows."""
+        rows = list(self._rows)
+        _, context = self._rows[rows[0]]
+        try:
+            context.run(advance, self._step, self._transducer, rows, self._block_frames)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is the rows' and not the decoder's)
+            for row in rows:
+                self._rows.pop(row)[0].set_exception(error)
+        else:
+            for row in rows:
+                if row.finished:
+                    self._rows.pop(row)[0].set_result(None)
+        if self._rows:
+            # Behind those whose rows have just finished: what they decode next joins this call.
+            asyncio.get_running_loop().call_soon(self._call)
+
+
+async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Answer:
+    """Decode what is due of a stream, and answer.
+
+    Args:
+        stream: it has its new audio.
+        encoder: what its windows wait for.
+        decoder: what their frames wait for.
+        end: no more audio follows.
+
+    Raises:
+        RuntimeError: a network failed.
+        ValueError: a network's outputs don't fit; in either case the stream's state is lost.
+    """
+    tail: Floats | None = None
+    while window := stream.next_window(end):
+        encoded = await encoder.encode(window)
+        frames, tail = stream.receive(window, *encoded)
+        while frames.shape[1]:
+            row = stream.row(frames)
+            await decoder.decode(row)
+            frames = stream.commit(row)
+    if tail is not None:
+        row = stream.tail_row(tail)
+        await decoder.decode(row)
+        stream.show(row)
+    return stream.answer(end)

@@ -1,0 +1,239 @@
+"""How windows and rows of many streams share the networks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+
+import numpy as np
+import pytest
+from transducers import RandomTransducer, assert_same, decode_frame_by_frame, random_frames
+
+import batching
+from batching import Decoder, Encoded, Encoder
+from greedy import Row
+from stream import Samples, Window
+
+UNLIMITED = 10**9
+LIVE, RECORDING = 100, 1000
+"""Lengths of windows, by which the tests tell them apart."""
+
+
+class Network:
+    """An encoder whose calls end when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.running: list[threading.Event] = []
+        self.error: Exception | None = None
+        self._began = threading.Semaphore(0)
+
+    def encode(self, windows: Sequence[Samples]) -> list[Encoded]:
+        done = threading.Event()
+        self.calls.append([int(samples[0]) for samples in windows])
+        self.running.append(done)
+        self._began.release()
+        assert done.wait(5), "the test never ended the call"
+        if self.error:
+            raise self.error
+        return [Encoded(np.full((1, 1), samples[0], np.float32), len(samples)) for samples in windows]
+
+    async def wait_for_calls(self, calls: int) -> None:
+        for _ in range(calls):
+            assert await asyncio.to_thread(self._began.acquire, timeout=5)
+
+    def end(self, call: int) -> None:
+        self.running[call].set()
+
+    def end_all(self) -> None:
+        for call in self.running:
+            call.set()
+
+
+def window(number: int, length: int) -> Window:
+    return Window(np.full(length, number, np.int16), 0, None, live=length < RECORDING)
+
+
+def submit(encoder: Encoder, number: int, length: int = LIVE) -> asyncio.Task[Encoded]:
+    return asyncio.ensure_future(encoder.encode(window(number, length)))
+
+
+async def nothing_more(network: Network) -> None:
+    """Give calls that should not begin the time to begin."""
+    before = len(network.calls)
+    await asyncio.sleep(0.05)
+    assert len(network.calls) == before
+
+
+async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=2, batch=4)
+    tasks = [submit(encoder, number) for number in range(2)]
+    await network.wait_for_calls(2)
+    assert sorted(network.calls) == [[0], [1]]
+    tasks += [submit(encoder, number) for number in range(2, 9)]
+    await nothing_more(network)
+    assert encoder.waiting == 7
+    network.end(0)
+    await network.wait_for_calls(1)
+    assert network.calls[2] == [2, 3, 4, 5], "all that waited, up to the largest batch"
+    network.end(1)
+    await network.wait_for_calls(1)
+    assert network.calls[3] == [6, 7, 8]
+    network.end_all()
+    assert [int((await task).frames[0, 0]) for task in tasks] == list(range(9))
+    assert encoder.waiting == 0
+
+
+async def test_only_windows_of_equal_length_share_a_call() -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=8)
+    tasks = [submit(encoder, 0)]
+    await network.wait_for_calls(1)
+    tasks += [submit(encoder, number, length) for number, length in ((1, 100), (2, 200), (3, 100), (4, 200))]
+    for call in range(3):
+        network.end(call)
+        if call < 2:
+            await network.wait_for_calls(1)
+    await asyncio.gather(*tasks)
+    assert network.calls == [[0], [1, 3], [2, 4]]
+
+
+async def test_live_windows_go_before_recordings() -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=1)
+    tasks = [submit(encoder, 0)]
+    await network.wait_for_calls(1)
+    tasks += [submit(encoder, 1, RECORDING), submit(encoder, 2), submit(encoder, 3)]
+    for call in range(4):
+        network.end(call)
+        if call < 3:
+            await network.wait_for_calls(1)
+    await asyncio.gather(*tasks)
+    assert network.calls == [[0], [2], [3], [1]]
+
+
+async def test_a_recording_that_waits_for_long_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "RECORDING_PATIENCE_SECS", 0.05)
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=1)
+    tasks = [submit(encoder, 0)]
+    await network.wait_for_calls(1)
+    tasks.append(submit(encoder, 1, RECORDING))
+    await asyncio.sleep(0.1)
+    tasks.append(submit(encoder, 2))
+    for call in range(3):
+        network.end(call)
+        if call < 2:
+            await network.wait_for_calls(1)
+    await asyncio.gather(*tasks)
+    assert network.calls == [[0], [1], [2]]
+
+
+async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=2, batch=1)
+    first = submit(encoder, 0)
+    await network.wait_for_calls(1)
+    network.end(0)
+    await first
+    tasks = [submit(encoder, number, RECORDING) for number in (1, 2, 3)]
+    await network.wait_for_calls(1)
+    await nothing_more(network)
+    assert network.calls == [[0], [1]]
+    tasks.append(submit(encoder, 4))
+    await network.wait_for_calls(1)
+    assert network.calls[-1] == [4], "it need not wait for any recording"
+    monkeypatch.setattr(batching, "LIVE_SECS", 0.0)
+    network.end(1)
+    network.end(2)
+    await network.wait_for_calls(2)
+    assert network.calls[3:] == [[2], [3]], "nobody is live any more"
+    network.end_all()
+    await asyncio.gather(*tasks)
+
+
+async def test_a_failed_call_fails_its_own_windows_only() -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=2)
+    tasks = [submit(encoder, number) for number in range(2)]
+    await network.wait_for_calls(1)
+    network.error = RuntimeError("encoder failed: out of memory")
+    network.end(0)
+    for task in tasks:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await task
+    network.error = None
+    after = submit(encoder, 2)
+    await network.wait_for_calls(1)
+    network.end(1)
+    assert int((await after).frames[0, 0]) == 2
+
+
+async def test_rows_come_and_go_between_calls() -> None:
+    network = RandomTransducer(3, blank_bias=4.0)
+    batches: list[int] = []
+    joined: list[Callable[[], None]] = []
+
+    def step(*arguments: object) -> object:
+        batches.append(len(arguments[1]))  # type: ignore[arg-type]
+        if joined and len(batches) == 3:
+            joined.pop()()
+        return network(*arguments)  # type: ignore[arg-type]
+
+    decoder = Decoder(step, network.transducer, 4)  # type: ignore[arg-type]
+    frames = [random_frames(i, length) for i, length in enumerate((40, 25, 20))]
+    rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
+    late: list[asyncio.Task[None]] = []
+    joined.append(lambda: late.append(asyncio.ensure_future(decoder.decode(rows[2]))))
+    await asyncio.gather(decoder.decode(rows[0]), decoder.decode(rows[1]))
+    await asyncio.gather(*late)
+    for row, row_frames in zip(rows, frames, strict=True):
+        assert_same(row.tokens, decode_frame_by_frame(network, row_frames, 10))
+    assert batches[0] == 2
+    assert {1, 2, 3} == set(batches)
+    assert len(late) == 1
+
+
+async def test_a_failed_call_fails_its_own_rows_only() -> None:
+    network = RandomTransducer(3)
+    failures = [RuntimeError("decoder_joint failed: gone")]
+
+    def step(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return network(*arguments)  # type: ignore[arg-type]
+
+    decoder = Decoder(step, network.transducer, 4)  # type: ignore[arg-type]
+    frames = random_frames(1, 10)
+    rows = [Row(frames, network.fresh(), 10, UNLIMITED) for _ in range(3)]
+    both = await asyncio.gather(decoder.decode(rows[0]), decoder.decode(rows[1]), return_exceptions=True)
+    assert [str(error) for error in both] == ["decoder_joint failed: gone"] * 2
+    await decoder.decode(rows[2])
+    assert_same(rows[2].tokens, decode_frame_by_frame(network, frames, 10))
+
+
+async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
+    name: ContextVar[str] = ContextVar("name", default="")
+    seen: list[str] = []
+    network = RandomTransducer(3)
+
+    def encode(windows: Sequence[Samples]) -> list[Encoded]:
+        seen.append(name.get())
+        return [Encoded(random_frames(1, 5), 5) for _ in windows]
+
+    def step(*arguments: object) -> object:
+        seen.append(name.get())
+        return network(*arguments)  # type: ignore[arg-type]
+
+    encoder, decoder = Encoder(encode, 1, 8), Decoder(step, network.transducer, 100)  # type: ignore[arg-type]
+
+    async def serve(who: str) -> None:
+        name.set(who)
+        encoded = await encoder.encode(window(1, LIVE))
+        await decoder.decode(Row(encoded.frames, network.fresh(), 10, 1))
+
+    await asyncio.gather(serve("first"), serve("second"))
+    assert set(seen) == {"first"}
