@@ -103,10 +103,11 @@ class Recogniser:
         frame_samples = int(parameters["frame_samples"])
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
-        callees = [parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")]
+        callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
+        callees.add(parameters.get("lone_encoder_model", parameters["encoder_model"]))
         return cls(
             ensemble=ensemble,
-            models=(ensemble, *steps, *callees),
+            models=(ensemble, *steps, *sorted(callees)),
             chunk_samples=int(parameters["chunk_frames"]) * frame_samples,
             left_samples=int(parameters["left_frames"]) * frame_samples,
             right_samples=int(parameters["right_frames"]) * frame_samples,

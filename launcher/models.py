@@ -249,6 +249,7 @@ class _Writer:
 
     def _write_decoder(self) -> None:
         config = _template("rnnt_greedy_bls", f"{self._name}_decoder")
+        del config.parameters["lone_encoder_model"]
         t = self._transducer
         values: dict[str, Any] = {
             **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
@@ -339,6 +340,9 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
         if callee not in configs:
             raise ModelError(f"{decoder}: parameter {role}_model is {callee!r}; expected a model of this repository")
         _check_graph(repository, configs[callee])
+    lone = parameters.get("lone_encoder_model", parameters["encoder_model"])
+    if lone not in configs:
+        raise ModelError(f"{decoder}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
     return Recogniser(name, decoders[0], parameters)
 
 

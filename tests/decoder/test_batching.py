@@ -26,11 +26,13 @@ class Network:
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
+        self.lone: list[bool] = []
         self.running: list[threading.Event] = []
         self.error: Exception | None = None
         self._began = threading.Semaphore(0)
 
-    def encode(self, windows: Sequence[Samples]) -> list[Encoded]:
+    def encode(self, windows: Sequence[Samples], lone: bool) -> list[Encoded]:
+        self.lone.append(lone)
         done = threading.Event()
         self.calls.append([int(samples[0]) for samples in windows])
         self.running.append(done)
@@ -155,6 +157,32 @@ async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.Monke
     await asyncio.gather(*tasks)
 
 
+async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=2, batch=1)
+    for number in range(2):
+        alone = submit(encoder, number)
+        await network.wait_for_calls(1)
+        network.end(number)
+        await alone
+    assert network.lone == [True, True]
+    both = [submit(encoder, number) for number in (2, 3)]
+    await network.wait_for_calls(2)
+    network.end_all()
+    await asyncio.gather(*both)
+    after = submit(encoder, 4)
+    await network.wait_for_calls(1)
+    network.end(4)
+    await after
+    assert network.lone[2:] == [False] * 3, "others were here a moment ago"
+    monkeypatch.setattr(batching, "LONE_SECS", 0.0)
+    later = submit(encoder, 5)
+    await network.wait_for_calls(1)
+    network.end(5)
+    await later
+    assert network.lone[5]
+
+
 async def test_a_failed_call_fails_its_own_windows_only() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, batch=2)
@@ -220,7 +248,7 @@ async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
     seen: list[str] = []
     network = RandomTransducer(3)
 
-    def encode(windows: Sequence[Samples]) -> list[Encoded]:
+    def encode(windows: Sequence[Samples], lone: bool) -> list[Encoded]:  # noqa: ARG001 (an ``Encode``)
         seen.append(name.get())
         return [Encoded(random_frames(1, 5), 5) for _ in windows]
 

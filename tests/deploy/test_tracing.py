@@ -25,7 +25,7 @@ from launcher.engine import Engine, Ports, Triton, free_ports
 from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
 
 CLIENTS_TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-MODELS = {"asr_ensemble", "rnnt_greedy_bls", "preprocessor", "encoder", "decoder_joint", "detokenizer"}
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "preprocessor", "encoder_lone", "decoder_joint", "detokenizer"}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ async def test_one_tree_from_the_client_to_the_decoder(traced: Gateway, receiver
     assert top.attributes["asr.status"] == 200
     assert below(top, spans) >= MODELS
     (decoder,) = (span for span in spans if span.name == "rnnt_greedy_bls")
-    assert below(decoder, spans) >= {"preprocessor", "encoder", "decoder_joint"}
+    assert below(decoder, spans) >= {"preprocessor", "encoder_lone", "decoder_joint"}
     assert {span.service for span in spans} == {"asr-test", "triton"}
 
 

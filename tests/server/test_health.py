@@ -15,7 +15,7 @@ from launcher.engine import free_ports
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
-MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "decoder_joint"}
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "encoder_lone", "decoder_joint"}
 
 
 async def test_health(gateway: Gateway, http: httpx.AsyncClient) -> None:

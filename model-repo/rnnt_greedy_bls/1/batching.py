@@ -28,6 +28,9 @@ RECORDING_PATIENCE_SECS = 2.0
 LIVE_SECS = 2.0
 """While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
 
+LONE_SECS = 1.0
+"""A call has the encoder to itself if for so long no window has met another."""
+
 
 class Encoded(NamedTuple):
     """What the encoder makes of a window.
@@ -41,8 +44,8 @@ class Encoded(NamedTuple):
     features: int
 
 
-Encode = Callable[[Sequence[Samples]], Sequence[Encoded]]
-"""Encode windows of equal length, 16 kHz audio [n] each, by one call."""
+Encode = Callable[[Sequence[Samples], bool], Sequence[Encoded]]
+"""Encode windows of equal length, 16 kHz audio [n] each, by one call; and whether it has the encoder to itself."""
 
 
 @dataclass(eq=False)
@@ -78,6 +81,7 @@ class Encoder:
         self._running = 0
         self._running_recordings = 0
         self._last_live = -LIVE_SECS
+        self._last_met = -LONE_SECS
 
     @property
     def waiting(self) -> int:
@@ -94,6 +98,8 @@ class Encoder:
         now = loop.time()
         if window.live:
             self._last_live = now
+        if self._running or self._waiting:
+            self._last_met = now
         due = now if window.live else now + RECORDING_PATIENCE_SECS
         waiting = _Waiting(window, due, loop.create_future(), contextvars.copy_context())
         self._waiting.append(waiting)
@@ -115,7 +121,9 @@ class Encoder:
             self._running += 1
             self._running_recordings += not first.window.live
             samples = [waiting.window.samples for waiting in group]
-            call = asyncio.get_running_loop().run_in_executor(self._threads, first.context.run, self._encode, samples)
+            loop = asyncio.get_running_loop()
+            lone = loop.time() - self._last_met >= LONE_SECS
+            call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, lone)
             call.add_done_callback(partial(self._finish, group))
 
     def _room_for_recording(self) -> bool:

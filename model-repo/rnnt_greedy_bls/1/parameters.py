@@ -70,6 +70,7 @@ class Parameters:
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models it calls.
+        lone_encoder_model: called instead of the encoder where that has one window at a time: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's outputs.
         durations: jumps of a TDT in frames.
@@ -87,6 +88,7 @@ class Parameters:
 
     preprocessor_model: str
     encoder_model: str
+    lone_encoder_model: str
     decoder_joint_model: str
     kind: str
     blank: int
@@ -116,6 +118,7 @@ class Parameters:
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
             encoder_model=given.text("encoder_model"),
+            lone_encoder_model=given.text("lone_encoder_model", given.text("encoder_model")),
             decoder_joint_model=given.text("decoder_joint_model"),
             kind=given.text("kind"),
             blank=given.integer("blank", 1, 1_000_000),
