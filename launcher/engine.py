@@ -234,7 +234,7 @@ class Triton:
             while (ready := await self._ready_models()) < len(models):
                 on_progress(ready, len(models))
                 if self.pid is None:
-                    raise EngineError(f"Triton ended while it started: {self._last_error()}; all of it is in {self._log_path}")
+                    raise EngineError(f"Triton ended while it started: {self._ending()}; all of it is in {self._log_path}")
                 await asyncio.sleep(POLL_SECS)
         except BaseException:
             await self.stop()
@@ -340,12 +340,14 @@ class Triton:
         for path in Path("/dev/shm").glob(f"{self._shm_prefix}*"):  # noqa: S108
             path.unlink(missing_ok=True)
 
-    def _last_error(self) -> str:
+    def _ending(self) -> str:
+        """How it ended, and the last error that it printed."""
+        code = self._process.returncode if self._process else None
+        how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
         lines = self._log_path.read_text(errors="replace").splitlines()
-        errors = [
-            line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()
-        ]  # those are harmless
-        return _one_line(errors[-1]) if errors else "it printed no error"
+        # Those about CUDA are harmless.
+        errors = [line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()]
+        return f"{how}, {_one_line(errors[-1]) if errors else 'no error printed'}"
 
 
 def _die_with_parent() -> None:

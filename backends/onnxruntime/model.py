@@ -40,10 +40,11 @@ class TritonPythonModel:
     """One instance of one ONNX model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open ``model.onnx`` and hold its tensors against ``config.pbtxt``.
+        """Open ``model.onnx``, hold its tensors against ``config.pbtxt``, and warm it up.
 
         Raises:
-            pb_utils.TritonModelException: the file is missing or no model, or a tensor of the configuration is not in it.
+            pb_utils.TritonModelException: the file is missing or no model, a tensor of the configuration is not in it, or a
+                sample of ``model_warmup`` can't be run.
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
@@ -66,6 +67,7 @@ class TritonPythonModel:
         unfed = {node.name for node in self._session.get_inputs()} - set(self._inputs)
         if unfed:
             raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt lacks the graph's inputs {sorted(unfed)}")
+        self._warm_up(config.get("model_warmup", []), Path(args["model_repository"]) / "warmup")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run each request by itself; one that fails gets its own error."""
@@ -79,17 +81,38 @@ class TritonPythonModel:
                 return self._error(f"input {name} is missing")
             feeds[name] = tensor.as_numpy()
         try:
-            results = self._session.run(self._outputs, feeds)
-        except Exception as error:  # noqa: BLE001 (ONNX Runtime has a class of its own for every status code)
-            shapes = {name: list(array.shape) for name, array in feeds.items()}
-            return self._error(f"inference failed on inputs {shapes}: {error}")
+            results = self._infer(feeds)
+        except RuntimeError as error:
+            return self._error(str(error))
         tensors = [
             pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(self._outputs, results, strict=True)
         ]
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
+    def _infer(self, feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(self._outputs, feeds)
+        except Exception as error:  # ONNX Runtime has a class of its own for every status code
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise RuntimeError(f"inference failed on inputs {shapes}: {error}") from error
+        return results
+
     def _error(self, message: str) -> Any:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {message}"))
+
+    def _warm_up(self, samples: list[dict[str, Any]], data: Path) -> None:
+        """Run the configuration's samples, before Triton does so again.
+
+        Triton itself must never see one fail: the thread that reports the failure puts its instance back into a list, another
+        thread meanwhile takes the last of that list to end it, and where it is still empty Triton dies by SIGSEGV without a
+        word (``StopBackendThread`` in its core).
+        """
+        for sample in samples:
+            inputs = sample["inputs"]
+            try:
+                self._infer({name: _sample_input(inputs[name], data) for name in self._inputs if name in inputs})
+            except (OSError, ValueError, RuntimeError) as error:
+                raise pb_utils.TritonModelException(f"{self._name}: warm-up {sample['name']!r}: {error}") from error
 
     def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any]) -> None:
         """Raise unless every configured tensor is in the graph with its type and a shape that fits."""
@@ -112,6 +135,15 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(
                     f"{self._name}: {kind} {name} is {dims} in config.pbtxt and {node.shape} in the graph"
                 )
+
+
+def _sample_input(tensor: dict[str, Any], data: Path) -> npt.NDArray[Any]:
+    """An input of a warm-up sample: what its file holds, else zeros."""
+    dtype = pb_utils.triton_string_to_numpy(tensor["data_type"])
+    shape = [int(dim) for dim in tensor["dims"]]
+    if file := tensor.get("input_data_file"):
+        return np.fromfile(data / file, dtype).reshape(shape)
+    return np.zeros(shape, dtype)
 
 
 def session_options(config: dict[str, Any]) -> ort.SessionOptions:

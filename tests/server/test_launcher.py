@@ -197,7 +197,12 @@ async def test_a_port_in_use_is_named() -> None:
         ("encoder/config.pbtxt", '"encoded_lengths"', '"lengths"', ["encoder", "output lengths"]),
         ("encoder/config.pbtxt", "[ -1, 384, -1 ]", "[ -1, 80, -1 ]", ["encoder", "audio_signal", "80", "384"]),
         ("rnnt_greedy_bls/config.pbtxt", 'string_value: "rnnt"', 'string_value: "ctc"', ["rnnt_greedy_bls", "'ctc'", "'tdt'"]),
-        ("encoder/config.pbtxt", "dims: [ 1, 384, 228 ]", "dims: [ 1, 384 ]", ["encoder", "audio_signal", "[1,384]"]),
+        (
+            "encoder/config.pbtxt",
+            "dims: [ 1, 384, 228 ]",
+            "dims: [ 1, 384 ]",
+            ["encoder", "warm-up", "audio_signal", "[1, 384]"],
+        ),
         ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
     ],
 )
@@ -211,6 +216,28 @@ async def test_a_model_that_fails_to_load_is_named(
     for part in named:
         assert part in last, last
     assert "Traceback" not in errors
+
+
+async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
+    def triton_at(http: int, grpc: int, metrics: int) -> Triton:
+        prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+        return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, http, grpc, metrics), tmp_path / "triton.log")
+
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        grpc = taken.getsockname()[1]
+        http, metrics = free_ports(LOOPBACK, 2)
+        with pytest.raises(EngineError, match=rf"ended while it started: exit code 1, .*{grpc}"):
+            await triton_at(http, grpc, metrics).start()
+
+    killed = triton_at(*free_ports(LOOPBACK, 3))
+    starting = asyncio.create_task(killed.start())
+    await until(lambda: killed.pid)
+    assert killed.pid
+    os.kill(killed.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="ended while it started: SIGKILL, no error printed"):
+        await starting
 
 
 async def test_a_missing_repository_is_named(tmp_path: Path) -> None:
