@@ -128,9 +128,9 @@ def models_import(
 ) -> None:
     """Add a transducer in NeMo's ONNX export to a model repository."""
     from launcher.graphs import ModelError  # noqa: PLC0415 (brings onnx, which the server has no use for)
-    from launcher.models import import_model  # noqa: PLC0415
+    from launcher.importing import import_model  # noqa: PLC0415
 
-    chosen = name or Path(source).name
+    chosen = name or Path(source).absolute().name
     try:
         transducer = import_model(source, chosen, into, quantization, gpu=gpu)
     except ModelError as error:
@@ -138,7 +138,7 @@ def models_import(
     typer.echo(
         f"""imported {chosen} into {into}: {transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins
 check it: amira models check {into}
-serve it: in config.toml, models = {{ {chosen} = "{chosen}" }}"""
+serve it: AMIRA_MODEL_REPOSITORY={into} AMIRA_MODELS='{{"{chosen}": "{chosen}"}}' amira run"""
     )
 
 

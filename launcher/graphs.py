@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 Shape = tuple[int | None, ...]
 
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+LFS_POINTER = b"version https://git-lfs"
+MAX_DURATIONS = 16
+"""More outputs than this beyond the vocabulary are a vocabulary that is too short; published TDTs have 5."""
 
 
 class ModelError(ValueError):
@@ -33,25 +37,41 @@ class Graph:
     Args:
         path: the file.
 
+    Attributes:
+        path: the file.
+        inputs, outputs: its tensors by name.
+        data_files: names of the files beside it that hold its weights.
+
     Raises:
-        ModelError: it is missing or no ONNX model, or its external data is missing.
+        ModelError: it is missing or no ONNX model, or its external data is missing or cut short.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_file():
             raise ModelError(f"{path} is missing")
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
         try:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # protobuf's decoder has several errors and no common one
             raise ModelError(f"{path} is no ONNX model: {error}") from error
+        if not model.graph.output:
+            raise ModelError(f"{path} is no ONNX model: it has no outputs")
         weights = {tensor.name for tensor in model.graph.initializer}
         self.inputs = {value.name: _tensor(value) for value in model.graph.input if value.name not in weights}
         self.outputs = {value.name: _tensor(value) for value in model.graph.output}
-        self.data_files = sorted(_external_data(model))
-        for name in self.data_files:
-            if not (path.parent / name).is_file():
+        data = _external_data(model)
+        for name, size in data.items():
+            if Path(name).name != name:  # who imports it must not be led to other directories
+                raise ModelError(f"{path} keeps weights in {name!r}; expected a file beside it")
+            file_with_weights = path.parent / name
+            if not file_with_weights.is_file():
                 raise ModelError(f"{path} keeps weights in {name}, which is missing beside it")
+            if (found := file_with_weights.stat().st_size) < size:
+                raise ModelError(f"{path} keeps weights in {name}, which has {found} bytes; expected {size} at least")
+        self.data_files = list(data)
 
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]]) -> None:
         """Hold the inputs or outputs against what the convention asks for.
@@ -106,9 +126,16 @@ class Transducer:
         """``rnnt`` or ``tdt``."""
         return "tdt" if self.durations else "rnnt"
 
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What the decoder has to be told, by the names of its parameters."""
+        durations = {"durations": ",".join(map(str, self.durations))} if self.durations else {}
+        sizes = {"blank": self.pieces - 1, "predictor_layers": self.layers, "predictor_hidden": self.hidden}
+        return {"kind": self.kind, **durations, **{name: str(size) for name, size in sizes.items()}}
+
     @classmethod
-    def read(cls, encoder: Path, decoder_joint: Path, vocabulary: Path, features: int | None = None) -> Transducer:
-        """Read a model.
+    def read(cls, encoder: Graph, decoder_joint: Graph, vocabulary: Path, features: int | None = None) -> Transducer:
+        """Hold a model's graphs against the convention, each other and the vocabulary.
 
         Args:
             encoder: the encoder's graph.
@@ -119,41 +146,41 @@ class Transducer:
         Raises:
             ModelError: it does not follow the convention.
         """
-        encoder_graph, joint_graph = Graph(encoder), Graph(decoder_joint)
-        encoder_graph.check("input", {"audio_signal": (FLOAT, (None, features, None)), "length": (INT64, (None,))})
-        encoder_graph.check("output", {"outputs": (FLOAT, (None, None, None)), "encoded_lengths": (INT64, (None,))})
-        joint_graph.check(
+        encoder.check("input", {"audio_signal": (FLOAT, (None, features, None)), "length": (INT64, (None,))})
+        encoder.check("output", {"outputs": (FLOAT, (None, None, None)), "encoded_lengths": (INT64, (None,))})
+        decoder_joint.check(
             "input",
             {
-                "encoder_outputs": (FLOAT, (None, encoder_graph.outputs["outputs"].shape[1], None)),
+                "encoder_outputs": (FLOAT, (None, encoder.outputs["outputs"].shape[1], None)),
                 "targets": (INT32, (None, None)),
                 "target_length": (INT32, (None,)),
                 "input_states_1": (FLOAT, (None, None, None)),
-                "input_states_2": (FLOAT, (None, None, None)),
             },
         )
-        states: dict[str, tuple[int, Shape]] = {f"output_states_{i}": (FLOAT, (None, None, None)) for i in (1, 2)}
-        joint_graph.check("output", {"outputs": (FLOAT, (None, None, None, None)), **states})
-        bins = encoder_graph.inputs["audio_signal"].shape[1] or features
-        size = joint_graph.inputs["encoder_outputs"].shape[1] or encoder_graph.outputs["outputs"].shape[1]
-        layers, _, hidden = joint_graph.inputs["input_states_1"].shape
+        layers, _, hidden = decoder_joint.inputs["input_states_1"].shape
+        state = FLOAT, (layers, None, hidden)
+        decoder_joint.check("input", {"input_states_2": state})
+        decoder_joint.check("output", {"outputs": (FLOAT, (None, None, None, None)), "prednet_lengths": (INT32, (None,))})
+        decoder_joint.check("output", {"output_states_1": state, "output_states_2": state})
+        bins = encoder.inputs["audio_signal"].shape[1] or features
+        size = decoder_joint.inputs["encoder_outputs"].shape[1] or encoder.outputs["outputs"].shape[1]
         for name, value, graph in (
-            ("audio_signal", bins, encoder_graph),
-            ("encoder_outputs", size, joint_graph),
-            ("input_states_1", layers and hidden, joint_graph),
+            ("audio_signal", bins, encoder),
+            ("encoder_outputs", size, decoder_joint),
+            ("input_states_1", layers and hidden, decoder_joint),
         ):
             if not value:
                 raise ModelError(f"{graph.path}: input {name} leaves its size open; export it with fixed sizes")
         assert bins and size and layers and hidden  # noqa: S101, PT018 (what the loop has just seen)
         pieces = count_pieces(vocabulary)
-        logits = _count_logits(joint_graph, size, layers, hidden)
+        logits = _count_logits(decoder_joint, size, layers, hidden)
         surplus = logits - pieces
-        if surplus < 0 or surplus == 1:
+        if surplus not in (0, *range(2, MAX_DURATIONS + 1)):
             raise ModelError(
-                f"{decoder_joint}: output outputs has {logits} logits a frame; {vocabulary.name} has {pieces} pieces with the "
-                f"blank, so an RNN-T has {pieces} and a TDT some more, one for each duration"
+                f"{decoder_joint.path}: output outputs has {logits} logits a frame; {vocabulary.name} has {pieces} pieces with "
+                f"the blank, so expected {pieces} for an RNN-T, or 2 to {MAX_DURATIONS} more for the durations of a TDT"
             )
-        return cls(encoder_graph, joint_graph, vocabulary, bins, size, layers, hidden, pieces, tuple(range(surplus)))
+        return cls(encoder, decoder_joint, vocabulary, bins, size, layers, hidden, pieces, tuple(range(surplus)))
 
 
 def count_pieces(vocabulary: Path) -> int:
@@ -164,14 +191,18 @@ def count_pieces(vocabulary: Path) -> int:
     """
     if not vocabulary.is_file():
         raise ModelError(f"{vocabulary} is missing")
-    lines = vocabulary.read_text(encoding="utf-8").splitlines()
+    try:
+        with vocabulary.open(encoding="utf-8") as file:  # a piece may be a line separator to str.splitlines
+            lines = [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{vocabulary} is no UTF-8 text: {error}") from error
+    if not lines:
+        raise ModelError(f"{vocabulary} is empty")
     for number, line in enumerate(lines):
         if line.rpartition(" ")[2] != str(number):
             raise ModelError(f"{vocabulary} line {number + 1} is {line!r}; expected 'piece {number}'")
-    if not lines or not lines[-1].startswith("<blk>"):
-        raise ModelError(
-            f"{vocabulary}: the last piece is {lines[-1] if lines else 'missing'!r}; expected '<blk> {len(lines) - 1}'"
-        )
+    if not lines[-1].startswith("<blk>"):
+        raise ModelError(f"{vocabulary} ends with {lines[-1]!r}; expected the blank, '<blk> {len(lines)}', behind it")
     return len(lines)
 
 
@@ -198,10 +229,13 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(tensor.elem_type, tuple(dims))
 
 
-def _external_data(model: onnx.ModelProto) -> set[str]:
-    """Names of the files beside a model that hold its weights."""
-    external = (tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL)
-    return {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+def _external_data(model: onnx.ModelProto) -> dict[str, int]:
+    """The files that hold a model's weights, and how many bytes each must have at least."""
+    sizes: dict[str, int] = {}
+    for tensor in filter(uses_external_data, model.graph.initializer):
+        info = ExternalDataInfo(tensor)
+        sizes[info.location] = max(sizes.get(info.location, 0), (info.offset or 0) + (info.length or 0))
+    return sizes
 
 
 def _show(element_type: int, shape: Sequence[int | None]) -> str:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from clients import decoder_metric
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from synthetic import Kind, build
 
 from gateway.app import create_app
 from gateway.audio import decode_audio
@@ -24,6 +27,7 @@ from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BA
 
 Samples = npt.NDArray[np.int16]
 Recordings = dict[str, Samples]
+KINDS: tuple[Kind, ...] = ("rnnt", "tdt")
 
 
 @dataclass(frozen=True)
@@ -110,3 +114,15 @@ async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
             return
         await asyncio.sleep(0.05)
     pytest.fail("the decoder still holds a stream")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
+    root = tmp_path_factory.mktemp("published")
+    for kind in KINDS:
+        build(root / kind, kind, external_data=kind == "rnnt")
+        for part in ("encoder", "decoder_joint"):
+            plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
+            quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)
+    return {kind: root / kind for kind in KINDS}

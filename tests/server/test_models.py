@@ -1,13 +1,12 @@
-"""Users' own models: imported, checked and served, and held against onnx-asr token for token."""
+"""Users' own models, imported and served, held against onnx-asr token for token."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -16,21 +15,18 @@ import onnx_asr
 import onnxruntime
 import pytest
 from clients import END, converse, cut
-from conftest import Gateway, Recordings, Samples, run_gateway
+from conftest import KINDS, Gateway, Recordings, Samples, run_gateway
 from google.protobuf import text_format
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from synthetic import build
-from test_launcher import amira, edit, triton_with
+from test_launcher import edit, triton_with
 
-from launcher.engine import EngineError
-from launcher.graphs import ModelError
-from launcher.models import import_model, read_config, recognisers
+from launcher.importing import import_model
+from launcher.models import ROLES, read_config, recognisers
 from launcher.run import MODEL_REPOSITORY
 
 FEATURES = {"rnnt": 80, "tdt": 128}
 FULL_CONTEXT = {f"cut-{chunk_frames}": chunk_frames for chunk_frames in (1, 7)}
 QUANTIZED = {f"int8-{block_frames}": block_frames for block_frames in (1, 32)}
-KINDS: tuple[Literal["rnnt", "tdt"], ...] = ("rnnt", "tdt")
+ON_GPU = "gpu"
 BLOCK_FRAMES = (1, 5, 32, 200)
 OCTETS = {"Content-Type": "application/octet-stream"}
 
@@ -40,18 +36,6 @@ class Served(NamedTuple):
 
     gateway: Gateway
     repository: Path
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
-    root = tmp_path_factory.mktemp("published")
-    for kind in KINDS:
-        build(root / kind, kind, external_data=kind == "rnnt")
-        for part in ("encoder", "decoder_joint"):
-            plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
-            quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)
-    return {kind: root / kind for kind in KINDS}
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +69,10 @@ async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFact
             name = names[f"{kind}-{public}"] = f"{kind}_int8_{block_frames}"
             import_model(str(source), name, repository, "int8", gpu=False)
             set_parameters(repository / f"{name}_decoder" / "config.pbtxt", {"block_frames": block_frames})
+        name = names[f"{kind}-{ON_GPU}"] = f"{kind}_gpu"
+        import_model(str(source), name, repository, None, gpu=True)
+        for role in ROLES:
+            edit(repository / f"{name}_{role}" / "config.pbtxt", "KIND_GPU", "KIND_CPU")
     async with (
         triton_with(repository) as ports,
         run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", models={"amira": "asr_ensemble", **names}) as gateway,
@@ -101,7 +89,7 @@ def set_parameters(config_file: Path, values: dict[str, int]) -> None:
 
 def share_graphs(repository: Path, name: str, other: str) -> None:
     """Let a recogniser use the graphs of another instead of its own."""
-    for role in ("preprocessor", "encoder", "decoder_joint"):
+    for role in ROLES:
         shutil.rmtree(repository / f"{name}_{role}")
         edit(repository / f"{name}_decoder" / "config.pbtxt", f'"{name}_{role}"', f'"{other}_{role}"')
 
@@ -211,6 +199,21 @@ def load_quantized(source: Path, kind: str, threads: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+async def test_the_front_end_for_gpus_gives_the_tokens_of_onnx_asr(
+    served: Served, sources: dict[str, Path], recordings: Recordings, kind: str
+) -> None:
+    """With the front end that onnx-asr takes there; all but the device is as ``--gpu`` writes it."""
+    graphs: Any = {"use_numpy_preprocessors": False, "use_conv_preprocessors": True}
+    peer = onnx_asr.load_model(f"nemo-conformer-{kind}", sources[kind], preprocessor_config=graphs).with_timestamps()
+    vocabulary = read_vocabulary(sources[kind])
+    async with httpx.AsyncClient(timeout=60) as http:
+        for samples in cases(recordings):
+            url = served.gateway.batch_url(f"{kind}-{ON_GPU}")
+            answer = await http.post(url, content=samples.tobytes(), headers=OCTETS)
+            assert answer.json()["tokens"] == expected(peer, samples, vocabulary)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 async def test_a_stream_of_windows_with_full_context_equals_the_recording(
     served: Served, recordings: Recordings, kind: str
 ) -> None:
@@ -241,7 +244,7 @@ async def test_models_are_served_side_by_side(served: Served, recordings: Record
     assert len({bundled["text"], rnnt["text"], tdt["text"]}) == 3
     assert rnnt["encoded_length"] == -(-rnnt["features_length"] // 8)
     assert all(ready.values())
-    assert len(ready) == 17
+    assert len(ready) == 19
     assert unknown.status_code == 404
 
 
@@ -249,152 +252,3 @@ def test_a_served_repository_is_listed(served: Served) -> None:
     lines = {recogniser.name: recogniser.describe() for recogniser in recognisers(served.repository)}
     assert lines["asr_ensemble"].startswith("asr_ensemble: rnnt, 512 pieces, 96 ms a frame")
     assert lines["tdt_1"] == "tdt_1: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s"
-
-
-async def test_import_check_and_list_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
-    into = tmp_path / "new"
-    code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
-    assert code == 0, errors
-    assert "imported mine" in output
-    assert {path.name for path in into.iterdir()} == {
-        "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
-    }  # fmt: skip
-    code, output, errors = await amira("models", "check", str(into))
-    assert code == 0, errors
-    assert "mine: 176000 samples" in output
-    code, output, _ = await amira("models", "list", str(into))
-    assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
-    code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
-    assert code == 2
-    assert "exists; choose another --name" in errors
-
-
-async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:
-    """On sizes of one window of this model. That Triton does run them shows by one that can't be run: it isn't loaded."""
-    import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
-    for role, name, dims in (
-        ("preprocessor", "waveforms", [1, 224000]),
-        ("encoder", "audio_signal", [1, 128, 1400]),
-        ("decoder_joint", "encoder_outputs", [1, 256, 25]),
-        ("decoder_joint", "input_states_2", [2, 1, 640]),
-    ):
-        config = read_config(tmp_path / f"mine_{role}" / "config.pbtxt")
-        assert list(config.model_warmup[0].inputs[name].dims) == dims
-    joint = tmp_path / "mine_decoder_joint"
-    config = read_config(joint / "config.pbtxt")
-    config.model_warmup[0].inputs["targets"].input_data_file = "targets"
-    (joint / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
-    (joint / "warmup" / "targets").write_bytes((99_999).to_bytes(4, "little"))  # no such token
-    with pytest.raises(EngineError, match=r"model mine_decoder_joint failed to load: .*warm-up 'one block': .*idx=99999"):
-        async with triton_with(tmp_path):
-            pass
-
-
-def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
-    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=True)
-    for role in ("preprocessor", "encoder", "decoder_joint"):
-        assert "KIND_GPU" in (tmp_path / f"mine_{role}" / "config.pbtxt").read_text()
-    assert "KIND_GPU" not in (tmp_path / "mine_decoder" / "config.pbtxt").read_text()
-
-
-@pytest.fixture
-def source(sources: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a published model, for a test to break."""
-    return Path(shutil.copytree(sources["rnnt"], tmp_path / "source"))
-
-
-def refusal(source: Path | str, tmp_path: Path, quantization: str | None = None) -> str:
-    into = tmp_path / "into"
-    with pytest.raises(ModelError) as raised:
-        import_model(str(source), "mine", into, quantization, gpu=False)
-    assert not into.exists() or not list(into.iterdir()), "something was left"
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["encoder-model.onnx", "decoder_joint-model.onnx", "vocab.txt", "encoder-model.onnx.data"])
-def test_missing_files_are_named(source: Path, tmp_path: Path, name: str) -> None:
-    (source / name).unlink()
-    message = refusal(source, tmp_path)
-    assert name in message
-    assert "missing" in message
-
-
-def test_a_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
-    assert "encoder-model.fp16.onnx is missing" in refusal(source, tmp_path, "fp16")
-
-
-def test_garbage_is_no_model(source: Path, tmp_path: Path) -> None:
-    (source / "encoder-model.onnx").write_bytes(b"\xff\x00garbage")
-    assert "encoder-model.onnx is no ONNX model" in refusal(source, tmp_path)
-
-
-def test_swapped_graphs_name_tensor_and_what_is_there(source: Path, tmp_path: Path) -> None:
-    shutil.copy(source / "decoder_joint-model.onnx", source / "encoder-model.onnx")
-    message = refusal(source, tmp_path)
-    assert "encoder-model.onnx: input audio_signal is missing; the graph has encoder_outputs" in message
-
-
-def test_an_encoder_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copy(sources["tdt"] / "encoder-model.onnx", source / "encoder-model.onnx")
-    message = refusal(source, tmp_path)
-    assert "input audio_signal is FLOAT [?, 128, ?]; expected FLOAT [?, 80, ?]" in message
-
-
-def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
-    shutil.copy(sources["tdt"] / "vocab.txt", source / "vocab.txt")
-    message = refusal(source, tmp_path)
-    assert "output outputs has 513 logits a frame; vocab.txt has 1025 pieces" in message
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "named"),
-    [
-        ("<blk> 512", "blank 512", "the last piece is 'blank 512'"),
-        ("<unk> 0", "<unk> 1", "vocab.txt line 1 is '<unk> 1'; expected"),
-    ],
-)
-def test_malformed_vocabularies_are_named(source: Path, tmp_path: Path, old: str, new: str, named: str) -> None:
-    edit(source / "vocab.txt", old, new)
-    assert named in refusal(source, tmp_path)
-
-
-def test_another_kind_in_the_configuration_is_refused(source: Path, tmp_path: Path) -> None:
-    (source / "config.json").write_text(json.dumps({"model_type": "nemo-conformer-tdt", "features_size": 80}))
-    assert "model_type is 'nemo-conformer-tdt'" in refusal(source, tmp_path)
-
-
-def test_nemo_files_get_the_recipe(tmp_path: Path) -> None:
-    message = refusal("parakeet.nemo", tmp_path)
-    assert "restore_from('parakeet.nemo')" in message
-    assert "model.export('model.onnx')" in message
-
-
-def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:
-    assert "neither a directory nor the id" in refusal(tmp_path / "nothing", tmp_path)
-    with pytest.raises(ModelError, match="name 'a/b' has other characters"):
-        import_model(str(source), "a/b", tmp_path / "into", None, gpu=False)
-
-
-def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "owner/model can't be had from Hugging Face" in refusal("owner/model", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "named"),
-    [
-        ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
-        ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
-        ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
-        ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
-    ],
-)
-def test_broken_repositories_are_named(tmp_path: Path, file: str, old: str, new: str, named: str) -> None:
-    repository = tmp_path / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
-    assert [recogniser.name for recogniser in recognisers(repository)] == ["asr_ensemble"]
-    edit(repository / file / "config.pbtxt", old, new)
-    with pytest.raises(ModelError) as raised:
-        recognisers(repository)
-    assert named in str(raised.value)

@@ -1,0 +1,403 @@
+"""Users' own models: imported from directories and a hub, checked, and refused with a line that says what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from conftest import KINDS
+from google.protobuf import text_format
+from test_launcher import amira, edit, triton_with
+from tritonclient.grpc import model_config_pb2 as pb
+
+from launcher.engine import EngineError, free_ports
+from launcher.graphs import ModelError
+from launcher.importing import import_model
+from launcher.models import ROLES, read_config, recognisers
+from launcher.run import LOOPBACK, MODEL_REPOSITORY
+
+
+async def test_import_check_and_list_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
+    into = tmp_path / "new"
+    code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    assert code == 0, errors
+    assert "imported mine" in output
+    assert {path.name for path in into.iterdir()} == {
+        "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
+    }  # fmt: skip
+    code, output, errors = await amira("models", "check", str(into))
+    assert code == 0, errors
+    assert "mine: 176000 samples" in output
+    code, output, _ = await amira("models", "list", str(into))
+    assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
+    code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    assert code == 2
+    assert "exists; choose another --name" in errors
+
+
+async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:
+    """On sizes of one window of this model. That Triton does run them shows by one that can't be run: it isn't loaded."""
+    import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
+    for role, name, dims in (
+        ("preprocessor", "waveforms", [1, 224000]),
+        ("encoder", "audio_signal", [1, 128, 1400]),
+        ("decoder_joint", "encoder_outputs", [1, 256, 25]),
+        ("decoder_joint", "input_states_2", [2, 1, 640]),
+    ):
+        config = read_config(tmp_path / f"mine_{role}" / "config.pbtxt")
+        assert list(config.model_warmup[0].inputs[name].dims) == dims
+    joint = tmp_path / "mine_decoder_joint"
+    config = read_config(joint / "config.pbtxt")
+    config.model_warmup[0].inputs["targets"].input_data_file = "targets"
+    (joint / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+    (joint / "warmup" / "targets").write_bytes((99_999).to_bytes(4, "little"))  # no such token
+    with pytest.raises(EngineError, match=r"model mine_decoder_joint failed to load: .*warm-up 'one block': .*idx=99999"):
+        async with triton_with(tmp_path):
+            pass
+
+
+def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
+    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=True)
+    for role in ROLES:
+        (group,) = read_config(tmp_path / f"mine_{role}" / "config.pbtxt").instance_group
+        assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
+    decoder = read_config(tmp_path / "mine_decoder" / "config.pbtxt")
+    assert decoder.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+    assert decoder.parameters["encoder_batch"].string_value == "16"
+    front_end = onnx.load(tmp_path / "mine_preprocessor" / "1" / "model.onnx")
+    assert "STFT" not in {node.op_type for node in front_end.graph.node}, "for which CUDA has no kernel"
+
+
+@pytest.fixture
+def hub(sources: dict[str, Path]) -> Iterator[str]:
+    """URL of a server that answers as the Hugging Face hub does, with one repository: owner/model, the RNN-T."""
+    files = {path.name: path.read_bytes() for path in sources["rnnt"].iterdir() if ".int8" not in path.name}
+    commit = "0" * 40
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith("/api/models/owner/model/tree/"):
+                listed = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
+                    for name, data in files.items()
+                ]
+                self._answer(json.dumps(listed).encode())
+            elif path.startswith("/api/models/owner/model"):
+                siblings = [{"rfilename": name} for name in files]
+                self._answer(json.dumps({"id": "owner/model", "sha": commit, "siblings": siblings}).encode())
+            elif path.startswith(f"/owner/model/resolve/{commit}/"):
+                self._answer(files[path.rpartition("/")[2]])
+            else:
+                self.send_error(404)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')  # noqa: S324
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer((LOOPBACK, 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://{LOOPBACK}:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    into = tmp_path / "into"
+    code, output, errors = await amira("models", "import", "owner/model", "--into", str(into))
+    assert code == 0, errors
+    assert "imported model into" in output
+    assert "100%" in errors, "its progress bar"
+    assert [recogniser.name for recogniser in recognisers(into)] == ["model"]
+    code, _, errors = await amira(
+        "models", "import", "owner/model", "--name", "q", "--quantization", "int8", "--into", str(into)
+    )
+    assert code == 2
+    assert "amira: owner/model on Hugging Face has no encoder-model.int8.onnx" in errors
+
+
+async def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    code, _, errors = await amira("models", "import", "owner/model", "--into", str(tmp_path / "into"))
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("amira: owner/model is no directory here, and can't be had from Hugging Face: ")
+
+
+@pytest.fixture
+def source(sources: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a published model, for a test to break."""
+    return Path(shutil.copytree(sources["rnnt"], tmp_path / "source"))
+
+
+def refusal(source: Path | str, tmp_path: Path, quantization: str | None = None, name: str = "mine") -> str:
+    into = tmp_path / "into"
+    with pytest.raises(ModelError) as raised:
+        import_model(str(source), name, into, quantization, gpu=False)
+    assert not into.exists() or not list(into.iterdir()), "something was left"
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["encoder-model.onnx", "decoder_joint-model.onnx", "vocab.txt", "encoder-model.onnx.data"])
+def test_missing_files_are_named(source: Path, tmp_path: Path, name: str) -> None:
+    (source / name).unlink()
+    message = refusal(source, tmp_path)
+    assert name in message
+    assert "missing" in message
+
+
+def test_a_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
+    assert "encoder-model.fp16.onnx is missing" in refusal(source, tmp_path, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (b"\xff\x00garbage", "encoder-model.onnx is no ONNX model: "),
+        (b"", "encoder-model.onnx is no ONNX model: it has no outputs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "encoder-model.onnx is a Git LFS pointer"),
+    ],
+)
+def test_what_is_no_graph_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
+    (source / "encoder-model.onnx").write_bytes(data)
+    assert named in refusal(source, tmp_path)
+
+
+def test_weights_that_were_cut_short_are_named(source: Path, tmp_path: Path) -> None:
+    data = source / "encoder-model.onnx.data"
+    size = data.stat().st_size
+    os.truncate(data, 1000)
+    assert f"encoder-model.onnx.data, which has 1000 bytes; expected {size} at least" in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../../outside", "/outside", "folder/inside"])
+def test_a_graph_can_not_name_files_elsewhere(source: Path, tmp_path: Path, outside: str) -> None:
+    path = source / "encoder-model.onnx"
+    graph = onnx.load(path, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = outside
+    path.write_bytes(graph.SerializeToString())
+    assert f"keeps weights in {outside!r}; expected a file beside it" in refusal(source, tmp_path)
+
+
+def test_swapped_graphs_name_tensor_and_what_is_there(source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "decoder_joint-model.onnx", source / "encoder-model.onnx")
+    message = refusal(source, tmp_path)
+    assert "encoder-model.onnx: input audio_signal is missing; the graph has encoder_outputs" in message
+
+
+def test_an_encoder_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(sources["tdt"] / "encoder-model.onnx", source / "encoder-model.onnx")
+    message = refusal(source, tmp_path)
+    assert "input audio_signal is FLOAT [?, 128, ?]; expected FLOAT [?, 80, ?]" in message
+
+
+def _in_half_precision(graph: onnx.GraphProto) -> None:
+    for tensor in (*graph.input, *graph.output):
+        if tensor.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            tensor.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+
+def _with_one_state(graph: onnx.GraphProto) -> None:
+    for tensors in (graph.input, graph.output):
+        tensors.remove(next(tensor for tensor in tensors if tensor.name.endswith("put_states_2")))
+
+
+def _with_states_of_two_sizes(graph: onnx.GraphProto) -> None:
+    state = next(tensor for tensor in graph.input if tensor.name == "input_states_2")
+    state.type.tensor_type.shape.dim[2].dim_value = 320
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_in_half_precision, "input encoder_outputs is FLOAT16 [?, 256, ?]; expected FLOAT [?, 256, ?]"),
+        (_with_one_state, "input input_states_2 is missing; the graph has encoder_outputs, targets, target_length, "),
+        (_with_states_of_two_sizes, "input input_states_2 is FLOAT [1, ?, 320]; expected FLOAT [1, ?, 640]"),
+    ],
+)
+def test_other_tensors_are_named(source: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None], named: str) -> None:
+    path = source / "decoder_joint-model.onnx"
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    assert f"{path}: {named}" in refusal(source, tmp_path)
+
+
+def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(sources["tdt"] / "vocab.txt", source / "vocab.txt")
+    message = refusal(source, tmp_path)
+    assert "output outputs has 513 logits a frame; vocab.txt has 1025 pieces" in message
+
+
+@pytest.mark.parametrize("pieces", [300, 512, 514])
+def test_a_vocabulary_of_another_length_is_refused(source: Path, tmp_path: Path, pieces: int) -> None:
+    """One that is much too short is no TDT with hundreds of durations."""
+    (source / "config.json").unlink()
+    lines = [f"x {index}\n" for index in range(pieces - 1)] + [f"<blk> {pieces - 1}\n"]
+    (source / "vocab.txt").write_text("".join(lines))
+    assert f"has 513 logits a frame; vocab.txt has {pieces} pieces" in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("<blk> 512\n", "", "ends with 'tit 511'; expected the blank, '<blk> 512', behind it"),
+        ("<unk> 0", "<unk> 1", "vocab.txt line 1 is '<unk> 1'; expected"),
+    ],
+)
+def test_malformed_vocabularies_are_named(source: Path, tmp_path: Path, old: str, new: str, named: str) -> None:
+    edit(source / "vocab.txt", old, new)
+    assert named in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize(("data", "named"), [(b"", "is empty"), (b"\xe9 0\n<blk> 1\n", "is no UTF-8 text")])
+def test_what_is_no_vocabulary_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
+    (source / "vocab.txt").write_bytes(data)
+    assert f"vocab.txt {named}" in refusal(source, tmp_path)
+
+
+def test_a_piece_may_be_a_line_separator(source: Path, tmp_path: Path) -> None:
+    edit(source / "vocab.txt", "tit 511", "\u2028 511")
+    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    assert [recogniser.name for recogniser in recognisers(tmp_path / "into")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            '{"model_type": "nemo-conformer-tdt"}',
+            "model_type is 'nemo-conformer-tdt', but decoder_joint-model.onnx and vocab.txt",
+        ),
+        ('{"subsampling_factor": 0}', "subsampling_factor is 0: "),
+        ('{"max_tokens_per_step": "many"}', "max_tokens_per_step is 'many': "),
+        ("{", "Invalid JSON"),
+        ("[]", "should be an object"),
+    ],
+)
+def test_wrong_configurations_of_a_source_are_named(source: Path, tmp_path: Path, text: str, named: str) -> None:
+    (source / "config.json").write_text(text)
+    message = refusal(source, tmp_path)
+    assert "config.json: " in message
+    assert named in message
+
+
+def test_the_configuration_of_a_source_is_followed(source: Path, tmp_path: Path) -> None:
+    """What other tools write there is let alone."""
+    (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 4, "max_tokens_per_step": 7}')
+    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    (recogniser,) = recognisers(tmp_path / "into")
+    assert recogniser.describe() == "mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s"
+    assert recogniser.parameters["max_symbols_per_step"] == "7"
+
+
+def test_nemo_files_get_the_recipe(tmp_path: Path) -> None:
+    """Two lines of Python that can be copied; also where the file lies in a directory."""
+    (tmp_path / "source").mkdir()
+    inside = tmp_path / "source" / "parakeet.nemo"
+    inside.touch()
+    for source, path in (("other.nemo", "other.nemo"), (str(inside.parent), str(inside))):
+        _, first, second = refusal(source, tmp_path).splitlines()
+        compile(first.strip(), "first", "exec")
+        compile(second.strip(), "second", "exec")
+        assert f"restore_from({path!r})" in first
+        assert 'm.export("model.onnx")' in first
+
+
+def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:
+    assert "neither a directory nor the id" in refusal(tmp_path / "nothing", tmp_path)
+    for name in ("a/b", "..", ".", "", "-a", "a" * 41):
+        assert f"name {name!r} is not allowed" in refusal(source, tmp_path, name=name)
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="can't be written: Not a directory"):
+        import_model(str(source), "mine", tmp_path / "file", None, gpu=False)
+
+
+def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Nor are parts whose ensemble has another name or is gone."""
+    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    shutil.rmtree(tmp_path / "mine")
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    for name, named in (("mine", "mine_decoder"), ("mine_encoder", "mine_encoder")):
+        with pytest.raises(ModelError, match=f"/{named} exists; choose another --name, or remove it"):
+            import_model(str(sources["tdt"]), name, tmp_path, None, gpu=False)
+    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
+        ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "encoder"', "0 of its steps have a vocabulary; expected 1"),
+        ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
+        ("rnnt_greedy_bls", '"blank" value: { string_value: "512"', '"blank" value: { string_value: "511"', "blank is '511'"),
+        (
+            "rnnt_greedy_bls",
+            'string_value: "rnnt"',
+            'string_value: "tdt"',
+            "kind is 'tdt'; its graphs and vocabulary have 'rnnt'",
+        ),
+        (
+            "rnnt_greedy_bls",
+            'string_value: "1536"',
+            'string_value: "96 ms"',
+            "frame_samples is '96 ms'; expected a whole number",
+        ),
+        ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
+        ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
+        ("detokenizer", "../vocab.txt", "vocab.txt", "detokenizer/vocab.txt is missing"),
+    ],
+)
+def test_broken_repositories_are_named(tmp_path: Path, file: str, old: str, new: str, named: str) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    assert [recogniser.name for recogniser in recognisers(repository)] == ["asr_ensemble"]
+    edit(repository / file / "config.pbtxt", old, new)
+    with pytest.raises(ModelError) as raised:
+        recognisers(repository)
+    assert named in str(raised.value)
+
+
+def test_front_end_and_encoder_must_fit(sources: dict[str, Path], tmp_path: Path) -> None:
+    for kind in KINDS:
+        import_model(str(sources[kind]), kind, tmp_path, None, gpu=False)
+    edit(tmp_path / "rnnt_decoder" / "config.pbtxt", '"rnnt_preprocessor"', '"tdt_preprocessor"')
+    with pytest.raises(ModelError, match=r"output features is FLOAT \[\?, 128, \?\]; expected FLOAT \[\?, 80, \?\]"):
+        recognisers(tmp_path)
+
+
+def test_durations_are_the_makers_word(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The graphs tell how many there are, not which."""
+    import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
+    decoder = tmp_path / "mine_decoder" / "config.pbtxt"
+    edit(decoder, '"0,1,2,3,4"', '"0,1,2,4,8"')
+    assert [recogniser.name for recogniser in recognisers(tmp_path)] == ["mine"]
+    edit(decoder, '"0,1,2,4,8"', '"0,1,2,4"')
+    with pytest.raises(ModelError, match="parameter durations is '0,1,2,4'"):
+        recognisers(tmp_path)
