@@ -41,6 +41,7 @@ class Graph:
         path: the file.
         inputs, outputs: its tensors by name.
         data_files: names of the files beside it that hold its weights.
+        size: bytes of all of them.
 
     Raises:
         ModelError: it is missing or no ONNX model, or its external data is missing or cut short.
@@ -72,6 +73,7 @@ class Graph:
             if (found := file_with_weights.stat().st_size) < size:
                 raise ModelError(f"{path} keeps weights in {name}, which has {found} bytes; expected {size} at least")
         self.data_files = list(data)
+        self.size = sum(file.stat().st_size for file in (path, *(path.parent / name for name in data)))
 
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]]) -> None:
         """Hold the inputs or outputs against what the convention asks for.

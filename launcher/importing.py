@@ -30,6 +30,9 @@ MEL_BINS = (80, 128)
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
 """For encoders that were trained on whole utterances: NeMo's buffered streaming loses 0.3 points with these (its PR 9106)."""
 
+LARGE_ENCODER_BYTES = 200_000_000
+"""An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
+
 GPU_ENCODER_BATCH = 16
 """Windows in one call of the encoder, which a GPU computes in not much more time than one."""
 
@@ -193,6 +196,9 @@ class _Writer:
         if gpu:
             config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
             config.instance_group[0].count = 1
+        elif role == "encoder" and transducer.encoder.size >= LARGE_ENCODER_BYTES:
+            config.instance_group[0].count = 1
+            config.parameters["intra_op_thread_count"].string_value = "0"
         files = _set_warmup(config, transducer, window_frames, frame_samples)
         directory = self._write_config(config, role)
         (directory / "warmup").mkdir()
@@ -201,7 +207,7 @@ class _Writer:
 
     def _write_python_model(self, template: str, part: str, parameters: dict[str, str]) -> None:
         config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")
-        config.parameters.pop("lone_encoder_model", None)  # one encoder, which has all cores
+        config.parameters.pop("lone_encoder_model", None)  # an imported model has one encoder
         for key, value in parameters.items():
             config.parameters[key].string_value = value
         directory = self._write_config(config, part)

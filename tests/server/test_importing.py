@@ -65,6 +65,17 @@ async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str,
             pass
 
 
+def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path) -> None:
+    def sessions(name: str) -> tuple[int, str]:
+        import_model(str(source), name, tmp_path / "into", None, gpu=False)
+        config = read_config(tmp_path / "into" / f"{name}_encoder" / "config.pbtxt")
+        return config.instance_group[0].count, config.parameters["intra_op_thread_count"].string_value
+
+    assert sessions("small") == (2, "1")
+    os.truncate(source / "encoder-model.onnx.data", 250_000_000)  # a hole, which takes no space
+    assert sessions("large") == (1, "0"), "0 is all cores"
+
+
 def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
     import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=True)
     for role in ROLES:
