@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
-import psutil
 import pytest
 import yaml
 
@@ -111,20 +109,6 @@ def test_only_gateways_reach_triton(manifests: dict[tuple[str, str], Manifest]) 
     (caller,) = [rule["from"] for rule in policy["ingress"] if rule["ports"] == [{"protocol": "TCP", "port": "grpc"}]]
     assert caller == [{"podSelector": {"matchLabels": {SELECTED: "amira-gateway"}}}]
     assert policy["egress"] == []
-
-
-def test_a_triton_that_lost_a_stub_is_not_alive(manifests: dict[tuple[str, str], Manifest]) -> None:
-    """The check as it stands, but for the question to Triton, with a child that died and that nobody waited for."""
-    *shell, script = container(manifests["StatefulSet", "amira-triton"])["livenessProbe"]["exec"]["command"]
-    question, check = script.split(" && ")
-    assert question == "curl --silent --fail http://localhost:8000/v2/health/live"
-    dead = subprocess.Popen(["true"])
-    try:
-        while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
-        assert subprocess.run([*shell, check], check=False).returncode == 1
-    finally:
-        dead.wait()
 
 
 def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest]) -> None:
