@@ -29,7 +29,7 @@ class Victim(NamedTuple):
 
     @property
     def stubs(self) -> list[psutil.Process]:
-        return psutil.Process(self.triton.pid).children()
+        return list(psutil.Process(self.triton.pid).children())
 
     def run(self, check: str) -> int:
         """Exit status of a container's check, here."""
