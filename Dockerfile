@@ -8,7 +8,7 @@ COPY pyproject.toml README.md ./
 COPY gateway gateway
 COPY launcher launcher
 COPY amira_client amira_client
-RUN /opt/amira/bin/pip install --no-cache-dir --no-deps . \
+RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
     && /opt/amira/bin/pip uninstall --yes pip
 
 FROM python:3.12.11-slim-bookworm
@@ -22,7 +22,7 @@ WORKDIR /etc/amira
 USER 10001
 EXPOSE 8057
 # Alive, not ready: a gateway whose Triton is away must not be restarted.
-HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD ["python", "-c", "\
-import os, urllib.request as r; r.urlopen(f'http://127.0.0.1:{os.environ[\"AMIRA_SERVER_PORT\"]}/health/live', timeout=2)"]
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD \
+  ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:%(AMIRA_SERVER_PORT)s/health/live' % os.environ)"]
 ENTRYPOINT ["amira"]
 CMD ["serve"]

@@ -9,7 +9,7 @@ WORK ?= .training
 INTO ?= model-repo
 SOURCES := gateway launcher amira_client model-repo backends training tests perf deploy
 # What requirements.lock holds; training is left out, since torch is larger than all the rest.
-LOCKED := engine models perf tracing dev
+LOCKED := engine models perf tracing build dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos lock clean
@@ -93,7 +93,7 @@ lock:  ## Resolve the newest packages into requirements.lock, and those of the i
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --generate-hashes --no-header \
 		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
-	@$(BIN)/uv pip compile pyproject.toml --extra tracing --universal --generate-hashes --no-header --no-annotate \
+	@$(BIN)/uv pip compile pyproject.toml --extra tracing --extra build --universal --generate-hashes --no-header --no-annotate \
 		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made

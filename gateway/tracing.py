@@ -29,6 +29,9 @@ OTLP_HTTP_PORT = 4318
 OTLP_PATH = "/v1/traces"
 JAEGER_THRIFT_PATH = "/api/traces"
 
+CONVENTIONAL = {"status": "http.response.status_code", "body_bytes": "http.request.body.size"}
+"""Attributes that OpenTelemetry's conventions have a name for; the others are ours, below ``asr``."""
+
 _span: ContextVar[Span | None] = ContextVar("span", default=None)
 
 
@@ -75,6 +78,9 @@ class Tracing:
         token = _span.set(span)
         try:
             yield
+        except Exception:
+            fail(ErrorKind.INTERNAL)
+            raise
         finally:
             _span.reset(token)
             span.end()
@@ -148,4 +154,4 @@ def _wanted(settings: Settings, environ: Mapping[str, str]) -> bool:
 
 
 def _named(attributes: Mapping[str, str | float]) -> dict[str, Any]:
-    return {f"asr.{name}": value for name, value in attributes.items()}
+    return {CONVENTIONAL.get(name, f"asr.{name}"): value for name, value in attributes.items()}

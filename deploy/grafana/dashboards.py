@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from grafana_foundation_sdk.builders.prometheus import Dataquery
@@ -73,6 +74,11 @@ def ratio(above: str, below: str) -> str:
 def each_audio_second(of_models: str) -> str:
     """A sum by model for each second of audio that the decoders received."""
     return f"{of_models} / on () group_left () ({rate('asr_decoder_audio_seconds_total')} > 0)"
+
+
+def decoder_ratio(counter: str) -> str:
+    """One of the decoder's counters for each second of audio that it received."""
+    return ratio(rate(f"asr_decoder_{counter}_total"), rate("asr_decoder_audio_seconds_total"))
 
 
 def mean_seconds(duration: str) -> Query:
@@ -164,16 +170,38 @@ TRITON = Board(
         "Decoder": (
             panel("Streams with state", "short", ("sum by (instance) (asr_decoder_sequences)", "{{instance}}")),
             panel(
-                "Streams a call",
+                "Windows that wait",
                 "short",
-                (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "rows a call"),
+                ("sum by (instance) (asr_decoder_waiting_windows)", "{{instance}}"),
+                note="For a call of the encoder. They grow without end where streams are more than the machine can decode.",
             ),
-            panel("Calls", "reqps", (rate("asr_decoder_calls_total", "instance"), "{{instance}}")),
             panel(
-                "Tokens",
+                "Wait for the encoder",
+                "s",
+                ("asr:triton_queue_seconds:mean_5m", "a window"),
+                note="Autoscaling looks at this. Triton's own queue of rnnt_greedy_bls stays empty.",
+            ),
+            panel(
+                "Batch sizes",
                 "short",
-                (rate("asr_decoder_tokens_total", "instance"), "{{instance}}"),
-                note="A second, in final answers.",
+                (
+                    ratio(rate("asr_decoder_windows_total"), rate("asr_decoder_encode_calls_total")),
+                    "windows a call of the encoder",
+                ),
+                (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "streams a call of decoder_joint"),
+            ),
+            panel(
+                "Calls",
+                "reqps",
+                (rate("asr_decoder_encode_calls_total", "instance"), "encoder {{instance}}"),
+                (rate("asr_decoder_calls_total", "instance"), "decoder_joint {{instance}}"),
+            ),
+            panel(
+                "Tokens and segments",
+                "short",
+                (rate("asr_decoder_tokens_total", "instance"), "tokens {{instance}}"),
+                (rate("asr_decoder_segments_total", "instance"), "segments {{instance}}"),
+                note="A second, as they become final.",
             ),
             panel(
                 "Audio",
@@ -261,6 +289,13 @@ COST = Board(
                 note="asr_ensemble and rnnt_greedy_bls include the waiting for what they call; the others add up.",
             ),
             panel(
+                "Calls of the networks",
+                "s",
+                (decoder_ratio("encode_seconds"), "preprocessor and encoder"),
+                (decoder_ratio("decode_seconds"), "decoder_joint"),
+                note="As the decoder waits for them, whole batches at a time; calls of the encoder run beside each other.",
+            ),
+            panel(
                 "Gateways",
                 "s",
                 (
@@ -278,7 +313,7 @@ COST = Board(
             panel(
                 "Decoder calls for a second of audio",
                 "short",
-                (ratio(rate("asr_decoder_calls_total"), rate("asr_decoder_audio_seconds_total")), "calls"),
+                (decoder_ratio("calls"), "calls"),
                 note="Falls as streams share calls.",
             ),
             panel(
@@ -333,7 +368,7 @@ def _lines(drawn: Panel) -> TimeSeries:
     )
     if drawn.note:
         lines.description(drawn.note)
-    for letter, (query, legend) in zip("ABCD", drawn.queries, strict=False):
+    for letter, (query, legend) in zip(ascii_uppercase, drawn.queries, strict=False):
         lines.with_target(Dataquery().ref_id(letter).expr(query).legend_format(legend).range().datasource(PROMETHEUS))
     return lines
 

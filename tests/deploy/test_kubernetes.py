@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
-import psutil
 import pytest
 import yaml
 
@@ -111,20 +109,15 @@ def test_only_gateways_reach_triton(manifests: dict[tuple[str, str], Manifest]) 
     (caller,) = [rule["from"] for rule in policy["ingress"] if rule["ports"] == [{"protocol": "TCP", "port": "grpc"}]]
     assert caller == [{"podSelector": {"matchLabels": {SELECTED: "amira-gateway"}}}]
     assert policy["egress"] == []
-
-
-def test_a_triton_that_lost_a_stub_is_not_alive(manifests: dict[tuple[str, str], Manifest]) -> None:
-    """The check as it stands, but for the question to Triton, with a child that died and that nobody waited for."""
-    *shell, script = container(manifests["StatefulSet", "amira-triton"])["livenessProbe"]["exec"]["command"]
-    question, check = script.split(" && ")
-    assert question == "curl --silent --fail http://localhost:8000/v2/health/live"
-    dead = subprocess.Popen(["true"])
-    try:
-        while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
-        assert subprocess.run([*shell, check], check=False).returncode == 1
-    finally:
-        dead.wait()
+    names_and_traces = manifests["NetworkPolicy", "amira-names-and-traces"]["spec"]
+    (chosen,) = names_and_traces["podSelector"]["matchExpressions"]
+    assert chosen["key"] == SELECTED
+    assert set(chosen["values"]) == {labels(workload)[SELECTED] for workload in workloads(manifests)}
+    allowed = {port["port"] for rule in names_and_traces["egress"] for port in rule["ports"]}
+    (collector,) = re.findall(
+        r"url=http://jaeger\.monitoring:(\d+)/", " ".join(container(manifests["StatefulSet", "amira-triton"])["args"])
+    )
+    assert allowed == {53, int(collector)}
 
 
 def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest]) -> None:
@@ -161,10 +154,37 @@ def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest
     assert pod(manifests["StatefulSet", "amira-triton"])["terminationGracePeriodSeconds"] >= grace
 
 
-def test_images_are_those_of_the_compose_file(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+def mebibytes(quantity: str) -> int:
+    (number, unit) = re.fullmatch(r"(\d+)(Mi|Gi)", quantity).groups()  # type: ignore[union-attr]
+    return int(number) * {"Mi": 1, "Gi": 1024}[unit]
+
+
+def test_tritons_grow_with_the_streams(manifests: dict[tuple[str, str], Manifest]) -> None:
+    tritons, gateways = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
+    places = gateways["maxReplicas"] * int(manifests["ConfigMap", "amira-gateway"]["data"]["AMIRA_MAX_CONCURRENT_STREAMS"])
+    first, second = (metric["external"] for metric in tritons["metrics"])
+    assert first["target"] == {"type": "AverageValue", "averageValue": round(0.7 * places / tritons["maxReplicas"])}
+    assert second["metric"]["name"] == "asr_triton_queue_seconds"
+
+
+def test_a_full_gateway_fits_into_its_memory(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    settings = load_settings(manifests["ConfigMap", "amira-gateway"]["data"], deploy).settings
+    gateway = manifests["Deployment", "amira-gateway"]
+    body = settings.max_request_size / 2**20
+    bodies = (settings.max_concurrent_batches + settings.inference_queue_size) * body
+    buffers = settings.max_concurrent_streams * settings.audio_buffer_capacity / 2**20
+    # The process itself has 125 MiB. A body of JSON is three times its size once it is read.
+    assert 125 + 3 * bodies + buffers < mebibytes(container(gateway)["resources"]["limits"]["memory"])
+    (tmp,) = pod(gateway)["volumes"]
+    assert bodies < mebibytes(tmp["emptyDir"]["sizeLimit"]), "forms wait in files"
+
+
+def test_images_and_options_are_those_of_the_compose_file(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
     services = yaml.safe_load((deploy.parent / "docker-compose.yml").read_text())["services"]
     for workload, service in zip(workloads(manifests), ("gateway", "triton"), strict=True):
         assert container(workload)["image"] == services[service]["image"]
+    theirs, ours = services["triton"]["command"], container(manifests["StatefulSet", "amira-triton"])["args"]
+    assert [option.replace("//jaeger:", "//jaeger.monitoring:") for option in theirs] == ours
 
 
 def test_volumes_are_there(manifests: dict[tuple[str, str], Manifest]) -> None:

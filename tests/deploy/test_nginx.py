@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from clients import END, cut, listen, open_socket, transcribe
+from chaos import gateway_process
+from clients import END, cut, gateway_metrics, listen, open_socket, transcribe
 from conftest import Gateway, Recordings
 from websockets.exceptions import InvalidStatus
 
+from amira_client import LiveStream
 from gateway.service import Service
 from gateway.settings import Settings
-from launcher.engine import free_ports
+from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK, SPEECH
 
 Need = Callable[[str], str]
@@ -52,8 +55,8 @@ class Proxy:
 
 
 @asynccontextmanager
-async def run_nginx(binary: str, deploy: Path, directory: Path, *gateways: Gateway) -> AsyncIterator[Proxy]:
-    """nginx with the project's configuration; only addresses and places of files are others."""
+async def run_nginx(binary: str, deploy: Path, directory: Path, *gateways: str) -> AsyncIterator[Proxy]:
+    """nginx with the project's configuration before these addresses; only its own and the places of files are others."""
     (port,) = free_ports(LOOPBACK, 1)
     text = (deploy / "nginx" / "nginx.conf").read_text()
     for theirs, ours in (
@@ -72,7 +75,7 @@ async def run_nginx(binary: str, deploy: Path, directory: Path, *gateways: Gatew
     upstream = (deploy / "nginx" / "upstream.conf").read_text()
     server = re.search(r"server gateway:8057 resolve (.*);", upstream)
     assert server
-    servers = "\n".join(f"server {gateway.url.removeprefix('http://')} {server[1]};" for gateway in gateways)
+    servers = "\n".join(f"server {gateway} {server[1]};" for gateway in gateways)
     upstream = re.sub(r"^resolver .*$", "", upstream.replace(server[0], servers), flags=re.MULTILINE)
     (directory / "upstream.conf").write_text(upstream)
     process = await asyncio.create_subprocess_exec(binary, "-p", str(directory), "-c", str(directory / "nginx.conf"))
@@ -100,8 +103,17 @@ async def gateways(make_gateway: MakeGateway) -> AsyncIterator[tuple[Gateway, Ga
 
 @pytest.fixture
 async def proxy(need: Need, deploy: Path, tmp_path: Path, gateways: tuple[Gateway, Gateway]) -> AsyncIterator[Proxy]:
-    async with run_nginx(need("nginx"), deploy, tmp_path, *gateways) as running:
+    addresses = [gateway.url.removeprefix("http://") for gateway in gateways]
+    async with run_nginx(need("nginx"), deploy, tmp_path, *addresses) as running:
         yield running
+
+
+@pytest.fixture
+async def processes(triton: Ports) -> AsyncIterator[dict[str, asyncio.subprocess.Process]]:
+    """Two gateways that may be killed, by their addresses."""
+    first, second = free_ports(LOOPBACK, 2)
+    async with gateway_process(first, triton) as one, gateway_process(second, triton) as other:
+        yield {f"{LOOPBACK}:{first}": one, f"{LOOPBACK}:{second}": other}
 
 
 def service(gateway: Gateway) -> Service:
@@ -210,3 +222,41 @@ async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Rec
         conversation = await listener
     assert conversation.close_code == 1000
     assert "fellow" in conversation.final["text"]
+
+
+async def test_a_stream_outlives_its_killed_gateway(
+    need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], recordings: Recordings
+) -> None:
+    async with run_nginx(need("nginx"), deploy, tmp_path, *processes) as proxy:
+        plain = (await transcribe(proxy.stream_url(), recordings["jfk"])).final
+        async with LiveStream(proxy.stream_url()) as stream:
+            frames = cut(recordings["jfk"], 16_000)
+            for frame in frames[:6]:
+                await stream.send(frame)
+            assert (await anext(aiter(stream))).text
+            live = {
+                address: (await gateway_metrics(f"http://{address}"))["asr_active_connections", ()] for address in processes
+            }
+            (address,) = (address for address, streams in live.items() if streams)
+            processes[address].kill()
+            for frame in frames[6:]:
+                await stream.send(frame)
+            final = await stream.finish()
+        assert stream.reconnects == 1
+        assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+
+
+async def test_a_recording_is_never_sent_twice(
+    need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], http: httpx.AsyncClient
+) -> None:
+    """One gateway has it and dies; the other may not get it too."""
+    async with run_nginx(need("nginx"), deploy, tmp_path, *processes) as proxy:
+        for process in processes.values():
+            process.send_signal(signal.SIGSTOP)
+        recording = asyncio.create_task(http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(32_000)))
+        await asyncio.sleep(0.5)  # by now it has been sent; nobody tells when
+        for process in processes.values():
+            process.kill()
+        assert (await recording).status_code == 502
+    last = json.loads((tmp_path / "access.log").read_text().splitlines()[-1])
+    assert last["upstream"] in processes, "one address alone"

@@ -38,19 +38,29 @@ class Query(NamedTuple):
 
     board: str
     panel: str
-    text: str
+    expression: str
+
+    @property
+    def text(self) -> str:
+        """As Prometheus understands it."""
+        return self.expression.replace("$__rate_interval", RATE_WINDOW)
 
     @property
     def here(self) -> bool:
         """Whether this machine's server has all metrics of it."""
-        return "nv_gpu_" not in self.text
+        return "nv_gpu_" not in self.expression
+
+    @property
+    def row(self) -> str:
+        """In docs/Dashboards.md, up to the value."""
+        return f"| {self.panel} | `{self.expression.replace('|', chr(92) + '|')}` |"
 
 
 def queries(deploy: Path) -> Iterator[Query]:
     for path in sorted((deploy / "grafana" / "json").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel.get("targets", ()):
-                yield Query(path.stem, panel["title"], target["expr"].replace("$__rate_interval", RATE_WINDOW))
+                yield Query(path.stem, panel["title"], target["expr"])
 
 
 def test_rules_pass_promtool(need: Need, deploy: Path) -> None:
@@ -70,7 +80,7 @@ def test_every_alert_has_its_runbook_and_its_unit_test(deploy: Path) -> None:
     tested = {
         alert["alertname"]
         for case in yaml.safe_load(Path(__file__).with_name("alerts.test.yml").read_text())["tests"]
-        for alert in case["alert_rule_test"]
+        for alert in case.get("alert_rule_test", ())
         if alert.get("exp_alerts")
     }
     (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "alerts.yml").read_text())["groups"]
@@ -98,6 +108,17 @@ def test_dashboards_are_what_the_code_makes() -> None:
     assert set(made) == set(JSON.glob("*.json"))
     for path, text in made.items():
         assert path.read_text() == text, "run python -m deploy.grafana.dashboards"
+
+
+def test_every_panel_is_documented(deploy: Path) -> None:
+    page = (deploy.parent / "docs" / "Dashboards.md").read_text()
+    _, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
+    documented = {
+        (section.split("\n")[0].lower(), row)
+        for section in sections
+        for row in re.findall(r"^(\| .+ \| `.+` \|) .+ \|$", section, re.MULTILINE)
+    }
+    assert documented == {(query.board, query.row) for query in queries(deploy)}
 
 
 def test_dashboards_use_provisioned_sources(deploy: Path) -> None:
@@ -224,6 +245,6 @@ async def test_every_panel_has_data(
             await asyncio.gather(loading, return_exceptions=True)
         alarmed = await prometheus.alerts()
     for query in wanted:
-        print(f"| {query.board} | {query.panel} | `{query.text}` | {values.get(query, math.nan):.4g} |")
+        print(query.row, f"{values[query]:.4g} |" if query in values else "no GPU here |")
     assert {query for query in wanted if query.here} == {query for query in values if query.here}
     assert not alarmed & {"AsrTritonDown", "AsrGatewayDown", "AsrFailures"}

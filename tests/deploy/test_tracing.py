@@ -162,7 +162,8 @@ async def test_one_tree_from_the_client_to_the_decoder(traced: Gateway, receiver
     top, spans = await receiver.trace("POST /v2/decode/batch/{model}", MODELS)
     print("\n".join(tree(top, spans)))
     assert (top.service, top.trace, top.parent) == ("asr-test", CLIENTS_TRACE, CLIENTS_SPAN)
-    assert top.attributes["asr.status"] == 200
+    assert top.attributes["http.response.status_code"] == 200
+    assert top.attributes["asr.model"] == "amira"
     assert below(top, spans) >= MODELS
     (decoder,) = (span for span in spans if span.name == "rnnt_greedy_bls")
     assert below(decoder, spans) >= {"preprocessor", "encoder_lone", "decoder_joint"}
@@ -190,13 +191,18 @@ async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, htt
             await open_socket(traced.stream_url())
         await socket.send(END)
         await listen(socket)
+    crashing = Tracing(Settings(jaeger_endpoint=receiver.url))
+    with pytest.raises(ZeroDivisionError), crashing.span("crash", {}):
+        _ = 1 / 0
+    await crashing.close()
     for _ in range(50):
         found = {span.attributes.get("error.type"): span.error for span in receiver.spans}
-        if {"odd_length", "no_capacity"} <= set(found):
+        if {"odd_length", "no_capacity", "internal"} <= set(found):
             break
         await asyncio.sleep(0.1)
     assert found["odd_length"] is False, "a client's mistake is no error of ours"
     assert found["no_capacity"] is True
+    assert found["internal"] is True
 
 
 async def test_what_the_client_does_not_sample_is_not_traced(
