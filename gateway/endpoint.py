@@ -282,18 +282,19 @@ class Sequence:
         self._id = secrets.randbelow(2**63 - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
         self._alive = False
 
-    async def send(self, samples: Samples, *, end: bool) -> Answer:
+    async def send(self, samples: Samples, *, end: bool, patience: int = 1) -> Answer:
         """Send new audio and give the decoder's answer.
 
         Args:
             samples: 16 kHz audio [n]; may be empty.
             end: the sequence ends with it.
+            patience: how many times ``inference_timeout_secs`` it may take.
 
         Raises:
             UnreachableError: Triton is gone.
             ApiError: it failed or took too long; the sequence's state is then unknown.
         """
-        start = not self._alive
+        start, timeout_secs = not self._alive, patience * self._timeout_secs
         self._live(True)  # from here on the decoder may hold state, whatever comes back
         began = time.perf_counter()
         try:
@@ -304,7 +305,7 @@ class Sequence:
                 sequence_start=start,
                 sequence_end=end,
                 parameters=self._options if start else None,
-                client_timeout=self._timeout_secs,
+                client_timeout=timeout_secs,
                 headers=tracing.headers(),
             )
         except InferenceServerException as error:
@@ -322,13 +323,13 @@ class Sequence:
                 raise UnreachableError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") from error
             if error.status() == DEADLINE_EXCEEDED:
                 raise ApiError(
-                    ErrorKind.BACKEND_TIMEOUT, f"the recogniser took longer than {self._timeout_secs:g} s; please retry"
+                    ErrorKind.BACKEND_TIMEOUT, f"the recogniser took longer than {timeout_secs:g} s; please retry"
                 ) from error
             raise ApiError(ErrorKind.BACKEND_FAILED, "the recogniser failed; please retry") from error
         finally:
             seconds = time.perf_counter() - began
             metrics.TRITON_DURATION.labels(self._ensemble).observe(seconds)
-        self.endpoint.breaker.record(success=seconds < SLOW_SHARE * self._timeout_secs)
+        self.endpoint.breaker.record(success=seconds < SLOW_SHARE * timeout_secs)
         if end:
             self._live(False)
         return _parse(result)

@@ -122,10 +122,12 @@ class Utterance:
             ApiError: no Triton answered in the time or the attempts there are.
         """
         self._kept += samples.tobytes()
+        # Each attempt may take longer than the one before: when many streams come back at once their audio takes its time, and
+        # what is given up too early is decoded for nothing, and then once more.
         deadline, failures = 0.0, 0
         while True:
             try:
-                answer = await self._try(samples, end)
+                answer = await self._try(samples, end, patience=1 + failures)
             except ApiError as error:
                 now = time.monotonic()
                 deadline = deadline or now + self._triton.recovery_secs
@@ -160,15 +162,15 @@ class Utterance:
         if self._sequence:
             await self._sequence.abandon()
 
-    async def _try(self, samples: Samples, end: bool) -> Answer:
+    async def _try(self, samples: Samples, end: bool, patience: int) -> Answer:
         if self._sequence:
-            return await self._sequence.send(samples, end=end)
+            return await self._sequence.send(samples, end=end, patience=patience)
         options = {**self._options, "restore": self._state} if self._state else self._options
         endpoint = self._triton.place(self._recogniser.ensemble)
         self._sequence = endpoint.open(self._recogniser.ensemble, options)
         audio = np.frombuffer(bytes(self._kept), np.int16)
         metrics.REPLAYED_AUDIO.inc((len(audio) - len(samples)) / RATE)
-        return await self._sequence.send(audio, end=end)
+        return await self._sequence.send(audio, end=end, patience=patience)
 
     def _leave(self) -> None:
         if self._sequence:
