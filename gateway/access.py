@@ -6,8 +6,8 @@ import asyncio
 import hmac
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.datastructures import Headers
 
@@ -20,6 +20,9 @@ ANYBODY = -1
 
 BURST_SECS = 60.0
 """A caller that was quiet may send at once what it may send in this time."""
+
+REST = 2.0
+"""Streams that are sent faster than real time leave Triton alone for so many times as long as they keep it busy."""
 
 
 def check_key(headers: Headers, settings: Settings) -> int:
@@ -102,6 +105,7 @@ class Admission:
         streams, batches: how many are in flight.
         batch_places: held by a batch request while Triton works on it.
         draining: nothing more is admitted.
+        ahead: how many of the streams are sent faster than real time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -112,6 +116,9 @@ class Admission:
         self.streams = 0
         self.batches = 0
         self.draining = False
+        self.ahead = 0
+        self._line = asyncio.Lock()
+        self._next_turn_at = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -153,6 +160,30 @@ class Admission:
         finally:
             self.batches -= 1
             self._report()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are streams besides those that are sent faster than real time."""
+        return self.streams > self.ahead
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Wait for the turn of a stream that is sent faster than real time, as long as there are others.
+
+        One at a time has a request at Triton, then none for ``REST`` times as long as that took: who speaks in real time finds
+        most of the time free, however many do not.
+        """
+        if not self.crowded:
+            yield
+            return
+        async with self._line:
+            await asyncio.sleep(self._next_turn_at - time.monotonic())
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                now = time.monotonic()
+                self._next_turn_at = now + REST * (now - began)
 
     def drain(self) -> None:
         """Admit nothing more."""
