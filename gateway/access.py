@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from starlette.datastructures import Headers
 
 from gateway import metrics
+from gateway.bucket import TokenBucket
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 
@@ -20,9 +21,6 @@ ANYBODY = -1
 
 BURST_SECS = 60.0
 """A caller that was quiet may send at once what it may send in this time."""
-
-REST = 2.0
-"""Streams that are sent faster than real time leave Triton alone for so many times as long as they keep it busy."""
 
 
 def check_key(headers: Headers, settings: Settings) -> int:
@@ -53,14 +51,14 @@ def origin_allowed(origin: str, settings: Settings) -> bool:
 
 
 class Quotas:
-    """What each key may use: streams at once, and seconds of audio a second by a token bucket (Turner, 1986)."""
+    """What each key may use: streams at once, and seconds of audio a second."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_streams = settings.max_streams_per_key
         self._audio_rate = settings.max_audio_rate_per_key
         self._clock = clock
         self._streams: Counter[int] = Counter()
-        self._audio: dict[int, tuple[float, float]] = {}  # seconds of audio left, and as of when
+        self._audio: dict[int, TokenBucket] = {}  # seconds
 
     @contextmanager
     def stream(self, caller: int) -> Iterator[None]:
@@ -85,17 +83,16 @@ class Quotas:
         """
         if caller == ANYBODY or self._audio_rate is None:
             return
-        now, full = self._clock(), self._audio_rate * BURST_SECS
-        left, as_of = self._audio.get(caller, (full, now))
-        left = min(full, left + (now - as_of) * self._audio_rate)
-        if left <= 0:
-            self._audio[caller] = left, now
+        bucket = self._audio.get(caller)
+        if bucket is None:
+            bucket = self._audio[caller] = TokenBucket(self._audio_rate, self._audio_rate * BURST_SECS, self._clock)
+        if (left := bucket.level) <= 0:
             error = ApiError(
                 ErrorKind.QUOTA_EXCEEDED, f"this key may send {self._audio_rate:g} s of audio a second, and has sent more"
             )
             error.retry_after_secs = 1.0 - left / self._audio_rate
             raise error
-        self._audio[caller] = left - audio_secs, now
+        bucket.take(audio_secs)
 
 
 class Admission:
@@ -119,6 +116,9 @@ class Admission:
         self.ahead = 0
         self._line = asyncio.Lock()
         self._next_turn_at = 0.0
+        self._at_triton = 0
+        self._calm = asyncio.Event()
+        self._calm.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -166,24 +166,53 @@ class Admission:
         """Whether there are streams besides those that are sent faster than real time."""
         return self.streams > self.ahead
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Mark that a stream in real time has a request at Triton."""
+        self._at_triton += 1
+        self._calm.clear()
+        try:
+            yield
+        finally:
+            self._at_triton -= 1
+            if not self._at_triton:
+                self._calm.set()
+
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def turn(self, patience_secs: float) -> AsyncIterator[None]:
         """Wait for the turn of a stream that is sent faster than real time, as long as there are others.
 
-        One at a time has a request at Triton, then none for ``REST`` times as long as that took: who speaks in real time finds
-        most of the time free, however many do not.
+        One at a time has a request at Triton; it is sent when no stream in real time has one, and not before Triton was left
+        alone for as long as the last one took.
+
+        Args:
+            patience_secs: by so much the stream is ahead; after this time it waits no more, since it is in real time again.
         """
         if not self.crowded:
             yield
             return
-        async with self._line:
-            await asyncio.sleep(self._next_turn_at - time.monotonic())
-            began = time.monotonic()
-            try:
+        try:
+            await asyncio.wait_for(self._take_turn(), patience_secs)
+        except asyncio.TimeoutError:
+            with self.at_once():
                 yield
-            finally:
-                now = time.monotonic()
-                self._next_turn_at = now + REST * (now - began)
+            return
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self._next_turn_at = now + (now - began)
+            self._line.release()
+
+    async def _take_turn(self) -> None:
+        await self._line.acquire()
+        try:
+            await asyncio.sleep(self._next_turn_at - time.monotonic())
+            await self._calm.wait()
+        except asyncio.CancelledError:
+            self._line.release()
+            raise
 
     def drain(self) -> None:
         """Admit nothing more."""

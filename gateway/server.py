@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from gateway.protocols import HttpProtocol, WebSocketProtocol
+from gateway.protocols import Config
 from gateway.settings import Settings
 
 LISTEN_BACKLOG = 2048
@@ -26,13 +26,12 @@ class GatewayServer(uvicorn.Server):
         self._app = app
         self._unread_secs = settings.stream_timeout_secs
         super().__init__(
-            uvicorn.Config(
+            Config(
                 app,
+                settings.max_connects_per_address,
                 host=settings.server_host,
                 port=settings.server_port,
                 loop="uvloop",
-                http=HttpProtocol,
-                ws=WebSocketProtocol,
                 # Larger frames are refused by us, with an error frame; far larger ones by the library, without.
                 ws_max_size=2 * settings.max_frame_bytes,
                 ws_per_message_deflate=False,  # audio does not compress, and inflating is work for an attacker to give

@@ -148,6 +148,7 @@ class Session:
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._admission = service.admission
+        self._begun = False  # at Triton, if only by a heartbeat: a state that comes later would be ignored
         self._ahead = self._in_line = False
         self._began_at = time.monotonic()
         self._waits_since: float | None = None  # for a frame
@@ -252,8 +253,8 @@ class Session:
         """Take the first frame of a connection that goes on with a stream: ``{"type": "resume", "session": TICKET}``."""
         if not self._tickets:
             raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
-        if self._received_bytes:
-            raise ApiError(ErrorKind.TEXT_FRAME, "resume comes before any audio")
+        if self._received_bytes or self._begun:
+            raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio and without a long wait")
         try:
             request = orjson.loads(text)
             session = request["session"] if request["type"] == "resume" else None
@@ -296,9 +297,7 @@ class Session:
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
             due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            self._note_pace()
-            windows = 1 if self._ahead and self._admission.crowded else MAX_WINDOWS
-            most_samples = due_samples + (windows - 1) * self._recogniser.chunk_samples
+            most_samples = due_samples + (self._windows() - 1) * self._recogniser.chunk_samples
             audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
             arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
@@ -326,17 +325,27 @@ class Session:
     async def _decode(self, audio: bytes, *, end: bool) -> Answer:
         """Send audio to Triton: at once if the stream is in real time, else when its turn has come."""
         samples = np.frombuffer(audio, "<i2")
+        self._begun = True
         if not self._ahead:
-            return await self._utterance.send(samples, end=end)
+            with self._admission.at_once():
+                return await self._utterance.send(samples, end=end)
         self._in_line = True  # nothing of it is at Triton, so it may be cancelled
-        async with self._admission.turn():
+        async with self._admission.turn(-self._spare_secs()):
             self._in_line = False
             return await self._utterance.send(samples, end=end)
 
-    def _note_pace(self) -> None:
-        """Note whether this connection has had more decoded than a microphone could have recorded since it began."""
+    def _windows(self) -> int:
+        """How many windows the next request may carry: while there are others, none that a microphone can't have filled."""
+        spare_secs = self._spare_secs()
+        self._set_ahead(spare_secs < 0)
+        if not self._admission.crowded:
+            return MAX_WINDOWS
+        return max(1, min(MAX_WINDOWS, int(spare_secs * RATE / self._recogniser.chunk_samples)))
+
+    def _spare_secs(self) -> float:
+        """How much more audio a microphone could have recorded since this connection began than was decoded of it."""
         decoded_secs = (self._sent_samples - self._resumed.samples) / RATE
-        self._set_ahead(decoded_secs > time.monotonic() - self._began_at + AHEAD_SECS)
+        return time.monotonic() - self._began_at + AHEAD_SECS - decoded_secs
 
     def _set_ahead(self, ahead: bool) -> None:
         self._admission.ahead += ahead - self._ahead

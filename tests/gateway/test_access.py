@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.access import ANYBODY, BURST_SECS, REST, Admission, Quotas
+from gateway.access import ANYBODY, BURST_SECS, Admission, Quotas
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 
@@ -61,8 +61,8 @@ async def test_streams_ahead_of_real_time_take_turns_while_there_are_others() ->
     admission = Admission(Settings())
     busy: list[tuple[float, float]] = []
 
-    async def request() -> None:
-        async with admission.turn():
+    async def request(patience_secs: float = 60) -> None:
+        async with admission.turn(patience_secs):
             began = time.monotonic()
             await asyncio.sleep(0.05)
             busy.append((began, time.monotonic()))
@@ -71,8 +71,14 @@ async def test_streams_ahead_of_real_time_take_turns_while_there_are_others() ->
         admission.ahead = 2
         await asyncio.gather(*(request() for _ in range(4)))
         for (began, ended), (following, _) in itertools.pairwise(busy):
-            assert following - ended >= 0.9 * REST * (ended - began)
-        assert admission.crowded
+            assert following - ended >= 0.9 * (ended - began)
+
+        with admission.at_once():
+            patient, impatient = asyncio.create_task(request()), asyncio.create_task(request(0.1))
+            await asyncio.sleep(0.3)
+            assert impatient.done(), "it is in real time again, and still waited"
+            assert not patient.done(), "it did not wait for the one in real time"
+        await patient
 
         admission.ahead = 3  # nobody is left to be given way to
         started = time.monotonic()
@@ -82,11 +88,11 @@ async def test_streams_ahead_of_real_time_take_turns_while_there_are_others() ->
 
 async def test_who_leaves_the_line_holds_up_nobody() -> None:
     admission = Admission(Settings())
-    with admission.stream(), admission.stream():
-        async with admission.turn():
-            waiting = asyncio.create_task(admission.turn().__aenter__())
-            await asyncio.sleep(0.01)
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
-        async with admission.turn():
+    with admission.stream(), admission.at_once():
+        waiting = asyncio.create_task(admission.turn(60).__aenter__())
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    with admission.stream():
+        async with admission.turn(60):
             pass

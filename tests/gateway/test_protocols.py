@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import uvicorn
 from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 from gateway import protocols
-from gateway.protocols import MAX_HEAD_BYTES, SMALL_A_SECOND, SMALL_BYTES, HttpProtocol, WebSocketProtocol
+from gateway.protocols import MAX_ADDRESSES, MAX_HEAD_BYTES, SMALL_A_SECOND, SMALL_BYTES, Arrivals, Config
 from launcher.run import LOOPBACK
 
 EMPTY_PING = b"\x89\x80\0\0\0\0"
@@ -52,17 +54,17 @@ class Application:
 
 
 @asynccontextmanager
-async def serve(application: Application) -> AsyncIterator[int]:
-    config = uvicorn.Config(
+async def serve(application: Application, connects: float = 1000, **settings: Any) -> AsyncIterator[int]:
+    config = Config(
         application,
+        connects,
         host=LOOPBACK,
         port=0,
-        http=HttpProtocol,
-        ws=WebSocketProtocol,
         lifespan="off",
         log_config=None,
         ws_per_message_deflate=False,
         ws_ping_interval=None,
+        **settings,
     )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
@@ -222,3 +224,43 @@ async def test_a_slow_application_loses_nothing(port: int, application: Applicat
         while len(application.messages) < 700:
             await asyncio.sleep(0.01)
     assert [message["bytes"][:2] for message in application.messages[:700]] == [i.to_bytes(2, "big") for i in range(700)]
+
+
+async def test_a_frame_that_is_far_too_large_is_told_to_who_is_still_sending_it(application: Application) -> None:
+    """Not with a reset, in which the close frame would be lost."""
+    async with serve(application, ws_max_size=1000) as port:
+        for _ in range(10):
+            async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None, max_size=None) as socket:
+                with contextlib.suppress(ConnectionClosed):
+                    await socket.send(bytes(20_000_000))
+                began = time.monotonic()
+                await asyncio.wait_for(socket.wait_closed(), 5)
+                assert socket.close_code == 1009
+                assert time.monotonic() - began < 1.5
+
+
+async def test_connects_beyond_the_rate_are_reset(application: Application) -> None:
+    async with serve(application, connects=10) as port:
+        served = 0
+        for _ in range(60):
+            reader, writer = await asyncio.open_connection(LOOPBACK, port)
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                served += (await reader.read(15)).startswith(b"HTTP/1.1 200")
+            writer.close()
+        assert 20 <= served <= 30
+        await asyncio.sleep(0.3)
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read(15)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+def test_addresses_have_rates_of_their_own_and_are_forgotten() -> None:
+    arrivals = Arrivals(1)
+    assert [arrivals.admit("10.0.0.1") for _ in range(3)] == [True, True, False]
+    assert arrivals.admit("10.0.0.2")
+    for number in range(MAX_ADDRESSES):
+        arrivals.admit(str(number))
+    assert arrivals.admit("10.0.0.1")
+    assert len(arrivals._buckets) == MAX_ADDRESSES
