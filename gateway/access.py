@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -21,6 +22,12 @@ ANYBODY = -1
 
 BURST_SECS = 60.0
 """A caller that was quiet may send at once what it may send in this time."""
+
+MOST_BUSY = 0.3
+"""Streams get ahead of real time only while those in real time have a request at Triton for less than this of the time."""
+
+BUSY_SECS, BUSY_POLL_SECS = 5.0, 0.1
+"""Over which time that is looked at, and how often by who waits for it."""
 
 
 def check_key(headers: Headers, settings: Settings) -> int:
@@ -116,7 +123,9 @@ class Admission:
         self.ahead = 0
         self._line = asyncio.Lock()
         self._next_turn_at = 0.0
-        self._at_triton = 0
+        self._at_triton = 0  # requests of streams in real time
+        self._busy = 0.0
+        self._looked_at = time.monotonic()
         self._calm = asyncio.Event()
         self._calm.set()
         self._idle = asyncio.Event()
@@ -169,11 +178,13 @@ class Admission:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Mark that a stream in real time has a request at Triton."""
+        self._look_how_busy()
         self._at_triton += 1
         self._calm.clear()
         try:
             yield
         finally:
+            self._look_how_busy()
             self._at_triton -= 1
             if not self._at_triton:
                 self._calm.set()
@@ -182,8 +193,8 @@ class Admission:
     async def turn(self, patience_secs: float) -> AsyncIterator[None]:
         """Wait for the turn of a stream that is sent faster than real time, as long as there are others.
 
-        One at a time has a request at Triton; it is sent when no stream in real time has one, and not before Triton was left
-        alone for as long as the last one took.
+        One at a time has a request at Triton; it is sent when no stream in real time has one, and had one for at most
+        ``MOST_BUSY`` of the time of late, and not before Triton was left alone for as long as the last one took.
 
         Args:
             patience_secs: by so much the stream is ahead; after this time it waits no more, since it is in real time again.
@@ -210,9 +221,20 @@ class Admission:
         try:
             await asyncio.sleep(self._next_turn_at - time.monotonic())
             await self._calm.wait()
+            while self._look_how_busy() > MOST_BUSY:
+                await asyncio.sleep(BUSY_POLL_SECS)
+                await self._calm.wait()
         except asyncio.CancelledError:
             self._line.release()
             raise
+
+    def _look_how_busy(self) -> float:
+        """Which part of the last time streams in real time had a request at Triton, by an exponential mean."""
+        now = time.monotonic()
+        old = math.exp((self._looked_at - now) / BUSY_SECS)
+        self._busy = old * self._busy + (1 - old) * (self._at_triton > 0)
+        self._looked_at = now
+        return self._busy
 
     def drain(self) -> None:
         """Admit nothing more."""

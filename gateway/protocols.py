@@ -160,6 +160,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def flooding_secs(self) -> float:
         """For how long the peer has now been held back because of its small frames."""
+        self._wait_secs()  # it may have stopped meanwhile
         return self.loop.time() - self._flooded_since if self._flooded_since else 0.0
 
     def handle_connect(self, event: Request) -> None:

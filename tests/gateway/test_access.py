@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway import access
 from gateway.access import ANYBODY, BURST_SECS, Admission, Quotas
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
@@ -84,6 +85,18 @@ async def test_streams_ahead_of_real_time_take_turns_while_there_are_others() ->
         started = time.monotonic()
         await asyncio.gather(*(request() for _ in range(4)))
         assert time.monotonic() - started < 0.15
+
+
+async def test_while_streams_in_real_time_keep_triton_busy_nobody_gets_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "BUSY_SECS", 0.1)
+    admission = Admission(Settings())
+    with admission.stream():
+        with admission.at_once():
+            await asyncio.sleep(0.3)
+        began = time.monotonic()
+        async with admission.turn(60):
+            assert time.monotonic() - began > 0.08, "it went in a gap of a busy time"
+        assert time.monotonic() - began < 1
 
 
 async def test_who_leaves_the_line_holds_up_nobody() -> None:

@@ -165,6 +165,16 @@ async def test_a_flood_is_told(port: int, application: Application) -> None:
     writer.close()
 
 
+async def test_a_flood_that_has_stopped_is_none(port: int, application: Application) -> None:
+    _, writer = await upgraded(port)
+    writer.write(KEEPALIVE * (SMALL_A_SECOND + 100))
+    await asyncio.sleep(0.1)
+    assert application.flooding_secs() > 0
+    await asyncio.sleep(1.4)
+    assert application.flooding_secs() == 0
+    writer.close()
+
+
 async def test_no_read_holds_up_the_others(port: int, application: Application) -> None:
     """Forty thousand frames in one segment are not parsed in one go."""
     _, writer = await upgraded(port)
