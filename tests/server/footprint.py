@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import psutil
@@ -50,22 +51,66 @@ def growth(before: Footprint, after: Footprint) -> Mapping[str, float]:
     return {**grown, "shared memory": after.shm_mb - before.shm_mb}
 
 
-async def look(backend: Backend, gateway_url: str, gateway_pid: int) -> Footprint:
-    """The footprint of a Triton and the gateway before it, each a process of its own."""
-    named = [*_processes(backend, gateway_pid)]
+def measure(processes: Mapping[str, psutil.Process]) -> tuple[Mapping[str, Memory], Mapping[str, int]]:
+    """Memory and descriptors of processes."""
     memory, descriptors = {}, {}
-    for name, process in named:
+    for name, process in processes.items():
         full = process.memory_full_info()
         memory[name] = Memory(full.rss / 2**20, full.pss / 2**20)
         descriptors[name] = process.num_fds()
+    return memory, descriptors
+
+
+async def look(backend: Backend, gateway_url: str, gateway_pid: int) -> Footprint:
+    """The footprint of a Triton and the gateway before it, each a process of its own."""
     return Footprint(
         time.monotonic(),
-        memory,
-        descriptors,
+        *measure(dict(_processes(backend, gateway_pid))),
         _shm_mb(backend.shm_prefix),
         int(await decoder_metric(backend.ports, "asr_decoder_sequences")),
         int((await gateway_metrics(gateway_url))["asr_event_loop_tasks", ()]),
     )
+
+
+MAX_GROWTH_MB = 20.0
+EDGE_SHARE = 0.1
+"""What is compared are the means of this share of the samples at either edge: one sample may be that of a large moment."""
+
+
+def problems(before: Footprint, under_load: Sequence[Footprint], after: Footprint) -> list[str]:
+    """What a server must not do over time, and does.
+
+    Args:
+        before: idle, after it has served everything once.
+        under_load: in order, at even distances; memory is looked at in their second half, in which every pool is full.
+        after: idle again.
+    """
+    second_half = under_load[len(under_load) // 2 :]
+    found = [
+        f"{name}: {what} grew by {grown:.0f} MB in the second half"
+        for name in before.memory
+        for what in Memory._fields
+        if (grown := _rise([getattr(one.memory[name], what) for one in second_half if name in one.memory])) >= MAX_GROWTH_MB
+    ]
+    if (grown := _rise([one.shm_mb for one in second_half])) >= MAX_GROWTH_MB:
+        found.append(f"shared memory grew by {grown:.0f} MB in the second half")
+    found += [
+        f"{name}: {after.descriptors.get(name, 0)} descriptors afterwards, {count} before"
+        for name, count in before.descriptors.items()
+        if after.descriptors.get(name, 0) > count
+    ]
+    for what in ("sequences", "tasks"):
+        if getattr(after, what) > getattr(before, what):
+            found.append(f"{getattr(after, what)} {what} afterwards, {getattr(before, what)} before")
+    if gone := {name for one in (*under_load, after) for name in before.memory.keys() ^ one.memory.keys()}:
+        found.append(f"processes came or went: {', '.join(sorted(gone))}")
+    return found
+
+
+def _rise(values: Sequence[float]) -> float:
+    """From the first values to the last; not a number if there are none."""
+    edge = max(1, int(len(values) * EDGE_SHARE))
+    return fmean(values[-edge:]) - fmean(values[:edge]) if values else float("nan")
 
 
 def _processes(backend: Backend, gateway_pid: int) -> Iterator[tuple[str, psutil.Process]]:
