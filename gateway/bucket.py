@@ -7,19 +7,22 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Fills at a rate, up to a size, and is full at first.
+    """Fills at a rate, up to a size.
 
     Args:
         rate: what flows in, a second.
         size: what it holds.
         clock: tells seconds.
+        level: what is there at first; it is full if not given.
     """
 
-    def __init__(self, rate: float, size: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, rate: float, size: float, clock: Callable[[], float] = time.monotonic, level: float | None = None
+    ) -> None:
         self.rate = rate
         self.size = size
         self._clock = clock
-        self._level = size
+        self._level = size if level is None else level
         self._as_of = clock()
 
     def take(self, amount: float) -> None:

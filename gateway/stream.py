@@ -28,6 +28,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from gateway import metrics, tracing
 from gateway.access import check_key, origin_allowed
 from gateway.audio import BYTES_A_SAMPLE, RATE
+from gateway.bucket import TokenBucket
 from gateway.endpoint import Recogniser
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
@@ -42,8 +43,14 @@ RESUMABLE = "amira.v2"
 MAX_WINDOWS = 4
 """A request carries the audio of so many windows at most: a stream that is sent fast must not hold up the others' requests."""
 
-AHEAD_SECS = 2.0
-"""Audio that a connection may send ahead of real time, such as what was spoken before it began; with more it waits in line."""
+AHEAD_SECS = 0.5
+"""Audio that may be decoded ahead of real time, such as what was spoken before the stream began; with more it waits in line."""
+
+BACKLOG_SECS = 60.0
+"""Audio that may be decoded at once where it comes late, as after a pause of the network or on another connection."""
+
+MOST_AHEAD_SECS = 2.0
+"""What a stream got ahead while there were no others is counted up to this."""
 
 HEARTBEAT_SHARE = 0.5
 """A silent stream's sequence is touched after this share of Triton's idle limit."""
@@ -150,7 +157,9 @@ class Session:
         self._admission = service.admission
         self._begun = False  # at Triton, if only by a heartbeat: a state that comes later would be ignored
         self._ahead = self._in_line = False
-        self._began_at = time.monotonic()
+        self._pace = TokenBucket(
+            1.0, BACKLOG_SECS, level=AHEAD_SECS
+        )  # seconds of audio, of which a microphone makes one a second
         self._waits_since: float | None = None  # for a frame
         self._transcript = Transcript()
         self._received_bytes = 0
@@ -262,7 +271,11 @@ class Session:
             session = None
         if not isinstance(session, str):
             raise ApiError(ErrorKind.TEXT_FRAME, 'the text frame is not understood; known: {"type": "resume", "session": …}')
-        self._resumed = self._acknowledged = self._tickets.redeem(session, self._model)
+        self._resumed, age_secs = self._tickets.redeem(session, self._model)
+        self._acknowledged = self._resumed
+        # The context is sent once more, and what was spoken since the ticket was issued.
+        again_secs = self._recogniser.left_samples / RATE if self._resumed.state else 0.0
+        self._pace = TokenBucket(1.0, BACKLOG_SECS, level=min(BACKLOG_SECS, AHEAD_SECS + again_secs + age_secs))
         self._utterance.resume(self._resumed.state, self._resumed.samples)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
         self._sent_samples = self._resumed.samples
@@ -297,7 +310,7 @@ class Session:
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
             due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            most_samples = due_samples + (self._windows() - 1) * self._recogniser.chunk_samples
+            most_samples = due_samples + (self._windows(due_samples) - 1) * self._recogniser.chunk_samples
             audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
             arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
@@ -326,26 +339,23 @@ class Session:
         """Send audio to Triton: at once if the stream is in real time, else when its turn has come."""
         samples = np.frombuffer(audio, "<i2")
         self._begun = True
+        self._pace.take(min(len(samples) / RATE, self._pace.level + MOST_AHEAD_SECS))
+        ahead_secs = -self._pace.level
+        self._set_ahead(ahead_secs > 0)
         if not self._ahead:
             with self._admission.at_once():
                 return await self._utterance.send(samples, end=end)
         self._in_line = True  # nothing of it is at Triton, so it may be cancelled
-        async with self._admission.turn(-self._spare_secs()):
+        async with self._admission.turn(ahead_secs):
             self._in_line = False
             return await self._utterance.send(samples, end=end)
 
-    def _windows(self) -> int:
+    def _windows(self, due_samples: int) -> int:
         """How many windows the next request may carry: while there are others, none that a microphone can't have filled."""
-        spare_secs = self._spare_secs()
-        self._set_ahead(spare_secs < 0)
         if not self._admission.crowded:
             return MAX_WINDOWS
-        return max(1, min(MAX_WINDOWS, int(spare_secs * RATE / self._recogniser.chunk_samples)))
-
-    def _spare_secs(self) -> float:
-        """How much more audio a microphone could have recorded since this connection began than was decoded of it."""
-        decoded_secs = (self._sent_samples - self._resumed.samples) / RATE
-        return time.monotonic() - self._began_at + AHEAD_SECS - decoded_secs
+        spare_samples = self._pace.level * RATE - due_samples
+        return max(1, min(MAX_WINDOWS, 1 + int(spare_samples / self._recogniser.chunk_samples)))
 
     def _set_ahead(self, ahead: bool) -> None:
         self._admission.ahead += ahead - self._ahead

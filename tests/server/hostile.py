@@ -182,7 +182,7 @@ class Attack:
     async def vanish(self) -> None:
         """Stream after stream, each gone at a random moment: within the upgrade, a frame or a breath, or just after its end."""
         randomness = random.Random(self.done)  # noqa: S311
-        while self.on and self.done < STREAMS:
+        async for _ in self.pace(VANISHERS / VANISHED_A_SECOND):
             self.done += 1
             async with peer(self.port) as connection:
                 connection.vanish()
@@ -212,14 +212,19 @@ KINDS: dict[str, Callable[[Attack], Awaitable[None]]] = {
 CONNECTS = 50
 """Clients that share the thousand connections of a second."""
 
-STREAMS = int(os.environ.get("VANISH", "10000"))
-"""Streams that vanish, all clients together, if the time is enough for them."""
+VANISHERS, VANISHED_A_SECOND = 40, 40
+"""Clients that share the streams that vanish, and how many of those there are a second: fewer than an address may open."""
 
 
 async def main(kind: str, port: int, secs: float, clients: int) -> None:
     attack = Attack(port, secs)
-    print("begun", flush=True)  # noqa: T201
-    results = await asyncio.gather(*(KINDS[kind](attack) for _ in range(clients)), return_exceptions=True)
+
+    async def begin(number: int) -> None:
+        """Spread over a second: windows of streams that begin in one moment would be decoded together."""
+        await asyncio.sleep(number / clients)
+        await KINDS[kind](attack)
+
+    results = await asyncio.gather(*map(begin, range(clients)), return_exceptions=True)
     for result in results:
         if isinstance(result, Exception) and not isinstance(result, (OSError, asyncio.TimeoutError)):
             raise result

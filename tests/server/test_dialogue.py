@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +16,6 @@ from gateway.settings import Settings
 from launcher.run import ROOT
 
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
-
-
-@pytest.fixture(scope="module")
-async def gateway(make_gateway: Callable[..., AbstractAsyncContextManager[Gateway]]) -> AsyncIterator[Gateway]:
-    """One that lets a single client connect as often as it likes."""
-    async with make_gateway(max_connects_per_address=10_000) as running:
-        yield running
 
 
 async def test_dialogues(gateway: Gateway, recordings: Recordings) -> None:

@@ -94,8 +94,10 @@ async def test_thirty_two_streams_under_load_equal_their_solo_runs(
     solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
 
     async def paced(samples: Samples) -> list[int]:
-        frames = [*cut(samples, int(rng.integers(160, 3200))), END]
-        final = (await converse(gateway.stream_url(), frames, pause_secs=0.01)).final
+        """In real time: of those that are sent faster, only one at a time is decoded."""
+        frame_samples = int(rng.integers(160, 3200))
+        frames = [*cut(samples, frame_samples), END]
+        final = (await converse(gateway.stream_url(), frames, pause_secs=frame_samples / 16000)).final
         return list(final["tokens"])
 
     async def load() -> None:
