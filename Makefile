@@ -9,10 +9,10 @@ WORK ?= .training
 INTO ?= model-repo
 SOURCES := gateway launcher amira_client model-repo backends training tests perf deploy
 # What requirements.lock holds; training is left out, since torch is larger than all the rest.
-LOCKED := engine models perf tracing build dev
+LOCKED := engine models perf tracing fuzz build dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos lock clean
+.PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos fuzz soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -86,8 +86,14 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, five minutes
 	@$(BIN)/pytest tests/training
 
-chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, and write down what it did; ten minutes
+chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; twenty minutes
 	@$(BIN)/pytest tests/chaos
+
+fuzz: setup  ## Say what nobody would to REST, WebSocket and decoders of audio: make fuzz [MINUTES=10], of each of four
+	@MINUTES=$(MINUTES) $(BIN)/pytest tests/fuzz -s
+
+soak: setup  ## Load a server in every way and look whether anything grows: make soak [MINUTES=60]
+	@MINUTES=$(MINUTES) $(BIN)/pytest tests/soak -s
 
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
@@ -97,4 +103,4 @@ lock:  ## Resolve the newest packages into requirements.lock, and those of the i
 		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*

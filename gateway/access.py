@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.datastructures import Headers
 
 from gateway import metrics
+from gateway.bucket import TokenBucket
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 
@@ -20,6 +22,12 @@ ANYBODY = -1
 
 BURST_SECS = 60.0
 """A caller that was quiet may send at once what it may send in this time."""
+
+MOST_BUSY = 0.3
+"""Streams get ahead of real time only while those in real time have a request at Triton for less than this of the time."""
+
+BUSY_SECS, BUSY_POLL_SECS = 5.0, 0.1
+"""Over which time that is looked at, and how often by who waits for it."""
 
 
 def check_key(headers: Headers, settings: Settings) -> int:
@@ -50,14 +58,14 @@ def origin_allowed(origin: str, settings: Settings) -> bool:
 
 
 class Quotas:
-    """What each key may use: streams at once, and seconds of audio a second by a token bucket (Turner, 1986)."""
+    """What each key may use: streams at once, and seconds of audio a second."""
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_streams = settings.max_streams_per_key
         self._audio_rate = settings.max_audio_rate_per_key
         self._clock = clock
         self._streams: Counter[int] = Counter()
-        self._audio: dict[int, tuple[float, float]] = {}  # seconds of audio left, and as of when
+        self._audio: dict[int, TokenBucket] = {}  # seconds
 
     @contextmanager
     def stream(self, caller: int) -> Iterator[None]:
@@ -82,17 +90,16 @@ class Quotas:
         """
         if caller == ANYBODY or self._audio_rate is None:
             return
-        now, full = self._clock(), self._audio_rate * BURST_SECS
-        left, as_of = self._audio.get(caller, (full, now))
-        left = min(full, left + (now - as_of) * self._audio_rate)
-        if left <= 0:
-            self._audio[caller] = left, now
+        bucket = self._audio.get(caller)
+        if bucket is None:
+            bucket = self._audio[caller] = TokenBucket(self._audio_rate, self._audio_rate * BURST_SECS, self._clock)
+        if (left := bucket.level) <= 0:
             error = ApiError(
                 ErrorKind.QUOTA_EXCEEDED, f"this key may send {self._audio_rate:g} s of audio a second, and has sent more"
             )
             error.retry_after_secs = 1.0 - left / self._audio_rate
             raise error
-        self._audio[caller] = left - audio_secs, now
+        bucket.take(audio_secs)
 
 
 class Admission:
@@ -102,6 +109,7 @@ class Admission:
         streams, batches: how many are in flight.
         batch_places: held by a batch request while Triton works on it.
         draining: nothing more is admitted.
+        ahead: how many of the streams are sent faster than real time.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -112,6 +120,14 @@ class Admission:
         self.streams = 0
         self.batches = 0
         self.draining = False
+        self.ahead = 0
+        self._line = asyncio.Lock()
+        self._next_turn_at = 0.0
+        self._at_triton = 0  # requests of streams in real time
+        self._busy = 0.0
+        self._looked_at = time.monotonic()
+        self._calm = asyncio.Event()
+        self._calm.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -153,6 +169,72 @@ class Admission:
         finally:
             self.batches -= 1
             self._report()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are streams besides those that are sent faster than real time."""
+        return self.streams > self.ahead
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Mark that a stream in real time has a request at Triton."""
+        self._look_how_busy()
+        self._at_triton += 1
+        self._calm.clear()
+        try:
+            yield
+        finally:
+            self._look_how_busy()
+            self._at_triton -= 1
+            if not self._at_triton:
+                self._calm.set()
+
+    @asynccontextmanager
+    async def turn(self, patience_secs: float) -> AsyncIterator[None]:
+        """Wait for the turn of a stream that is sent faster than real time, as long as there are others.
+
+        One at a time has a request at Triton; it is sent when no stream in real time has one, and had one for at most
+        ``MOST_BUSY`` of the time of late, and not before Triton was left alone for as long as the last one took.
+
+        Args:
+            patience_secs: by so much the stream is ahead; after this time it waits no more, since it is in real time again.
+        """
+        if not self.crowded:
+            yield
+            return
+        try:
+            await asyncio.wait_for(self._take_turn(), patience_secs)
+        except asyncio.TimeoutError:
+            with self.at_once():
+                yield
+            return
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            self._next_turn_at = now + (now - began)
+            self._line.release()
+
+    async def _take_turn(self) -> None:
+        await self._line.acquire()
+        try:
+            await asyncio.sleep(self._next_turn_at - time.monotonic())
+            await self._calm.wait()
+            while self._look_how_busy() > MOST_BUSY:
+                await asyncio.sleep(BUSY_POLL_SECS)
+                await self._calm.wait()
+        except asyncio.CancelledError:
+            self._line.release()
+            raise
+
+    def _look_how_busy(self) -> float:
+        """Which part of the last time streams in real time had a request at Triton, by an exponential mean."""
+        now = time.monotonic()
+        old = math.exp((self._looked_at - now) / BUSY_SECS)
+        self._busy = old * self._busy + (1 - old) * (self._at_triton > 0)
+        self._looked_at = now
+        return self._busy
 
     def drain(self) -> None:
         """Admit nothing more."""

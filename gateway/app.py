@@ -28,6 +28,8 @@ from gateway.tracing import Tracing
 
 MAX_REQUEST_ID_CHARS = 128
 LINGER_SECS = 5.0
+MIN_BODY_RATE = 16_000
+"""Bytes a second that a body must come with, on average, after its first ``stream_timeout_secs``; half of real time."""
 
 KIND_OF_STATUS = {400: ErrorKind.INVALID_BODY, 404: ErrorKind.NOT_FOUND, 405: ErrorKind.METHOD_NOT_ALLOWED}
 
@@ -83,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 class RequestMiddleware:
-    """Counts, logs and traces every HTTP request, and cuts off a body that is too large while it streams in."""
+    """Counts, logs and traces every HTTP request, and cuts off a body that is too large, or too slow, while it streams in."""
 
     def __init__(self, app: ASGIApp, settings: Settings, spans: Tracing) -> None:
         self._app = app
@@ -106,6 +108,7 @@ class RequestMiddleware:
         began = time.perf_counter()
         status = ErrorKind.INTERNAL.status
         limit, received_bytes = self._settings.max_request_size, 0
+        patience_secs = self._settings.stream_timeout_secs
         declared = Headers(scope=scope).get("content-length", "0")
         complete = declared == "0" and scope["method"] == "GET"
 
@@ -113,7 +116,13 @@ class RequestMiddleware:
             nonlocal received_bytes, complete
             if declared.isdecimal() and int(declared) > limit:
                 raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has {declared} bytes; at most {limit} are taken")
-            message = await receive()
+            left_secs = began + patience_secs + received_bytes / MIN_BODY_RATE - time.perf_counter()
+            try:
+                message = await asyncio.wait_for(receive(), None if complete else left_secs)
+            except asyncio.TimeoutError:
+                came = f"{received_bytes} bytes of the body came in {time.perf_counter() - began:.1f} s"
+                rule = f"after the first {patience_secs:g} s it takes {MIN_BODY_RATE} a second"
+                raise ApiError(ErrorKind.BODY_TOO_SLOW, f"{came}; {rule}") from None
             received_bytes += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if received_bytes > limit:

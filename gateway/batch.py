@@ -64,7 +64,7 @@ REQUEST_BODY: dict[str, Any] = {
                 "properties": {
                     "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
                     "opaque": {},
-                    "description": {"type": "string"},
+                    "description": {},
                 },
                 "required": ["audio_buffer"],
             }

@@ -45,6 +45,7 @@ class ErrorKind(Kind, Enum):
     MODEL_NOT_FOUND = Kind("model_not_found", "not_found", 404, 4404)
     NOT_FOUND = Kind("not_found", "not_found", 404, 4404)
     METHOD_NOT_ALLOWED = Kind("method_not_allowed", "invalid_request", 405, 1003)
+    BODY_TOO_SLOW = Kind("body_too_slow", "timeout", 408, 4408, retryable=True)
     STREAM_IDLE = Kind("stream_idle", "timeout", 408, 4408, retryable=True)
     BODY_TOO_LARGE = Kind("body_too_large", "too_large", 413, 1009)
     FRAME_TOO_LARGE = Kind("frame_too_large", "too_large", 413, 1009)

@@ -40,6 +40,7 @@ BREAKER_STATE = Gauge(
     "asr_circuit_breaker_state", "New streams for a Triton: 0 they go there, 1 one does as a trial, 2 none", ["endpoint"]
 )
 DRAINING = Gauge("asr_draining", "1 while the gateway drains")
+EVENT_LOOP_TASKS = Gauge("asr_event_loop_tasks", "Tasks of the gateway's event loop")
 BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the streams' audio buffers in use, 0 to 1")
 BUILD_INFO = Gauge("asr_build_info", "Always 1", ["version"])
 

@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
+from gateway.protocols import Config
 from gateway.settings import Settings
 
 LISTEN_BACKLOG = 2048
@@ -23,14 +24,14 @@ class GatewayServer(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app = app
+        self._unread_secs = settings.stream_timeout_secs
         super().__init__(
-            uvicorn.Config(
+            Config(
                 app,
+                settings.max_connects_per_address,
                 host=settings.server_host,
                 port=settings.server_port,
                 loop="uvloop",
-                http="httptools",
-                ws="websockets-sansio",
                 # Larger frames are refused by us, with an error frame; far larger ones by the library, without.
                 ws_max_size=2 * settings.max_frame_bytes,
                 ws_per_message_deflate=False,  # audio does not compress, and inflating is work for an attacker to give
@@ -42,6 +43,17 @@ class GatewayServer(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen for connections that end when their peer takes nothing for a stream's idle time, even while they are closing.
+
+        Without this a peer that is gone holds its socket for a quarter of an hour, and one that never reads holds it for good
+        (tcp(7), TCP_USER_TIMEOUT; connections have it from their listener).
+        """
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._unread_secs * 1000))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop; a second signal ends the drain."""

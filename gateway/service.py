@@ -62,6 +62,7 @@ class Service:
         }
         self.buffer_usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity)
         metrics.BUFFER_USAGE.set_function(self.buffer_usage.share)
+        metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks()))
         self.last_call = asyncio.Event()
         self.started_at = time.time()
 

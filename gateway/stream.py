@@ -28,9 +28,11 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from gateway import metrics, tracing
 from gateway.access import check_key, origin_allowed
 from gateway.audio import BYTES_A_SAMPLE, RATE
+from gateway.bucket import TokenBucket
 from gateway.endpoint import Recogniser
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
+from gateway.protocols import SMALL_A_SECOND, SMALL_BYTES
 from gateway.service import BufferUsage, Service
 from gateway.tickets import Ticket, Tickets
 from gateway.transcript import Answer, Transcript
@@ -40,6 +42,15 @@ RESUMABLE = "amira.v2"
 
 MAX_WINDOWS = 4
 """A request carries the audio of so many windows at most: a stream that is sent fast must not hold up the others' requests."""
+
+AHEAD_SECS = 0.5
+"""Audio that may be decoded ahead of real time, such as what was spoken before the stream began; with more it waits in line."""
+
+BACKLOG_SECS = 60.0
+"""Audio that may be decoded at once where it comes late, as after a pause of the network or on another connection."""
+
+MOST_AHEAD_SECS = 2.0
+"""What a stream got ahead while there were no others is counted up to this."""
 
 HEARTBEAT_SHARE = 0.5
 """A silent stream's sequence is touched after this share of Triton's idle limit."""
@@ -70,6 +81,7 @@ class AudioBuffer:
         self._audio = bytearray()
         # Each is cleared by its one waiter only, just before that looks: what happens after the look can't be missed.
         self._filled = asyncio.Event()
+        self._wanted_bytes = 0
         self._emptied = asyncio.Event()
         self.end: End | None = None
         self.last_put = time.monotonic()
@@ -83,7 +95,8 @@ class AudioBuffer:
         self._audio += audio
         self._usage.used_bytes += len(audio)
         self.last_put = time.monotonic()
-        self._filled.set()
+        if len(self._audio) >= self._wanted_bytes:
+            self._filled.set()
 
     def close(self, end: End) -> None:
         """No more audio will come; abandoning drops what is here."""
@@ -100,7 +113,7 @@ class AudioBuffer:
             The audio, and why nothing follows it; None if something may.
         """
         deadline = time.monotonic() + timeout_secs
-        enough_bytes = min(enough_bytes, self._capacity // 2)
+        self._wanted_bytes = enough_bytes = min(enough_bytes, self._capacity // 2)
         self._filled.clear()
         while len(self._audio) < enough_bytes and not self.end and (left := deadline - time.monotonic()) > 0:
             with contextlib.suppress(asyncio.TimeoutError):
@@ -141,6 +154,13 @@ class Session:
         self._utterance = service.triton.stream(recogniser, service.options)
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
+        self._admission = service.admission
+        self._begun = False  # at Triton, if only by a heartbeat: a state that comes later would be ignored
+        self._ahead = self._in_line = False
+        self._pace = TokenBucket(
+            1.0, BACKLOG_SECS, level=AHEAD_SECS
+        )  # seconds of audio, of which a microphone makes one a second
+        self._waits_since: float | None = None  # for a frame
         self._transcript = Transcript()
         self._received_bytes = 0
         self._sent_samples = 0  # since the start of the stream
@@ -155,21 +175,24 @@ class Session:
         """Serve the stream; gives the code it was closed with."""
         reader = asyncio.create_task(self._read(), name="stream reader")
         pump = asyncio.create_task(self._pump(), name="stream pump")
+        watch = asyncio.create_task(self._watch(), name="stream watch")
         last_call = asyncio.create_task(self._end_at_last_call(), name="stream last call")
         try:
-            await asyncio.wait({reader, pump}, return_when=asyncio.FIRST_COMPLETED)
-            if not pump.done() and reader.exception() is None:
-                await asyncio.wait({pump})  # the end is read, its final is due
-            failed = next((task for task in (reader, pump) if task.done() and task.exception()), None)
-            code = await self._close(failed.exception() if failed else None)
+            await asyncio.wait({reader, pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+            ended = next(task for task in (pump, reader, watch) if task.done())  # a final that was sent stands
+            code = await self._close(ended.exception())
             self._buffer.close(End.ABANDONED)
             self._utterance.give_up()
+            if self._in_line:
+                pump.cancel()
             await asyncio.wait({pump})
         finally:
-            for task in (reader, pump, last_call):
+            others = (reader, pump, watch, last_call)
+            for task in others:
                 task.cancel()
-            await asyncio.gather(reader, pump, last_call, return_exceptions=True)
-        if pump.exception():
+            await asyncio.gather(*others, return_exceptions=True)
+            self._set_ahead(False)
+        if pump.cancelled() or pump.exception():
             await self._utterance.abandon()
         return code
 
@@ -194,37 +217,53 @@ class Session:
         return code
 
     async def _read(self) -> None:
-        """Take frames until the client ends the stream.
+        """Take frames until the client ends the stream, and from then on wait for it to disappear.
 
         Raises:
-            ApiError: a frame, or the lack of one, is against the protocol.
+            ApiError: a frame is against the protocol.
             WebSocketDisconnect: the client disappeared.
         """
         while True:
-            try:
-                message = await asyncio.wait_for(self._socket.receive(), self._settings.stream_timeout_secs)
-            except asyncio.TimeoutError:
-                limit = self._settings.stream_timeout_secs
-                raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives") from None
+            self._waits_since = None if self._ended_at else time.monotonic()
+            message = await self._socket.receive()
+            self._waits_since = None
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message["code"])
+            if self._ended_at:
+                continue
             frame = message.get("bytes")
             if frame is None:
                 self._resume(message["text"])
             elif frame == END_OF_STREAM:
                 self._ended_at = time.monotonic()
                 self._buffer.close(End.CLIENT)
-                return
             elif frame != KEEPALIVE:
                 self._check(frame)
                 await self._buffer.put(frame)
+
+    async def _watch(self) -> None:
+        """Look whether frames come, which is cheaper than a timer for each of them, and not too many.
+
+        Raises:
+            ApiError: none came for too long, or nothing but small ones.
+        """
+        limit = self._settings.stream_timeout_secs
+        while True:
+            idle_secs = time.monotonic() - self._waits_since if self._waits_since else 0.0
+            flooding_secs = self._socket.state.flooding_secs()
+            if idle_secs >= limit:
+                raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives")
+            if flooding_secs >= limit:
+                rule = f"more than {SMALL_A_SECOND} frames a second of less than {SMALL_BYTES} bytes came for {limit:g} s"
+                raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"{rule}; send larger ones")
+            await asyncio.sleep(limit - max(idle_secs, flooding_secs))
 
     def _resume(self, text: str) -> None:
         """Take the first frame of a connection that goes on with a stream: ``{"type": "resume", "session": TICKET}``."""
         if not self._tickets:
             raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
-        if self._received_bytes:
-            raise ApiError(ErrorKind.TEXT_FRAME, "resume comes before any audio")
+        if self._received_bytes or self._begun:
+            raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio and without a long wait")
         try:
             request = orjson.loads(text)
             session = request["session"] if request["type"] == "resume" else None
@@ -232,7 +271,11 @@ class Session:
             session = None
         if not isinstance(session, str):
             raise ApiError(ErrorKind.TEXT_FRAME, 'the text frame is not understood; known: {"type": "resume", "session": …}')
-        self._resumed = self._acknowledged = self._tickets.redeem(session, self._model)
+        self._resumed, age_secs = self._tickets.redeem(session, self._model)
+        self._acknowledged = self._resumed
+        # The context is sent once more, and what was spoken since the ticket was issued.
+        again_secs = self._recogniser.left_samples / RATE if self._resumed.state else 0.0
+        self._pace = TokenBucket(1.0, BACKLOG_SECS, level=min(BACKLOG_SECS, AHEAD_SECS + again_secs + age_secs))
         self._utterance.resume(self._resumed.state, self._resumed.samples)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
         self._sent_samples = self._resumed.samples
@@ -267,13 +310,13 @@ class Session:
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
             due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            most_samples = due_samples + (MAX_WINDOWS - 1) * self._recogniser.chunk_samples
+            most_samples = due_samples + (self._windows(due_samples) - 1) * self._recogniser.chunk_samples
             audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
             arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
                 await self._utterance.abandon()
                 return
-            answer = await self._utterance.send(np.frombuffer(audio, "<i2"), end=end is not None)
+            answer = await self._decode(audio, end=end is not None)
             self._sent_samples += len(audio) // BYTES_A_SAMPLE
             metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / RATE)
             changed = self._transcript.update(answer)
@@ -291,6 +334,32 @@ class Session:
                 metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
             if self._tickets and self._buffer.end is not End.ABANDONED:
                 await self._acknowledge(self._tickets)
+
+    async def _decode(self, audio: bytes, *, end: bool) -> Answer:
+        """Send audio to Triton: at once if the stream is in real time, else when its turn has come."""
+        samples = np.frombuffer(audio, "<i2")
+        self._begun = True
+        self._pace.take(min(len(samples) / RATE, self._pace.level + MOST_AHEAD_SECS))
+        ahead_secs = -self._pace.level
+        self._set_ahead(ahead_secs > 0)
+        if not self._ahead:
+            with self._admission.at_once():
+                return await self._utterance.send(samples, end=end)
+        self._in_line = True  # nothing of it is at Triton, so it may be cancelled
+        async with self._admission.turn(ahead_secs):
+            self._in_line = False
+            return await self._utterance.send(samples, end=end)
+
+    def _windows(self, due_samples: int) -> int:
+        """How many windows the next request may carry: while there are others, none that a microphone can't have filled."""
+        if not self._admission.crowded:
+            return MAX_WINDOWS
+        spare_samples = self._pace.level * RATE - due_samples
+        return max(1, min(MAX_WINDOWS, 1 + int(spare_samples / self._recogniser.chunk_samples)))
+
+    def _set_ahead(self, ahead: bool) -> None:
+        self._admission.ahead += ahead - self._ahead
+        self._ahead = ahead
 
     async def _acknowledge(self, tickets: Tickets) -> None:
         """Tell the client what it needs no more, and with what it can go on."""

@@ -7,6 +7,7 @@ holds nothing but what the client's own audio made.
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import asdict, dataclass
 
 from itsdangerous import BadData, URLSafeTimedSerializer
@@ -48,18 +49,19 @@ class Tickets:
         text = self._serializer.dumps(asdict(ticket))
         return text if isinstance(text, str) else text.decode()
 
-    def redeem(self, text: str, model: str) -> Ticket:
-        """The ticket that the text is.
+    def redeem(self, text: str, model: str) -> tuple[Ticket, float]:
+        """The ticket that the text is, and how old it is in seconds.
 
         Raises:
             ApiError: it is none of this service's, too old, or another model's.
         """
         try:
-            ticket = Ticket(**self._serializer.loads(text, max_age=MAX_AGE_SECS))
+            payload, issued_at = self._serializer.loads(text, max_age=MAX_AGE_SECS, return_timestamp=True)
+            ticket = Ticket(**payload)
         except (BadData, TypeError):
             raise ApiError(
                 ErrorKind.INVALID_SESSION, f"the session is not known here, or older than {MAX_AGE_SECS} s; begin a new stream"
             ) from None
         if ticket.model != model:
             raise ApiError(ErrorKind.INVALID_SESSION, f"the session is of model {ticket.model!r}, not {model!r}")
-        return ticket
+        return ticket, max(0.0, time.time() - issued_at.timestamp())

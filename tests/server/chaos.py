@@ -104,6 +104,11 @@ class Backend:
     def target(self) -> str:
         return f"{self.ports.host}:{self.ports.grpc}"
 
+    @property
+    def shm_prefix(self) -> str:
+        """How the names of its files in /dev/shm begin."""
+        return self.triton._shm_prefix
+
     async def start(self) -> None:
         await self.triton.start()
         self._keeper = asyncio.create_task(self.triton.keep_alive())
@@ -279,12 +284,13 @@ async def disturb(stream_url: str, batch_url: str, speech: Sequence[Samples], te
         batches={status: statuses.count(status) for status in sorted(set(statuses))},
         wrong_batches=len(good_texts) - 1,
         recovery_secs=max((at - ready_at for at in heard if at), default=None) if ready_at else None,
-        p95_before=_p95([secs for one in said for at, secs in one.latencies if at < fault_at]),
-        p95_during=_p95([secs for one in said for at, secs in one.latencies if at >= fault_at]),
+        p95_before=p95([secs for one in said for at, secs in one.latencies if at < fault_at]),
+        p95_during=p95([secs for one in said for at, secs in one.latencies if at >= fault_at]),
     )
 
 
-def _p95(values: Sequence[float]) -> float:
+def p95(values: Sequence[float]) -> float:
+    """The 95th percentile; not a number where there are none."""
     return float(np.percentile(values, 95)) if values else float("nan")
 
 

@@ -46,7 +46,8 @@ class Gateway:
 
 @asynccontextmanager
 async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
-    chosen = Settings(**{"server_host": LOOPBACK, "server_port": 0, "drain_timeout_secs": 1.0, **settings})
+    defaults = {"server_host": LOOPBACK, "server_port": 0, "drain_timeout_secs": 1.0, "max_connects_per_address": 10_000}
+    chosen = Settings(**{**defaults, **settings})
     configure_logging(chosen)
     server = GatewayServer(create_app(chosen), chosen)
     serving = asyncio.create_task(server.serve())

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from clients import END, decoder_metric, open_socket, transcribe
+from clients import END, decoder_metric, listen, open_socket, transcribe
 from conftest import run_gateway
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
@@ -299,7 +299,11 @@ async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) ->
             open_socket(gateway.stream_url()) as socket,
         ):
             await socket.send(bytes(3200))
-            await asyncio.sleep(3)
+            async with open_socket(gateway.stream_url(), subprotocols=["amira.v2"]) as late:
+                await asyncio.sleep(3)
+                # It has begun by now, so that a state to go on from would be ignored.
+                await late.send('{"type":"resume","session":"x"}')
+                assert (await listen(late)).error["code"] == "text_frame"
             await socket.send(END)
             assert '"final"' in str(await socket.recv())
 

@@ -82,23 +82,42 @@ async def test_cutting_never_changes_the_final(make_gateway: MakeGateway, record
     assert final["words"] == reference["words"]
 
 
-async def test_twenty_streams_at_once_equal_their_solo_runs(gateway: Gateway, recordings: Recordings) -> None:
+async def test_thirty_two_streams_under_load_equal_their_solo_runs(
+    gateway: Gateway, triton: Ports, recordings: Recordings, http: httpx.AsyncClient
+) -> None:
     everything = np.concatenate([*recordings.values()])
     rng = np.random.default_rng(3)
-    starts = rng.integers(0, len(everything) - 16000 * 4, 20)
+    starts = rng.integers(0, len(everything) - 16000 * 4, 32)
     streams = [
-        everything[start : start + 16000 * int(seconds)] for start, seconds in zip(starts, rng.integers(2, 7, 20), strict=True)
+        everything[start : start + 16000 * int(seconds)] for start, seconds in zip(starts, rng.integers(2, 6, 32), strict=True)
     ]
     solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
 
     async def paced(samples: Samples) -> list[int]:
-        frames = [*cut(samples, int(rng.integers(160, 3200))), END]
-        final = (await converse(gateway.stream_url(), frames, pause_secs=0.01)).final
+        """In real time: of those that are sent faster, only one at a time is decoded."""
+        frame_samples = int(rng.integers(160, 3200))
+        frames = [*cut(samples, frame_samples), END]
+        final = (await converse(gateway.stream_url(), frames, pause_secs=frame_samples / 16000)).final
         return list(final["tokens"])
 
+    async def load() -> None:
+        while True:
+            answer = await http.post(
+                gateway.batch_url(), content=recordings["jfk"].tobytes(), headers={"Content-Type": "audio/pcm"}
+            )
+            assert answer.status_code == 200
+
+    loading = [asyncio.create_task(load()) for _ in range(2)]
+    before = [await decoder_metric(triton, f"asr_decoder_{name}_total") for name in ("rows", "calls")]
     together = await asyncio.gather(*map(paced, streams))
+    rows, calls = np.subtract([await decoder_metric(triton, f"asr_decoder_{name}_total") for name in ("rows", "calls")], before)
+    assert not any(task.done() for task in loading), "the load failed"
+    for task in loading:
+        task.cancel()
+    await asyncio.gather(*loading, return_exceptions=True)
     assert together == solo
     assert any(solo), "silence would prove nothing"
+    assert rows / calls > 2, "they did not share batches"
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 1536, 15360])

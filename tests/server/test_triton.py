@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from typing import Any
@@ -146,6 +147,57 @@ async def test_a_start_on_a_live_sequence_begins_anew(ensemble: Ensemble, record
     await ensemble(sequence, samples, start=True, end=False)
     assert await decoder_metric(triton, "asr_decoder_sequences") == 1
     assert (await ensemble(sequence, SILENCE, start=False, end=True))["TOKENS"].tolist() == expected
+
+
+async def test_an_id_used_by_two_at_once(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+    """Whoever starts last has the sequence; the decoder holds one, and none after its end."""
+    samples = recordings["jfk"][:64000]
+    sequence = next(SEQUENCE_IDS)
+    answers = await asyncio.gather(*(ensemble(sequence, samples, start=True, end=False) for _ in range(6)))
+    assert len({str(answer["TOKENS"].tolist()) for answer in answers}) == 1
+    assert await decoder_metric(triton, "asr_decoder_sequences") == 1
+    ended = await ensemble(sequence, SILENCE, start=False, end=True)
+    assert ended["LENGTHS"][0, 0] == len(samples)
+    assert ended["TOKENS"].tolist() == (await ensemble.whole(samples))["TOKENS"].tolist()
+
+
+async def test_an_id_is_free_again_after_its_end(ensemble: Ensemble, recordings: Recordings) -> None:
+    samples = recordings["jfk"][:64000]
+    sequence = next(SEQUENCE_IDS)
+    first = await ensemble(sequence, samples, start=True, end=True)
+    with pytest.raises(InferenceServerException, match="START"):
+        await ensemble(sequence, samples, start=False, end=False)
+    assert (await ensemble(sequence, samples, start=True, end=True))["TOKENS"].tolist() == first["TOKENS"].tolist()
+
+
+async def test_a_sequence_without_an_end_makes_way_for_its_ids_next(ensemble: Ensemble, triton: Ports) -> None:
+    """Until it idles for too long, which test_launcher.py has, it is held; a start and end of its id let go of it."""
+    sequence = next(SEQUENCE_IDS)
+    for start in (True, False):
+        await ensemble(sequence, np.zeros(1600, np.int16), start=start, end=False)
+    assert await decoder_metric(triton, "asr_decoder_sequences") == 1
+    await ensemble(sequence, SILENCE, start=True, end=True)
+    assert await decoder_metric(triton, "asr_decoder_sequences") == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_request_that_is_cancelled_while_it_waits(ensemble: Ensemble, recordings: Recordings, begun: bool) -> None:
+    """Triton drops it untold. An end lets go of what the decoder holds, and of nothing else."""
+    samples = recordings["jfk"]
+    expected = (await ensemble.whole(samples))["TOKENS"].tolist()
+    sequence = next(SEQUENCE_IDS)
+    if begun:
+        await ensemble(sequence, samples, start=True, end=False)
+    others = [asyncio.create_task(ensemble.whole(samples)) for _ in range(6)]
+    await asyncio.sleep(0.1)
+    waiting = asyncio.create_task(ensemble(sequence, samples, start=not begun, end=False))
+    await asyncio.sleep(0.05)
+    assert not any(other.done() for other in others), "nothing was waited for"
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    with contextlib.suppress(InferenceServerException):
+        await ensemble(sequence, SILENCE, start=False, end=True)
+    assert [answer["TOKENS"].tolist() for answer in await asyncio.gather(*others)] == [expected] * 6
 
 
 async def test_errors_of_a_graph_name_the_model_and_its_tensors(ensemble: Ensemble) -> None:

@@ -1,0 +1,53 @@
+"""Coverage-guided fuzzing of the front door of audio: ``python tests/fuzz/audio.py DIRECTORY|FILE [libFuzzer's options]``.
+
+An input's first byte chooses the content type, the rest is the body. Anything but samples or an ``ApiError`` is a crash.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import atheris
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+with atheris.instrument_imports(include=["gateway.audio", "soundfile"]):
+    from gateway.audio import RATE, decode_audio, pcm_from_json
+from gateway.errors import ApiError
+from tests.fuzz.guided import main
+from tests.fuzz.recordings import files, pcm
+
+MAX_SECS = 2.0
+JSON = "application/json"
+CONTENT_TYPES = ("application/octet-stream", "audio/wav", "audio/flac", "audio/ogg", "audio/pcm", "", "audio/mpeg", JSON)
+SPARE_SAMPLES = 64
+"""By so much rounding and the resampler's tail may exceed the limit."""
+
+
+def fuzz(data: bytes) -> None:
+    """Decode one body."""
+    content_type, body = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else "", data[1:]
+    try:
+        if content_type == JSON:
+            body, opaque = pcm_from_json(body)
+            assert set(opaque) <= {"opaque"}
+            content_type = CONTENT_TYPES[0]
+        samples = decode_audio(body, content_type, MAX_SECS)
+    except ApiError:
+        return
+    assert samples.dtype == "int16"
+    assert samples.ndim == 1
+    assert 1 <= len(samples) <= MAX_SECS * RATE + SPARE_SAMPLES
+
+
+def seeds() -> Iterator[bytes]:
+    """Inputs to begin with."""
+    for file in files():
+        yield b"\0" + file
+    yield b"\4" + pcm()
+    yield b'\7{"audio_buffer":[1,0,255,127],"opaque":{"id":[1,null]},"description":""}'
+
+
+if __name__ == "__main__":
+    main(fuzz, seeds)

@@ -1,0 +1,30 @@
+"""A short tone in every form of file that is taken."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import soundfile
+
+FORMS = [
+    ("WAV", "PCM_16", 16_000), ("WAV", "PCM_24", 44_100), ("WAV", "FLOAT", 8_000), ("WAV", "ULAW", 8_000),
+    ("WAV", "MS_ADPCM", 16_000), ("WAV", "GSM610", 8_000), ("RF64", "PCM_16", 16_000), ("WAVEX", "PCM_16", 48_000),
+    ("FLAC", "PCM_16", 16_000), ("FLAC", "PCM_24", 44_100), ("OGG", "VORBIS", 16_000), ("OGG", "OPUS", 48_000),
+]  # fmt: skip
+TONE = 0.3 * np.sin(np.arange(2400) / 8)
+
+
+def files() -> Iterator[bytes]:
+    """One channel of each, and two where the codec has them."""
+    for container, subtype, rate in FORMS:
+        for channels in (1,) if subtype == "GSM610" else (1, 2):
+            file = io.BytesIO()
+            soundfile.write(file, np.repeat(TONE[:, None], channels, axis=1), rate, subtype, format=container)
+            yield file.getvalue()
+
+
+def pcm() -> bytes:
+    """Raw PCM."""
+    return bytes((TONE * 32767).astype("<i2"))

@@ -1,0 +1,84 @@
+"""``make fuzz``: each fuzzer for ``MINUTES``. What they find is kept in ``.fuzz``, and tried first the next time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chaos import Backend, backends, gateway_process
+from clients import decoder_metric
+from conftest import read_recordings
+from dialogue import Server, converse_until, transcriber
+
+from gateway.settings import Settings
+from launcher.engine import free_ports
+from launcher.run import LOOPBACK, ROOT
+
+SECS = float(os.environ.get("MINUTES") or 10) * 60
+HOME = ROOT / ".fuzz"
+HERE = Path(__file__).parent
+SLOWEST_SECS = 10
+LARGEST_INPUT_BYTES = 2**15
+MEMORY_MB = 2048
+
+
+@pytest.fixture(scope="module")
+async def backend() -> AsyncIterator[Backend]:
+    async with backends(1) as (running,):
+        yield running
+        assert await decoder_metric(running.ports, "asr_decoder_sequences") == 0
+
+
+@pytest.fixture
+async def url(backend: Backend) -> AsyncIterator[str]:
+    """A gateway that is new for each fuzzer, and must still be well afterwards."""
+    (port,) = free_ports(LOOPBACK, 1)
+    async with gateway_process(port, backend.ports, max_connects_per_address="100000") as process:
+        yield f"http://{LOOPBACK}:{port}"
+        assert process.returncode is None
+
+
+def run(directory: Path, *command: str | Path) -> int:
+    """Run a fuzzer in a directory of its own, its output going to ours."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="this Schemathesis needs Python 3.11")
+async def test_rest(url: str) -> None:
+    """Schemathesis; ``schemathesis replay`` with what it prints repeats a failure."""
+    config = ("--config-file", HERE / "schemathesis.toml")
+    command = (Path(sys.executable).with_name("schemathesis"), *config, "fuzz", f"{url}/openapi.json")
+    options = ("--max-time", f"{SECS:g}", "--max-response-time", str(SLOWEST_SECS), "--warnings", "off")
+    assert await asyncio.to_thread(run, HOME / "rest", *command, *options) == 0
+
+
+async def test_websocket(url: str) -> None:
+    """Hypothesis; what fails is written down as a program, and tried first the next time."""
+    speech = np.concatenate([*read_recordings().values()])
+    server = Server(url, Settings().max_frame_bytes, speech, transcriber(url, speech))
+    await asyncio.to_thread(converse_until, time.monotonic() + SECS, server, HOME / "websocket")
+
+
+@pytest.mark.parametrize("target", ["audio", "frames"])
+def test_coverage_guided(target: str) -> None:
+    """Atheris; the file that it prints repeats a crash: ``python tests/fuzz/TARGET.py FILE``."""
+    directory = HOME / target
+    corpus = directory / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    options = (
+        f"-max_total_time={SECS:.0f}",
+        f"-timeout={SLOWEST_SECS}",
+        f"-rss_limit_mb={MEMORY_MB}",
+        f"-max_len={LARGEST_INPUT_BYTES}",
+        f"-artifact_prefix={directory}/",
+        "-print_final_stats=1",
+    )
+    assert run(directory, sys.executable, HERE / f"{target}.py", corpus, *options) == 0

@@ -1,0 +1,46 @@
+"""Short, repeatable forms of what ``make fuzz`` does at length."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Gateway, Recordings
+from dialogue import Server, converse, transcriber
+
+from gateway.settings import Settings
+from launcher.run import ROOT
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+async def test_dialogues(gateway: Gateway, recordings: Recordings) -> None:
+    speech = np.concatenate([*recordings.values()])
+    server = Server(gateway.url, Settings().max_frame_bytes, speech, transcriber(gateway.url, speech))
+    chosen = {"max_examples": 12, "stateful_step_count": 12, "derandomize": True, "database": None}
+    await asyncio.to_thread(converse, server, **chosen)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="this Schemathesis needs Python 3.11")
+async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("schemathesis"),
+        "--no-color",
+        "--config-file",
+        ROOT / "tests" / "fuzz" / "schemathesis.toml",
+        "run",
+        f"{gateway.url}/openapi.json",
+        "--generation-deterministic",
+        "--max-examples=100",
+        "--warnings=off",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert b"6 selected / 6 total" in output

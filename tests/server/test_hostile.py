@@ -1,0 +1,135 @@
+"""Clients that are slow, silent, deaf, greedy or gone; ``make chaos`` has them in number and beside paced streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+
+import hostile
+import httpx
+import psutil
+import pytest
+from chaos import p95, speak
+from clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
+from conftest import Gateway, Recordings
+from hostile import PING, frame, peer
+
+from launcher.run import LOOPBACK
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+RAW = {"Content-Type": "audio/pcm"}
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+async def dripping(body: bytes, piece_bytes: int, pause_secs: float) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), piece_bytes):
+        yield body[start : start + piece_bytes]
+        await asyncio.sleep(pause_secs)
+
+
+async def test_a_body_that_does_not_come_gives_its_place_back(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(stream_timeout_secs=0.5, max_concurrent_batches=1, inference_queue_size=0) as gateway:
+        reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
+        writer.write(hostile.POST + bytes(1000))
+        await asyncio.sleep(0.2)
+        assert (await http.post(gateway.batch_url(), content=bytes(3200), headers=RAW)).status_code == 503
+        answer = await reader.readuntil(b"retry_after_ms")
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"code":"body_too_slow"' in answer
+        assert b"16000 a second" in answer
+        assert (await http.post(gateway.batch_url(), content=bytes(3200), headers=RAW)).status_code == 200
+        writer.close()
+
+
+async def test_a_body_that_comes_slowly_enough(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(stream_timeout_secs=0.5) as gateway:
+        answer = await http.post(gateway.batch_url(), content=dripping(bytes(96_000), 8000, 0.1), headers=RAW)
+        assert answer.status_code == 200
+
+
+async def test_a_client_that_never_reads_frees_everything(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    """Even the socket, though its kernel answers that it is still there."""
+    async with make_gateway(stream_timeout_secs=1) as gateway:
+        before = psutil.Process().num_fds()
+        async with peer(gateway.server.port, receive_bytes=2304) as deaf:
+            await deaf.upgrade()
+            await deaf.send_bytes(frame(recordings["jfk"][:64_000].tobytes()))
+            flood = frame(bytes(125), PING) * 1000
+            with contextlib.suppress(asyncio.TimeoutError, OSError):
+                while True:
+                    await asyncio.wait_for(deaf.send_bytes(flood), 1)
+            began = time.monotonic()
+            while (await gateway_metrics(gateway.url))["asr_active_connections", ()]:
+                await asyncio.sleep(0.05)
+            while psutil.Process().num_fds() > before + 2:  # the client's own, and that of who asked for the metrics
+                await asyncio.sleep(0.05)
+            assert time.monotonic() - began < 5
+
+
+async def test_a_flood_of_small_frames_is_ended(make_gateway: MakeGateway) -> None:
+    async with make_gateway(stream_timeout_secs=1) as gateway:
+        conversation = await converse(gateway.stream_url(), [KEEPALIVE] * 2500)
+    assert conversation.close_code == 4429
+    assert conversation.error["code"] == "quota_exceeded"
+    assert "500 frames a second" in conversation.error["message"]
+
+
+async def test_a_client_that_is_gone_while_its_final_is_due(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    """What it sent is not decoded for nobody."""
+    async with make_gateway() as gateway:
+        earlier = await gateway_metrics(gateway.url)
+        connection = await open_socket(gateway.stream_url())
+        for piece in [*cut(recordings["jfk"], 16_000)] * 2:
+            await connection.send(piece)
+        await connection.send(END)
+        connection.transport.abort()
+        began = time.monotonic()
+        while (await gateway_metrics(gateway.url))["asr_active_connections", ()]:
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - began < 2
+        grown = growth(earlier, await gateway_metrics(gateway.url))
+    assert grown("asr_audio_seconds_total", endpoint="stream", model="amira") < 15
+
+
+async def test_who_sends_fast_gives_way(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    """Beside ten that send as fast as they can, a paced stream hears in time; and the ten get their finals, too."""
+    async with make_gateway(max_concurrent_streams=16) as gateway:
+        jfk = recordings["jfk"]
+        plain = (await transcribe(gateway.stream_url(), jfk)).final
+        paced = asyncio.create_task(speak(gateway.stream_url(), jfk))
+        await asyncio.sleep(1)
+        fast = await asyncio.gather(*(transcribe(gateway.stream_url(), jfk) for _ in range(10)))
+        said = await paced
+    assert all(conversation.final == plain for conversation in fast)
+    assert said.finals == [plain["text"]]
+    assert p95([secs for _, secs in said.latencies]) < 1.5
+
+
+async def test_hostile_clients_of_every_kind_at_once(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    jfk = recordings["jfk"]
+    async with make_gateway(max_concurrent_streams=32, stream_timeout_secs=2) as gateway:
+        text = (await transcribe(gateway.stream_url(), jfk)).final["text"]
+        before = psutil.Process().num_fds(), len(asyncio.all_tasks())
+        paced = asyncio.create_task(speak(gateway.stream_url(), jfk))
+        await asyncio.sleep(1)
+        crowds = {"never_read": 2, "half_open": 3, "tiny_frames": 4, "vanish": 8}
+        command = (sys.executable, hostile.__file__)
+        processes = [
+            await asyncio.create_subprocess_exec(
+                *command, kind, str(gateway.server.port), "6", str(count), stdout=asyncio.subprocess.DEVNULL
+            )
+            for kind, count in crowds.items()
+        ]
+        said = await paced
+        assert [await process.wait() for process in processes] == [0] * len(processes)
+        assert said.finals == [text]
+        assert p95([secs for _, secs in said.latencies]) < 2.5
+        began = time.monotonic()
+        while (psutil.Process().num_fds(), len(asyncio.all_tasks())) > before:
+            assert time.monotonic() - began < 10, "descriptors or tasks are left"
+            await asyncio.sleep(0.1)
