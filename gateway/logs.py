@@ -21,7 +21,7 @@ def current_request_id() -> str | None:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send this process's logs, the libraries' included, to standard error in the form that the settings name."""
+    """Send this process's logs, and the libraries' warnings, to standard error in the form that the settings name."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -45,9 +45,10 @@ def configure_logging(settings: Settings) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(settings.log_level.upper())
-    for chatty in ("uvicorn", "httpx"):  # they tell of every connection, which we do ourselves
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    level = getattr(logging, settings.log_level.upper())
+    root.setLevel(max(level, logging.WARNING))  # libraries' lines may hold what ours never do: headers with keys, say
+    for ours in ("gateway", "launcher"):
+        logging.getLogger(ours).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_is_no_denial)
     structlog.configure(
         processors=[

@@ -1,0 +1,60 @@
+"""The gateway's logs: one JSON object a line, with ids, without what was said; or lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+import httpx
+import orjson
+import pytest
+import structlog
+from clients import transcribe
+from conftest import Gateway, Recordings
+
+from gateway.logs import configure_logging
+from gateway.settings import Settings
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+KEY = "a-key-that-nobody-else-has"
+
+
+async def test_a_line_an_event_and_nothing_of_what_was_said(
+    make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = {"Authorization": f"Bearer {KEY}"}
+    async with make_gateway(api_keys=[KEY], log_level="debug") as gateway:
+        conversation = await transcribe(gateway.stream_url(), recordings["jfk"], additional_headers=key)
+        await http.post(gateway.batch_url(), content=bytes(3), headers={**key, "X-Request-ID": "mine"})
+    printed = capsys.readouterr().err
+    lines = [orjson.loads(line) for line in printed.splitlines()]
+    assert all({"event", "level", "timestamp"} <= set(line) for line in lines)
+    by_event = {line["event"]: line for line in lines}
+    assert (by_event["request"]["status"], by_event["request"]["request_id"]) == (400, "mine")
+    assert (by_event["stream closed"]["code"], by_event["stream closed"]["audio_secs"]) == (1000, 11)
+    assert by_event["stream closed"]["request_id"]
+    assert KEY not in printed
+    assert not [word for word in conversation.final["text"].split() if len(word) > 5 and word in printed]
+
+
+async def test_levels_are_a_setting(
+    make_gateway: MakeGateway, http: httpx.AsyncClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with make_gateway(log_level="warning") as gateway:
+        await http.post(gateway.batch_url(), content=bytes(3))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_an_exception_has_its_trace(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(Settings.model_validate({"log_format": form}))
+    try:
+        _ = 1 / 0
+    except ZeroDivisionError as error:
+        structlog.get_logger().error("stream failed", exc_info=error)
+    printed = capsys.readouterr().err
+    assert "ZeroDivisionError: division by zero" in printed
+    if form == "json":
+        assert orjson.loads(printed)["event"] == "stream failed"
+    else:
+        assert printed.count("\n") > 3, "people read it line by line"
