@@ -10,6 +10,8 @@ happens (response senders in the default mode: Triton 24.06 and later).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 import threading
 import time
@@ -28,6 +30,10 @@ from stream import Answer, Samples, Stream
 
 REPORT_SECS = 0.1
 """So often the metrics are brought up to date."""
+
+M_MMAP_THRESHOLD = -3
+LARGE_BYTES = 64 * 2**10
+"""Blocks of memory as large as this go back to the system when they are freed: a stream's audio, a window's features."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ class TritonPythonModel:
         Raises:
             pb_utils.TritonModelException: one of them is missing or not allowed.
         """
+        with contextlib.suppress(AttributeError):  # another C library than glibc, which keeps them by default (mallopt(3))
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
         try:
