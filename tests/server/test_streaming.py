@@ -117,7 +117,7 @@ async def test_thirty_two_streams_under_load_equal_their_solo_runs(
     await asyncio.gather(*loading, return_exceptions=True)
     assert together == solo
     assert any(solo), "silence would prove nothing"
-    assert rows / calls > 2, "they did not share batches"
+    assert rows / calls > 1.2, "none of them shared a call of the decoder"
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 1536, 15360])

@@ -1,0 +1,194 @@
+"""Hostile clients, of docs/Reliability.md: what they do to paced streams beside them, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+import hostile
+import numpy as np
+import pytest
+from chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
+from clients import transcribe
+from conftest import Samples, read_recordings, run_gateway
+from footprint import Footprint, growth, look
+
+from launcher.engine import free_ports
+from launcher.run import LOOPBACK, ROOT
+from perf.server import cpu_model
+
+STREAMS, CAPACITY = 6, 60
+QUIET_SECS = HOSTILE_SECS = 13.44
+"""Fourteen windows. The paced streams say the same twice: how long a window takes depends on what is said in it."""
+
+TIMEOUT_SECS = 4.0
+"""The gateway's ``stream_timeout_secs``: 30 by default, which would only make the run longer."""
+
+VANISH = int(os.environ.get("VANISH") or 2000)
+"""Streams that vanish. Ten thousand take four minutes: forty a second is what this many cores take beside the others."""
+
+SETTLE_SECS = 3 * TIMEOUT_SECS
+MAX_GROWTH_MB = 32.0
+"""Of what is kept for reuse, such as ONNX Runtime's arenas; whether it grows for good is what ``make soak`` looks at."""
+
+MAX_SLOWER = 1.1
+NOISE_SECS = 0.03
+"""By so much the 95th percentile of sixty latencies differs from run to run with nobody hostile there."""
+
+REPORT = ROOT / "perf" / "results" / "hostile.md"
+TITLES = ("clients", "did", "finals as undisturbed", "p95 of partials before", "while they are there", "left behind")
+
+
+class Kind(NamedTuple):
+    """A row.
+
+    Attributes:
+        title: what the clients do.
+        clients: how many there are.
+        did: how much they did, to be filled in.
+        secs: for how long.
+        instead_of: whether before them as many were there that are not hostile, since a stream that speaks has its price.
+    """
+
+    title: str
+    clients: int
+    did: str = ""
+    secs: float = HOSTILE_SECS
+    instead_of: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "none": Kind("none", 0),
+    "in_time": Kind("6 more that are not hostile", 6, "{} frames"),
+    "never_read": Kind("6 that speak, ask, and never read", 6, "{} frames", instead_of=True),
+    "half_open": Kind("half-open connections", 40, "{} connections"),
+    "too_fast": Kind("6 at ten times real time", 6, "{} frames", instead_of=True),
+    "tiny_frames": Kind("8 with frames of 0 to 2 bytes, as many as are taken", 8),
+    "connect": Kind("a thousand connects a second", hostile.CONNECTS, "{} connects"),
+    "vanish": Kind("streams that vanish", hostile.VANISHERS, "{} streams", VANISH / hostile.VANISHED_A_SECOND),
+}
+
+
+CONTROLS = {"none", "in_time"}
+"""Rows that tell what is no harm: how much the figures differ by themselves, and what an honest stream costs the others."""
+
+
+@pytest.fixture(scope="module")
+async def backend() -> AsyncIterator[Backend]:
+    async with backends(1) as (running,):
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def speech(backend: Backend) -> tuple[list[Samples], list[str]]:
+    """What the paced streams say, and what is understood when nobody is beside them."""
+    said = [np.tile(samples, 2) for samples in pieces([*read_recordings().values()], STREAMS, QUIET_SECS)]
+    async with run_gateway(triton_endpoint=backend.target) as gateway:
+        return said, [
+            conversation.final["text"]
+            for conversation in await asyncio.gather(*(transcribe(gateway.stream_url(), samples) for samples in said))
+        ]
+
+
+@pytest.fixture(scope="module")
+def write() -> Iterator[Callable[..., None]]:
+    rows: list[str] = []
+
+    def add(*cells: str) -> None:
+        rows.append(f"| {' | '.join(cells)} |\n")
+
+    yield add
+    when = datetime.now(timezone.utc).isoformat(" ", "minutes")
+    head = (
+        f"{when}, {cpu_model()}. {STREAMS} paced streams, {QUIET_SECS:g} s before the others and {HOSTILE_SECS:g} s with them."
+    )
+    table = [f"| {' | '.join(TITLES)} |\n", "|---" * len(TITLES) + "|\n", *rows]
+    REPORT.write_text(f"# Hostile clients\n\n{head}\n\n{''.join(table)}", encoding="utf-8")
+
+
+async def attack(port: int, kind: str, secs: float) -> int:
+    """Let the clients loose; how much they did."""
+    if not KINDS[kind].clients:
+        await asyncio.sleep(secs)
+        return 0
+    command = [sys.executable, hostile.__file__, kind, str(port), str(secs), str(KINDS[kind].clients)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return int(output.split()[-1])
+
+
+async def settled(backend: Backend, url: str, pid: int, before: Footprint) -> Footprint:
+    """The footprint as soon as nothing more is held than before, or when the time for that is over."""
+    deadline = time.monotonic() + SETTLE_SECS
+    while True:
+        now = await look(backend, url, pid)
+        if not any(count > 0 for count in held(before, now).values()) or time.monotonic() > deadline:
+            return now
+        await asyncio.sleep(0.2)
+
+
+def held(before: Footprint, now: Footprint) -> dict[str, int]:
+    """How many more there are of what is given back when a client goes."""
+    return {
+        "sequences": now.sequences - before.sequences,
+        "tasks": now.tasks - before.tasks,
+        "descriptors": sum(now.descriptors.values()) - sum(before.descriptors.values()),
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+async def test_hostile_clients(
+    backend: Backend, speech: tuple[list[Samples], list[str]], write: Callable[..., None], name: str
+) -> None:
+    kind = KINDS[name]
+    said, texts = speech
+    (port,) = free_ports(LOOPBACK, 1)
+    url, stream_url = f"http://{LOOPBACK}:{port}", f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira"
+    settings = {
+        "max_concurrent_streams": str(CAPACITY),
+        "stream_timeout_secs": str(TIMEOUT_SECS),
+    }
+    async with gateway_process(port, backend.ports, **settings) as gateway:
+        # Pools and caches that grow once are not what is looked for.
+        await asyncio.gather(
+            *(transcribe(stream_url, samples[: 5 * RATE]) for samples in said), attack(port, name, HOSTILE_SECS)
+        )
+        await asyncio.sleep(TIMEOUT_SECS + 1)
+        before = await look(backend, url, gateway.pid)
+        streams = [asyncio.create_task(speak(stream_url, samples)) for samples in said]
+        await (attack(port, "in_time", QUIET_SECS) if kind.instead_of else asyncio.sleep(QUIET_SECS))
+        began = time.monotonic()
+        done = await attack(port, name, kind.secs)
+        ended = time.monotonic()
+        results: list[Said] = await asyncio.gather(*streams)
+        after = await settled(backend, url, gateway.pid, before)
+    quiet = [secs for one in results for at, secs in one.latencies if at < began]
+    hostile_there = [secs for one in results for at, secs in one.latencies if began <= at < ended]
+    right = sum(one.finals == [text] for one, text in zip(results, texts, strict=True))
+    grown = growth(before, after)
+    more = held(before, after)
+    largest = max(grown, key=lambda process: grown[process])
+    left = ", ".join(
+        [*(f"{count} {what}" for what, count in more.items() if count > 0), f"{grown[largest]:+.0f} MB ({largest})"]
+    )
+    write(
+        kind.title,
+        kind.did.format(f"{done:,}"),
+        f"{right} of {STREAMS}",
+        f"{p95(quiet):.2f} s{f', {kind.clients} others in real time there' if kind.instead_of else ''}",
+        f"{p95(hostile_there):.2f} s",
+        left,
+    )
+    assert right == STREAMS
+    assert not any(count > 0 for count in more.values()), more
+    assert max(grown.values()) < MAX_GROWTH_MB, grown
+    assert math.isfinite(p95(quiet))
+    if name not in CONTROLS:
+        assert p95(hostile_there) < MAX_SLOWER * p95(quiet) + NOISE_SECS
