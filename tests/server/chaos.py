@@ -25,7 +25,7 @@ from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BA
 
 RATE = 16_000
 FRAME_SECS = 0.1
-MODELS = 6
+MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
 AMIRA = ROOT / ".venv" / "bin" / "amira"
 SESSION_KEY = "one for all gateways"
 

@@ -107,7 +107,7 @@ async def test_who_sends_fast_gives_way(make_gateway: MakeGateway, recordings: R
         said = await paced
     assert all(conversation.final == plain for conversation in fast)
     assert said.finals == [plain["text"]]
-    assert p95([secs for _, secs in said.latencies]) < 1.5
+    assert p95([secs for _, secs in said.latencies]) < 3
 
 
 async def test_hostile_clients_of_every_kind_at_once(make_gateway: MakeGateway, recordings: Recordings) -> None:

@@ -117,7 +117,7 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
             triton = next(child for child in psutil.Process(process.pid).children() if child.name() == "tritonserver")
             stubs = triton.children()
             # One process for each instance that the instance_group settings ask for: two encoders, one of each other model.
-            assert len(stubs) == 6
+            assert len(stubs) == 7
             triton.kill()
             await until(lambda: _equals(status, 503))
             assert (await http.get(f"{url}/health")).status_code == 200
