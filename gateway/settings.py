@@ -209,6 +209,8 @@ class Settings(
     max_stream_audio_secs: Annotated[float, Field(ge=0.001, le=31_536_000)] = 14_400.0
     """Longest stream, in seconds of audio."""
 
+    latency: Literal["low", "balanced", "throughput"] = "balanced"
+    """Windows of live streams, of those that the model offers: text soon, or many streams, or something between."""
     max_symbols_per_step: Annotated[int | None, Field(ge=1, le=1000)] = None
     """Most tokens on one encoder frame; if not set, the model's own limit."""
     max_total_tokens: Annotated[int | None, Field(ge=1, le=100_000)] = None

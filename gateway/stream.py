@@ -134,11 +134,11 @@ class Session:
         self._socket = socket
         self._spend = spend
         self._tickets = service.tickets if resumable else None
-        self._resumed = self._acknowledged = Ticket(model)
         self._settings = service.settings
         self._model = model
         self._recogniser = recogniser
         self._utterance = service.triton.stream(recogniser, service.options)
+        self._resumed = self._acknowledged = Ticket(model, self._utterance.latency)
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._transcript = Transcript()
@@ -233,7 +233,7 @@ class Session:
         if not isinstance(session, str):
             raise ApiError(ErrorKind.TEXT_FRAME, 'the text frame is not understood; known: {"type": "resume", "session": …}')
         self._resumed = self._acknowledged = self._tickets.redeem(session, self._model)
-        self._utterance.resume(self._resumed.state, self._resumed.samples)
+        self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
         self._sent_samples = self._resumed.samples
 
@@ -266,8 +266,9 @@ class Session:
         """
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
-            due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            most_samples = due_samples + (MAX_WINDOWS - 1) * self._recogniser.chunk_samples
+            windows = self._utterance.windows
+            due_samples = windows.due(self._sent_samples) - self._sent_samples
+            most_samples = due_samples + (MAX_WINDOWS - 1) * windows.chunk
             audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
             arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
@@ -297,7 +298,7 @@ class Session:
         state, samples = self._utterance.restart
         counts = (self._resumed.chars, self._resumed.tokens, self._resumed.words)
         chars, tokens, words = (before + now for before, now in zip(counts, self._transcript.settled, strict=True))
-        ticket = Ticket(self._model, samples, state, chars, tokens, words)
+        ticket = Ticket(self._model, self._utterance.latency, samples, state, chars, tokens, words)
         if ticket != self._acknowledged:
             self._acknowledged = ticket
             settled = {"chars": chars, "tokens": tokens, "words": words}

@@ -32,6 +32,9 @@ MEL_BINS = (80, 128)
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
 """For encoders that were trained on whole utterances: NeMo's buffered streaming loses 0.3 points with these (its PR 9106)."""
 
+LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_frames": (10.0, 4.0, 2.0)}
+"""Left, chunk and right of the other latencies: for ``low`` a guess, and for ``throughput`` the same context as above."""
+
 MAX_SYMBOLS_PER_STEP = 10
 """NeMo's own default."""
 
@@ -188,7 +191,7 @@ class _Writer:
     ) -> None:
         self._transducer, self._name, self._repository = transducer, name, repository
         self._frame_samples, self._max_symbols, self._gpu = frame_samples, max_symbols, gpu
-        self._window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
+        self._window_frames = {part: self._frames(secs) for part, secs in WINDOW_SECS.items()}
         self._written: list[Path] = []
 
     def write(self, front_end: Path) -> None:
@@ -208,6 +211,9 @@ class _Writer:
             for path in self._written:
                 shutil.rmtree(path, ignore_errors=True)
             raise
+
+    def _frames(self, secs: float) -> int:
+        return round(secs * SAMPLE_RATE / self._frame_samples)
 
     def _write_graph(self, role: str, graph: Path) -> None:
         config = _template(role, f"{self._name}_{role}")
@@ -261,6 +267,7 @@ class _Writer:
             "max_symbols_per_step": self._max_symbols,
             "frame_samples": self._frame_samples,
             **{f"{part}_frames": frames for part, frames in self._window_frames.items()},
+            **{name: ",".join(map(str, map(self._frames, secs))) for name, secs in LATENCY_WINDOW_SECS.items()},
         }
         if t.durations:
             values["durations"] = ",".join(map(str, t.durations))

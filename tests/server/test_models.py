@@ -264,6 +264,8 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     assert "mine: 176000 samples" in output
     code, output, _ = await amira("models", "list", str(into))
     assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
+    (mine,) = recognisers(into)
+    assert (mine.parameters["low_latency_frames"], mine.parameters["high_throughput_frames"]) == ("125,12,12", "125,50,25")
     code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 2
     assert "exists; choose another --name" in errors
