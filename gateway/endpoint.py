@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -51,6 +51,9 @@ ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 SLOW_SHARE = 0.8
 """A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
 
+GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
+"""Which parameter of the decoder has the windows of a latency, if the model has any; else they are those of ``balanced``."""
+
 Samples = npt.NDArray[np.int16]
 
 log = structlog.get_logger()
@@ -68,6 +71,25 @@ class ModelState(Enum):
     UNKNOWN = "unknown"
 
 
+class Windows(NamedTuple):
+    """What a stream's windows are made of, in samples.
+
+    Attributes:
+        left: audio before a chunk that its window holds.
+        chunk: audio that a window decodes for good.
+        right: audio that must follow a chunk before it is decoded.
+    """
+
+    left: int
+    chunk: int
+    right: int
+
+    def due(self, sent: int) -> int:
+        """How many samples a stream must have for its next window, when ``sent`` samples gave it all windows they could."""
+        windows = max(0, sent - self.right) // self.chunk
+        return (windows + 1) * self.chunk + self.right
+
+
 @dataclass(frozen=True)
 class Recogniser:
     """What the model configurations behind an ensemble tell.
@@ -75,9 +97,7 @@ class Recogniser:
     Attributes:
         ensemble: its name.
         models: every model that it needs, itself included.
-        chunk_samples: audio that a window decodes for good.
-        left_samples: audio before a chunk that its window holds.
-        right_samples: audio that must follow a chunk before it is decoded.
+        windows: of streams, by latency.
         max_whole_secs: longest recording in one piece.
         max_idle_secs: after this long without a request Triton drops a sequence.
         max_sequences: how many sequences can live at once.
@@ -85,9 +105,7 @@ class Recogniser:
 
     ensemble: str
     models: tuple[str, ...]
-    chunk_samples: int
-    left_samples: int
-    right_samples: int
+    windows: Mapping[str, Windows]
     max_whole_secs: float
     max_idle_secs: float
     max_sequences: int
@@ -100,7 +118,6 @@ class Recogniser:
             KeyError, ValueError: it is none of this project's decoder.
         """
         parameters = {name: entry.get("string_value", "") for name, entry in decoder["parameters"].items()}
-        frame_samples = int(parameters["frame_samples"])
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
         callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
@@ -108,18 +125,11 @@ class Recogniser:
         return cls(
             ensemble=ensemble,
             models=(ensemble, *steps, *sorted(callees)),
-            chunk_samples=int(parameters["chunk_frames"]) * frame_samples,
-            left_samples=int(parameters["left_frames"]) * frame_samples,
-            right_samples=int(parameters["right_frames"]) * frame_samples,
+            windows=_read_windows(parameters),
             max_whole_secs=float(parameters["max_whole_secs"]),
             max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
             max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
         )
-
-    def due_samples(self, sent: int) -> int:
-        """How many samples a stream must have for its next window, when ``sent`` samples gave it all windows they could."""
-        windows = max(0, sent - self.right_samples) // self.chunk_samples
-        return (windows + 1) * self.chunk_samples + self.right_samples
 
 
 class Endpoint:
@@ -252,6 +262,9 @@ class Endpoint:
             return
         self._recognisers[ensemble] = recogniser
         settings = self._settings
+        name = GEOMETRY_PARAMETERS.get(settings.latency)
+        if name and not decoder["parameters"].get(name):
+            log.warning("streams are balanced: the model has no windows for this latency", latency=settings.latency, lacks=name)
         if recogniser.max_idle_secs <= settings.stream_timeout_secs:
             log.warning(
                 "streams may be dropped: stream_timeout_secs is not below the model's max_sequence_idle_microseconds",
@@ -363,6 +376,17 @@ async def _close_later(client: grpcclient.InferenceServerClient, delay_secs: flo
     """Close a connection when the calls that it still has are over: closing cancels those, and with them who waits."""
     await asyncio.sleep(delay_secs)
     await client.close()
+
+
+def _read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
+    """The windows of each latency, from the decoder's parameters."""
+    balanced = ",".join(parameters[f"{part}_frames"] for part in Windows._fields)
+    texts = {
+        "balanced": balanced,
+        **{latency: parameters.get(name) or balanced for latency, name in GEOMETRY_PARAMETERS.items()},
+    }
+    frame_samples = int(parameters["frame_samples"])
+    return {latency: Windows(*(int(part) * frame_samples for part in text.split(","))) for latency, text in texts.items()}
 
 
 def _model_state(state: str) -> ModelState:

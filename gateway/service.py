@@ -57,7 +57,7 @@ class Service:
         self.tracing = tracing
         self.options: dict[str, str | int] = {
             name: value
-            for name in ("max_symbols_per_step", "max_total_tokens")
+            for name in ("latency", "max_symbols_per_step", "max_total_tokens")
             if (value := getattr(settings, name)) is not None
         }
         self.buffer_usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity)

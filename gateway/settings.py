@@ -212,6 +212,8 @@ class Settings(
     max_connects_per_address: Annotated[float, Field(ge=1, le=1_000_000)] = 50.0
     """Most new connections from one address, a second on average; twice as many at once. Those of a proxy count as its own."""
 
+    latency: Literal["low", "balanced", "throughput"] = "balanced"
+    """Windows of live streams, of those that the model offers: text soon, or many streams, or something between."""
     max_symbols_per_step: Annotated[int | None, Field(ge=1, le=1000)] = None
     """Most tokens on one encoder frame; if not set, the model's own limit."""
     max_total_tokens: Annotated[int | None, Field(ge=1, le=100_000)] = None

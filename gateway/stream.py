@@ -147,11 +147,11 @@ class Session:
         self._socket = socket
         self._spend = spend
         self._tickets = service.tickets if resumable else None
-        self._resumed = self._acknowledged = Ticket(model)
         self._settings = service.settings
         self._model = model
         self._recogniser = recogniser
         self._utterance = service.triton.stream(recogniser, service.options)
+        self._resumed = self._acknowledged = Ticket(model, self._utterance.latency)
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._admission = service.admission
@@ -274,9 +274,9 @@ class Session:
         self._resumed, age_secs = self._tickets.redeem(session, self._model)
         self._acknowledged = self._resumed
         # The context is sent once more, and what was spoken since the ticket was issued.
-        again_secs = self._recogniser.left_samples / RATE if self._resumed.state else 0.0
+        again_secs = self._recogniser.windows[self._resumed.latency].left / RATE if self._resumed.state else 0.0
         self._pace = TokenBucket(1.0, BACKLOG_SECS, level=min(BACKLOG_SECS, AHEAD_SECS + again_secs + age_secs))
-        self._utterance.resume(self._resumed.state, self._resumed.samples)
+        self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
         self._sent_samples = self._resumed.samples
 
@@ -309,8 +309,9 @@ class Session:
         """
         heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
         while True:
-            due_samples = self._recogniser.due_samples(self._sent_samples) - self._sent_samples
-            most_samples = due_samples + (self._windows(due_samples) - 1) * self._recogniser.chunk_samples
+            windows = self._utterance.windows
+            due_samples = windows.due(self._sent_samples) - self._sent_samples
+            most_samples = due_samples + (self._windows(due_samples) - 1) * windows.chunk
             audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
             arrived = self._buffer.last_put
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
@@ -355,7 +356,7 @@ class Session:
         if not self._admission.crowded:
             return MAX_WINDOWS
         spare_samples = self._pace.level * RATE - due_samples
-        return max(1, min(MAX_WINDOWS, 1 + int(spare_samples / self._recogniser.chunk_samples)))
+        return max(1, min(MAX_WINDOWS, 1 + int(spare_samples / self._utterance.windows.chunk)))
 
     def _set_ahead(self, ahead: bool) -> None:
         self._admission.ahead += ahead - self._ahead
@@ -366,7 +367,7 @@ class Session:
         state, samples = self._utterance.restart
         counts = (self._resumed.chars, self._resumed.tokens, self._resumed.words)
         chars, tokens, words = (before + now for before, now in zip(counts, self._transcript.settled, strict=True))
-        ticket = Ticket(self._model, samples, state, chars, tokens, words)
+        ticket = Ticket(self._model, self._utterance.latency, samples, state, chars, tokens, words)
         if ticket != self._acknowledged:
             self._acknowledged = ticket
             settled = {"chars": chars, "tokens": tokens, "words": words}

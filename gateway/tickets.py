@@ -24,12 +24,14 @@ class Ticket:
 
     Attributes:
         model: its public model name.
+        latency: which of the model's windows it has; it keeps them, whatever the settings of the gateway that goes on with it.
         samples: audio from here on is still needed, in samples since the start of the stream.
         state: the decoder's; empty before the first window.
         chars, tokens, words: how much of the transcript is settled; what a later connection says comes behind it.
     """
 
     model: str
+    latency: str
     samples: int = 0
     state: str = ""
     chars: int = 0

@@ -13,7 +13,7 @@ import structlog
 
 from gateway import metrics, tracing
 from gateway.audio import BYTES_A_SAMPLE, RATE
-from gateway.endpoint import Endpoint, Recogniser, Samples, Sequence, UnreachableError
+from gateway.endpoint import Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 from gateway.transcript import Answer
@@ -149,9 +149,20 @@ class Utterance:
         """The decoder's state, and from which sample on it takes audio to go on from there."""
         return self._state, self._kept_from
 
-    def resume(self, state: str, samples: int) -> None:
-        """Go on where another utterance was; the next audio begins at this sample."""
+    @property
+    def latency(self) -> str:
+        """Which of the recogniser's windows it has."""
+        return str(self._options["latency"])
+
+    @property
+    def windows(self) -> Windows:
+        """Those windows."""
+        return self._recogniser.windows[self.latency]
+
+    def resume(self, state: str, samples: int, latency: str) -> None:
+        """Go on where another utterance of this latency was; the next audio begins at this sample."""
         self._state, self._kept_from = state, samples
+        self._options["latency"] = latency
 
     def give_up(self) -> None:
         """Nobody waits for an answer any more: what fails from now on is not tried again."""
@@ -182,7 +193,7 @@ class Utterance:
         if not answer.state:
             return
         self._state = answer.state
-        needed_from = max(0, answer.samples - self._recogniser.left_samples)
+        needed_from = max(0, answer.samples - self.windows.left)
         del self._kept[: (needed_from - self._kept_from) * BYTES_A_SAMPLE]
         self._kept_from = needed_from
 

@@ -30,6 +30,9 @@ MEL_BINS = (80, 128)
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
 """For encoders that were trained on whole utterances: NeMo's buffered streaming loses 0.3 points with these (its PR 9106)."""
 
+LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_frames": (10.0, 4.0, 2.0)}
+"""Left, chunk and right of the other latencies: for ``low`` a guess, and for ``throughput`` the same context as above."""
+
 LARGE_ENCODER_BYTES = 200_000_000
 """An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
 
@@ -177,6 +180,10 @@ class _Writer:
                 "max_symbols_per_step": str(config.max_tokens_per_step),
                 "frame_samples": str(frame_samples),
                 **{f"{part}_frames": str(frames) for part, frames in window_frames.items()},
+                **{
+                    name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
+                    for name, secs in LATENCY_WINDOW_SECS.items()
+                },
                 **({"encoder_batch": str(GPU_ENCODER_BATCH)} if gpu else {}),
             }
             self._write_python_model("rnnt_greedy_bls", "decoder", parameters)

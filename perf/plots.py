@@ -1,4 +1,4 @@
-"""The benchmark's pictures."""
+"""Pictures of what was measured."""
 
 from __future__ import annotations
 
@@ -26,6 +26,30 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
             axes.spines[side].set_visible(False)
         figure.savefig(folder / f"bench-{name}.png", dpi=DPI)
         plt.close(figure)
+
+
+def draw_windows(report: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of ``perf.windows``: word error rate by latency, each point as large as the streams it allows."""
+    figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
+    points = report["points"]
+    latency = [point["chunk_secs"] + point["right_secs"] for point in points]
+    own = ["tab:orange" if point["latencies"] else "tab:blue" for point in points]
+    rates = [point["wer"] for point in points]
+    axes.scatter(latency, rates, s=[4 * point["streams"] for point in points], c=own, alpha=0.6)
+    for x, point in zip(latency, points, strict=True):
+        parts = " + ".join(f"{point[part]:.1f}" for part in ("left_secs", "chunk_secs", "right_secs"))
+        label = f"{point['latencies']} {parts}: {point['streams']:.0f} streams".strip()
+        axes.annotate(label, (x, point["wer"]), fontsize=6, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="latency (chunk + right context), s", ylabel="word error rate, %")
+    axes.set_xlim(0, max(latency) + 1)
+    axes.set_title(
+        f"Windows of left context + chunk + right context, s\n{report['cpu']}, {report['cores']} cores, {report['date'][:10]}",
+        fontsize=9,
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
 
 
 def _streams(axes: Any, report: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from parameters import Options, ParameterError, Parameters
+from parameters import GEOMETRY_PARAMETERS, Geometry, Options, ParameterError, Parameters
 
 MODELS = Path(__file__).parents[2] / "model-repo"
 
@@ -55,7 +55,8 @@ def read(values: dict[str, str]) -> Parameters:
 
 
 def value_of(parameters: Parameters, name: str) -> Any:
-    return getattr(parameters if hasattr(parameters, name) else parameters.options, name)
+    places = (parameters, parameters.options, parameters.geometries["balanced"])
+    return next(getattr(place, name) for place in places if hasattr(place, name))
 
 
 def assert_refused(values: dict[str, str], message: str) -> None:
@@ -72,7 +73,8 @@ def test_defaults() -> None:
     assert parameters.decoder_joint_model == "decoder_joint"
     assert (parameters.block_frames, parameters.encoder_batch) == (32, 4)
     assert (parameters.max_segment_secs, parameters.max_whole_secs) == (20.0, 60.0)
-    assert parameters.options == Options("window", 10, 200, 1200) == Options()
+    assert parameters.options == Options("window", "balanced", 10, 200, 1200) == Options()
+    assert parameters.geometries == dict.fromkeys(("low", "balanced", "throughput"), Geometry(42, 10, 5))
 
 
 def test_the_shipped_configuration_is_allowed() -> None:
@@ -143,6 +145,36 @@ def test_durations_belong_to_a_tdt() -> None:
     assert_refused({**REQUIRED, "durations": "0,1"}, f"durations is [0, 1]; {rule}")
 
 
+@pytest.mark.parametrize(("latency", "name"), GEOMETRY_PARAMETERS.items())
+def test_a_latency_may_have_windows_of_its_own(latency: str, name: str) -> None:
+    geometries = read({**REQUIRED, name: "0, 1,100000"}).geometries
+    assert geometries[latency] == Geometry(0, 1, 100_000)
+    assert sorted(geometries.values()) == [Geometry(0, 1, 100_000), Geometry(42, 10, 5), Geometry(42, 10, 5)]
+
+
+@pytest.mark.parametrize("name", GEOMETRY_PARAMETERS.values())
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("42,4", " is [42, 4]; it must be three whole numbers: left, chunk, right"),
+        ("42,4,2,1", " is [42, 4, 2, 1]; it must be three whole numbers: left, chunk, right"),
+        ("42,four,2", " is 'four'; it must be a whole number"),
+        ("-1,4,2", ": left_frames is -1; it must be within 0 … 100000"),
+        ("42,0,2", ": chunk_frames is 0; it must be within 1 … 100000"),
+        ("42,4,100001", ": right_frames is 100001; it must be within 0 … 100000"),
+    ],
+)
+def test_windows_of_a_latency_are_checked(name: str, value: str, problem: str) -> None:
+    assert_refused({**REQUIRED, name: value}, f"{name}{problem}")
+
+
+@pytest.mark.parametrize("latency", ["high", "", 1, None])
+def test_an_unknown_latency_is_refused(latency: Any) -> None:
+    with pytest.raises(ParameterError) as error:
+        Options().override({"latency": latency})
+    assert str(error.value) == f"latency is {latency!r}; allowed are 'low', 'balanced' and 'throughput'"
+
+
 def test_unknown_parameters_are_named_with_the_known() -> None:
     with pytest.raises(
         ParameterError, match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'right_frames'\]"
@@ -154,7 +186,7 @@ def test_options_are_overridden_from_json() -> None:
     options = Options(max_symbols_per_step=5)
     assert options.override({}) == options
     given = {"context": "whole", "max_total_tokens": 7, "endpoint_silence_ms": "0", "priority": 1.5}
-    assert options.override(given) == Options("whole", 5, 7, 0)
+    assert options.override(given) == Options("whole", "balanced", 5, 7, 0)
     assert options == Options(max_symbols_per_step=5)
 
 

@@ -17,7 +17,7 @@ from transducers import DIMENSION, HIDDEN, LAYERS, VOCABULARY, RandomTransducer,
 import batching
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
-from parameters import Options, Parameters
+from parameters import LATENCIES, Geometry, Options, Parameters
 from stream import Answer, Samples, Stream, Window
 
 FRAME_SAMPLES = 16  # so that a frame is a millisecond
@@ -44,9 +44,7 @@ def parameters(**changes: Any) -> Parameters:
         "predictor_layers": LAYERS,
         "predictor_hidden": HIDDEN,
         "frame_samples": FRAME_SAMPLES,
-        "left_frames": 6,
-        "chunk_frames": 4,
-        "right_frames": 2,
+        "geometries": dict.fromkeys(LATENCIES, Geometry(6, 4, 2)),
         "block_frames": 5,
         "encoder_calls": 2,
         "encoder_batch": 4,
@@ -57,18 +55,30 @@ def parameters(**changes: Any) -> Parameters:
     return Parameters(**{**defaults, **changes})
 
 
+def with_geometry(left_frames: int, chunk_frames: int, right_frames: int) -> Parameters:
+    return parameters(geometries=dict.fromkeys(LATENCIES, Geometry(left_frames, chunk_frames, right_frames)))
+
+
+def geometry_of(config: Parameters, options: Options | None = None) -> Geometry:
+    return config.geometries[(options or config.options).latency]
+
+
 kinds = st.sampled_from([(), (0, 1, 2, 3, 4)])
+geometries = st.builds(Geometry, st.integers(0, 8), st.integers(1, 6), st.integers(0, 4))
+latencies = st.sampled_from(LATENCIES)
 configs = st.builds(
-    parameters,
-    left_frames=st.integers(0, 8),
-    chunk_frames=st.integers(1, 6),
-    right_frames=st.integers(0, 4),
-    block_frames=st.integers(1, 8),
+    lambda geometries, latency, block_frames: parameters(
+        geometries=geometries, block_frames=block_frames, options=replace(NEVER_CLOSES, latency=latency)
+    ),
+    st.fixed_dictionaries(dict.fromkeys(LATENCIES, geometries)),
+    latencies,
+    st.integers(1, 8),
 )
 
 
 closing_options = st.builds(
     Options,
+    latency=latencies,
     max_symbols_per_step=st.integers(1, 4),
     max_total_tokens=st.integers(1, 8),
     endpoint_silence_ms=st.sampled_from([0, 3, 5]),
@@ -161,9 +171,9 @@ def final_tokens(answers: Sequence[Answer]) -> list[Token]:
     return [token for answer in answers if answer.final for token in answer.tokens]
 
 
-def in_chunks(samples: Samples, config: Parameters) -> list[Samples]:
+def in_chunks(samples: Samples, config: Parameters, options: Options | None = None) -> list[Samples]:
     """Pieces each of which makes one window due, and an empty one that ends the stream."""
-    chunk, right = (frames * FRAME_SAMPLES for frames in (config.chunk_frames, config.right_frames))
+    _, chunk, right = (frames * FRAME_SAMPLES for frames in geometry_of(config, options))
     return [*np.split(samples, range(chunk + right, len(samples) + 1, chunk)), samples[:0]]
 
 
@@ -201,11 +211,12 @@ def test_windows_depend_on_the_samples_alone(seed: int, length: int, config: Par
     cut: list[Window] = []
     recognise(network, config, data.draw(cuts(samples)), windows=cut)
     assert [(w.samples.tolist(), *w[1:]) for w in at_once] == [(w.samples.tolist(), *w[1:]) for w in cut]
+    left_frames, chunk_frames, right_frames = geometry_of(config)
     for i, window in enumerate(at_once):
-        assert window.left_frames == min(i * config.chunk_frames, config.left_frames)
+        assert window.left_frames == min(i * chunk_frames, left_frames)
     for window in at_once[:-1]:
-        assert window.chunk_frames == config.chunk_frames
-        assert len(window.samples) == FRAME_SAMPLES * (window.left_frames + config.chunk_frames + config.right_frames)
+        assert window.chunk_frames == chunk_frames
+        assert len(window.samples) == FRAME_SAMPLES * (window.left_frames + chunk_frames + right_frames)
 
 
 @few_examples
@@ -214,10 +225,11 @@ def test_a_partial_is_what_the_audio_of_its_windows_gives(
     seed: int, length: int, config: Parameters, durations: tuple[int, ...]
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
-    windows = max(0, length // FRAME_SAMPLES - config.right_frames) // config.chunk_frames
+    _, chunk_frames, right_frames = geometry_of(config)
+    windows = max(0, length // FRAME_SAMPLES - right_frames) // chunk_frames
     for i, answer in enumerate(recognise(network, config, in_chunks(samples, config))[:-1], 1):
-        assert answer.frames == min(i, windows) * config.chunk_frames
-        heard = samples[: (answer.frames + config.right_frames) * FRAME_SAMPLES] if answer.frames else samples[:0]
+        assert answer.frames == min(i, windows) * chunk_frames
+        heard = samples[: (answer.frames + right_frames) * FRAME_SAMPLES] if answer.frames else samples[:0]
         assert_same(answer.tokens, reference(network, heard))
         assert answer.stable == sum(token.frame < answer.frames for token in answer.tokens)
         assert answer.samples == answer.frames * FRAME_SAMPLES
@@ -225,7 +237,7 @@ def test_a_partial_is_what_the_audio_of_its_windows_gives(
 
 
 @few_examples
-@example(0, 8 * FRAME_SAMPLES, parameters(right_frames=0), Options(max_total_tokens=1), (), None)
+@example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
 @given(seeds, lengths, configs, closing_options, kinds, st.data())
 def test_the_final_tokens_do_not_depend_on_the_cuts(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject | None
@@ -233,7 +245,7 @@ def test_the_final_tokens_do_not_depend_on_the_cuts(
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
     config = replace(config, max_segment_secs=seconds(20))
     at_once = recognise(network, config, [samples], options)
-    for pieces in (data.draw(cuts(samples)) if data else [samples, samples[:0]], in_chunks(samples, config)):
+    for pieces in (data.draw(cuts(samples)) if data else [samples, samples[:0]], in_chunks(samples, config, options)):
         answers = recognise(network, config, pieces, options)
         assert final_tokens(answers) == final_tokens(at_once)
         assert answers[-1][-3:] == at_once[-1][-3:]
@@ -274,7 +286,7 @@ def test_a_segment_ends_at_max_total_tokens(seed: int, length: int, config: Para
     expected = reference(network, samples, 10)
     # Then all segments end amid a frame, where the predictor goes on, and their tokens are those of one long segment.
     assume(max(Counter(token.frame for token in expected).values(), default=0) < 10)
-    options = replace(NEVER_CLOSES, max_symbols_per_step=10, max_total_tokens=max_total_tokens)
+    options = replace(config.options, max_symbols_per_step=10, max_total_tokens=max_total_tokens)
     answers = recognise(network, config, in_chunks(samples, config), options)
     assert_same(final_tokens(answers), expected)
     answered = 0
@@ -294,7 +306,7 @@ def test_a_segment_ends_by_silence_or_length_and_the_next_begins_afresh(
 ) -> None:
     network, samples = RandomTransducer(seed, blank_bias=6.0), audio(seed, length)
     config = replace(config, max_segment_secs=seconds(max_frames))
-    answers = recognise(network, config, in_chunks(samples, config), replace(NEVER_CLOSES, endpoint_silence_ms=silence_ms))
+    answers = recognise(network, config, in_chunks(samples, config), replace(config.options, endpoint_silence_ms=silence_ms))
     start = 0
     for answer in answers[:-1]:
         expected = reference(network, samples[: answer.frames * FRAME_SAMPLES], start=start)
@@ -387,7 +399,7 @@ def receive_all(config: Parameters, samples: Samples, encode: Encode) -> Answer:
 
 
 def test_too_few_frames_are_refused() -> None:
-    config = parameters(left_frames=6, chunk_frames=4, right_frames=0)
+    config = with_geometry(6, 4, 0)
     samples = audio(0, 12 * FRAME_SAMPLES)
     with pytest.raises(
         ValueError, match=r"gave 3 frames for a window of 64 samples, of which 4 are needed: frame_samples is 16"
@@ -397,14 +409,14 @@ def test_too_few_frames_are_refused() -> None:
         ValueError, match=r"gave 0 frames for a window of 16 samples, of which 1 are needed: frame_samples is 16"
     ):
         receive_all(config, samples[:5], lambda window: frames_of(window)[:, 1:])
-    config = parameters(right_frames=1)
+    config = with_geometry(6, 4, 1)
     assert receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // 17]).frames == 11
     with pytest.raises(ValueError, match=r"gave 6 frames for a window of 160 samples, of which 7 are needed"):
         receive_all(config, samples, lambda window: frames_of(window)[:, : 6 if len(window) == 160 else 100])
 
 
 def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
-    config = parameters(left_frames=6, chunk_frames=4, right_frames=0)
+    config = with_geometry(6, 4, 0)
     samples = audio(0, 8 * FRAME_SAMPLES + 3)
     answer = receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // FRAME_SAMPLES])
     assert (answer.samples, answer.frames) == (len(samples), 8)
@@ -424,7 +436,7 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
         disturbed += execute(network, [Request(stream, samples[kept:sent], i == len(pieces))])
         kept = sent
         if i < len(pieces) and data.draw(st.booleans()):
-            kept = max(0, disturbed[-1].frames - config.left_frames) * FRAME_SAMPLES
+            kept = max(0, disturbed[-1].frames - geometry_of(config, options).left_frames) * FRAME_SAMPLES
             stream = Stream.restore(config, options, stream.save())
     for before, after in zip(undisturbed, disturbed, strict=True):
         assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
@@ -432,7 +444,7 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
     assert_same(final_tokens(disturbed), final_tokens(undisturbed))
 
 
-@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 2}', "shape", "token", "frames"])
+@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 1}', "shape", "token", "frames"])
 def test_what_is_no_state_is_refused(saved: str) -> None:
     config = parameters()
     state = json.loads(Stream(config, NEVER_CLOSES).save())
@@ -443,6 +455,14 @@ def test_what_is_no_state_is_refused(saved: str) -> None:
     }
     with pytest.raises(ValueError, match="the state to restore"):
         Stream.restore(config, NEVER_CLOSES, json.dumps(broken[saved]) if saved in broken else saved)
+
+
+def test_a_state_is_of_its_windows_alone() -> None:
+    config = parameters(geometries={"low": Geometry(6, 2, 1), "balanced": Geometry(6, 4, 2), "throughput": Geometry(6, 4, 2)})
+    saved = Stream(config, replace(NEVER_CLOSES, latency="low")).save()
+    with pytest.raises(ValueError, match=r"windows of \[6, 2, 1\] frames instead of \[6, 4, 2\]"):
+        Stream.restore(config, NEVER_CLOSES, saved)
+    Stream.restore(config, replace(NEVER_CLOSES, latency="throughput"), Stream(config, NEVER_CLOSES).save())
 
 
 def test_a_whole_recording_has_no_state() -> None:

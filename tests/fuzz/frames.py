@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["gateway.stream", "gateway.tickets", "i
     from gateway.stream import KEEPALIVE, Session
     from gateway.tickets import Ticket, Tickets
 from gateway.access import Admission
-from gateway.endpoint import Recogniser
+from gateway.endpoint import Recogniser, Windows
 from gateway.errors import ApiError
 from gateway.service import BufferUsage
 from gateway.settings import Settings
@@ -28,9 +28,13 @@ from gateway.triton import Utterance
 from tests.fuzz.guided import main
 
 SETTINGS = Settings(session_key=SecretStr("a key for the fuzzer"), max_frame_bytes=4096, max_stream_audio_secs=1)
-RECOGNISER = Recogniser("asr_ensemble", (), 15_360, 64_512, 7_680, 60.0, 60.0, 256)
+RECOGNISER = Recogniser("asr_ensemble", (), {"balanced": Windows(64_512, 15_360, 7_680)}, 60.0, 60.0, 256)
 TICKETS = Tickets(SETTINGS)
-ISSUED = [Ticket("amira"), Ticket("amira", 61_440, "c3RhdGU=", 41, 13, 8), Ticket("other", 15_360, "", 0, 0, 0)]
+ISSUED = [
+    Ticket("amira", "balanced"),
+    Ticket("amira", "balanced", 61_440, "c3RhdGU=", 41, 13, 8),
+    Ticket("other", "balanced", 15_360, "", 0, 0, 0),
+]
 SESSIONS = [TICKETS.issue(ticket) for ticket in ISSUED]
 BINARY, TEXT, SESSION, BYTES_OF_A_CHANGE = 0, 1, 2, 3
 
@@ -40,7 +44,7 @@ def session(*, resumable: bool) -> Any:
     service: Any = SimpleNamespace(
         settings=SETTINGS,
         tickets=TICKETS,
-        triton=SimpleNamespace(stream=lambda recogniser, _: Utterance(None, recogniser, {}, 1)),  # type: ignore[arg-type]
+        triton=SimpleNamespace(stream=lambda recogniser, _: Utterance(None, recogniser, {"latency": "balanced"}, 1)),  # type: ignore[arg-type]
         options={},
         buffer_usage=BufferUsage(1),
         last_call=None,

@@ -270,6 +270,7 @@ class TestBadValues:
             ("stream_timeout_secs", "nan", "a number within 0.001 … 86400"),
             ("inference_timeout_secs", "5s", "a number within 0.001 … 3600"),
             ("enable_cors", "perhaps", "true or false"),
+            ("latency", "high", "one of low, balanced, throughput"),
             ("log_level", "loud", "one of debug, info, warning, error"),
             ("log_format", "xml", "one of json, console"),
             ("server_host", "a b", "a host name or an address"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 SAMPLE_RATE = 16000
 """Samples a second of all audio."""
@@ -14,12 +14,34 @@ class ParameterError(ValueError):
     """A parameter is missing or has a value that is not allowed; the message names it, the value and what is allowed."""
 
 
+class Geometry(NamedTuple):
+    """What windows a stream is cut into, in frames of the encoder.
+
+    Attributes:
+        left_frames: context before the chunk.
+        chunk_frames: what a window is decoded for.
+        right_frames: context behind the chunk, which has to be spoken before the chunk is decoded.
+    """
+
+    left_frames: int
+    chunk_frames: int
+    right_frames: int
+
+
+GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "right_frames": (0, 100_000)}
+GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
+"""Which parameter has the geometry of a latency; that of ``balanced`` has one for each part."""
+
+LATENCIES = ("low", "balanced", "throughput")
+
+
 @dataclass(frozen=True)
 class Options:
     """What a stream may choose by request parameters on its first request; the defaults are the model's.
 
     Attributes:
         context: ``window`` decodes window by window as audio arrives, ``whole`` in one window when the stream ends.
+        latency: which of the model's geometries the windows have: ``low``, ``balanced`` or ``throughput``.
         max_symbols_per_step: tokens on one frame after which the walk moves on.
         max_total_tokens: a segment that has this many tokens is closed; what follows begins the next one.
         endpoint_silence_ms: a segment ends after this much silence behind its last token; 0 turns that off.
@@ -27,6 +49,7 @@ class Options:
     """
 
     context: str = "window"
+    latency: str = "balanced"
     max_symbols_per_step: int = 10
     max_total_tokens: int = 200
     endpoint_silence_ms: int = 1200
@@ -41,7 +64,7 @@ class Options:
         names = {field.name for field in fields(Options)}
         chosen: dict[str, Any] = {}
         for name, value in given.items():
-            if name == "context":
+            if name in ("context", "latency"):
                 chosen[name] = value
             elif name in names:
                 chosen[name] = _integer(name, value)
@@ -55,6 +78,8 @@ class Options:
         """
         if self.context not in ("window", "whole"):
             raise ParameterError(f"context is {self.context!r}; allowed are 'window' and 'whole'")
+        if self.latency not in LATENCIES:
+            raise ParameterError(f"latency is {self.latency!r}; allowed are 'low', 'balanced' and 'throughput'")
         _within("max_symbols_per_step", self.max_symbols_per_step, 1, 1000)
         _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
         _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)
@@ -77,7 +102,7 @@ class Parameters:
         blank_penalty: subtracted from the blank's logit.
         predictor_layers, predictor_hidden: the predictor's states are [layers, batch, hidden].
         frame_samples: samples of 16 kHz audio an encoder frame stands for.
-        left_frames, chunk_frames, right_frames: a window is decoded for its chunk; left and right are context.
+        geometries: of windows, by latency; one that the model gives none for has that of ``balanced``.
         block_frames: frames scored by one call of the decoder.
         encoder_calls: calls of the encoder at once; as many as it has instances keep all of them busy.
         encoder_batch: most windows of equal length in one call of the encoder.
@@ -97,9 +122,7 @@ class Parameters:
     predictor_layers: int
     predictor_hidden: int
     frame_samples: int
-    left_frames: int
-    chunk_frames: int
-    right_frames: int
+    geometries: Mapping[str, Geometry]
     block_frames: int
     encoder_calls: int
     encoder_batch: int
@@ -127,9 +150,7 @@ class Parameters:
             predictor_layers=given.integer("predictor_layers", 1, 64),
             predictor_hidden=given.integer("predictor_hidden", 1, 65_536),
             frame_samples=given.integer("frame_samples", 1, 160_000),
-            left_frames=given.integer("left_frames", 0, 100_000),
-            chunk_frames=given.integer("chunk_frames", 1, 100_000),
-            right_frames=given.integer("right_frames", 0, 100_000),
+            geometries=given.geometries(),
             block_frames=given.integer("block_frames", 1, 100_000, 32),
             encoder_calls=given.integer("encoder_calls", 1, 64, 2),
             encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
@@ -182,6 +203,19 @@ class _Reader:
     def integers(self, name: str) -> tuple[int, ...]:
         self._known.add(name)
         return tuple(_integer(name, part.strip()) for part in self._values.get(name, "").split(",") if part.strip())
+
+    def geometries(self) -> dict[str, Geometry]:
+        ranges = GEOMETRY_RANGES.items()
+        balanced = Geometry(*(self.integer(part, low, high) for part, (low, high) in ranges))
+        geometries = {"balanced": balanced}
+        for latency, name in GEOMETRY_PARAMETERS.items():
+            frames = self.integers(name) or balanced
+            if len(frames) != len(balanced):
+                raise ParameterError(f"{name} is {list(frames)}; it must be three whole numbers: left, chunk, right")
+            for (part, (low, high)), value in zip(ranges, frames, strict=True):
+                _within(f"{name}: {part}", value, low, high)
+            geometries[latency] = Geometry(*frames)
+        return geometries
 
     def finish(self) -> None:
         unknown = sorted(set(self._values) - self._known)

@@ -1,9 +1,9 @@
 """One stream of audio: which windows it is cut into, and what its frames have been decoded to so far.
 
-An encoder that wants context sees windows of ``left + chunk + right`` frames. The chunk's frames are decoded for good with the
-state carried from the chunk before; the right context's are decoded from a copy of it and shown as the unstable tail. Windows
-lie on a grid that begins with the stream, so they depend on its samples alone, never on how those were cut into requests. A
-recording that is decoded whole is one window without context.
+An encoder that wants context sees windows of ``left + chunk + right`` frames, as the stream's latency has them. The chunk's
+frames are decoded for good with the state carried from the chunk before; the right context's are decoded from a copy of it and
+shown as the unstable tail. Windows lie on a grid that begins with the stream, so they depend on its samples alone, never on how
+those were cut into requests. A recording that is decoded whole is one window without context.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from parameters import SAMPLE_RATE, Options, Parameters
 Samples = npt.NDArray[np.int16]
 
 UNLIMITED_TOKENS = 2**31
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class Window(NamedTuple):
@@ -68,11 +68,13 @@ class Stream:
     Attributes:
         parameters: the decoder's, the same for all streams.
         options: what the stream chose.
+        geometry: of its windows.
     """
 
     def __init__(self, parameters: Parameters, options: Options) -> None:
         self.options = options
         self.parameters = parameters
+        self.geometry = parameters.geometries[options.latency]
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # frame index of the first sample of _pcm
         self._encoded = 0  # frames whose window was given out
@@ -87,7 +89,7 @@ class Stream:
         self._segment_start_frame = 0
 
     def save(self) -> str:
-        """The state behind an answer as text; with the audio from ``left_frames`` before it on it makes the same stream.
+        """The state behind an answer as text; with the audio from its left context on it makes the same stream.
 
         The audio is left out: whoever keeps the state has it, and it is most of the bytes.
         """
@@ -95,6 +97,7 @@ class Stream:
         return json.dumps(
             {
                 "version": STATE_VERSION,
+                "geometry": self.geometry,
                 "frames": self._frames,
                 "features": self._features,
                 "segment": self._segment,
@@ -111,10 +114,10 @@ class Stream:
 
     @classmethod
     def restore(cls, parameters: Parameters, options: Options, saved: str) -> Stream:
-        """The stream of which ``saved`` is the state; its next audio begins ``left_frames`` before the state's ``frames``.
+        """The stream of which ``saved`` is the state; its next audio begins with the left context of the state's ``frames``.
 
         Raises:
-            ValueError: ``saved`` is no state of this model, or the stream is to be decoded whole.
+            ValueError: ``saved`` is no state of this model or of other windows, or the stream is to be decoded whole.
         """
         if options.context != "window":
             raise ValueError("a state can't be restored with context=whole")
@@ -123,6 +126,8 @@ class Stream:
             state = json.loads(saved)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
+            if state["geometry"] != list(stream.geometry):  # another grid, and the audio would begin elsewhere
+                raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream.geometry)}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
             states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
             stream._predictor = Predictor(int(state["last_token"]), states, int(state["symbols"]), int(state["surplus_frames"]))
@@ -134,7 +139,7 @@ class Stream:
             raise ValueError(f"the state to restore is none of this model's: {error!r}") from None
         if not 0 <= stream._predictor.last_token <= parameters.blank:
             raise ValueError(f"the state to restore has token {stream._predictor.last_token}, of {parameters.blank}")
-        stream._pcm_start = max(0, stream._frames - parameters.left_frames)
+        stream._pcm_start = max(0, stream._frames - stream.geometry.left_frames)
         stream._received_samples = stream._pcm_start * parameters.frame_samples
         return stream
 
@@ -159,21 +164,22 @@ class Stream:
         Args:
             end: no audio follows; what is left is the last window.
         """
-        p = self.parameters
+        frame_samples = self.parameters.frame_samples
+        kept_frames, chunk_frames, right_frames = self.geometry
         left_frames = self._encoded - self._pcm_start
-        ahead = len(self._pcm) - left_frames * p.frame_samples
-        if self.options.context == "window" and ahead >= (p.chunk_frames + p.right_frames) * p.frame_samples:
-            frames = left_frames + p.chunk_frames + p.right_frames
-            window = Window(self._pcm[: frames * p.frame_samples], left_frames, p.chunk_frames, live=True)
-            self._encoded += p.chunk_frames
-            drop = max(0, self._encoded - p.left_frames - self._pcm_start)
-            self._pcm = self._pcm[drop * p.frame_samples :]
+        ahead = len(self._pcm) - left_frames * frame_samples
+        if self.options.context == "window" and ahead >= (chunk_frames + right_frames) * frame_samples:
+            frames = left_frames + chunk_frames + right_frames
+            window = Window(self._pcm[: frames * frame_samples], left_frames, chunk_frames, live=True)
+            self._encoded += chunk_frames
+            drop = max(0, self._encoded - kept_frames - self._pcm_start)
+            self._pcm = self._pcm[drop * frame_samples :]
             self._pcm_start += drop
             return window
         if not end or ahead <= 0:
             return None
-        samples = np.pad(self._pcm, (0, max(0, p.frame_samples - len(self._pcm))))
-        self._encoded += -(-ahead // p.frame_samples)
+        samples = np.pad(self._pcm, (0, max(0, frame_samples - len(self._pcm))))
+        self._encoded += -(-ahead // frame_samples)
         return Window(samples, left_frames, None, live=self.options.context == "window")
 
     def receive(self, window: Window, frames: Floats, features: int) -> tuple[Floats, Floats]:

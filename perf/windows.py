@@ -1,0 +1,278 @@
+"""What windows cost and what they are worth: word error rate and encoder time by left context, chunk and right context.
+
+    python -m perf.windows SPEECH_DIR [--quick]
+
+SPEECH_DIR holds labelled recordings, as for ``perf.evaluate``. Each is a stream that the decoder's own code cuts and decodes,
+in this process, with ONNX Runtime's sessions as Triton has them. The results go to ``perf/results/windows.md`` and
+``windows.json``, the picture to ``docs/windows.png``. perf/README.md says what the columns are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jiwer
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from gateway.audio import RATE
+from launcher.run import MODEL_REPOSITORY, ROOT
+from perf.analyze import RESULTS
+from perf.evaluate import Recording, normalise, read_speech
+from perf.floor import Floats, FrontEnd, open_graph
+from perf.plots import draw_windows
+from perf.recogniser import parameters
+from perf.server import cpu_model
+from perf.speech import Samples
+
+sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
+from batching import Decoder, Encoded, Encoder, recognise
+from greedy import States, Transducer
+from parameters import LATENCIES, Geometry, Parameters
+from stream import Stream
+from words import join, read_vocabulary
+
+SESSIONS = 2
+"""Encoder sessions of one thread each, as ``instance_group`` of the encoder has them."""
+
+GEOMETRIES_SECS = (
+    (4.0, 1.0, 0.5),
+    (1.9, 1.0, 0.5),
+    (3.0, 1.0, 0.5),
+    (6.0, 1.0, 0.5),
+    (4.0, 1.0, 0.2),
+    (4.0, 1.0, 1.0),
+    (4.0, 0.4, 0.2),
+    (4.0, 0.6, 0.2),
+    (4.0, 0.6, 0.5),
+    (4.0, 1.4, 0.5),
+    (3.0, 1.9, 0.5),
+    (4.0, 1.9, 0.5),
+    (1.9, 1.9, 0.5),
+    (4.0, 2.9, 0.5),
+)
+"""Left context, chunk and right context; each is rounded to the model's frames, and its own geometries come first."""
+
+TURNS, TURN_WINDOWS = 5, 6
+QUICK_SECS = 60
+
+
+class Point(NamedTuple):
+    """What a geometry is worth.
+
+    Attributes:
+        latencies: of the model that have it.
+        left_secs, chunk_secs, right_secs: itself.
+        wer: word error rate in per cent.
+        wer_more: how much that is above ``balanced``, in per cent of the words.
+        wer_more_error: standard error of that, from the differences of the single recordings.
+        window_ms: time that preprocessor and encoder take for a full window on one thread while the other sessions work too.
+        streams: that all sessions could carry: chunk over window time, times the sessions.
+    """
+
+    latencies: str
+    left_secs: float
+    chunk_secs: float
+    right_secs: float
+    wer: float
+    wer_more: float
+    wer_more_error: float
+    window_ms: float
+    streams: float
+
+
+class Networks:
+    """The three graphs, as the decoder calls them."""
+
+    def __init__(self, repository: Path) -> None:
+        self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
+        for _ in range(SESSIONS):
+            self._idle.put(FrontEnd(repository, threads=1))
+        self._decoder_joint = open_graph(repository, "decoder_joint", 1)
+
+    def encode(self, windows: Sequence[Samples], lone: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+        """One call of preprocessor and encoder on windows of equal length."""
+        front_end = self._idle.get()
+        try:
+            waveforms = np.stack(windows).astype(np.float32) / np.float32(32768)
+            features, lengths = front_end.preprocess(waveforms, np.full(len(windows), waveforms.shape[1], np.int64))
+            frames, encoded = front_end.encode(features, lengths)
+        finally:
+            self._idle.put(front_end)
+        return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
+
+    def step(self, frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
+        """One call of decoder_joint; see ``greedy.Step``."""
+        inputs = {
+            "encoder_outputs": frames,
+            "targets": last_tokens[:, None],
+            "target_length": np.ones(len(last_tokens), np.int32),
+            "input_states_1": states[0],
+            "input_states_2": states[1],
+        }
+        logits, *after = self._decoder_joint.run(["outputs", "output_states_1", "output_states_2"], inputs)
+        return logits[:, :, 0], tuple(after)
+
+
+async def transcribe(
+    networks: Networks, p: Parameters, geometry: Geometry, recordings: Sequence[Recording], done: Callable[[], None]
+) -> list[str]:
+    """Normalised texts of recordings as streams in windows of a geometry."""
+    pieces = read_vocabulary(MODEL_REPOSITORY / "vocab.txt")
+    p = replace(p, geometries={p.options.latency: geometry})
+    encoder = Encoder(networks.encode, SESSIONS, p.encoder_batch)
+    decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames)
+
+    async def one(recording: Recording) -> str:
+        stream = Stream(p, p.options)
+        stream.push(recording.samples)
+        answer = await recognise(stream, encoder, decoder, end=True)
+        done()
+        return normalise(join([pieces[token.id] for token in answer.tokens], leading_space=False))
+
+    return list(await asyncio.gather(*map(one, recordings)))
+
+
+def window_secs(networks: Networks, windows: Mapping[Geometry, Samples], done: Callable[[], None]) -> dict[Geometry, float]:
+    """Time of a thread for a window of each geometry while all sessions work; geometries take turns."""
+    turns: dict[Geometry, list[float]] = {geometry: [] for geometry in windows}
+
+    def work(window: Samples) -> float:
+        began = time.thread_time()  # what the machine does besides is no cost of the window's
+        networks.encode([window])
+        return time.thread_time() - began
+
+    with ThreadPoolExecutor(SESSIONS) as threads:
+        for _ in range(TURNS):
+            for geometry, window in windows.items():
+                turns[geometry].append(statistics.fmean(threads.map(work, [window] * TURN_WINDOWS)))
+                done()
+    return {geometry: statistics.median(secs) for geometry, secs in turns.items()}
+
+
+def errors(recordings: Sequence[Recording], texts: Sequence[str]) -> NDArray[np.int64]:
+    """Wrong, missing and surplus words of each recording."""
+    counts = [jiwer.process_words(recording.text, text) for recording, text in zip(recordings, texts, strict=True)]
+    return np.array([count.substitutions + count.deletions + count.insertions for count in counts])
+
+
+def geometries(p: Parameters, quick: bool) -> list[Geometry]:
+    """Those to measure, the model's own first, ``balanced`` before the others."""
+    own = sorted(p.geometries.items(), key=lambda item: item[0] != p.options.latency)
+    others = [] if quick else [Geometry(*(round(s * RATE / p.frame_samples) for s in secs)) for secs in GEOMETRIES_SECS]
+    return list(dict.fromkeys([*(geometry for _, geometry in own), *others]))
+
+
+def measure(directory: Path, quick: bool) -> dict[str, Any]:
+    """Measure every geometry.
+
+    Returns:
+        The report.
+    """
+    p = Parameters.from_config(
+        {"parameters": {name: {"string_value": value} for name, value in parameters(MODEL_REPOSITORY).items()}}
+    )
+    networks, recordings, chosen = Networks(MODEL_REPOSITORY), read_speech(directory), geometries(p, quick)
+    everything = np.concatenate([recording.samples for recording in recordings])
+    if quick:
+        ends = np.cumsum([len(recording.samples) for recording in recordings])
+        recordings = recordings[: int(np.searchsorted(ends, QUICK_SECS * RATE)) + 1]
+    windows = {geometry: np.resize(everything, sum(geometry) * p.frame_samples) for geometry in chosen}
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("time of windows", total=TURNS * len(chosen))
+        secs = window_secs(networks, windows, lambda: progress.advance(task))
+        task = progress.add_task("word error rates", total=len(recordings) * len(chosen))
+        texts = [
+            asyncio.run(transcribe(networks, p, geometry, recordings, lambda: progress.advance(task))) for geometry in chosen
+        ]
+    frame_secs = p.frame_samples / RATE
+    words = sum(len(recording.text.split()) for recording in recordings)
+    wrong = [errors(recordings, text) for text in texts]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(" ", "minutes"),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "quick": quick,
+        "sessions": SESSIONS,
+        "recordings": len(recordings),
+        "seconds": round(sum(len(recording.samples) for recording in recordings) / RATE),
+        "words": words,
+        "points": [
+            Point(
+                ", ".join(latency for latency in LATENCIES if p.geometries[latency] == geometry),
+                round(geometry.left_frames * frame_secs, 3),
+                round(geometry.chunk_frames * frame_secs, 3),
+                round(geometry.right_frames * frame_secs, 3),
+                round(100 * float(counts.sum()) / words, 1),
+                round(100 * float((counts - wrong[0]).sum()) / words, 1),
+                round(100 * float(np.std(counts - wrong[0])) * len(recordings) ** 0.5 / words, 1),
+                round(1000 * secs[geometry], 1),
+                round(SESSIONS * geometry.chunk_frames * frame_secs / secs[geometry], 1),
+            )._asdict()
+            for geometry, counts in zip(chosen, wrong, strict=True)
+        ],
+    }
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report as a page."""
+    titles = ("", "left s", "chunk s", "right s", "latency s", "word error rate %", "above balanced", "window ms", "streams")
+    lines = [
+        f"| {point.latencies} | {point.left_secs:.2f} | {point.chunk_secs:.2f} | {point.right_secs:.2f} "
+        f"| {point.chunk_secs + point.right_secs:.2f} | {point.wer:.1f} "
+        f"| {point.wer_more:+.1f} ± {point.wer_more_error:.1f} | {point.window_ms:.1f} | {point.streams:.0f} |"
+        for point in sorted(
+            (Point(**point) for point in report["points"]), key=lambda point: point.chunk_secs + point.right_secs
+        )
+    ]
+    about = (
+        f"{report['date']}, {report['cpu']}, {report['cores']} cores; {report['recordings']} recordings of "
+        f"{report['seconds']} s and {report['words']} words. perf/README.md says what the columns are."
+    )
+    return "\n".join(
+        [
+            f"# Windows{' (quick)' if report['quick'] else ''}",
+            "",
+            about,
+            "",
+            f"| {' | '.join(titles)} |",
+            f"|---{'|--:' * (len(titles) - 1)}|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="recordings and their manifest.tsv")
+    parser.add_argument("--quick", action="store_true", help="only the model's own geometries over a minute of speech")
+    arguments = parser.parse_args()
+    report = measure(arguments.directory, arguments.quick)
+    page = to_markdown(report)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "windows.md").write_text(page, encoding="utf-8")
+    (RESULTS / "windows.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    draw_windows(report, ROOT / "docs" / "windows.png")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

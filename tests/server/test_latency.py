@@ -1,0 +1,99 @@
+"""Windows of each latency, through gateway, Triton and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from itertools import pairwise
+
+import httpx
+import jiwer
+import numpy as np
+import orjson
+import pytest
+from clients import END, converse, cut, listen, open_socket, transcribe
+from conftest import Gateway, Recordings, Samples
+
+from launcher.models import recognisers
+from launcher.run import MODEL_REPOSITORY
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+SESSION_KEY = "one for all gateways"
+FRAME_MS = 96
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+@pytest.fixture(scope="module")
+def speech(recordings: Recordings) -> Samples:
+    return np.concatenate([*recordings.values()])[: 16_000 * 12]
+
+
+def chunk_and_right_ms(latency: str) -> tuple[int, int]:
+    (bundled,) = recognisers(MODEL_REPOSITORY)
+    p = bundled.parameters
+    texts = {
+        "low": p["low_latency_frames"],
+        "balanced": ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right")),
+        "throughput": p["high_throughput_frames"],
+    }
+    _, chunk, right = (int(frames) * FRAME_MS for frames in texts[latency].split(","))
+    return chunk, right
+
+
+def test_latencies_are_what_they_are_called() -> None:
+    waits = [sum(chunk_and_right_ms(latency)) for latency in ("low", "balanced", "throughput")]
+    assert waits == sorted(set(waits))
+
+
+@pytest.mark.parametrize("latency", ["low", "balanced", "throughput"])
+async def test_a_latency_has_windows_of_its_own(make_gateway: MakeGateway, speech: Samples, latency: str) -> None:
+    chunk_ms, right_ms = chunk_and_right_ms(latency)
+    async with make_gateway(latency=latency, max_frame_bytes=2 * len(speech)) as gateway:
+        url = gateway.stream_url()
+        *partials, final = (await converse(url, [*cut(speech, 800), END], pause_secs=0.02)).messages
+        others = [(await transcribe(url, speech, size)).final for size in (1234, [1, 7000, 33_000, 5], len(speech))]
+    processed = [partial["audio_processed_ms"] for partial in partials]
+    assert all(ms % chunk_ms == 0 for ms in processed)
+    # What comes is decoded chunk by chunk, and so shown but for chunks without a change.
+    assert min(after - before for before, after in pairwise(processed)) == chunk_ms
+    assert processed[-1] <= len(speech) // 16 - right_ms
+    for other in others:
+        assert other == final
+
+
+async def test_latencies_are_told_apart_by_what_they_give(make_gateway: MakeGateway, speech: Samples) -> None:
+    finals = {}
+    for latency in ("low", "balanced", "throughput"):
+        async with make_gateway(latency=latency) as gateway:
+            finals[latency] = (await transcribe(gateway.stream_url(), speech)).final["text"]
+    assert len(set(finals.values())) > 1
+    assert max(jiwer.wer(finals["balanced"], text) for text in finals.values()) < 0.5
+
+
+async def test_a_stream_keeps_its_windows_at_a_gateway_of_another_latency(make_gateway: MakeGateway, speech: Samples) -> None:
+    async with (
+        make_gateway(latency="low", session_key=SESSION_KEY) as first,
+        make_gateway(session_key=SESSION_KEY) as second,
+    ):
+        whole = await converse(first.stream_url(), [*cut(speech, 1600), END], pause_secs=0.01, subprotocols=["amira.v2"])
+        acks = [message for message in whole.messages if message["type"] == "ack"]
+        ack = acks[len(acks) // 2]
+        async with open_socket(second.stream_url(), subprotocols=["amira.v2"]) as socket:
+            await socket.send(orjson.dumps({"type": "resume", "session": ack["session"]}).decode())
+            for frame in [*cut(speech[ack["samples"] :], 16_000), END]:
+                await socket.send(frame)
+            rest = (await listen(socket)).final
+    assert rest["tokens"] == whole.final["tokens"][ack["settled"]["tokens"] :]
+    assert rest["audio_processed_ms"] == whole.final["audio_processed_ms"]
+
+
+async def test_recordings_have_no_latency(make_gateway: MakeGateway, http: httpx.AsyncClient, speech: Samples) -> None:
+    texts = set()
+    for latency in ("low", "throughput"):
+        async with make_gateway(latency=latency) as gateway:
+            headers = {"Content-Type": "application/octet-stream"}
+            texts.add((await http.post(gateway.batch_url(), content=speech.tobytes(), headers=headers)).json()["text"])
+    assert len(texts) == 1
+    assert "" not in texts
