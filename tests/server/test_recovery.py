@@ -35,7 +35,8 @@ def assert_nothing_lost(outcome: Outcome) -> None:
     assert outcome.lost == []
     assert outcome.closes == []
     assert outcome.wrong_batches == 0
-    assert set(outcome.batches) == {200}
+    assert set(outcome.batches) <= {200, 503}, "one that comes while there is no Triton is refused"
+    assert outcome.batches[200]
 
 
 async def test_killed(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
