@@ -12,7 +12,7 @@ SOURCES := gateway launcher amira_client model-repo backends training tests perf
 LOCKED := engine models perf tracing fuzz build dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf bench data train export peers test-training chaos fuzz soak lock clean
+.PHONY: help setup run demo test lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -64,6 +64,10 @@ $(VENV)/perf-installed: $(VENV)/installed
 
 bench: $(VENV)/perf-installed  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
+
+windows: $(VENV)/perf-installed  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1]
+	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make windows SPEECH=dir" >&2; exit 1; }
+	@$(BIN)/python -m perf.windows $(SPEECH) $(if $(QUICK),--quick)
 
 $(VENV)/training-installed: $(VENV)/installed
 	@echo "installing what the training needs into $(VENV)"
