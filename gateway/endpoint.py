@@ -48,6 +48,9 @@ UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (
 ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before each try to end a sequence on a Triton that does not answer."""
 
+MOST_PATIENCE = 4
+"""No request takes more than so many times ``inference_timeout_secs``."""
+
 SLOW_SHARE = 0.8
 """A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
 
@@ -209,7 +212,7 @@ class Endpoint:
     def _reconnect(self) -> None:
         """Leave a connection on which nothing is answered: a silent network would keep it for minutes."""
         silent, self._client = self._client, self._connect()
-        self._in_background(_close_later(silent, 2 * self._settings.inference_timeout_secs))
+        self._in_background(_close_later(silent, MOST_PATIENCE * self._settings.inference_timeout_secs))
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

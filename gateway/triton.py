@@ -13,13 +13,13 @@ import structlog
 
 from gateway import metrics, tracing
 from gateway.audio import BYTES_A_SAMPLE, RATE
-from gateway.endpoint import Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
+from gateway.endpoint import MOST_PATIENCE, Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 from gateway.transcript import Answer
 
 BATCH_ATTEMPTS = 2
-STREAM_ATTEMPTS = 4
+STREAM_ATTEMPTS = MOST_PATIENCE
 """How often audio is tried; fewer than open a breaker, since audio on which the decoder fails is no endpoint's fault."""
 
 RETRY_PAUSE_SECS = (0.05, 0.25)
