@@ -79,7 +79,8 @@ async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: flo
     rest = set(others or [first])
     size = round(windows.chunk + windows.right + hold_secs * RATE)
     script = Script(samples[:size], range(windows.complete(size)))
-    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url, max_concurrent_streams=streams) as gateway:
+    room = {"max_concurrent_streams": streams, "max_connects_per_address": 100_000}
+    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url, **room) as gateway:
         with _on(gateway.pid, {first}), _on(standin.pid, rest), _on(os.getpid(), rest):
             partials = await play(gateway.url, [script] * streams, windows, 0.0)
     return percentiles_ms([partial.added for partial in partials])[2]

@@ -42,6 +42,7 @@ from perf.stages import LONG_SECS, STAGES, Bench
 
 ROOM = {
     "max_concurrent_streams": 2000,
+    "max_connects_per_address": 100_000,
     "max_concurrent_batches": 200,
     "max_batch_audio_length_secs": LONG_SECS,
     "inference_timeout_secs": 60,
