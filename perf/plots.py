@@ -29,19 +29,21 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_windows(report: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of ``perf.windows``: word error rate by latency, each point as large as the streams it allows."""
+    """Write the picture of ``perf.windows``: word error rate by the streams that windows allow, coloured by latency."""
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
     points = report["points"]
     latency = [point["chunk_secs"] + point["right_secs"] for point in points]
-    own = ["tab:orange" if point["latencies"] else "tab:blue" for point in points]
-    rates = [point["wer"] for point in points]
-    axes.scatter(latency, rates, s=[4 * point["streams"] for point in points], c=own, alpha=0.6)
-    for x, point in zip(latency, points, strict=True):
+    dots = axes.scatter([point["streams"] for point in points], [point["wer"] for point in points], c=latency, cmap="viridis")
+    figure.colorbar(dots, label="latency (chunk + right context), s")
+    for point in points:
         parts = " + ".join(f"{point[part]:.1f}" for part in ("left_secs", "chunk_secs", "right_secs"))
-        label = f"{point['latencies']} {parts}: {point['streams']:.0f} streams".strip()
-        axes.annotate(label, (x, point["wer"]), fontsize=6, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="latency (chunk + right context), s", ylabel="word error rate, %")
-    axes.set_xlim(0, max(latency) + 1)
+        place = (point["streams"], point["wer"])
+        axes.annotate(
+            f"{point['latencies']} {parts}".strip(), place, fontsize=6, rotation=20, xytext=(4, 4), textcoords="offset points"
+        )
+    axes.set(xlabel="streams that two one-thread encoders could carry", ylabel="word error rate, %")
+    axes.set_xlim(0, 1.2 * max(point["streams"] for point in points))
+    axes.margins(y=0.15)
     axes.set_title(
         f"Windows of left context + chunk + right context, s\n{report['cpu']}, {report['cores']} cores, {report['date'][:10]}",
         fontsize=9,

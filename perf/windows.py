@@ -51,25 +51,24 @@ SESSIONS = 2
 """Encoder sessions of one thread each, as ``instance_group`` of the encoder has them."""
 
 GEOMETRIES_SECS = (
-    (4.0, 1.0, 0.5),
+    (3.0, 0.4, 0.5),
+    (3.0, 0.6, 0.2),
+    (3.0, 0.6, 0.5),
+    (3.0, 1.0, 0.2),
     (1.9, 1.0, 0.5),
     (3.0, 1.0, 0.5),
+    (4.0, 1.0, 0.5),
     (6.0, 1.0, 0.5),
-    (4.0, 1.0, 0.2),
-    (4.0, 1.0, 1.0),
-    (4.0, 0.4, 0.2),
-    (4.0, 0.6, 0.2),
-    (4.0, 0.6, 0.5),
-    (4.0, 1.4, 0.5),
-    (3.0, 1.9, 0.5),
-    (4.0, 1.9, 0.5),
+    (3.0, 1.0, 1.0),
+    (3.0, 1.4, 0.5),
     (1.9, 1.9, 0.5),
-    (4.0, 2.9, 0.5),
+    (3.0, 1.9, 0.5),
+    (1.9, 2.9, 0.5),
+    (3.0, 2.9, 0.5),
 )
 """Left context, chunk and right context; each is rounded to the model's frames, and its own geometries come first."""
 
 TURNS, TURN_WINDOWS = 5, 6
-QUICK_SECS = 60
 
 
 class Point(NamedTuple):
@@ -189,9 +188,6 @@ def measure(directory: Path, quick: bool) -> dict[str, Any]:
     )
     networks, recordings, chosen = Networks(MODEL_REPOSITORY), read_speech(directory), geometries(p, quick)
     everything = np.concatenate([recording.samples for recording in recordings])
-    if quick:
-        ends = np.cumsum([len(recording.samples) for recording in recordings])
-        recordings = recordings[: int(np.searchsorted(ends, QUICK_SECS * RATE)) + 1]
     windows = {geometry: np.resize(everything, sum(geometry) * p.frame_samples) for geometry in chosen}
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -263,7 +259,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="recordings and their manifest.tsv")
-    parser.add_argument("--quick", action="store_true", help="only the model's own geometries over a minute of speech")
+    parser.add_argument("--quick", action="store_true", help="only the model's own geometries")
     arguments = parser.parse_args()
     report = measure(arguments.directory, arguments.quick)
     page = to_markdown(report)

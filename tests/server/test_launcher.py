@@ -199,7 +199,7 @@ async def test_a_port_in_use_is_named() -> None:
         ("rnnt_greedy_bls/config.pbtxt", 'string_value: "rnnt"', 'string_value: "ctc"', ["rnnt_greedy_bls", "'ctc'", "'tdt'"]),
         (
             "encoder/config.pbtxt",
-            "dims: [ 1, 384, 228 ]",
+            "dims: [ 1, 384, 184 ]",
             "dims: [ 1, 384 ]",
             ["encoder", "warm-up", "audio_signal", "[1, 384]"],
         ),
