@@ -249,7 +249,8 @@ class Trainer:
         """Return the losses a token; CTC's (Graves et al., 2006) has its weight once the transducer's is there."""
         blank, targets = self.model.blank, [e.tokens for e in batch]
         count = sum(len(t) for t in targets)
-        with torch.autocast("cpu", torch.bfloat16):
+        # With AVX2 alone oneDNN has no LSTM in bfloat16 and refuses the call.
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512"):
             encoded = encode(self.model, batch, self._random)
             ctc = functional.ctc_loss(
                 self.model.ctc(pad_sequence(encoded)).float().log_softmax(-1),
