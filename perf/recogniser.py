@@ -1,12 +1,18 @@
-"""The recogniser under measurement: its names in Triton, its parameters, its windows."""
+"""The recogniser under measurement: its names in Triton, its parameters, its windows, its decoder_joint without a server."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from launcher.models import recognisers
+
+if TYPE_CHECKING:  # it is the model repository's, which most of the benchmark knows from outside only
+    from greedy import Floats, States, Step
 
 MODEL = "asr_ensemble"
 DECODER = "rnnt_greedy_bls"
@@ -43,3 +49,20 @@ def parameters(repository: Path) -> Mapping[str, str]:
     """The decoder's parameters, as ``config.pbtxt`` has them."""
     (found,) = (recogniser for recogniser in recognisers(repository) if recogniser.name == MODEL)
     return found.parameters
+
+
+def joint_step(session: Any) -> Step:
+    """An ONNX Runtime session of decoder_joint as the decoder calls it: a ``greedy.Step``."""
+
+    def step(frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
+        inputs = {
+            "encoder_outputs": frames,
+            "targets": last_tokens[:, None],
+            "target_length": np.ones(len(last_tokens), np.int32),
+            "input_states_1": states[0],
+            "input_states_2": states[1],
+        }
+        logits, *after = session.run(["outputs", "output_states_1", "output_states_2"], inputs)
+        return logits[:, :, 0], tuple(after)
+
+    return step

@@ -34,15 +34,15 @@ from gateway.audio import RATE
 from launcher.run import MODEL_REPOSITORY, ROOT
 from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech
-from perf.floor import Floats, FrontEnd, open_graph
+from perf.floor import FrontEnd, open_graph
 from perf.plots import draw_windows
-from perf.recogniser import parameters
+from perf.recogniser import joint_step, parameters
 from perf.server import cpu_model
 from perf.speech import Samples
 
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
 from batching import Decoder, Encoded, Encoder, recognise
-from greedy import States, Transducer
+from greedy import Transducer
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
 from words import join, read_vocabulary
@@ -102,7 +102,7 @@ class Networks:
         self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
         for _ in range(SESSIONS):
             self._idle.put(FrontEnd(repository, threads=1))
-        self._decoder_joint = open_graph(repository, "decoder_joint", 1)
+        self.step = joint_step(open_graph(repository, "decoder_joint", 1))
 
     def encode(self, windows: Sequence[Samples], lone: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         """One call of preprocessor and encoder on windows of equal length."""
@@ -114,18 +114,6 @@ class Networks:
         finally:
             self._idle.put(front_end)
         return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
-
-    def step(self, frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
-        """One call of decoder_joint; see ``greedy.Step``."""
-        inputs = {
-            "encoder_outputs": frames,
-            "targets": last_tokens[:, None],
-            "target_length": np.ones(len(last_tokens), np.int32),
-            "input_states_1": states[0],
-            "input_states_2": states[1],
-        }
-        logits, *after = self._decoder_joint.run(["outputs", "output_states_1", "output_states_2"], inputs)
-        return logits[:, :, 0], tuple(after)
 
 
 async def transcribe(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_asr
 import onnxruntime
 import pytest
@@ -16,7 +15,8 @@ from onnx_asr.asr import TimestampedResult
 from onnx_asr.models.nemo import NemoConformerRnnt
 from synthetic import FRAMES_PER_SECOND, HIDDEN, SIZES, Kind, build, recordings, vocabulary
 
-from greedy import Floats, Predictor, Row, States, Token, Transducer, decode
+from greedy import Floats, Predictor, Row, Step, Token, Transducer, decode
+from perf.recogniser import joint_step
 
 UNLIMITED = 10**9
 SAMPLE_RATE = 16_000
@@ -65,18 +65,10 @@ class Model:
         encoded, encoded_lengths = self.asr._encode(*self.asr._preprocessor(padded, lengths))
         return [frames[:length].T for frames, length in zip(encoded, encoded_lengths, strict=True)]
 
-    def step(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
-        """Our decoder's view of the session: ``greedy.Step``."""
-        inputs = {
-            "encoder_outputs": frames,
-            "targets": last_tokens[:, None],
-            "target_length": np.ones(len(last_tokens), np.int32),
-            "input_states_1": states[0],
-            "input_states_2": states[1],
-        }
-        names = ["outputs", "output_states_1", "output_states_2"]
-        logits, *after = self.asr._decoder_joint.run(names, inputs)
-        return logits[:, :, 0], tuple(after)
+    @property
+    def step(self) -> Step:
+        """Our decoder's view of the session."""
+        return joint_step(self.asr._decoder_joint)
 
     def fresh(self) -> Predictor:
         state = np.zeros((SIZES[self.kind].layers, HIDDEN), np.float32)

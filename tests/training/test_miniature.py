@@ -13,11 +13,11 @@ import jiwer
 import numpy as np
 import onnxruntime
 import pytest
-from numpy.typing import NDArray
 from rich.progress import Progress
 
-from greedy import Floats, Predictor, Row, States, Transducer, decode
+from greedy import Predictor, Row, Transducer, decode
 from launcher.run import MODEL_REPOSITORY
+from perf.recogniser import joint_step
 from training import config as configuration
 from training.speech import Voices
 from training.text import normalise, sentences
@@ -75,16 +75,7 @@ def _error_rate(repository: Path, config_file: Path) -> float:
     )
     pieces = [line.rsplit(" ", 1)[0] for line in (repository / "vocab.txt").read_text(encoding="utf-8").splitlines()]
     blank = len(pieces) - 1
-
-    def step(frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
-        feed = {
-            "encoder_outputs": frames,
-            "targets": last_tokens[:, None],
-            "target_length": np.ones(len(last_tokens), np.int32),
-        }
-        logits, _, *after = joint.run(None, {**feed, "input_states_1": states[0], "input_states_2": states[1]})
-        return logits[:, :, 0], tuple(after)
-
+    step = joint_step(joint)
     voices, random = Voices(config.data.voices), np.random.default_rng(5)
     said, heard = [], []
     for sentence in sentences(config.data.sentences)[:12]:
