@@ -111,9 +111,9 @@ async def _with_open_streams(url: str, target: Target, samples: Samples, streams
 
 
 async def _settled(target: Target) -> None:
-    """Wait until the decoder calls nothing any more."""
+    """Wait until the decoder has no window encoded any more, by whichever encoder."""
     before: object = None
-    while (now := (await read_counters(target.metrics_url))["nv_inference_request_success_total", "encoder"]) != before:
+    while (now := (await read_counters(target.metrics_url))["asr_decoder_windows_total", DECODER]) != before:
         before = now
         await asyncio.sleep(SETTLE_SECS)
 
