@@ -180,9 +180,7 @@ class Session:
         try:
             await asyncio.wait({reader, pump, watch}, return_when=asyncio.FIRST_COMPLETED)
             ended = next(task for task in (pump, reader, watch) if task.done())  # a final that was sent stands
-            # Nobody here has cancelled it: a call of gRPC has, whose connection was given up.
-            lost = ApiError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") if ended.cancelled() else None
-            code = await self._close(lost or ended.exception())
+            code = await self._close(ended.exception())
             self._buffer.close(End.ABANDONED)
             self._utterance.give_up()
             if self._in_line:
