@@ -19,9 +19,8 @@ from gateway.settings import Settings
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1
 
-M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 64 * 2**10
-"""Blocks of memory as large as this go back to the system when they are freed, such as the audio that a stream kept."""
+TRIM_TICKS = 50
+"""Of uvicorn's main loop, which ticks ten times a second: so often memory that was freed goes back to the system."""
 
 
 class GatewayServer(uvicorn.Server):
@@ -55,13 +54,21 @@ class GatewayServer(uvicorn.Server):
         Without this a peer that is gone holds its socket for a quarter of an hour, and one that never reads holds it for good
         (tcp(7), TCP_USER_TIMEOUT; connections have it from their listener).
         """
-        # By default glibc keeps what is below the largest block ever freed: half a megabyte a stream (mallopt(3)).
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         await super().startup(sockets)
         for server in self.servers:
             for listener in server.sockets:
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._unread_secs * 1000))
+
+    async def on_tick(self, counter: int) -> bool:
+        """Give back what glibc would keep for good: a megabyte for each stream that was ever open at once (malloc_trim(3)).
+
+        Blocks of their own for large buffers (mallopt(3), M_MMAP_THRESHOLD) go back by themselves, but every request then pays
+        for fresh pages: 1 ms at the median, 12 ms at the 99th percentile.
+        """
+        if counter % TRIM_TICKS == 0:
+            with contextlib.suppress(AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then stop; a second signal ends the drain."""

@@ -22,6 +22,9 @@ from perf.server import Target, amira, read_counters, triton_server
 from perf.speech import Samples, cut
 from perf.streams import FRAME_SAMPLES, PATH
 
+TRIM_SECS = 6.0
+"""In this time the gateway has given freed memory back."""
+
 SETTLE_SECS = 1.0
 
 
@@ -107,6 +110,7 @@ async def _with_open_streams(url: str, target: Target, samples: Samples, streams
         for frame in cut(samples, FRAME_SAMPLES):
             await asyncio.gather(*(socket.send(frame.tobytes()) for socket in sockets))
         await _settled(target)
+        await asyncio.sleep(TRIM_SECS)
         return meter.rss_mb()
 
 
