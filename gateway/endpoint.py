@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import numpy as np
@@ -58,6 +58,8 @@ GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughp
 """Which parameter of the decoder has the windows of a latency, if the model has any; else they are those of ``balanced``."""
 
 Samples = npt.NDArray[np.int16]
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -159,7 +161,7 @@ class Endpoint:
         self._client = self._connect()
         self._recognisers: dict[str, Recogniser] = {}
         self._doubted = asyncio.Event()
-        self._background: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         """Look once, and from then on in the background."""
@@ -195,16 +197,24 @@ class Endpoint:
         """Free the decoder's state of a sequence that nobody waits for; failures don't matter, it ages out."""
         self._in_background(sequence.abandon())
 
-    async def infer(self, ensemble: str, samples: Samples, **arguments: Any) -> Any:
+    async def infer(self, ensemble: str, samples: Samples, timeout_secs: float, **arguments: Any) -> Any:
         """Send one request with 16 kHz audio [n].
 
+        One that takes too long goes on, but nobody waits for it: Triton would decode it though it were cancelled, and Triton 2.51
+        may crash in its gRPC front end when a request is cancelled soon after it came.
+
         Raises:
-            InferenceServerException: it failed.
+            InferenceServerException: it failed, or took too long.
         """
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
         outputs = [InferRequestedOutput(name) for name in OUTPUTS]
-        return await self._client.infer(ensemble, [audio], outputs=outputs, **arguments)
+        call = self._in_background(self._client.infer(ensemble, [audio], outputs=outputs, **arguments))
+        call.add_done_callback(lambda call: call.cancelled() or call.exception())  # that may be nobody's concern any more
+        done, _ = await asyncio.wait({call}, timeout=timeout_secs)
+        if not done:
+            raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
+        return call.result()
 
     def _connect(self) -> grpcclient.InferenceServerClient:
         return grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
@@ -214,10 +224,11 @@ class Endpoint:
         silent, self._client = self._client, self._connect()
         self._in_background(_close_later(silent, MOST_PATIENCE * self._settings.inference_timeout_secs))
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def _poll(self) -> None:
         while True:
@@ -321,7 +332,7 @@ class Sequence:
                 sequence_start=start,
                 sequence_end=end,
                 parameters=self._options if start else None,
-                client_timeout=timeout_secs,
+                timeout_secs=timeout_secs,
                 headers=tracing.headers(),
             )
         except InferenceServerException as error:
@@ -362,7 +373,7 @@ class Sequence:
                     np.zeros(0, np.int16),
                     sequence_id=self._id,
                     sequence_end=True,
-                    client_timeout=self._timeout_secs,
+                    timeout_secs=self._timeout_secs,
                 )
             except InferenceServerException as error:
                 if error.status() in (UNAVAILABLE, DEADLINE_EXCEEDED):

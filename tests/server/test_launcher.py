@@ -321,7 +321,7 @@ async def test_a_failing_encoder_is_one_streams_error(model_repository: Path) ->
 
 
 async def test_a_slow_backend_is_a_timeout(triton: Ports) -> None:
-    async with run_gateway(triton_endpoint=f"{triton.host}:{triton.grpc}", inference_timeout_secs=0.1) as gateway:
+    async with run_gateway(triton_endpoint=f"{triton.host}:{triton.grpc}", inference_timeout_secs=0.005) as gateway:
         async with httpx.AsyncClient() as http:
             answer = await http.post(gateway.batch_url(), content=bytes(960000), headers={"Content-Type": "audio/pcm"})
         assert answer.status_code == 504
