@@ -200,8 +200,8 @@ class Endpoint:
     async def infer(self, ensemble: str, samples: Samples, timeout_secs: float, **arguments: Any) -> Any:
         """Send one request with 16 kHz audio [n].
 
-        One that takes too long goes on, but nobody waits for it: Triton would decode it though it were cancelled, and Triton 2.51
-        may crash in its gRPC front end when a request is cancelled soon after it came.
+        One that takes too long goes on, but nobody waits for it: Triton would decode it though it were cancelled, and the gRPC
+        front end of Triton 2.51 may crash when a request is cancelled soon after it came.
 
         Raises:
             InferenceServerException: it failed, or took too long.
