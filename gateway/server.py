@@ -19,8 +19,11 @@ from gateway.settings import Settings
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1
 
-TRIM_TICKS = 50
-"""Of uvicorn's main loop, which ticks ten times a second: so often memory that was freed goes back to the system."""
+TICK_SECS = 0.1
+"""Of uvicorn's main loop."""
+
+TRIM_SECS = 5.0
+"""So often memory that was freed goes back to the system."""
 
 
 class GatewayServer(uvicorn.Server):
@@ -65,7 +68,7 @@ class GatewayServer(uvicorn.Server):
         Blocks of their own for large buffers (mallopt(3), M_MMAP_THRESHOLD) go back by themselves, but every request then pays
         for fresh pages: 1 ms at the median, 12 ms at the 99th percentile.
         """
-        if counter % TRIM_TICKS == 0:
+        if counter % round(TRIM_SECS / TICK_SECS) == 0:
             with contextlib.suppress(AttributeError):  # another C library
                 ctypes.CDLL(None).malloc_trim(0)
         return await super().on_tick(counter)

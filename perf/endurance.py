@@ -13,6 +13,7 @@ from typing import NamedTuple
 from websockets.asyncio.client import connect
 
 from gateway.audio import RATE
+from gateway.server import TRIM_SECS
 from launcher.engine import free_ports
 from launcher.run import LOOPBACK
 from perf.clients import GrpcClient
@@ -21,9 +22,6 @@ from perf.recogniser import DECODER, Windows
 from perf.server import Target, amira, read_counters, triton_server
 from perf.speech import Samples, cut
 from perf.streams import FRAME_SAMPLES, PATH
-
-TRIM_SECS = 6.0
-"""In this time the gateway has given freed memory back."""
 
 SETTLE_SECS = 1.0
 
@@ -110,7 +108,7 @@ async def _with_open_streams(url: str, target: Target, samples: Samples, streams
         for frame in cut(samples, FRAME_SAMPLES):
             await asyncio.gather(*(socket.send(frame.tobytes()) for socket in sockets))
         await _settled(target)
-        await asyncio.sleep(TRIM_SECS)
+        await asyncio.sleep(TRIM_SECS + SETTLE_SECS)  # by then the gateway has given freed memory back
         return meter.rss_mb()
 
 
