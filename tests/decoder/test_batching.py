@@ -225,6 +225,33 @@ async def test_rows_come_and_go_between_calls() -> None:
     assert len(late) == 1
 
 
+async def test_patient_rows_gather() -> None:
+    network = RandomTransducer(3)
+    batches: list[int] = []
+
+    def step(*arguments: object) -> object:
+        batches.append(len(arguments[1]))  # type: ignore[arg-type]
+        return network(*arguments)  # type: ignore[arg-type]
+
+    decoder = Decoder(step, network.transducer, 100)  # type: ignore[arg-type]
+
+    def start(patience_secs: float) -> asyncio.Task[None]:
+        return asyncio.ensure_future(decoder.decode(Row(random_frames(1, 5), network.fresh(), 10, 1), patience_secs))
+
+    patient = [start(0.1) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert batches == []
+    await asyncio.gather(*patient)
+    assert batches == [3], "their time was over"
+    patient = [start(60) for _ in range(2)]
+    await asyncio.sleep(0)
+    await start(0)
+    assert batches == [3, 3], "one that waits for nobody takes them along"
+    await asyncio.gather(*patient)
+    await start(0)
+    assert batches == [3, 3, 1]
+
+
 async def test_a_failed_call_fails_its_own_rows_only() -> None:
     network = RandomTransducer(3)
     failures = [RuntimeError("decoder_joint failed: gone")]

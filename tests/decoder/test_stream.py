@@ -184,6 +184,30 @@ def cuts(draw: st.DrawFn, samples: Samples) -> list[Samples]:
     return np.split(samples, sorted(borders))
 
 
+@pytest.mark.parametrize(("options", "first_call"), [(WHOLE, 2), (NEVER_CLOSES, 1)])
+def test_rows_of_recordings_gather_while_windows_wait(
+    monkeypatch: pytest.MonkeyPatch, options: Options, first_call: int
+) -> None:
+    monkeypatch.setattr(batching, "GATHER_SECS", 60.0)
+    network, config, batches = RandomTransducer(1), parameters(encoder_calls=1, encoder_batch=1), list[int]()
+
+    def step(frames: Floats, last_tokens: Any, states: Any) -> Any:
+        batches.append(len(frames))
+        return network(frames, last_tokens, states)
+
+    async def serve() -> list[Answer]:
+        encoder = RecordingEncoder(config, frames_of, [])
+        decoder = Decoder(step, network.transducer, config.block_frames)
+        streams = [Stream(config, options) for _ in range(3)]
+        for number, stream in enumerate(streams):
+            stream.push(audio(number, 5 * FRAME_SAMPLES))
+        return await asyncio.gather(*(batching.recognise(stream, encoder, decoder, end=True) for stream in streams))
+
+    for number, answer in enumerate(asyncio.run(serve())):
+        assert_same(answer.tokens, reference(network, audio(number, 5 * FRAME_SAMPLES)))
+    assert batches[0] == first_call, "when the second was encoded the third no longer waited"
+
+
 @few_examples
 @given(seeds, lengths, configs, kinds, st.data())
 def test_every_frame_is_decoded_once(

@@ -1,9 +1,9 @@
 """How streams share the networks: windows wait for the encoder, rows of frames come and go between two calls of the decoder.
 
-Nothing here waits for a batch to fill or to empty. A window is encoded as soon as a call is free, together with those of equal
+No stream waits for a batch to fill or to empty. A window is encoded as soon as a call is free, together with those of equal
 length that wait with it; a row joins the decoder's very next call and leaves with its own last token. So the encoder works on
 some streams while others are decoded, and a long recording holds up nobody. (Continuous batching as Orca does it for text:
-Yu et al., OSDI 2022.)
+Yu et al., OSDI 2022.) Only rows of whole recordings gather for a while, when the encoder has more to do than it can.
 
 All of it runs in one event loop. Calls of the encoder block threads of their own; those of the decoder, which are short, the
 loop itself. A call runs in the context (``contextvars``) of the first of those that share it.
@@ -24,6 +24,9 @@ from stream import Answer, Samples, Stream, Window
 
 RECORDING_PATIENCE_SECS = 2.0
 """So long live windows go before a whole recording; then it takes its turn, or many streams would starve it."""
+
+GATHER_SECS = 0.5
+"""So long a whole recording's row waits for others while windows wait for the encoder: a call costs little more for many."""
 
 LIVE_SECS = 2.0
 """While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
@@ -142,6 +145,13 @@ class Encoder:
         self._dispatch()
 
 
+class _Decoding(NamedTuple):
+    """A row that is being decoded."""
+
+    done: asyncio.Future[None]
+    context: contextvars.Context
+
+
 class Decoder:
     """The predictor and joint network, for all streams.
 
@@ -155,10 +165,16 @@ class Decoder:
         self._step = step
         self._transducer = transducer
         self._block_frames = block_frames
-        self._rows: dict[Row, tuple[asyncio.Future[None], contextvars.Context]] = {}
+        self._gathered: dict[Row, _Decoding] = {}
+        self._rows: dict[Row, _Decoding] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def decode(self, row: Row) -> None:
+    async def decode(self, row: Row, patience_secs: float = 0.0) -> None:
         """Decode a row to its end.
+
+        Args:
+            row: frames of one stream.
+            patience_secs: how long it may wait for others, to share its calls with them.
 
         Raises:
             RuntimeError: a call failed.
@@ -166,25 +182,36 @@ class Decoder:
         """
         if row.finished:
             return
-        decoded = asyncio.get_running_loop().create_future()
-        self._rows[row] = decoded, contextvars.copy_context()
-        if len(self._rows) == 1:
+        loop = asyncio.get_running_loop()
+        decoding = self._gathered[row] = _Decoding(loop.create_future(), contextvars.copy_context())
+        if not patience_secs:
+            self._begin()
+        elif not self._timer:
+            self._timer = loop.call_later(patience_secs, self._begin)
+        await decoding.done
+
+    def _begin(self) -> None:
+        """Let what has gathered take part in the next call."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if not self._rows:
             asyncio.get_running_loop().call_soon(self._call)
-        await decoded
+        self._rows |= self._gathered
+        self._gathered.clear()
 
     def _call(self) -> None:
         """Call the network once, and again as long as there are rows."""
         rows = list(self._rows)
-        _, context = self._rows[rows[0]]
         try:
-            context.run(advance, self._step, self._transducer, rows, self._block_frames)
+            self._rows[rows[0]].context.run(advance, self._step, self._transducer, rows, self._block_frames)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is the rows' and not the decoder's)
             for row in rows:
-                self._rows.pop(row)[0].set_exception(error)
+                self._rows.pop(row).done.set_exception(error)
         else:
             for row in rows:
                 if row.finished:
-                    self._rows.pop(row)[0].set_result(None)
+                    self._rows.pop(row).done.set_result(None)
         if self._rows:
             # Behind those whose rows have just finished: what they decode next joins this call.
             asyncio.get_running_loop().call_soon(self._call)
@@ -209,7 +236,8 @@ async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: 
         frames, tail = stream.receive(window, *encoded)
         while frames.shape[1]:
             row = stream.row(frames)
-            await decoder.decode(row)
+            # More are sure to come, and while windows wait nothing idles for it.
+            await decoder.decode(row, GATHER_SECS if encoder.waiting and not window.live else 0.0)
             frames = stream.commit(row)
     if tail is not None:
         row = stream.tail_row(tail)

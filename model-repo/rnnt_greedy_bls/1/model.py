@@ -31,9 +31,8 @@ from stream import Answer, Samples, Stream
 REPORT_SECS = 0.1
 """So often the metrics are brought up to date."""
 
-M_MMAP_THRESHOLD = -3
-LARGE_BYTES = 64 * 2**10
-"""Blocks of memory as large as this go back to the system when they are freed: a stream's audio, a window's features."""
+TRIM_SECS = 5.0
+"""So often memory that was freed goes back to the system."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,6 @@ class TritonPythonModel:
         Raises:
             pb_utils.TritonModelException: one of them is missing or not allowed.
         """
-        with contextlib.suppress(AttributeError):  # another C library than glibc, which keeps them by default (mallopt(3))
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
         try:
@@ -103,6 +100,7 @@ class TritonPythonModel:
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._report(), self._loop)
+        asyncio.run_coroutine_threadsafe(_trim(), self._loop)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; they are answered later, each by itself."""
@@ -215,6 +213,15 @@ class TritonPythonModel:
 
     def _report_now(self) -> None:
         self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.waiting)
+
+
+async def _trim() -> None:
+    """Give back what glibc would keep for good: a stream's audio, a window's features (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):  # another C library
+        trim = ctypes.CDLL(None).malloc_trim
+        while True:
+            await asyncio.sleep(TRIM_SECS)
+            trim(0)
 
 
 def _input(request: Any, name: str) -> Any:
