@@ -50,6 +50,8 @@ FOREIGN = (
 TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\v\f\r"
 MIN_TEXT_BYTES = 16
 
+FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS")
+
 WAV_CODECS = frozenset({0x01, 0x02, 0x03, 0x06, 0x07, 0x11, 0x31, 0xFFFE})
 """PCM, MS ADPCM, float, A-law, µ-law, IMA ADPCM, GSM 6.10, and extensible, which says it elsewhere."""
 WAV_STREAMED = 0x7FFF0000
@@ -68,6 +70,11 @@ class _Reader(soundfile.SoundFile):  # type: ignore[misc]
 
     def seekable(self) -> bool:
         return False
+
+
+def is_file(body: bytes) -> bool:
+    """Whether a body begins like a file that must be decoded, which takes its time."""
+    return body.startswith(FILES)
 
 
 def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:

@@ -13,7 +13,7 @@ from starlette.datastructures import UploadFile
 
 from gateway import metrics
 from gateway.access import check_key
-from gateway.audio import RATE, decode_audio, pcm_from_json
+from gateway.audio import OCTETS, RATE, decode_audio, is_file, pcm_from_json
 from gateway.endpoint import Samples
 from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.service import Service
@@ -117,16 +117,22 @@ async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[
     """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    opaque: dict[str, Any] = {}
     if media_type == "multipart/form-data":
         body, content_type = await _read_form(request)
     else:
         body = await request.body()
+    # Off the event loop: a minute of FLAC takes tens of milliseconds, in which live streams must not stand still. Raw PCM takes
+    # none, and to hand it to a thread and back takes one.
     if media_type == "application/json":
-        body, opaque = pcm_from_json(body)
-        content_type = "application/octet-stream"
-    # Off the event loop: a minute of FLAC takes tens of milliseconds, in which live streams must not stand still.
-    return await run_in_threadpool(decode_audio, body, content_type, max_secs), opaque
+        return await run_in_threadpool(_decode_json, body, max_secs)
+    if is_file(body):
+        return await run_in_threadpool(decode_audio, body, content_type, max_secs), {}
+    return decode_audio(body, content_type, max_secs), {}
+
+
+def _decode_json(body: bytes, max_secs: float) -> tuple[Samples, dict[str, Any]]:
+    audio, opaque = pcm_from_json(body)
+    return decode_audio(audio, OCTETS, max_secs), opaque
 
 
 async def _read_form(request: Request) -> tuple[bytes, str]:

@@ -153,7 +153,7 @@ class Proxy:
     """TCP between a gateway and a Triton, which can be bad.
 
     Attributes:
-        delay_secs: before each piece is passed on.
+        delay_secs: how much later everything arrives.
         silent: whether pieces are swallowed, in both directions.
         deaf: whether what comes from the gateway is swallowed, as on a half-open connection.
     """
@@ -192,13 +192,27 @@ class Proxy:
         await asyncio.gather(self._pass(reader, their_writer, True), self._pass(their_reader, writer, False))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outward: bool) -> None:
-        with contextlib.suppress(OSError):
-            while piece := await reader.read(65536):
-                if self.delay_secs:
-                    await asyncio.sleep(self.delay_secs)
-                if not self.silent and not (self.deaf and outward):
-                    writer.write(piece)
+        under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        delivery = asyncio.create_task(self._deliver(under_way, writer, outward))
+        piece = b"more"
+        while piece:
+            try:
+                piece = await reader.read(65536)
+            except OSError:
+                piece = b""
+            under_way.put_nowait((time.monotonic() + self.delay_secs, piece))
+        await delivery
         writer.transport.abort()
+
+    async def _deliver(
+        self, under_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, outward: bool
+    ) -> None:
+        piece = b"more"
+        while piece:
+            due, piece = await under_way.get()
+            await asyncio.sleep(due - time.monotonic())
+            if not self.silent and not (self.deaf and outward):
+                writer.write(piece)
 
 
 @asynccontextmanager
