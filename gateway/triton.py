@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from gateway import metrics, tracing
-from gateway.audio import BYTES_A_SAMPLE, RATE
+from gateway.audio import RATE
 from gateway.endpoint import MOST_PATIENCE, Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
@@ -107,7 +107,7 @@ class Utterance:
         self._attempts = attempts
         self._sequence: Sequence | None = None
         self._state = ""
-        self._kept = bytearray()
+        self._kept: Samples = np.empty(0, np.int16)
         self._kept_from = 0  # samples before the first that is kept
         self._given_up = False
 
@@ -121,7 +121,7 @@ class Utterance:
         Raises:
             ApiError: no Triton answered in the time or the attempts there are.
         """
-        self._kept += samples.tobytes()
+        self._kept = np.concatenate((self._kept, samples)) if len(self._kept) else samples
         # Each attempt may take longer than the one before: when many streams come back at once their audio takes its time, and
         # what is given up too early is decoded for nothing, and then once more.
         deadline, failures = 0.0, 0
@@ -179,9 +179,8 @@ class Utterance:
         options = {**self._options, "restore": self._state} if self._state else self._options
         endpoint = self._triton.place(self._recogniser.ensemble)
         self._sequence = endpoint.open(self._recogniser.ensemble, options)
-        audio = np.frombuffer(bytes(self._kept), np.int16)
-        metrics.REPLAYED_AUDIO.inc((len(audio) - len(samples)) / RATE)
-        return await self._sequence.send(audio, end=end, patience=patience)
+        metrics.REPLAYED_AUDIO.inc((len(self._kept) - len(samples)) / RATE)
+        return await self._sequence.send(self._kept, end=end, patience=patience)
 
     def _leave(self) -> None:
         if self._sequence:
@@ -194,7 +193,7 @@ class Utterance:
             return
         self._state = answer.state
         needed_from = max(0, answer.samples - self.windows.left)
-        del self._kept[: (needed_from - self._kept_from) * BYTES_A_SAMPLE]
+        self._kept = self._kept[needed_from - self._kept_from :]
         self._kept_from = needed_from
 
     def _count(self, outcome: str) -> None:
