@@ -21,8 +21,6 @@ if not (COMPOSE := Path(sys.executable).with_name("docker-compose")).exists():
 
 BASE, CPU, OBSERVABILITY = "docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.observability.yml"
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+(\.\d+)?(-\w+)*$")
-SCALE = 3
-"""Gateways that the settings of docker-compose.yml are made for."""
 
 Service = dict[str, Any]
 
@@ -109,7 +107,7 @@ def test_variables_are_settings_and_documented() -> None:
     assert [address.target for address in settings.triton_addresses] == [f"triton:{DEFAULT_TRITON_PORT}"]
     assert settings.server_port == Settings().server_port
     (slots,) = re.findall(r"max_candidate_sequences: (\d+)", (ROOT / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text())
-    assert SCALE * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
+    assert BY_NAME["gateway"]["scale"] * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
     _, *listed = compose("--variables").splitlines()
     operations = (ROOT / "docs/Operations.md").read_text()
     (table,) = re.findall(r"^\| variable of `docker-compose.yml`.*\n((?:\|.*\n)+)", operations, re.MULTILINE)
@@ -136,8 +134,10 @@ def test_triton_has_a_gpu_which_the_override_takes_away() -> None:
     assert services(BASE, CPU)["triton"] == without
 
 
-def test_gateways_can_be_scaled_and_drain() -> None:
+def test_gateways_can_be_replaced_and_drain() -> None:
     assert not {"container_name", "ports", "hostname"} & set(BY_NAME["gateway"])
+    (during,) = re.findall(r"--no-recreate --scale gateway=(\d+) gateway", (ROOT / "docs/Operations.md").read_text())
+    assert int(during) == 2 * BY_NAME["gateway"]["scale"]
     defaults = Settings()
     needed = defaults.drain_timeout_secs + 2 * defaults.inference_timeout_secs + 30
     for service in ("gateway", "nginx"):
