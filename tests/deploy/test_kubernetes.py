@@ -88,6 +88,16 @@ def test_selectors_select(manifests: dict[tuple[str, str], Manifest]) -> None:
     assert names == {"amira-gateway", "amira-triton"}
 
 
+def test_nothing_runs_as_root(manifests: dict[tuple[str, str], Manifest]) -> None:
+    for workload in workloads(manifests):
+        security = pod(workload)["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container(workload)["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container(workload)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_ports_meet(manifests: dict[tuple[str, str], Manifest]) -> None:
     for workload in workloads(manifests):
         name = workload["metadata"]["name"]
@@ -136,7 +146,7 @@ def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest
     gateway = manifests["Deployment", "amira-gateway"]
     config, keys = container(gateway)["envFrom"]
     assert config["configMapRef"]["name"] == manifests["ConfigMap", "amira-gateway"]["metadata"]["name"]
-    assert keys["secretRef"]["optional"] is True
+    assert keys == {"secretRef": {"name": "amira-keys"}}, "an optional one that is forgotten opens the server to all"
     (tritons, gateways) = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
     service = manifests["StatefulSet", "amira-triton"]["spec"]["serviceName"]
     assert manifests["Service", service]["spec"]["clusterIP"] == "None"
@@ -192,8 +202,28 @@ def test_volumes_are_there(manifests: dict[tuple[str, str], Manifest]) -> None:
         volumes = {volume["name"]: volume for volume in pod(workload)["volumes"]}
         assert {mount["name"] for mount in container(workload)["volumeMounts"]} == set(volumes)
     claim = pod(manifests["StatefulSet", "amira-triton"])["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert ("PersistentVolumeClaim", claim) in manifests
+    assert manifests["PersistentVolumeClaim", claim]["spec"]["accessModes"] == ["ReadWriteMany"], "or nothing fills it"
     assert container(manifests["StatefulSet", "amira-triton"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_commands_bring_keys_and_models(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    filler = yaml.safe_load((deploy / "kubernetes" / "fill.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(filler, version, strict=True)
+    (mount,) = filler["spec"]["containers"][0]["volumeMounts"]
+    (volume,) = filler["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    assert "readOnly" not in mount
+    tritons = pod(manifests["StatefulSet", "amira-triton"])["volumes"]
+    claims = {claim["claimName"] for volume in tritons if (claim := volume.get("persistentVolumeClaim"))}
+    assert claims == {volume["persistentVolumeClaim"]["claimName"]}
+    commands = (deploy.parent / "docs/Operations.md").read_text().replace("\\\n", "")
+    name = filler["metadata"]["name"]
+    assert re.search(rf"-C gpu-repo -c \. \| kubectl -n amira exec -i {name} -- tar -x -C {mount['mountPath']}\n", commands)
+    (secret, given) = re.findall(r"create secret generic (\S+)(.*)", commands)[0]
+    _, keys = container(manifests["Deployment", "amira-gateway"])["envFrom"]
+    assert secret == keys["secretRef"]["name"]
+    assert set(re.findall(r"--from-literal=(\w+)=", given)) == {"AMIRA_API_KEYS", "AMIRA_SESSION_KEY"} <= set(OWN_VARIABLES)
 
 
 def test_autoscalers_use_metrics_that_the_adapter_makes(
