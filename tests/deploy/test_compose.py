@@ -134,6 +134,22 @@ def test_triton_has_a_gpu_which_the_override_takes_away() -> None:
     assert services(BASE, CPU)["triton"] == without
 
 
+@pytest.mark.parametrize("service", BY_NAME)
+def test_logs_end(service: str) -> None:
+    assert BY_NAME[service]["logging"] == {"driver": "local"}
+
+
+@pytest.mark.parametrize("service", services(BASE))
+def test_nobody_serves_as_root(service: str) -> None:
+    content = BY_NAME[service]
+    assert content["cap_drop"] == ["ALL"]
+    assert content["security_opt"] == ["no-new-privileges:true"]
+    if service == "triton":
+        assert content["user"] == "1000"
+    else:  # the Dockerfile's test says whom the gateway runs as
+        assert service == "gateway" or "unprivileged" in content["image"]
+
+
 def test_gateways_can_be_replaced_and_drain() -> None:
     assert not {"container_name", "ports", "hostname"} & set(BY_NAME["gateway"])
     (during,) = re.findall(r"--no-recreate --scale gateway=(\d+) gateway", (ROOT / "docs/Operations.md").read_text())
