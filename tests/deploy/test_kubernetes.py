@@ -169,12 +169,24 @@ def mebibytes(quantity: str) -> int:
     return int(number) * {"Mi": 1, "Gi": 1024}[unit]
 
 
-def test_tritons_grow_with_the_streams(manifests: dict[tuple[str, str], Manifest]) -> None:
+def test_tritons_grow_with_the_streams_and_a_zone_of_three_may_fail(
+    manifests: dict[tuple[str, str], Manifest], deploy: Path
+) -> None:
     tritons, gateways = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
     places = gateways["maxReplicas"] * int(manifests["ConfigMap", "amira-gateway"]["data"]["AMIRA_MAX_CONCURRENT_STREAMS"])
     first, second = (metric["external"] for metric in tritons["metrics"])
-    assert first["target"] == {"type": "AverageValue", "averageValue": round(0.7 * places / tritons["maxReplicas"])}
+    (used,) = (metric["pods"]["target"]["averageValue"] for metric in gateways["metrics"])
+    streams = places * int(used.removesuffix("m")) // 1000
+    assert first["target"] == {"type": "AverageValue", "averageValue": streams // tritons["maxReplicas"]}
     assert second["metric"]["name"] == "asr_triton_queue_seconds"
+    assert tritons["maxReplicas"] % 3 == gateways["maxReplicas"] % 3 == 0
+    assert streams <= 2 / 3 * places
+    config = (deploy.parent / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text()
+    slots = int(re.findall(r"max_candidate_sequences: (\d+)", config)[0])
+    assert streams <= 2 / 3 * tritons["maxReplicas"] * slots * 0.9, "recordings need some"
+    scaling = (deploy.parent / "docs/Scaling.md").read_text()
+    assert f"at most {tritons['maxReplicas']} Tritons and {gateways['maxReplicas']} gateways" in scaling
+    assert f" | {streams} |" in scaling
 
 
 def test_a_full_gateway_fits_into_its_memory(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
