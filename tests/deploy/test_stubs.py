@@ -6,7 +6,7 @@ import asyncio
 import re
 import shlex
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import httpx
@@ -46,7 +46,8 @@ class Victim(NamedTuple):
 
 
 @pytest.fixture
-async def victim() -> AsyncIterator[Victim]:
+async def victim(need: Callable[[str], str]) -> AsyncIterator[Victim]:
+    need("curl")  # the checks call it
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-stubs.log")

@@ -78,6 +78,7 @@ def test_the_gateway_may_drain(deploy: Path) -> None:
 def test_triton_is_the_one_of_the_compose_file_and_stays_on_this_host(deploy: Path) -> None:
     triton = entries(deploy, "amira-triton")
     assert triton["Environment"].removeprefix("IMAGE=") in (deploy.parent / "docker-compose.yml").read_text()
+    assert "--user 1000 --cap-drop ALL --security-opt no-new-privileges" in triton["ExecStart"]
     (first, last) = re.findall(r"--publish 127\.0\.0\.1:(\d+)-(\d+):8000-8002", triton["ExecStart"])[0]
     assert int(first) <= DEFAULT_TRITON_PORT <= int(last)
     (patience,) = re.findall(r"--time (\d+)", triton["ExecStop"])

@@ -1,0 +1,70 @@
+"""The model repository that docs/Operations.md makes for a GPU, by the commands that stand there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from launcher.importing import GPU_ENCODER_BATCH
+from launcher.models import ROLES, read_config, recognisers
+from launcher.run import MODEL_REPOSITORY, ROOT
+from parameters import Parameters
+
+NUMPY = {pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
+
+
+@pytest.fixture(scope="module")
+def section() -> str:
+    """What the documentation says of it."""
+    (found,) = re.findall(
+        r"^### Models for a GPU\n(.*?)^### ", (ROOT / "docs/Operations.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def gpu_repo(section: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(MODEL_REPOSITORY, directory / MODEL_REPOSITORY.name)
+    commands = "\n".join(re.findall(r"^\$ (.*)$", section, re.MULTILINE))
+    subprocess.run(["bash", "-euc", commands], cwd=directory, check=True)
+    return directory / "gpu-repo"
+
+
+def test_networks_are_on_the_gpu_once_each(gpu_repo: Path) -> None:
+    for role in ROLES:
+        (group,) = read_config(gpu_repo / role / "config.pbtxt").instance_group
+        assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
+    for model in ("rnnt_greedy_bls", "detokenizer"):
+        assert read_config(gpu_repo / model / "config.pbtxt").instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
+
+
+def test_the_decoder_calls_one_encoder_with_many_windows(gpu_repo: Path) -> None:
+    (recogniser,) = recognisers(gpu_repo)
+    parameters = Parameters.from_config(
+        {"parameters": {key: {"string_value": value} for key, value in recogniser.parameters.items()}}
+    )
+    assert (parameters.encoder_calls, parameters.encoder_batch) == (1, GPU_ENCODER_BATCH)
+    assert parameters.lone_encoder_model == parameters.encoder_model
+    assert not (gpu_repo / "encoder_lone").exists()
+
+
+def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, section: str) -> None:
+    (block,) = re.findall(r"^  (model_warmup \{.*?^  \})$", section, re.MULTILINE | re.DOTALL)
+    path = gpu_repo / "encoder" / "config.pbtxt"
+    config = text_format.Parse(f"{path.read_text()}\n{block}", pb.ModelConfig())
+    one, full = config.model_warmup
+    for name, tensor in one.inputs.items():
+        assert list(full.inputs[name].dims) == [GPU_ENCODER_BATCH, *tensor.dims[1:]]
+        assert full.inputs[name].data_type == tensor.data_type
+    given = {name: np.zeros(tensor.dims, NUMPY[tensor.data_type]) for name, tensor in full.inputs.items()}
+    outputs, _ = onnxruntime.InferenceSession(gpu_repo / "encoder" / "1" / "model.onnx").run(None, given)
+    assert len(outputs) == GPU_ENCODER_BATCH
