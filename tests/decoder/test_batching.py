@@ -183,6 +183,19 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
     assert network.lone[5]
 
 
+async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "LONE_SECS", 0.05)
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=1)
+    tasks = [submit(encoder, number) for number in range(3)]
+    for call in range(3):
+        await network.wait_for_calls(1)
+        await asyncio.sleep(0.1)
+        network.end(call)
+    await asyncio.gather(*tasks)
+    assert network.lone == [False, False, True]
+
+
 async def test_a_failed_call_fails_its_own_windows_only() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, batch=2)

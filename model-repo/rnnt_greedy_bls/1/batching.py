@@ -125,6 +125,8 @@ class Encoder:
             self._running_recordings += not first.window.live
             samples = [waiting.window.samples for waiting in group]
             loop = asyncio.get_running_loop()
+            if self._running > 1 or self._waiting:
+                self._last_met = loop.time()
             lone = loop.time() - self._last_met >= LONE_SECS
             call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, lone)
             call.add_done_callback(partial(self._finish, group))
