@@ -90,12 +90,13 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
         if (callee := parameters.get(f"{role}_model", "")) not in configs:
             raise ModelError(f"{decoder_path}: parameter {role}_model is {callee!r}; expected a model of this repository")
     preprocessor, encoder, decoder_joint = (_graph(repository, configs[parameters[f"{role}_model"]]) for role in ROLES)
+    vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
+    transducer = Transducer.read(encoder, decoder_joint, vocabulary)
     if (lone := parameters.get("lone_encoder_model")) is not None:
         if lone not in configs:
             raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
-        _graph(repository, configs[lone])
-    vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
-    transducer = Transducer.read(encoder, decoder_joint, vocabulary)
+        Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
+    preprocessor.check("input", {"waveforms": (FLOAT, (None, None)), "waveforms_lens": (INT64, (None,))})
     preprocessor.check("output", {"features": (FLOAT, (None, transducer.features, None)), "features_lens": (INT64, (None,))})
     _check_parameters(decoder_path, parameters, transducer)
     return Recogniser(name, decoder, parameters)
