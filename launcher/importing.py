@@ -36,8 +36,8 @@ LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_
 LARGE_ENCODER_BYTES = 200_000_000
 """An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
 
-GPU_ENCODER_BATCH = 16
-"""Windows in one call of the encoder, which a GPU computes in not much more time than one."""
+GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
+"""A GPU should compute many windows, or the frames of a whole chunk, in not much more time than one; none has measured it."""
 
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
@@ -168,14 +168,16 @@ class _Writer:
         frame_samples = config.subsampling_factor * MEL_HOP_SAMPLES
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
-            for role in ROLES:
-                self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu)
+            counts = {
+                role: self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu) for role in ROLES
+            }
             shutil.copyfile(front_end, self._directory("preprocessor") / "1" / "model.onnx")
             _link_graph(transducer.encoder, self._directory("encoder") / "1")
             _link_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
             parameters = {
                 **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
                 **transducer.parameters,
+                "encoder_calls": str(counts["encoder"]),
                 "blank_penalty": "0",
                 "max_symbols_per_step": str(config.max_tokens_per_step),
                 "frame_samples": str(frame_samples),
@@ -184,9 +186,10 @@ class _Writer:
                     name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
                     for name, secs in LATENCY_WINDOW_SECS.items()
                 },
-                **({"encoder_batch": str(GPU_ENCODER_BATCH)} if gpu else {}),
+                **(GPU_PARAMETERS if gpu else {}),
             }
-            self._write_python_model("rnnt_greedy_bls", "decoder", parameters)
+            # An imported model has one encoder.
+            self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="lone_encoder_model")
             self._write_python_model("detokenizer", "detokenizer", {"vocabulary": "vocab.txt"})
             shutil.copyfile(transducer.vocabulary, self._directory("detokenizer") / "vocab.txt")
             self._write_ensemble()
@@ -197,7 +200,8 @@ class _Writer:
 
     def _write_graph_config(
         self, role: str, transducer: Transducer, window_frames: dict[str, int], frame_samples: int, *, gpu: bool
-    ) -> None:
+    ) -> int:
+        """Write a graph's configuration and what its warm-up reads; return how many instances it has."""
         config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
         _set_dims(config, transducer)
         if gpu:
@@ -211,10 +215,11 @@ class _Writer:
         (directory / "warmup").mkdir()
         for name, data in files.items():
             (directory / "warmup" / name).write_bytes(data)
+        return int(config.instance_group[0].count)
 
-    def _write_python_model(self, template: str, part: str, parameters: dict[str, str]) -> None:
+    def _write_python_model(self, template: str, part: str, parameters: dict[str, str], without: str = "") -> None:
         config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")
-        config.parameters.pop("lone_encoder_model", None)  # an imported model has one encoder
+        config.parameters.pop(without, None)
         for key, value in parameters.items():
             config.parameters[key].string_value = value
         directory = self._write_config(config, part)

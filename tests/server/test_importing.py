@@ -66,14 +66,17 @@ async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str,
 
 
 def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path) -> None:
-    def sessions(name: str) -> tuple[int, str]:
+    def sessions(name: str) -> tuple[int, str, str]:
         import_model(str(source), name, tmp_path / "into", None, gpu=False)
-        config = read_config(tmp_path / "into" / f"{name}_encoder" / "config.pbtxt")
-        return config.instance_group[0].count, config.parameters["intra_op_thread_count"].string_value
+        encoder, decoder = (
+            read_config(tmp_path / "into" / f"{name}_{part}" / "config.pbtxt") for part in ("encoder", "decoder")
+        )
+        threads, calls = encoder.parameters["intra_op_thread_count"], decoder.parameters["encoder_calls"]
+        return encoder.instance_group[0].count, threads.string_value, calls.string_value
 
-    assert sessions("small") == (2, "1")
+    assert sessions("small") == (2, "1", "2")
     os.truncate(source / "encoder-model.onnx.data", 250_000_000)  # a hole, which takes no space
-    assert sessions("large") == (1, "0"), "0 is all cores"
+    assert sessions("large") == (1, "0", "1"), "0 is all cores"
 
 
 def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -83,7 +86,8 @@ def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
         assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
     decoder = read_config(tmp_path / "mine_decoder" / "config.pbtxt")
     assert decoder.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
-    assert decoder.parameters["encoder_batch"].string_value == "16"
+    parameters = {name: decoder.parameters[name].string_value for name in ("encoder_calls", "encoder_batch", "block_frames")}
+    assert parameters == {"encoder_calls": "1", "encoder_batch": "16", "block_frames": "32"}
     front_end = onnx.load(tmp_path / "mine_preprocessor" / "1" / "model.onnx")
     assert "STFT" not in {node.op_type for node in front_end.graph.node}, "for which CUDA has no kernel"
 
