@@ -8,7 +8,6 @@ the templates for an imported one's, so there is one set of them.
 from __future__ import annotations
 
 import importlib.resources
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from google.protobuf import text_format
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from launcher.graphs import Graph, ModelError, Transducer
+from launcher.graphs import Graph, ModelError, Transducer, data_files
 from launcher.models import ROLES, read_config
 from launcher.run import MODEL_REPOSITORY
 
@@ -124,17 +123,23 @@ def _locate(source: str, suffix: str) -> Path:
         raise ModelError(f"{source} is neither a directory nor the id of a Hugging Face repository (owner/name)")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (half a second that other commands need not wait)
 
-    patterns = [f"encoder-model{suffix}.onnx*", f"decoder_joint-model{suffix}.onnx*", "vocab.txt", "config.json"]
-    try:
-        directory = Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # every layer below has errors of its own, and to the user they are one
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
-    if not (directory / f"encoder-model{suffix}.onnx").exists():
-        raise ModelError(
-            f"{source} on Hugging Face has no encoder-model{suffix}.onnx; if it has a .nemo file, export that first: "
-            "docs/Models.md#your-own-model"
-        )
+    def download(files: list[str], revision: str | None = None) -> Path:
+        try:
+            return Path(snapshot_download(source, allow_patterns=files, revision=revision))
+        except Exception as error:  # every layer below has errors of its own, and to the user they are one
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
+
+    graphs = [f"{role}-model{suffix}.onnx" for role in ("encoder", "decoder_joint")]
+    directory = download([*graphs, "vocab.txt", "config.json"])
+    for graph in graphs:
+        if not (directory / graph).exists():
+            raise ModelError(
+                f"{source} on Hugging Face has no {graph}; if it has a .nemo file, export that first: "
+                "docs/Models.md#your-own-model"
+            )
+    if weights := [name for graph in graphs for name in data_files(directory / graph)]:
+        download(weights, revision=directory.name)
     return directory
 
 
@@ -168,12 +173,10 @@ class _Writer:
         frame_samples = config.subsampling_factor * MEL_HOP_SAMPLES
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
-            counts = {
-                role: self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu) for role in ROLES
-            }
+            counts = {role: self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu) for role in ROLES}
             shutil.copyfile(front_end, self._directory("preprocessor") / "1" / "model.onnx")
-            _link_graph(transducer.encoder, self._directory("encoder") / "1")
-            _link_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
+            _copy_graph(transducer.encoder, self._directory("encoder") / "1")
+            _copy_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
             parameters = {
                 **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
                 **transducer.parameters,
@@ -285,16 +288,13 @@ def _set_warmup(
     return files
 
 
-def _link_graph(graph: Graph, directory: Path) -> None:
-    """Place a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them."""
-    _link(graph.path, directory / "model.onnx")
+def _copy_graph(graph: Graph, directory: Path) -> None:
+    """Copy a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them.
+
+    Not by hard links: what is written to one name would change the other, and onnx refuses weights that have two.
+    """
+    if "model.onnx" in graph.data_files:
+        raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")
+    shutil.copyfile(graph.path, directory / "model.onnx")
     for name in graph.data_files:
-        _link(graph.path.parent / name, directory / name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where both are on one file system, else a copy: Triton's container sees no links to elsewhere."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(graph.path.parent / name, directory / name)

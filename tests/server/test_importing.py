@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import KINDS
 from google.protobuf import text_format
@@ -65,7 +67,7 @@ async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str,
             pass
 
 
-def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path) -> None:
+def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions(name: str) -> tuple[int, str, str]:
         import_model(str(source), name, tmp_path / "into", None, gpu=False)
         encoder, decoder = (
@@ -75,7 +77,7 @@ def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path) -> None:
         return encoder.instance_group[0].count, threads.string_value, calls.string_value
 
     assert sessions("small") == (2, "1", "2")
-    os.truncate(source / "encoder-model.onnx.data", 250_000_000)  # a hole, which takes no space
+    monkeypatch.setattr("launcher.importing.LARGE_ENCODER_BYTES", 1_000_000)
     assert sessions("large") == (1, "0", "1"), "0 is all cores"
 
 
@@ -92,10 +94,32 @@ def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
     assert "STFT" not in {node.op_type for node in front_end.graph.node}, "for which CUDA has no kernel"
 
 
+def keep_constants_apart(path: Path, name: str) -> None:
+    """Turn a graph's weights into constants of operators, one of them in a branch, and keep those in a file beside it."""
+    model = onnx.load(path)
+    graph = model.graph
+    constants = [onnx.helper.make_node("Constant", [], [weight.name], value=weight) for weight in graph.initializer]
+    large = next(i for i, weight in enumerate(graph.initializer) if weight.ByteSize() > 100_000)
+    output = onnx.helper.make_tensor_value_info(constants[large].output[0], graph.initializer[large].data_type, None)
+    branch = onnx.helper.make_graph([constants[large]], "branch", [], [output])
+    condition = onnx.helper.make_node("Constant", [], ["condition"], value=onnx.numpy_helper.from_array(np.array(True)))
+    constants[large] = onnx.helper.make_node("If", ["condition"], [output.name], then_branch=branch, else_branch=branch)
+    nodes = [condition, *constants, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.node.extend(nodes)
+    onnx.external_data_helper.convert_model_to_external_data(model, location=name, convert_attribute=True)
+    onnx.save(model, path)
+
+
 @pytest.fixture
-def hub(sources: dict[str, Path]) -> Iterator[str]:
-    """URL of a server that answers as the Hugging Face hub does, with one repository: owner/model, the RNN-T."""
-    files = {path.name: path.read_bytes() for path in sources["rnnt"].iterdir() if ".int8" not in path.name}
+def hub(sources: dict[str, Path], tmp_path: Path) -> Iterator[str]:
+    """URL of a server that answers as the Hugging Face hub does, with one repository: owner/model, the RNN-T.
+
+    What keeps its weights apart has for them a name of its own, as large exports do.
+    """
+    published = Path(shutil.copytree(sources["rnnt"], tmp_path / "published", ignore=shutil.ignore_patterns("*.int8.*")))
+    keep_constants_apart(published / "decoder_joint-model.onnx", "Constant_7_attr__value")
+    files = {path.name: path.read_bytes() for path in published.iterdir()}
     commit = "0" * 40
 
     class Hub(BaseHTTPRequestHandler):
@@ -145,6 +169,8 @@ async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, m
     assert code == 0, errors
     assert "imported model into" in output
     assert "100%" in errors, "its progress bar"
+    for role in ("encoder", "decoder_joint"):
+        onnxruntime.InferenceSession(into / f"model_{role}" / "1" / "model.onnx")  # with its weights
     assert [recogniser.name for recogniser in recognisers(into)] == ["model"]
     code, _, errors = await amira(
         "models", "import", "owner/model", "--name", "q", "--quantization", "int8", "--into", str(into)
@@ -206,6 +232,28 @@ def test_weights_that_were_cut_short_are_named(source: Path, tmp_path: Path) -> 
     size = data.stat().st_size
     os.truncate(data, 1000)
     assert f"encoder-model.onnx.data, which has 1000 bytes; expected {size} at least" in refusal(source, tmp_path)
+
+
+def test_constants_kept_apart_are_weights_too(source: Path, tmp_path: Path) -> None:
+    path = source / "decoder_joint-model.onnx"
+    keep_constants_apart(path, "constants")
+    size = (source / "constants").stat().st_size
+    import_model(str(source), "mine", tmp_path / "all", None, gpu=False)
+    onnxruntime.InferenceSession(tmp_path / "all" / "mine_decoder_joint" / "1" / "model.onnx")
+    os.truncate(source / "constants", size - 1)
+    assert f"constants, which has {size - 1} bytes; expected {size} at least" in refusal(source, tmp_path)
+
+
+def test_weights_named_as_the_copied_graph_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "decoder_joint-model.onnx"
+    keep_constants_apart(path, "model.onnx")
+    assert f"{path} keeps weights in model.onnx" in refusal(source, tmp_path)
+
+
+def test_a_source_stays_its_owners(source: Path, tmp_path: Path) -> None:
+    """Neither sees what is written to the other; and onnx refuses weights in a file with two names."""
+    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    assert {path.stat().st_nlink for path in [*source.iterdir(), *(tmp_path / "into").rglob("*.*")] if path.is_file()} == {1}
 
 
 @pytest.mark.parametrize("outside", ["../../outside", "/outside", "folder/inside"])
@@ -373,7 +421,12 @@ def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path
         ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
         ("rnnt_greedy_bls", '"encoder_lone"', '"nobody"', "parameter lone_encoder_model is 'nobody'"),
         ("rnnt_greedy_bls", '"encoder_lone"', '"preprocessor"', "preprocessor/1/model.onnx: input audio_signal is missing"),
-        ("rnnt_greedy_bls", 'string_value: "preprocessor"', 'string_value: "encoder"', "model.onnx: input waveforms is missing"),
+        (
+            "rnnt_greedy_bls",
+            'string_value: "preprocessor"',
+            'string_value: "encoder"',
+            "input waveforms is missing",
+        ),
         ("rnnt_greedy_bls", '"blank" value: { string_value: "512"', '"blank" value: { string_value: "511"', "blank is '511'"),
         (
             "rnnt_greedy_bls",

@@ -99,7 +99,6 @@ def add_local_front_end(repository: Path, kind: str) -> None:
     source, target = repository / f"{kind}_{BLOCK_FRAMES[0]}_preprocessor", repository / f"{kind}_local"
     shutil.copytree(source, target)
     edit(target / "config.pbtxt", source.name, target.name)
-    (target / "1" / "model.onnx").unlink()  # it may be a link
     onnx.save(local_front_end(FEATURES[kind]), target / "1" / "model.onnx")
 
 
