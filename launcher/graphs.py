@@ -154,14 +154,12 @@ class Transducer:
         decoder_joint.check("output", {"output_states_1": state, "output_states_2": state})
         bins = encoder.inputs["audio_signal"].shape[1] or features
         size = decoder_joint.inputs["encoder_outputs"].shape[1] or encoder.outputs["outputs"].shape[1]
-        for name, value, graph in (
-            ("audio_signal", bins, encoder),
-            ("encoder_outputs", size, decoder_joint),
-            ("input_states_1", layers and hidden, decoder_joint),
-        ):
-            if not value:
-                raise ModelError(f"{graph.path}: input {name} leaves its size open; export it with fixed sizes")
-        assert bins and size and layers and hidden  # noqa: S101, PT018 (what the loop has just seen)
+        if not bins:
+            raise _left_open(encoder, "audio_signal")
+        if not size:
+            raise _left_open(decoder_joint, "encoder_outputs")
+        if not (layers and hidden):
+            raise _left_open(decoder_joint, "input_states_1")
         pieces = count_pieces(vocabulary)
         logits = _count_logits(decoder_joint, size, layers, hidden)
         surplus = logits - pieces
@@ -262,6 +260,10 @@ def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         yield from (attribute.t, *attribute.tensors)
         for inner in (attribute.g, *attribute.graphs):
             yield from _weights(inner)
+
+
+def _left_open(graph: Graph, name: str) -> ModelError:
+    return ModelError(f"{graph.path}: input {name} leaves its size open; export it with fixed sizes")
 
 
 def _show(element_type: int, shape: Sequence[int | None]) -> str:

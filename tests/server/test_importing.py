@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,9 @@ from conftest import KINDS
 from google.protobuf import text_format
 from test_launcher import amira, edit, triton_with
 from tritonclient.grpc import model_config_pb2 as pb
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.engine import EngineError, free_ports
 from launcher.graphs import ModelError
 from launcher.importing import import_model
@@ -32,7 +35,10 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     into = tmp_path / "new"
     code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 0, errors
-    assert "imported mine" in output
+    imported, check, serve = output.splitlines()
+    assert imported == f"imported mine into {into}: tdt, 1024 pieces, 128 mel bins, durations 0,1,2,3,4 (assumed)"
+    assert check == f"check it: amira models check {into}"
+    assert serve == f"""serve it: AMIRA_MODEL_REPOSITORY={into} AMIRA_MODELS='{{"mine": "mine"}}' amira run"""
     assert {path.name for path in into.iterdir()} == {
         "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
     }  # fmt: skip
@@ -40,10 +46,40 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     assert code == 0, errors
     assert "mine: 176000 samples" in output
     code, output, _ = await amira("models", "list", str(into))
-    assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
+    assert output == (
+        "mine: tdt, 1024 pieces, 80 ms a frame, "
+        "windows of 10.00 + 2.00 + 2.00 s, low 10.00 + 0.96 + 0.96 s, throughput 10.00 + 4.00 + 2.00 s\n"
+    )
     code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 2
     assert "exists; choose another --name" in errors
+
+
+async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
+    code, output, _ = await amira("models", "import", str(sources["rnnt"]), "--name", "mine", "--gpu", "--into", str(tmp_path))
+    assert code == 0
+    assert "serve it: by a Triton with a GPU" in output
+    assert "amira models check" not in output
+    code, _, errors = await amira("models", "check", str(tmp_path))
+    assert code == 2
+    assert "KIND_GPU" in errors
+
+
+async def test_a_broken_ensemble_does_not_hide_the_others(sources: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        import_model(str(sources["rnnt"]), name, tmp_path, None, gpu=False)
+    (tmp_path / "b_encoder" / "1" / "model.onnx").unlink()
+    code, output, errors = await amira("models", "list", str(tmp_path))
+    assert code == 2
+    assert [line.partition(":")[0] for line in output.splitlines()] == ["a", "c"]
+    assert errors == f"amira: {tmp_path}/b_encoder/1/model.onnx is missing\n"
+
+
+def test_without_the_packages_for_models_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = CliRunner().invoke(app, ["models", "list"])
+    assert result.exit_code == 2
+    assert result.stderr == "amira: onnx not found; pip install '.[models]' in the checkout brings what amira models needs\n"
 
 
 async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -312,6 +348,57 @@ def test_other_tensors_are_named(source: Path, tmp_path: Path, change: Callable[
     assert f"{path}: {named}" in refusal(source, tmp_path)
 
 
+def _open(tensors: str, name: str, axis: int) -> Callable[[onnx.GraphProto], None]:
+    """Leaves a tensor's size open, as some exports do."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = next(tensor for tensor in getattr(graph, tensors) if tensor.name == name)
+        tensor.type.tensor_type.shape.dim[axis].dim_param = "open"
+
+    return change
+
+
+def _edit_graph(path: Path, *changes: Callable[[onnx.GraphProto], None]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for change in changes:
+        change(model.graph)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "named"),
+    [
+        ("encoder", [_open("input", "audio_signal", 1)], "input audio_signal leaves its size open"),
+        ("decoder_joint", [_open("input", "input_states_1", 2)], "input input_states_1 leaves its size open"),
+        ("decoder_joint", [_open("input", "encoder_outputs", 1)], None),  # the encoder tells
+        ("decoder_joint", [_open("output", "outputs", 3)], None),  # a step tells
+    ],
+)
+def test_sizes_that_graphs_leave_open(
+    source: Path, tmp_path: Path, role: str, changes: list[Callable[[onnx.GraphProto], None]], named: str | None
+) -> None:
+    (source / "config.json").unlink()
+    _edit_graph(source / f"{role}-model.onnx", *changes)
+    if named:
+        assert f"{source}/{role}-model.onnx: {named}; export it with fixed sizes" in refusal(source, tmp_path)
+    else:
+        found = import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+        assert (found.encoder_size, found.hidden, found.pieces, found.durations) == (256, 640, 513, ())
+
+
+def test_sizes_that_no_graph_tells(source: Path, tmp_path: Path) -> None:
+    _edit_graph(source / "encoder-model.onnx", _open("output", "outputs", 1))
+    _edit_graph(source / "decoder_joint-model.onnx", _open("input", "encoder_outputs", 1))
+    assert "input encoder_outputs leaves its size open" in refusal(source, tmp_path)
+
+
+def test_without_a_front_end_for_its_features_an_encoder_is_refused(source: Path, tmp_path: Path) -> None:
+    """Its graph may leave them open: then config.json tells."""
+    (source / "config.json").write_text('{"features_size": 64}')
+    _edit_graph(source / "encoder-model.onnx", _open("input", "audio_signal", 1))
+    assert "takes 64 features; front ends exist for 80 and 128" in refusal(source, tmp_path)
+
+
 def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(sources["tdt"] / "vocab.txt", source / "vocab.txt")
     message = refusal(source, tmp_path)
@@ -376,7 +463,7 @@ def test_the_configuration_of_a_source_is_followed(source: Path, tmp_path: Path)
     (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 4, "max_tokens_per_step": 7}')
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
     (recogniser,) = recognisers(tmp_path / "into")
-    assert recogniser.describe() == "mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s"
+    assert recogniser.describe().startswith("mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low ")
     assert recogniser.parameters["max_symbols_per_step"] == "7"
 
 
@@ -440,6 +527,7 @@ def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path
             'string_value: "96 ms"',
             "frame_samples is '96 ms'; expected a whole number",
         ),
+        ("rnnt_greedy_bls", '"31,6,5"', '"31,6"', "low_latency_frames is '31,6'; expected three whole numbers with commas"),
         ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
         ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
         ("detokenizer", "../vocab.txt", "vocab.txt", "detokenizer/vocab.txt is missing"),
