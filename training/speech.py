@@ -6,7 +6,7 @@ import csv
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ RATE = 16_000
 Audio = NDArray[np.float32]
 
 _CHANGED_PITCH = 0.7
+_PROGRAMS = {"flite": "flite", "espeak": "espeak-ng"}
 _FLITE = ("kal16", "awb", "rms", "slt")
 _ESPEAK = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
 
@@ -55,6 +56,17 @@ def recordings(directory: Path) -> list[Recording]:
     return found
 
 
+def check_installed(voices: Iterable[str]) -> None:
+    """Look for the programs that some voices are.
+
+    Raises:
+        FileNotFoundError: One is missing.
+    """
+    missing = [program for voice, program in _PROGRAMS.items() if voice in voices and not shutil.which(program)]
+    if missing:
+        raise FileNotFoundError(f"{' and '.join(missing)} not found: apt-get install {' '.join(missing)}")
+
+
 class Voices:
     """Synthetic voices: hibari (one good neural voice), flite and espeak (programs of these names).
 
@@ -62,9 +74,6 @@ class Voices:
     """
 
     def __init__(self, shares: Mapping[Any, float]) -> None:
-        missing = [p for p in {"flite": "flite", "espeak": "espeak-ng"}.items() if p[0] in shares and not shutil.which(p[1])]
-        if missing:
-            raise FileNotFoundError(f"{missing[0][1]} is not installed: apt-get install {' '.join(p for _, p in missing)}")
         self._names = list(shares)
         self._shares = np.array(list(shares.values())) / sum(shares.values())
         if "hibari" in shares:
