@@ -42,14 +42,17 @@ class Recording:
 
 
 def recordings(directory: Path) -> list[Recording]:
-    """Read a directory's manifest.tsv: columns `file` and `text`, and `set` where there are several.
+    """Read a directory's manifest.tsv: columns `file` and `text`, and `set` or `source` where there are several.
 
     Raises:
         FileNotFoundError: There is no manifest, or no file that it names.
     """
     with (directory / "manifest.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    found = [Recording(directory / row["file"], row.get("set") or directory.name, normalise(row["text"])) for row in rows]
+    found = [
+        Recording(directory / row["file"], row.get("set") or row.get("source") or directory.name, normalise(row["text"]))
+        for row in rows
+    ]
     for recording in found:
         if not recording.path.is_file():
             raise FileNotFoundError(f"{directory}/manifest.tsv names {recording.path.name}, which is not there")

@@ -164,9 +164,9 @@ def test_jobs_cover_every_sentence_once(config: Config) -> None:
 
 def test_other_recordings_can_be_given_to_choose_by(config: Config, tmp_path: Path) -> None:
     shutil.copy(SPEECH / "jfk.flac", tmp_path)
-    (tmp_path / "manifest.tsv").write_text("file\ttext\njfk.flac\tAnd so\n")
+    (tmp_path / "manifest.tsv").write_text("file\ttext\tsource\njfk.flac\tAnd so\tInauguration\n")
     made = {job.name: job.recordings for job in jobs(config, SPEECH, tmp_path)}
-    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", tmp_path.name, "and so"),)
+    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", "Inauguration", "and so"),)
     assert set(made["speech-00"]) == set(recordings(SPEECH))
 
 
