@@ -87,7 +87,7 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make peers SPEECH=dir" >&2; exit 1; }
 	@$(BIN)/python -m training.peers $(SPEECH)
 
-test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, five minutes
+test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, two minutes on idle cores
 	@$(BIN)/pytest tests/training
 
 chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; twenty minutes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -29,7 +30,7 @@ USAGE_ERROR = 2
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition server.")
 config = typer.Typer(no_args_is_help=True, help="The gateway's configuration.")
 app.add_typer(config, name="config")
-models = typer.Typer(no_args_is_help=True, help="Models: bring your own, check a repository.")
+models = typer.Typer(no_args_is_help=True)
 app.add_typer(models, name="models")
 console = Console(stderr=True)
 log = structlog.get_logger()
@@ -116,6 +117,13 @@ def config_show(
     typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
 
 
+@models.callback()
+def models_need_their_packages() -> None:
+    """Models: bring your own, check a repository."""
+    if missing := [name for name in ("huggingface_hub", "onnx", "onnx_asr", "onnxruntime") if not find_spec(name)]:
+        _fail(f"{', '.join(missing)} not found; pip install '.[models]' in the checkout brings what amira models needs")
+
+
 @models.command("import")
 def models_import(
     source: Annotated[str, typer.Argument(help="A directory with the ONNX files, or a Hugging Face repository (owner/name).")],
@@ -135,18 +143,35 @@ def models_import(
         transducer = import_model(source, chosen, into, quantization, gpu=gpu)
     except ModelError as error:
         _fail(str(error))
+    durations = f", durations {transducer.parameters['durations']} (assumed)" if transducer.durations else ""
     typer.echo(
-        f"""imported {chosen} into {into}: {transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins
-check it: amira models check {into}
-serve it: AMIRA_MODEL_REPOSITORY={into} AMIRA_MODELS='{{"{chosen}": "{chosen}"}}' amira run"""
+        f"imported {chosen} into {into}: "
+        f"{transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins{durations}"
     )
+    names = f"""AMIRA_MODELS='{{"{chosen}": "{chosen}"}}'"""
+    if gpu:
+        typer.echo(f"serve it: by a Triton with a GPU, and the gateway with {names}; the embedded engine has no GPU")
+    else:
+        typer.echo(f"check it: amira models check {into}\nserve it: AMIRA_MODEL_REPOSITORY={into} {names} amira run")
 
 
 @models.command("list")
 def models_list(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
-    """List the ensembles of a model repository."""
-    for recogniser in _recognisers(repository):
-        typer.echo(recogniser.describe())
+    """List the ensembles of a model repository, and what is wrong with those that can't be used."""
+    from launcher.graphs import ModelError  # noqa: PLC0415 (see models_import)
+    from launcher.models import look_into  # noqa: PLC0415
+
+    try:
+        found = look_into(repository)
+    except ModelError as error:
+        _fail(str(error))
+    for recogniser in found:
+        if isinstance(recogniser, ModelError):
+            typer.echo(f"amira: {recogniser}", err=True)
+        else:
+            typer.echo(recogniser.describe())
+    if any(isinstance(recogniser, ModelError) for recogniser in found):
+        raise typer.Exit(USAGE_ERROR)
 
 
 @models.command("check")

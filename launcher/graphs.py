@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,24 +49,12 @@ class Graph:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise ModelError(f"{path} is missing")
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's decoder has several errors and no common one
-            raise ModelError(f"{path} is no ONNX model: {error}") from error
-        if not model.graph.output:
-            raise ModelError(f"{path} is no ONNX model: it has no outputs")
+        model = _load(path)
         weights = {tensor.name for tensor in model.graph.initializer}
         self.inputs = {value.name: _tensor(value) for value in model.graph.input if value.name not in weights}
         self.outputs = {value.name: _tensor(value) for value in model.graph.output}
-        data = _external_data(model)
+        data = _external_data(path, model)
         for name, size in data.items():
-            if Path(name).name != name:  # who imports it must not be led to other directories
-                raise ModelError(f"{path} keeps weights in {name!r}; expected a file beside it")
             file_with_weights = path.parent / name
             if not file_with_weights.is_file():
                 raise ModelError(f"{path} keeps weights in {name}, which is missing beside it")
@@ -166,14 +154,12 @@ class Transducer:
         decoder_joint.check("output", {"output_states_1": state, "output_states_2": state})
         bins = encoder.inputs["audio_signal"].shape[1] or features
         size = decoder_joint.inputs["encoder_outputs"].shape[1] or encoder.outputs["outputs"].shape[1]
-        for name, value, graph in (
-            ("audio_signal", bins, encoder),
-            ("encoder_outputs", size, decoder_joint),
-            ("input_states_1", layers and hidden, decoder_joint),
-        ):
-            if not value:
-                raise ModelError(f"{graph.path}: input {name} leaves its size open; export it with fixed sizes")
-        assert bins and size and layers and hidden  # noqa: S101, PT018 (what the loop has just seen)
+        if not bins:
+            raise _left_open(encoder, "audio_signal")
+        if not size:
+            raise _left_open(decoder_joint, "encoder_outputs")
+        if not (layers and hidden):
+            raise _left_open(decoder_joint, "input_states_1")
         pieces = count_pieces(vocabulary)
         logits = _count_logits(decoder_joint, size, layers, hidden)
         surplus = logits - pieces
@@ -183,6 +169,15 @@ class Transducer:
                 f"the blank, so expected {pieces} for an RNN-T, or 2 to {MAX_DURATIONS} more for the durations of a TDT"
             )
         return cls(encoder, decoder_joint, vocabulary, bins, size, layers, hidden, pieces, tuple(range(surplus)))
+
+
+def data_files(path: Path) -> list[str]:
+    """Names of the files that a graph keeps weights in; they need not be there.
+
+    Raises:
+        ModelError: it is missing or no ONNX model, or a name is that of a file elsewhere.
+    """
+    return list(_external_data(path, _load(path)))
 
 
 def count_pieces(vocabulary: Path) -> int:
@@ -231,13 +226,44 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(tensor.elem_type, tuple(dims))
 
 
-def _external_data(model: onnx.ModelProto) -> dict[str, int]:
+def _load(path: Path) -> onnx.ModelProto:
+    """A graph without what lies beside it."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's decoder has several errors and no common one
+        raise ModelError(f"{path} is no ONNX model: {error}") from error
+    if not model.graph.output:
+        raise ModelError(f"{path} is no ONNX model: it has no outputs")
+    return model
+
+
+def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
     """The files that hold a model's weights, and how many bytes each must have at least."""
     sizes: dict[str, int] = {}
-    for tensor in filter(uses_external_data, model.graph.initializer):
+    for tensor in filter(uses_external_data, _weights(model.graph)):
         info = ExternalDataInfo(tensor)
+        if Path(info.location).name != info.location:  # who imports it must not be led to other directories
+            raise ModelError(f"{path} keeps weights in {info.location!r}; expected a file beside it")
         sizes[info.location] = max(sizes.get(info.location, 0), (info.offset or 0) + (info.length or 0))
     return sizes
+
+
+def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The initializers of a graph, its operators' constants, and those of the branches and loops inside."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _weights(inner)
+
+
+def _left_open(graph: Graph, name: str) -> ModelError:
+    return ModelError(f"{graph.path}: input {name} leaves its size open; export it with fixed sizes")
 
 
 def _show(element_type: int, shape: Sequence[int | None]) -> str:

@@ -8,7 +8,6 @@ the templates for an imported one's, so there is one set of them.
 from __future__ import annotations
 
 import importlib.resources
-import os
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from google.protobuf import text_format
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from launcher.graphs import Graph, ModelError, Transducer
+from launcher.graphs import Graph, ModelError, Transducer, data_files
 from launcher.models import ROLES, read_config
 from launcher.run import MODEL_REPOSITORY
 
@@ -36,8 +35,8 @@ LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_
 LARGE_ENCODER_BYTES = 200_000_000
 """An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
 
-GPU_ENCODER_BATCH = 16
-"""Windows in one call of the encoder, which a GPU computes in not much more time than one."""
+GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
+"""A GPU should compute many windows, or the frames of a whole chunk, in not much more time than one; none has measured it."""
 
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
@@ -124,17 +123,23 @@ def _locate(source: str, suffix: str) -> Path:
         raise ModelError(f"{source} is neither a directory nor the id of a Hugging Face repository (owner/name)")
     from huggingface_hub import snapshot_download  # noqa: PLC0415 (half a second that other commands need not wait)
 
-    patterns = [f"encoder-model{suffix}.onnx*", f"decoder_joint-model{suffix}.onnx*", "vocab.txt", "config.json"]
-    try:
-        directory = Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # every layer below has errors of its own, and to the user they are one
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
-    if not (directory / f"encoder-model{suffix}.onnx").exists():
-        raise ModelError(
-            f"{source} on Hugging Face has no encoder-model{suffix}.onnx; if it has a .nemo file, export that first: "
-            "docs/Models.md#your-own-model"
-        )
+    def download(files: list[str], revision: str | None = None) -> Path:
+        try:
+            return Path(snapshot_download(source, allow_patterns=files, revision=revision))
+        except Exception as error:  # every layer below has errors of its own, and to the user they are one
+            reason = str(error).partition("\n")[0]
+            raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
+
+    graphs = [f"{role}-model{suffix}.onnx" for role in ("encoder", "decoder_joint")]
+    directory = download([*graphs, "vocab.txt", "config.json"])
+    for graph in graphs:
+        if not (directory / graph).exists():
+            raise ModelError(
+                f"{source} on Hugging Face has no {graph}; if it has a .nemo file, export that first: "
+                "docs/Models.md#your-own-model"
+            )
+    if weights := [name for graph in graphs for name in data_files(directory / graph)]:
+        download(weights, revision=directory.name)
     return directory
 
 
@@ -168,14 +173,14 @@ class _Writer:
         frame_samples = config.subsampling_factor * MEL_HOP_SAMPLES
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
-            for role in ROLES:
-                self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu)
+            counts = {role: self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu) for role in ROLES}
             shutil.copyfile(front_end, self._directory("preprocessor") / "1" / "model.onnx")
-            _link_graph(transducer.encoder, self._directory("encoder") / "1")
-            _link_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
+            _copy_graph(transducer.encoder, self._directory("encoder") / "1")
+            _copy_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
             parameters = {
                 **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
                 **transducer.parameters,
+                "encoder_calls": str(counts["encoder"]),
                 "blank_penalty": "0",
                 "max_symbols_per_step": str(config.max_tokens_per_step),
                 "frame_samples": str(frame_samples),
@@ -184,9 +189,10 @@ class _Writer:
                     name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
                     for name, secs in LATENCY_WINDOW_SECS.items()
                 },
-                **({"encoder_batch": str(GPU_ENCODER_BATCH)} if gpu else {}),
+                **(GPU_PARAMETERS if gpu else {}),
             }
-            self._write_python_model("rnnt_greedy_bls", "decoder", parameters)
+            # An imported model has one encoder.
+            self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="lone_encoder_model")
             self._write_python_model("detokenizer", "detokenizer", {"vocabulary": "vocab.txt"})
             shutil.copyfile(transducer.vocabulary, self._directory("detokenizer") / "vocab.txt")
             self._write_ensemble()
@@ -197,7 +203,8 @@ class _Writer:
 
     def _write_graph_config(
         self, role: str, transducer: Transducer, window_frames: dict[str, int], frame_samples: int, *, gpu: bool
-    ) -> None:
+    ) -> int:
+        """Write a graph's configuration and what its warm-up reads; return how many instances it has."""
         config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
         _set_dims(config, transducer)
         if gpu:
@@ -211,10 +218,11 @@ class _Writer:
         (directory / "warmup").mkdir()
         for name, data in files.items():
             (directory / "warmup" / name).write_bytes(data)
+        return int(config.instance_group[0].count)
 
-    def _write_python_model(self, template: str, part: str, parameters: dict[str, str]) -> None:
+    def _write_python_model(self, template: str, part: str, parameters: dict[str, str], without: str = "") -> None:
         config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")
-        config.parameters.pop("lone_encoder_model", None)  # an imported model has one encoder
+        config.parameters.pop(without, None)
         for key, value in parameters.items():
             config.parameters[key].string_value = value
         directory = self._write_config(config, part)
@@ -280,16 +288,13 @@ def _set_warmup(
     return files
 
 
-def _link_graph(graph: Graph, directory: Path) -> None:
-    """Place a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them."""
-    _link(graph.path, directory / "model.onnx")
+def _copy_graph(graph: Graph, directory: Path) -> None:
+    """Copy a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them.
+
+    Not by hard links: what is written to one name would change the other, and onnx refuses weights that have two.
+    """
+    if "model.onnx" in graph.data_files:
+        raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")
+    shutil.copyfile(graph.path, directory / "model.onnx")
     for name in graph.data_files:
-        _link(graph.path.parent / name, directory / name)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link where both are on one file system, else a copy: Triton's container sees no links to elsewhere."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(graph.path.parent / name, directory / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from launcher.graphs import FLOAT, INT32, INT64, Graph, ModelError, Transducer
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
 """The graphs of a recogniser, by what its decoder calls them."""
+
+LATENCIES = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
+"""Parameters with the windows of the latencies that a decoder need not have: left, chunk and right frames."""
 
 ELEMENT_TYPES = {pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
 """ONNX's element types by Triton's."""
@@ -36,25 +40,46 @@ class Recogniser:
         """One line for a person."""
         p = self.parameters
         frame_ms = int(p["frame_samples"]) / 16
-        left, chunk, right = (int(p[f"{part}_frames"]) * frame_ms / 1000 for part in ("left", "chunk", "right"))
-        return (
-            f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, windows of "
-            f"{left:.2f} + {chunk:.2f} + {right:.2f} s"
+        balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
+        geometries = {"windows of": balanced, **{word: p[name] for word, name in LATENCIES.items() if name in p}}
+        windows = (
+            f"{word} {' + '.join(f'{int(frames) * frame_ms / 1000:.2f}' for frames in geometry.split(','))} s"
+            for word, geometry in geometries.items()
         )
+        return f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, {', '.join(windows)}"
 
 
-def recognisers(repository: Path) -> list[Recogniser]:
-    """The ensembles of a repository, each checked: its parts are there, and graphs, configurations and vocabulary fit.
+def look_into(repository: Path) -> list[Recogniser | ModelError]:
+    """The ensembles of a repository, or of one whose parts are missing or do not fit each other, what is wrong with it.
 
     Raises:
-        ModelError: something is missing or does not fit.
+        ModelError: it has no ensemble, or a configuration can't be read.
     """
     if not repository.is_dir():
         raise ModelError(f"{repository} is no directory")
     configs = {path.parent.name: read_config(path) for path in sorted(repository.glob("*/config.pbtxt"))}
-    found = [_check(repository, configs, name) for name, config in configs.items() if config.HasField("ensemble_scheduling")]
+    found: list[Recogniser | ModelError] = []
+    for name in (name for name, config in configs.items() if config.HasField("ensemble_scheduling")):
+        try:
+            found.append(_check(repository, configs, name))
+        except ModelError as error:
+            found.append(error)
     if not found:
         raise ModelError(f"{repository} has no ensemble")
+    return found
+
+
+def recognisers(repository: Path) -> list[Recogniser]:
+    """The ensembles of a repository.
+
+    Raises:
+        ModelError: one of them, or all of it, can't be used.
+    """
+    found = []
+    for recogniser in look_into(repository):
+        if isinstance(recogniser, ModelError):
+            raise recogniser
+        found.append(recogniser)
     return found
 
 
@@ -90,12 +115,13 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
         if (callee := parameters.get(f"{role}_model", "")) not in configs:
             raise ModelError(f"{decoder_path}: parameter {role}_model is {callee!r}; expected a model of this repository")
     preprocessor, encoder, decoder_joint = (_graph(repository, configs[parameters[f"{role}_model"]]) for role in ROLES)
+    vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
+    transducer = Transducer.read(encoder, decoder_joint, vocabulary)
     if (lone := parameters.get("lone_encoder_model")) is not None:
         if lone not in configs:
             raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
-        _graph(repository, configs[lone])
-    vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
-    transducer = Transducer.read(encoder, decoder_joint, vocabulary)
+        Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
+    preprocessor.check("input", {"waveforms": (FLOAT, (None, None)), "waveforms_lens": (INT64, (None,))})
     preprocessor.check("output", {"features": (FLOAT, (None, transducer.features, None)), "features_lens": (INT64, (None,))})
     _check_parameters(decoder_path, parameters, transducer)
     return Recogniser(name, decoder, parameters)
@@ -128,3 +154,6 @@ def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Tra
     for name in ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
         if not (found := parameters.get(name, "")).isdecimal():
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected a whole number")
+    for name in LATENCIES.values():
+        if not re.fullmatch(r"\d+,\d+,\d+", found := parameters.get(name, "0,0,0")):
+            raise ModelError(f"{path}: parameter {name} is {found!r}; expected three whole numbers with commas")

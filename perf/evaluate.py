@@ -2,8 +2,8 @@
 
     python -m perf.evaluate DIR [--url URL]
 
-DIR holds recordings and ``manifest.tsv``: a header line, then file, speaker and text separated by tabs. Without a URL a
-server is started on free ports. Texts are compared in lower case without punctuation.
+DIR holds recordings and ``manifest.tsv``: a header line, then file and text separated by tabs, and set or source where rates
+are wanted by origin. Without a URL a server is started on free ports. Texts are compared in lower case without punctuation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import csv
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,12 +39,13 @@ CONCURRENCY = 4
 
 
 class Recording(NamedTuple):
-    """A labelled recording: its file's bytes, its samples at 16 kHz and its normalised text."""
+    """A labelled recording: its file's bytes, its samples at 16 kHz, its normalised text, and where it is from."""
 
     name: str
     body: bytes
     samples: npt.NDArray[np.int16]
     text: str
+    set: str
 
 
 def read_speech(directory: Path) -> list[Recording]:
@@ -54,7 +55,8 @@ def read_speech(directory: Path) -> list[Recording]:
         for row in csv.DictReader(lines, delimiter="\t"):
             body = (directory / row["file"]).read_bytes()
             samples = decode_audio(body, "application/octet-stream", max_secs=3600)
-            recordings.append(Recording(row["file"], body, samples, normalise(row["text"])))
+            origin = row.get("set") or row.get("source") or directory.name
+            recordings.append(Recording(row["file"], body, samples, normalise(row["text"]), origin))
     return recordings
 
 
@@ -101,15 +103,26 @@ async def server(url: str | None) -> AsyncIterator[str]:
         yield running.url
 
 
+def rates(recordings: Sequence[Recording], texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Word and character error rates in per cent: of all, and of each set where there are several."""
+    sets = sorted({recording.set for recording in recordings})
+    chosen = {"all": sets, **({name: [name] for name in sets} if len(sets) > 1 else {})}
+    found = {}
+    for name, members in chosen.items():
+        references = [recording.text for recording in recordings if recording.set in members]
+        hypotheses = [text for recording, text in zip(recordings, texts, strict=True) if recording.set in members]
+        found[name] = 100 * jiwer.wer(references, hypotheses), 100 * jiwer.cer(references, hypotheses)
+    return found
+
+
 async def evaluate(directory: Path, url: str | None) -> None:
     """Measure and print a table."""
     recordings = read_speech(directory)
     seconds = sum(len(recording.samples) for recording in recordings) / RATE
     console = Console()
     table = Table(title=f"{len(recordings)} recordings, {seconds:.0f} s of {directory}")
-    for column in ("", "word error rate %", "character error rate %", "audio seconds a second"):
-        table.add_column(column, justify="right" if column else "left")
-    references = [recording.text for recording in recordings]
+    for column in ("", "set", "word error rate %", "character error rate %", "audio seconds a second"):
+        table.add_column(column, justify="left" if column in ("", "set") else "right")
     places = asyncio.Semaphore(CONCURRENCY)
     texts: dict[str, list[str]] = {}
     async with server(url) as address:
@@ -126,8 +139,8 @@ async def evaluate(directory: Path, url: str | None) -> None:
                 began = time.perf_counter()
                 texts[name] = list(await asyncio.gather(*map(one, recordings)))
                 speed = seconds / (time.perf_counter() - began)
-                wer, cer = jiwer.wer(references, texts[name]), jiwer.cer(references, texts[name])
-                table.add_row(name, f"{100 * wer:.1f}", f"{100 * cer:.1f}", f"{speed:.0f}")
+                for origin, (wer, cer) in rates(recordings, texts[name]).items():
+                    table.add_row(name, origin, f"{wer:.1f}", f"{cer:.1f}", f"{speed:.0f}" if origin == "all" else "")
     console.print(table)
     difference = 100 * jiwer.wer(texts["batch"], texts["stream"])
     console.print(f"stream against batch as the reference: {difference:.1f} % of the words differ")

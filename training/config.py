@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.command import TrainingError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +29,7 @@ class Data(Part):
     """What the features are made of."""
 
     sentences: Path
-    most_sentences: int = Field(gt=0)
+    most_sentences: int | None = Field(default=None, gt=0)
     tokens: Path | None = None
     pieces: int = Field(ge=64)
     voices: dict[Literal["hibari", "flite", "espeak"], float]
@@ -93,8 +95,18 @@ class Config(Part):
 
 
 def load(path: Path) -> Config:
-    """Read a configuration; paths in it are relative to its file."""
-    config = Config.model_validate(tomllib.loads(path.read_text()))
+    """Read a configuration; paths in it are relative to its file.
+
+    Raises:
+        TrainingError: It is no TOML, or a value is missing, unknown or not allowed.
+    """
+    try:
+        config = Config.model_validate(tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise TrainingError(f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrainingError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     paths = {"sentences": path.parent / config.data.sentences}
     if config.data.tokens:
         paths["tokens"] = path.parent / config.data.tokens

@@ -20,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training import config as configuration
 from training import moonshine
+from training.command import run
 from training.config import Config
 from training.distort import distort, level, stretch
 from training.features import Features, Spoken
 from training.model import LOWER
-from training.speech import RATE, Audio, Recording, Voices, grouped, recordings
+from training.speech import RATE, Audio, Recording, Voices, check_installed, grouped, recordings
 from training.text import normalise, sentences
 
 TOKENS = "tokens.model"
@@ -63,7 +64,7 @@ def jobs(config: Config, speech: Path | None, choose: Path | None) -> Iterator[J
         for copy in range(data.speech_copies):
             kept = [r for r in train if random.random() < data.most_of_a_copy.get(r.set, 1.0)]
             yield Job(f"speech-{copy:02d}", recordings=tuple(kept), copy=copy, windowed=data.windowed if copy else 0.0)
-    count = min(data.most_sentences, len(sentences(data.sentences)))
+    count = len(sentences(data.sentences)[: data.most_sentences])
     for number, first in enumerate(range(0, count, data.shard_sentences)):
         numbers = range(first, min(first + data.shard_sentences, count))
         yield Job(f"synthetic-{number:04d}", sentences=numbers, windowed=data.windowed)
@@ -158,6 +159,7 @@ def main(
 ) -> None:
     """Make the features to train on."""
     settings = configuration.load(config)
+    check_installed(settings.data.voices)
     directory = work / "features"
     directory.mkdir(parents=True, exist_ok=True)
     tokens(settings, work, speech)
@@ -174,4 +176,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from training import config as configuration
 from training import moonshine
+from training.command import run
 from training.data import TOKENS
 from training.features import SAMPLES
 from training.model import LOWER, Transducer, build
@@ -159,12 +160,16 @@ def _inputs_axis(graph: onnx.GraphProto, name: str) -> int:
 
 def write(config: configuration.Config, work: Path, repository: Path) -> int:
     """Write graphs and vocabulary of the trained model into a model repository; return their size in bytes."""
+    checkpoint = work / "checkpoint.pt"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"no {checkpoint.name} in {work}: run make train first")
     model = build(config)
-    model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["average"])
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
     size = 0
     for name, graph in graphs(model, config.model.predictor, config.model.width).items():
         path = repository / name / "1" / "model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a link to another repository's
         onnx.save(compress(graph), path)
         size += path.stat().st_size
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
@@ -184,4 +189,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

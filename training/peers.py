@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from training.command import run
 from training.moonshine import assets
 from training.speech import RATE, Audio, recordings
 from training.text import normalise
@@ -114,4 +115,4 @@ def main(speech: Annotated[Path, typer.Argument(help="Labelled recordings with t
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -9,6 +9,8 @@ from typing import Annotated
 import matplotlib as mpl
 import typer
 
+from training.command import run
+
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -35,4 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

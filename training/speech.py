@@ -6,7 +6,7 @@ import csv
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ RATE = 16_000
 Audio = NDArray[np.float32]
 
 _CHANGED_PITCH = 0.7
+_PROGRAMS = {"flite": "flite", "espeak": "espeak-ng"}
 _FLITE = ("kal16", "awb", "rms", "slt")
 _ESPEAK = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
 
@@ -41,18 +42,32 @@ class Recording:
 
 
 def recordings(directory: Path) -> list[Recording]:
-    """Read a directory's manifest.tsv: columns `file` and `text`, and `set` where there are several.
+    """Read a directory's manifest.tsv: columns `file` and `text`, and `set` or `source` where there are several.
 
     Raises:
         FileNotFoundError: There is no manifest, or no file that it names.
     """
     with (directory / "manifest.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    found = [Recording(directory / row["file"], row.get("set") or directory.name, normalise(row["text"])) for row in rows]
+    found = [
+        Recording(directory / row["file"], row.get("set") or row.get("source") or directory.name, normalise(row["text"]))
+        for row in rows
+    ]
     for recording in found:
         if not recording.path.is_file():
             raise FileNotFoundError(f"{directory}/manifest.tsv names {recording.path.name}, which is not there")
     return found
+
+
+def check_installed(voices: Iterable[str]) -> None:
+    """Look for the programs that some voices are.
+
+    Raises:
+        FileNotFoundError: One is missing.
+    """
+    missing = [program for voice, program in _PROGRAMS.items() if voice in voices and not shutil.which(program)]
+    if missing:
+        raise FileNotFoundError(f"{' and '.join(missing)} not found: apt-get install {' '.join(missing)}")
 
 
 class Voices:
@@ -62,9 +77,6 @@ class Voices:
     """
 
     def __init__(self, shares: Mapping[Any, float]) -> None:
-        missing = [p for p in {"flite": "flite", "espeak": "espeak-ng"}.items() if p[0] in shares and not shutil.which(p[1])]
-        if missing:
-            raise FileNotFoundError(f"{missing[0][1]} is not installed: apt-get install {' '.join(p for _, p in missing)}")
         self._names = list(shares)
         self._shares = np.array(list(shares.values())) / sum(shares.values())
         if "hibari" in shares:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from training.command import TrainingError
 from training.export import DecoderJoint, Encoder
 from training.model import Transducer
 from training.moonshine import FRAME_SAMPLES
@@ -33,7 +34,7 @@ def load(model: Transducer, repository: Path) -> None:
     """Copy a repository's weights into a model.
 
     Raises:
-        ValueError: its graphs are those of another architecture.
+        TrainingError: its graphs are those of another architecture.
     """
     frames = torch.tensor([60])
     audio = torch.randn(1, FRAME_SAMPLES, 60, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -59,7 +60,7 @@ class _Pair:
         stored = list(_stored(self._path))
         used = self._used(inputs)
         if len(stored) != len(used):
-            raise ValueError(f"{self._path}: {len(stored)} operators have weights; the configured model has {len(used)}")
+            raise TrainingError(f"{self._path}: {len(stored)} operators have weights; the configured model has {len(used)}")
         for arrays, module in zip(stored, used, strict=True):
             self._put(arrays, module)
         with torch.inference_mode():
@@ -67,7 +68,9 @@ class _Pair:
         session = onnxruntime.InferenceSession(self._path, providers=["CPUExecutionProvider"])
         theirs = session.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})[0]
         if (difference := float(np.abs(ours.numpy() - theirs).max())) > _TOLERANCE:
-            raise ValueError(f"{self._path}: the configured model's outputs differ by {difference:.3g} with the same weights")
+            raise TrainingError(
+                f"{self._path}: the configured model's outputs differ by {difference:.3g} with the same weights"
+            )
         return ours.clone()
 
     def _used(self, inputs: tuple[Tensor, ...]) -> list[nn.Module]:
@@ -94,7 +97,7 @@ class _Pair:
         for name, value in values.items():
             parameter = getattr(module, name)
             if parameter.shape != value.shape:
-                raise ValueError(
+                raise TrainingError(
                     f"{self._path}: found {value.shape} where {type(module).__name__} has {tuple(parameter.shape)}"
                 )
             parameter.copy_(torch.from_numpy(np.array(value)))

@@ -1,4 +1,4 @@
-"""`make train`: learn, phase by phase; stopped at any time, it goes on where it was."""
+"""`make train`: learn, phase by phase; stopped by Ctrl-C at any time, it goes on where it was."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from training import config as configuration
 from training import features, moonshine, start
+from training.command import run
 from training.config import Config, Phase
 from training.data import TOKENS
 from training.features import Item, Shard
@@ -148,6 +149,8 @@ class Trainer:
 
     def __init__(self, config: Config, work: Path, begin: Path | None = None) -> None:
         self._config, self._work = config, work
+        if not (work / TOKENS).exists():
+            raise FileNotFoundError(f"no {TOKENS} in {work}: run make data first")
         self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
         torch.manual_seed(config.seed)
         self.model, self.average = build(config), build(config)
@@ -187,7 +190,14 @@ class Trainer:
         return self._work / "checkpoint.pt"
 
     def run(self, progress: Progress) -> None:
-        """Train to the end of the last phase."""
+        """Train to the end of the last phase, or until Ctrl-C; a checkpoint is kept in either case."""
+        try:
+            self._run(progress)
+        except KeyboardInterrupt:  # the step that it broke may be half done: a step is little
+            self._keep()
+            raise
+
+    def _run(self, progress: Progress) -> None:
         phases = self._config.train.phases
         bar = progress.add_task("", total=sum(p.hours for p in phases))
         checked = started = time.monotonic()
@@ -285,12 +295,16 @@ class Trainer:
         line = json.dumps({"at": self.at.__dict__, "losses": _mean_of(losses), "errors": measured})
         with (self._work / "log.jsonl").open("a") as file:
             file.write(line + "\n")
+        self._keep()
+        return line
+
+    def _keep(self) -> None:
+        """Write the checkpoint."""
         kept: dict[str, Any] = {"model": self.model.state_dict(), "average": self.average.state_dict()}
         kept |= {"optimiser": self._optimiser.state_dict(), "at": dict(self.at.__dict__)}
         scratch = self._checkpoint.with_suffix(".part")
         torch.save(kept, scratch)
         scratch.rename(self._checkpoint)
-        return line
 
     @torch.inference_mode()
     def _errors(self, examples: list[Example], transducer: bool) -> dict[str, float]:
@@ -331,4 +345,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

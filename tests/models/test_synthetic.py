@@ -258,6 +258,24 @@ def test_chunks_change_nothing(model: Model, chunk_frames: int) -> None:
     assert_same(found, model.recognise(speech()))
 
 
+@pytest.mark.parametrize("model", ["tdt"], indirect=True)
+def test_other_durations_are_ours_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnx-asr takes the index of the best duration for the duration: told which it stands for, it finds what we find."""
+    durations = (0, 1, 2, 4, 8)
+    rows = [Row(frames, model.fresh(), 10, UNLIMITED) for frames in model.encode(speech())]
+    decode(model.step, Transducer(model.transducer.blank, durations), rows, 16)
+    untold = model.recognise(speech())
+    decode_one = model.asr._decode
+
+    def told(*args: object) -> object:
+        logits, index, state = decode_one(*args)  # type: ignore[arg-type]
+        return logits, durations[index], state
+
+    monkeypatch.setattr(model.asr, "_decode", told)
+    assert_same([row.tokens for row in rows], model.recognise(speech()))
+    assert model.recognise(speech()) != untold
+
+
 def assert_same(found: list[list[Token]], expected: list[list[tuple[int, int, float]]]) -> None:
     for tokens, expected_tokens in zip(found, expected, strict=True):
         assert [(token.id, token.frame) for token in tokens] == [token[:2] for token in expected_tokens]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launcher.run import MODEL_REPOSITORY
+from launcher.run import MODEL_REPOSITORY, SPEECH
 from perf.endurance import Watch
+from perf.evaluate import rates, read_speech
 from perf.load import percentiles_ms
 from perf.recogniser import Windows
 from perf.report import Goal
@@ -85,3 +88,21 @@ def test_recordings_repeat_until_they_last() -> None:
 
 def test_percentiles_are_latencies_that_were_measured() -> None:
     assert percentiles_ms([0.001 * i for i in range(1, 101)]) == (51.0, 96.0, 100.0)
+
+
+def test_error_rates_are_given_by_set(tmp_path: Path) -> None:
+    for name in ("a.flac", "b.flac", "c.flac"):
+        shutil.copy(SPEECH / "jfk.flac", tmp_path / name)
+    (tmp_path / "manifest.tsv").write_text(
+        "file\tset\tsource\ttext\na.flac\tone\tanywhere\tAsk not.\nb.flac\t\tother\tWhat, you\nc.flac\t\t\tcan do\n"
+    )
+    recordings = read_speech(tmp_path)
+    assert [recording.set for recording in recordings] == ["one", "other", tmp_path.name]
+    found = rates(recordings, ["ask not", "what can", "can"])
+    assert {name: wer for name, (wer, _) in found.items()} == {
+        "all": pytest.approx(100 / 3),
+        "one": 0,
+        "other": 50,
+        tmp_path.name: 50,
+    }
+    assert list(rates(recordings[:1], ["ask"])) == ["all"]

@@ -6,19 +6,24 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import KINDS
 from google.protobuf import text_format
 from test_launcher import amira, edit, triton_with
 from tritonclient.grpc import model_config_pb2 as pb
+from typer.testing import CliRunner
 
+from launcher.cli import app
 from launcher.engine import EngineError, free_ports
 from launcher.graphs import ModelError
 from launcher.importing import import_model
@@ -30,7 +35,10 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     into = tmp_path / "new"
     code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 0, errors
-    assert "imported mine" in output
+    imported, check, serve = output.splitlines()
+    assert imported == f"imported mine into {into}: tdt, 1024 pieces, 128 mel bins, durations 0,1,2,3,4 (assumed)"
+    assert check == f"check it: amira models check {into}"
+    assert serve == f"""serve it: AMIRA_MODEL_REPOSITORY={into} AMIRA_MODELS='{{"mine": "mine"}}' amira run"""
     assert {path.name for path in into.iterdir()} == {
         "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
     }  # fmt: skip
@@ -38,10 +46,40 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     assert code == 0, errors
     assert "mine: 176000 samples" in output
     code, output, _ = await amira("models", "list", str(into))
-    assert output == "mine: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s\n"
+    assert output == (
+        "mine: tdt, 1024 pieces, 80 ms a frame, "
+        "windows of 10.00 + 2.00 + 2.00 s, low 10.00 + 0.96 + 0.96 s, throughput 10.00 + 4.00 + 2.00 s\n"
+    )
     code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 2
     assert "exists; choose another --name" in errors
+
+
+async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
+    code, output, _ = await amira("models", "import", str(sources["rnnt"]), "--name", "mine", "--gpu", "--into", str(tmp_path))
+    assert code == 0
+    assert "serve it: by a Triton with a GPU" in output
+    assert "amira models check" not in output
+    code, _, errors = await amira("models", "check", str(tmp_path))
+    assert code == 2
+    assert "KIND_GPU" in errors
+
+
+async def test_a_broken_ensemble_does_not_hide_the_others(sources: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        import_model(str(sources["rnnt"]), name, tmp_path, None, gpu=False)
+    (tmp_path / "b_encoder" / "1" / "model.onnx").unlink()
+    code, output, errors = await amira("models", "list", str(tmp_path))
+    assert code == 2
+    assert [line.partition(":")[0] for line in output.splitlines()] == ["a", "c"]
+    assert errors == f"amira: {tmp_path}/b_encoder/1/model.onnx is missing\n"
+
+
+def test_without_the_packages_for_models_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = CliRunner().invoke(app, ["models", "list"])
+    assert result.exit_code == 2
+    assert result.stderr == "amira: onnx not found; pip install '.[models]' in the checkout brings what amira models needs\n"
 
 
 async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -65,15 +103,18 @@ async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str,
             pass
 
 
-def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path) -> None:
-    def sessions(name: str) -> tuple[int, str]:
+def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sessions(name: str) -> tuple[int, str, str]:
         import_model(str(source), name, tmp_path / "into", None, gpu=False)
-        config = read_config(tmp_path / "into" / f"{name}_encoder" / "config.pbtxt")
-        return config.instance_group[0].count, config.parameters["intra_op_thread_count"].string_value
+        encoder, decoder = (
+            read_config(tmp_path / "into" / f"{name}_{part}" / "config.pbtxt") for part in ("encoder", "decoder")
+        )
+        threads, calls = encoder.parameters["intra_op_thread_count"], decoder.parameters["encoder_calls"]
+        return encoder.instance_group[0].count, threads.string_value, calls.string_value
 
-    assert sessions("small") == (2, "1")
-    os.truncate(source / "encoder-model.onnx.data", 250_000_000)  # a hole, which takes no space
-    assert sessions("large") == (1, "0"), "0 is all cores"
+    assert sessions("small") == (2, "1", "2")
+    monkeypatch.setattr("launcher.importing.LARGE_ENCODER_BYTES", 1_000_000)
+    assert sessions("large") == (1, "0", "1"), "0 is all cores"
 
 
 def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -83,15 +124,38 @@ def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
         assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
     decoder = read_config(tmp_path / "mine_decoder" / "config.pbtxt")
     assert decoder.instance_group[0].kind == pb.ModelInstanceGroup.KIND_CPU
-    assert decoder.parameters["encoder_batch"].string_value == "16"
+    parameters = {name: decoder.parameters[name].string_value for name in ("encoder_calls", "encoder_batch", "block_frames")}
+    assert parameters == {"encoder_calls": "1", "encoder_batch": "16", "block_frames": "32"}
     front_end = onnx.load(tmp_path / "mine_preprocessor" / "1" / "model.onnx")
     assert "STFT" not in {node.op_type for node in front_end.graph.node}, "for which CUDA has no kernel"
 
 
+def keep_constants_apart(path: Path, name: str) -> None:
+    """Turn a graph's weights into constants of operators, one of them in a branch, and keep those in a file beside it."""
+    model = onnx.load(path)
+    graph = model.graph
+    constants = [onnx.helper.make_node("Constant", [], [weight.name], value=weight) for weight in graph.initializer]
+    large = next(i for i, weight in enumerate(graph.initializer) if weight.ByteSize() > 100_000)
+    output = onnx.helper.make_tensor_value_info(constants[large].output[0], graph.initializer[large].data_type, None)
+    branch = onnx.helper.make_graph([constants[large]], "branch", [], [output])
+    condition = onnx.helper.make_node("Constant", [], ["condition"], value=onnx.numpy_helper.from_array(np.array(True)))
+    constants[large] = onnx.helper.make_node("If", ["condition"], [output.name], then_branch=branch, else_branch=branch)
+    nodes = [condition, *constants, *graph.node]
+    del graph.initializer[:], graph.node[:]
+    graph.node.extend(nodes)
+    onnx.external_data_helper.convert_model_to_external_data(model, location=name, convert_attribute=True)
+    onnx.save(model, path)
+
+
 @pytest.fixture
-def hub(sources: dict[str, Path]) -> Iterator[str]:
-    """URL of a server that answers as the Hugging Face hub does, with one repository: owner/model, the RNN-T."""
-    files = {path.name: path.read_bytes() for path in sources["rnnt"].iterdir() if ".int8" not in path.name}
+def hub(sources: dict[str, Path], tmp_path: Path) -> Iterator[str]:
+    """URL of a server that answers as the Hugging Face hub does, with one repository: owner/model, the RNN-T.
+
+    What keeps its weights apart has for them a name of its own, as large exports do.
+    """
+    published = Path(shutil.copytree(sources["rnnt"], tmp_path / "published", ignore=shutil.ignore_patterns("*.int8.*")))
+    keep_constants_apart(published / "decoder_joint-model.onnx", "Constant_7_attr__value")
+    files = {path.name: path.read_bytes() for path in published.iterdir()}
     commit = "0" * 40
 
     class Hub(BaseHTTPRequestHandler):
@@ -141,6 +205,8 @@ async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, m
     assert code == 0, errors
     assert "imported model into" in output
     assert "100%" in errors, "its progress bar"
+    for role in ("encoder", "decoder_joint"):
+        onnxruntime.InferenceSession(into / f"model_{role}" / "1" / "model.onnx")  # with its weights
     assert [recogniser.name for recogniser in recognisers(into)] == ["model"]
     code, _, errors = await amira(
         "models", "import", "owner/model", "--name", "q", "--quantization", "int8", "--into", str(into)
@@ -204,6 +270,28 @@ def test_weights_that_were_cut_short_are_named(source: Path, tmp_path: Path) -> 
     assert f"encoder-model.onnx.data, which has 1000 bytes; expected {size} at least" in refusal(source, tmp_path)
 
 
+def test_constants_kept_apart_are_weights_too(source: Path, tmp_path: Path) -> None:
+    path = source / "decoder_joint-model.onnx"
+    keep_constants_apart(path, "constants")
+    size = (source / "constants").stat().st_size
+    import_model(str(source), "mine", tmp_path / "all", None, gpu=False)
+    onnxruntime.InferenceSession(tmp_path / "all" / "mine_decoder_joint" / "1" / "model.onnx")
+    os.truncate(source / "constants", size - 1)
+    assert f"constants, which has {size - 1} bytes; expected {size} at least" in refusal(source, tmp_path)
+
+
+def test_weights_named_as_the_copied_graph_are_refused(source: Path, tmp_path: Path) -> None:
+    path = source / "decoder_joint-model.onnx"
+    keep_constants_apart(path, "model.onnx")
+    assert f"{path} keeps weights in model.onnx" in refusal(source, tmp_path)
+
+
+def test_a_source_stays_its_owners(source: Path, tmp_path: Path) -> None:
+    """Neither sees what is written to the other; and onnx refuses weights in a file with two names."""
+    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    assert {path.stat().st_nlink for path in [*source.iterdir(), *(tmp_path / "into").rglob("*.*")] if path.is_file()} == {1}
+
+
 @pytest.mark.parametrize("outside", ["../../outside", "/outside", "folder/inside"])
 def test_a_graph_can_not_name_files_elsewhere(source: Path, tmp_path: Path, outside: str) -> None:
     path = source / "encoder-model.onnx"
@@ -258,6 +346,57 @@ def test_other_tensors_are_named(source: Path, tmp_path: Path, change: Callable[
     change(model.graph)
     onnx.save(model, path)
     assert f"{path}: {named}" in refusal(source, tmp_path)
+
+
+def _open(tensors: str, name: str, axis: int) -> Callable[[onnx.GraphProto], None]:
+    """Leaves a tensor's size open, as some exports do."""
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = next(tensor for tensor in getattr(graph, tensors) if tensor.name == name)
+        tensor.type.tensor_type.shape.dim[axis].dim_param = "open"
+
+    return change
+
+
+def _edit_graph(path: Path, *changes: Callable[[onnx.GraphProto], None]) -> None:
+    model = onnx.load(path, load_external_data=False)
+    for change in changes:
+        change(model.graph)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "named"),
+    [
+        ("encoder", [_open("input", "audio_signal", 1)], "input audio_signal leaves its size open"),
+        ("decoder_joint", [_open("input", "input_states_1", 2)], "input input_states_1 leaves its size open"),
+        ("decoder_joint", [_open("input", "encoder_outputs", 1)], None),  # the encoder tells
+        ("decoder_joint", [_open("output", "outputs", 3)], None),  # a step tells
+    ],
+)
+def test_sizes_that_graphs_leave_open(
+    source: Path, tmp_path: Path, role: str, changes: list[Callable[[onnx.GraphProto], None]], named: str | None
+) -> None:
+    (source / "config.json").unlink()
+    _edit_graph(source / f"{role}-model.onnx", *changes)
+    if named:
+        assert f"{source}/{role}-model.onnx: {named}; export it with fixed sizes" in refusal(source, tmp_path)
+    else:
+        found = import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+        assert (found.encoder_size, found.hidden, found.pieces, found.durations) == (256, 640, 513, ())
+
+
+def test_sizes_that_no_graph_tells(source: Path, tmp_path: Path) -> None:
+    _edit_graph(source / "encoder-model.onnx", _open("output", "outputs", 1))
+    _edit_graph(source / "decoder_joint-model.onnx", _open("input", "encoder_outputs", 1))
+    assert "input encoder_outputs leaves its size open" in refusal(source, tmp_path)
+
+
+def test_without_a_front_end_for_its_features_an_encoder_is_refused(source: Path, tmp_path: Path) -> None:
+    """Its graph may leave them open: then config.json tells."""
+    (source / "config.json").write_text('{"features_size": 64}')
+    _edit_graph(source / "encoder-model.onnx", _open("input", "audio_signal", 1))
+    assert "takes 64 features; front ends exist for 80 and 128" in refusal(source, tmp_path)
 
 
 def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -324,7 +463,7 @@ def test_the_configuration_of_a_source_is_followed(source: Path, tmp_path: Path)
     (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 4, "max_tokens_per_step": 7}')
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
     (recogniser,) = recognisers(tmp_path / "into")
-    assert recogniser.describe() == "mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s"
+    assert recogniser.describe().startswith("mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low ")
     assert recogniser.parameters["max_symbols_per_step"] == "7"
 
 
@@ -367,6 +506,14 @@ def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "encoder"', "0 of its steps have a vocabulary; expected 1"),
         ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
+        ("rnnt_greedy_bls", '"encoder_lone"', '"nobody"', "parameter lone_encoder_model is 'nobody'"),
+        ("rnnt_greedy_bls", '"encoder_lone"', '"preprocessor"', "preprocessor/1/model.onnx: input audio_signal is missing"),
+        (
+            "rnnt_greedy_bls",
+            'string_value: "preprocessor"',
+            'string_value: "encoder"',
+            "input waveforms is missing",
+        ),
         ("rnnt_greedy_bls", '"blank" value: { string_value: "512"', '"blank" value: { string_value: "511"', "blank is '511'"),
         (
             "rnnt_greedy_bls",
@@ -380,6 +527,7 @@ def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path
             'string_value: "96 ms"',
             "frame_samples is '96 ms'; expected a whole number",
         ),
+        ("rnnt_greedy_bls", '"31,6,5"', '"31,6"', "low_latency_frames is '31,6'; expected three whole numbers with commas"),
         ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
         ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
         ("detokenizer", "../vocab.txt", "vocab.txt", "detokenizer/vocab.txt is missing"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jiwer
 import numpy as np
@@ -90,20 +92,26 @@ def _error_rate(repository: Path, config_file: Path) -> float:
     return jiwer.wer(said, heard)
 
 
+class Interrupting(Progress):
+    """Ctrl-C after the third step."""
+
+    steps = 0
+
+    def update(self, *_: Any, **__: Any) -> None:
+        self.steps += 1
+        if self.steps == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_stopped_training_goes_on_where_it_was(config_file: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     _run("data", "--work", work, "--config", config_file)
     config = configuration.load(config_file)
-    short = config.model_copy(
-        update={
-            "train": config.train.model_copy(
-                update={"phases": [p.model_copy(update={"hours": 0.02}) for p in config.train.phases]}
-            )
-        }
-    )
-    first = Trainer(short, work)
-    first.run(Progress(disable=True))
+    first = Trainer(config, work)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(Interrupting(disable=True))
     second = Trainer(config, work)
     assert second.at == first.at
+    assert second.at.step == 3
     for name, tensor in first.average.state_dict().items():
         assert np.array_equal(tensor.numpy(), second.average.state_dict()[name].numpy()), name

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +20,16 @@ from training import moonshine, start
 from training.config import Config
 from training.data import held_out, jobs
 from training.distort import distort
-from training.export import compress, graphs
+from training.export import compress, graphs, write
 from training.features import Features, Item, Shard, Spoken, Window, read
 from training.loss import transducer_loss
 from training.model import LOWER, Joint, Transducer, build, collapse, greedy
 from training.speech import RATE, Recording, recordings
-from training.text import normalise
+from training.text import normalise, sentences
 from training.train import Draw, Example, batches
 
-SPEECH = Path(__file__).parents[1] / "speech"
+ROOT = Path(__file__).parents[2]
+SPEECH = ROOT / "tests" / "speech"
 MINIATURE = Path(__file__).with_name("miniature.toml")
 
 
@@ -153,14 +157,16 @@ def test_what_is_held_out_is_never_trained_on(config: Config) -> None:
 
 def test_jobs_cover_every_sentence_once(config: Config) -> None:
     numbers = [number for job in jobs(config, None, None) for number in job.sentences or ()]
-    assert numbers == list(range(config.data.most_sentences))
+    assert numbers == list(range(24))
+    everything = config.model_copy(update={"data": config.data.model_copy(update={"most_sentences": None})})
+    assert sum(len(job.sentences or ()) for job in jobs(everything, None, None)) == len(sentences(config.data.sentences))
 
 
 def test_other_recordings_can_be_given_to_choose_by(config: Config, tmp_path: Path) -> None:
     shutil.copy(SPEECH / "jfk.flac", tmp_path)
-    (tmp_path / "manifest.tsv").write_text("file\ttext\njfk.flac\tAnd so\n")
+    (tmp_path / "manifest.tsv").write_text("file\ttext\tsource\njfk.flac\tAnd so\tInauguration\n")
     made = {job.name: job.recordings for job in jobs(config, SPEECH, tmp_path)}
-    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", tmp_path.name, "and so"),)
+    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", "Inauguration", "and so"),)
     assert set(made["speech-00"]) == set(recordings(SPEECH))
 
 
@@ -217,7 +223,7 @@ def test_greedy_search_stops_at_blank_and_at_the_symbol_limit(model: Transducer)
 def test_ctc_hypotheses_lose_repeats_and_blanks(model: Transducer, monkeypatch: pytest.MonkeyPatch) -> None:
     path = torch.tensor([[1, 1, model.blank, 1, 2, 2, 3]])
     scores = torch.nn.functional.one_hot(path, model.blank + 1).float()
-    monkeypatch.setattr(model, "ctc", torch.nn.Identity())
+    monkeypatch.setitem(model._modules, "ctc", torch.nn.Identity())  # setattr would delete it afterwards
     assert collapse(model, scores, torch.tensor([6])) == [[1, 1, 2]]
 
 
@@ -231,6 +237,38 @@ def test_each_example_comes_once_before_any_comes_again() -> None:
     grouped = batches(first, 60, np.random.default_rng(0))
     assert sorted(e.item.text for batch in grouped for e in batch) == sorted(e.item.text for e in first)
     assert all(len(batch) * max(e.longest for e in batch) <= 60 for batch in grouped)
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "named"),
+    [
+        ("data", [], "training: flite and espeak-ng not found: apt-get install flite espeak-ng"),
+        ("data", ["--config", "training/DATA.md"], "training: training/DATA.md: "),
+        ("train", [], "run make data first"),
+        ("train", ["--begin", "model-repo", "--config", "tests/training/miniature.toml"], "operators have weights"),
+        ("export", ["--into", "model-repo"], "run make train first"),
+    ],
+)
+def test_what_its_user_can_mend_is_one_line(tmp_path: Path, step: str, arguments: list[str], named: str) -> None:
+    if "--begin" in arguments:
+        shutil.copy(ROOT / "training" / "tokens.model", tmp_path)
+    command = [sys.executable, "-m", f"training.{step}", "--work", str(tmp_path), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": ""}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert named in line
+
+
+def test_an_export_leaves_other_names_of_a_graph_alone(model: Transducer, config: Config, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "training" / "tokens.model", tmp_path)
+    torch.save({"average": model.state_dict()}, tmp_path / "checkpoint.pt")
+    graph = tmp_path / "repository" / "encoder" / "1" / "model.onnx"
+    graph.parent.mkdir(parents=True)
+    graph.write_bytes(b"another's")
+    os.link(graph, tmp_path / "other.onnx")
+    write(config, tmp_path, tmp_path / "repository")
+    assert (tmp_path / "other.onnx").read_bytes() == b"another's"
+    assert len(graph.read_bytes()) > 1_000_000
 
 
 def test_unknown_keys_of_a_configuration_are_refused(tmp_path: Path) -> None:
