@@ -13,10 +13,13 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from launcher.importing import GPU_ENCODER_BATCH
+from launcher.importing import GPU_PARAMETERS
 from launcher.models import ROLES, read_config, recognisers
 from launcher.run import MODEL_REPOSITORY, ROOT
 from parameters import Parameters
+
+BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))
+"""As an import for a GPU has them."""
 
 NUMPY = {pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
 
@@ -52,7 +55,7 @@ def test_the_decoder_calls_one_encoder_with_many_windows(gpu_repo: Path) -> None
     parameters = Parameters.from_config(
         {"parameters": {key: {"string_value": value} for key, value in recogniser.parameters.items()}}
     )
-    assert (parameters.encoder_calls, parameters.encoder_batch) == (1, GPU_ENCODER_BATCH)
+    assert (parameters.encoder_calls, parameters.encoder_batch, parameters.block_frames) == (1, BATCH, BLOCK)
     assert parameters.lone_encoder_model == parameters.encoder_model
     assert not (gpu_repo / "encoder_lone").exists()
 
@@ -63,8 +66,8 @@ def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, se
     config = text_format.Parse(f"{path.read_text()}\n{block}", pb.ModelConfig())
     one, full = config.model_warmup
     for name, tensor in one.inputs.items():
-        assert list(full.inputs[name].dims) == [GPU_ENCODER_BATCH, *tensor.dims[1:]]
+        assert list(full.inputs[name].dims) == [BATCH, *tensor.dims[1:]]
         assert full.inputs[name].data_type == tensor.data_type
     given = {name: np.zeros(tensor.dims, NUMPY[tensor.data_type]) for name, tensor in full.inputs.items()}
     outputs, _ = onnxruntime.InferenceSession(gpu_repo / "encoder" / "1" / "model.onnx").run(None, given)
-    assert len(outputs) == GPU_ENCODER_BATCH
+    assert len(outputs) == BATCH
