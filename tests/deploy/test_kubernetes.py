@@ -212,6 +212,15 @@ def test_autoscalers_use_metrics_that_the_adapter_makes(
     subprocess.run([need("promtool"), "check", "rules", str(tmp_path / "rules.yml")], check=True, capture_output=True)
 
 
+def test_the_wait_for_the_encoder_is_that_of_the_rules(deploy: Path) -> None:
+    """The adapter has the namespace in its matchers, and looks at two minutes instead of five."""
+    adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
+    (made,) = (rule["metricsQuery"] for rule in adapter["externalRules"] if rule["name"]["as"] == "asr_triton_queue_seconds")
+    (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "recording.yml").read_text())["groups"]
+    (recorded,) = (rule["expr"] for rule in group["rules"] if rule["record"] == "asr:triton_queue_seconds:mean_5m")
+    assert made.replace("{<<.LabelMatchers>>}[2m]", "[5m]") == recorded.replace("sum by (namespace) ", "sum")
+
+
 def test_shards_are_the_base_each_in_its_namespace(need: Need, deploy: Path) -> None:
     for directory in (deploy / "kubernetes" / "shards").iterdir():
         shard = render(need, directory)
