@@ -129,7 +129,11 @@ def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest])
 
 def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
     given = manifests["ConfigMap", "amira-gateway"]["data"]
-    assert set(given) <= set(OWN_VARIABLES)
+    theirs = {name: value for name, value in given.items() if name.startswith("OTEL_")}
+    assert theirs.keys() ^ given.keys() <= set(OWN_VARIABLES)
+    services = yaml.safe_load((deploy.parent / "docker-compose.yml").read_text())["services"]
+    for name, value in theirs.items():
+        assert services["gateway"]["environment"][name] == f"${{{name}:-{value}}}"
     loaded = load_settings(given, deploy)
     assert loaded.notices == []
     settings = loaded.settings
