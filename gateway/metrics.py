@@ -17,7 +17,7 @@ SHORT_SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5,
 BEHIND_SECS = (*SHORT_SECS, 20.0, 30.0, 60.0)
 LONG_SECS = (*SHORT_SECS, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter and histogram, which nobody asks for
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each counter and histogram, of no use
 
 REQUESTS = Counter("asr_requests", "HTTP requests and streams by their HTTP status", ["endpoint", "model", "status"])
 REQUEST_DURATION = Histogram(
