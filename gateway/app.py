@@ -99,7 +99,7 @@ class RequestMiddleware:
             return
         endpoint, model = _labels(scope, self._settings)
         if endpoint == "batch":
-            with self._spans.span("POST /v2/decode/batch/{model}", Headers(scope=scope), model=model):
+            with self._spans.span(f"{scope['method']} /v2/decode/batch/{{model}}", Headers(scope=scope), model=model):
                 await self._serve(scope, receive, send, endpoint, model)
         else:
             await self._serve(scope, receive, send, endpoint, model)

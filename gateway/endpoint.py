@@ -278,18 +278,20 @@ class Endpoint:
         settings = self._settings
         name = GEOMETRY_PARAMETERS.get(settings.latency)
         if name and not decoder["parameters"].get(name):
-            log.warning("streams are balanced: the model has no windows for this latency", latency=settings.latency, lacks=name)
+            log.warning("latency not available", latency=settings.latency, lacks=name, consequence="streams are balanced")
         if recogniser.max_idle_secs <= settings.stream_timeout_secs:
             log.warning(
-                "streams may be dropped: stream_timeout_secs is not below the model's max_sequence_idle_microseconds",
+                "stream timeout too long",
                 stream_timeout_secs=settings.stream_timeout_secs,
                 max_idle_secs=recogniser.max_idle_secs,
+                consequence="Triton may drop streams whose clients may still go on",
             )
         if recogniser.max_sequences < settings.max_concurrent_streams + settings.max_concurrent_batches:
             log.warning(
-                "requests may wait in Triton: it has fewer sequence slots than the gateway admits streams and batches",
+                "too few sequence slots",
                 slots=recogniser.max_sequences,
                 admitted=settings.max_concurrent_streams + settings.max_concurrent_batches,
+                consequence="streams and batches may wait in Triton",
             )
 
     async def _config(self, model: str) -> dict[str, Any]:

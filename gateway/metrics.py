@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from http import HTTPStatus
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from gateway import __version__
 from gateway.errors import ErrorKind
@@ -14,7 +14,10 @@ UNKNOWN_MODEL = "unknown"
 """Label of every model name that the configuration does not have."""
 
 SHORT_SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0)
+BEHIND_SECS = (*SHORT_SECS, 20.0, 30.0, 60.0)
 LONG_SECS = (*SHORT_SECS, 30.0, 60.0, 300.0, 1800.0, 7200.0)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each counter and histogram, of no use
 
 REQUESTS = Counter("asr_requests", "HTTP requests and streams by their HTTP status", ["endpoint", "model", "status"])
 REQUEST_DURATION = Histogram(
@@ -25,11 +28,17 @@ ACTIVE_BATCHES = Gauge("asr_active_batches", "Batch requests being answered or w
 STREAM_CAPACITY = Gauge("asr_stream_capacity", "Most live streams at once")
 TRITON_DURATION = Histogram("triton_inference_duration_seconds", "Time of a request to Triton", ["model"], buckets=SHORT_SECS)
 PARTIAL_LATENCY = Histogram(
-    "asr_partial_latency_seconds", "From the arrival of a chunk's last audio to its partial", ["model"], buckets=SHORT_SECS
+    "asr_partial_latency_seconds",
+    "From the arrival of the audio that completed a window to its partial, of streams not faster than speech",
+    ["model"],
+    buckets=BEHIND_SECS,
 )
 FINAL_LATENCY = Histogram("asr_final_latency_seconds", "From the end of a stream to its final", ["model"], buckets=SHORT_SECS)
 STREAM_LAG = Histogram(
-    "asr_stream_lag_seconds", "Audio received but not yet decoded, at each answer", ["model"], buckets=SHORT_SECS
+    "asr_stream_lag_seconds",
+    "Audio received but not yet decoded for good, at each answer, of streams not faster than speech",
+    ["model"],
+    buckets=BEHIND_SECS,
 )
 AUDIO_SECONDS = Counter("asr_audio_seconds", "Seconds of audio received", ["endpoint", "model"])
 REJECTIONS = Counter("asr_rejections", "Requests and streams refused or failed, by error code", ["reason"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -42,6 +43,9 @@ RESUMABLE = "amira.v2"
 
 MAX_WINDOWS = 4
 """A request carries the audio of so many windows at most: a stream that is sent fast must not hold up the others' requests."""
+
+ARRIVAL_SECS = 0.01
+"""So exactly is known when audio came that waits in the buffer: a note of each small frame would be larger than the frame."""
 
 AHEAD_SECS = 0.5
 """Audio that may be decoded ahead of real time, such as what was spoken before the stream began; with more it waits in line."""
@@ -84,17 +88,20 @@ class AudioBuffer:
         self._wanted_bytes = 0
         self._emptied = asyncio.Event()
         self.end: End | None = None
-        self.last_put = time.monotonic()
+        self._taken_bytes = 0
+        self._arrivals: deque[tuple[int, float]] = deque()  # from which byte of the stream on audio came at this time
 
     async def put(self, audio: bytes) -> None:
         """Append audio, once there is room for it."""
+        arrived = time.monotonic()
         self._emptied.clear()
         while len(self._audio) + len(audio) > self._capacity:
             await self._emptied.wait()
             self._emptied.clear()
+        if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
+            self._arrivals.append((self._taken_bytes + len(self._audio), arrived))
         self._audio += audio
         self._usage.used_bytes += len(audio)
-        self.last_put = time.monotonic()
         if len(self._audio) >= self._wanted_bytes:
             self._filled.set()
 
@@ -106,11 +113,12 @@ class AudioBuffer:
             self._clear()
         self._filled.set()
 
-    async def take(self, enough_bytes: int, most_bytes: int, timeout_secs: float) -> tuple[bytes, End | None]:
+    async def take(self, enough_bytes: int, most_bytes: int, timeout_secs: float) -> tuple[bytes, float, End | None]:
         """Up to ``most_bytes``, once there are ``enough_bytes``, or it can't become more, or the time is over.
 
         Returns:
-            The audio, and why nothing follows it; None if something may.
+            The audio; when what made it enough came, in seconds of ``time.monotonic``, or what came last if it is not enough;
+            and why nothing follows it, None if something may.
         """
         deadline = time.monotonic() + timeout_secs
         self._wanted_bytes = enough_bytes = min(enough_bytes, self._capacity // 2)
@@ -119,11 +127,15 @@ class AudioBuffer:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._filled.wait(), left)
             self._filled.clear()
+        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken_bytes + enough_bytes:
+            self._arrivals.popleft()
+        arrived = self._arrivals[0][1] if self._arrivals else time.monotonic()
         audio = bytes(self._audio[:most_bytes])
         del self._audio[:most_bytes]
+        self._taken_bytes += len(audio)
         self._usage.used_bytes -= len(audio)
         self._emptied.set()
-        return audio, None if self._audio else self.end
+        return audio, arrived, None if self._audio else self.end
 
     def _clear(self) -> None:
         self._usage.used_bytes -= len(self._audio)
@@ -312,8 +324,9 @@ class Session:
             windows = self._utterance.windows
             due_samples = windows.due(self._sent_samples) - self._sent_samples
             most_samples = due_samples + (self._windows(due_samples) - 1) * windows.chunk
-            audio, end = await self._buffer.take(due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs)
-            arrived = self._buffer.last_put
+            audio, arrived, end = await self._buffer.take(
+                due_samples * BYTES_A_SAMPLE, most_samples * BYTES_A_SAMPLE, heartbeat_secs
+            )
             if end is End.ABANDONED or (end is End.DRAIN and self._tickets):  # who holds a ticket goes on elsewhere
                 await self._utterance.abandon()
                 return
@@ -322,7 +335,8 @@ class Session:
             metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(audio) / BYTES_A_SAMPLE / RATE)
             changed = self._transcript.update(answer)
             lag = max(0.0, self.received_secs - answer.samples / RATE)
-            metrics.STREAM_LAG.labels(self._model).observe(lag)
+            if not self._ahead:  # else it lags because it was sent faster than it was spoken
+                metrics.STREAM_LAG.labels(self._model).observe(lag)
             if end:
                 tracing.event("final", lag_secs=lag)
                 await self._send(self._message("final", answer))
@@ -332,7 +346,8 @@ class Session:
             if changed and self._buffer.end is not End.ABANDONED:
                 tracing.event("partial", lag_secs=lag)
                 await self._send(self._message("partial", answer))
-                metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
+                if not self._ahead:
+                    metrics.PARTIAL_LATENCY.labels(self._model).observe(time.monotonic() - arrived)
             if self._tickets and self._buffer.end is not End.ABANDONED:
                 await self._acknowledge(self._tickets)
 

@@ -25,26 +25,28 @@ RATE = "[$__rate_interval]"
 AUDIO_ENDPOINTS = 'endpoint=~"batch|stream"'
 OURS = 'reason=~"backend_.*|internal|not_ready"'
 TURNED_AWAY = 'reason=~"no_capacity|draining|quota_exceeded"'
+NETWORKS = 'model=~".*(preprocessor|encoder|encoder_lone|decoder_joint)"'
+"""Also of imported models, which have a prefix."""
 
 Query = tuple[str, str]
 """PromQL, and the legend of its lines."""
 
 
-@dataclass(frozen=True)
 class Panel:
     """A panel of lines.
 
-    Attributes:
+    Args:
         title: what is above it.
         unit: Grafana's name of the unit.
         queries: what is drawn.
         note: what the title doesn't say.
     """
 
-    title: str
-    unit: str
-    queries: tuple[Query, ...]
-    note: str
+    def __init__(self, title: str, unit: str, *queries: Query, note: str = "") -> None:
+        self.title = title
+        self.unit = unit
+        self.queries = queries
+        self.note = note
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,6 @@ class Board:
     uid: str
     title: str
     rows: dict[str, tuple[Panel, ...]]
-
-
-def panel(title: str, unit: str, *queries: Query, note: str = "") -> Panel:
-    """A panel of these queries."""
-    return Panel(title, unit, queries, note)
 
 
 def rate(metric: str, by: str = "", matchers: str = "") -> str:
@@ -99,17 +96,22 @@ SERVICE = Board(
     "AMIRA ASR: service",
     {
         "Load": (
-            panel(
+            Panel(
                 "Requests",
                 "reqps",
                 (rate("asr_requests_total", "endpoint", AUDIO_ENDPOINTS), "{{endpoint}}"),
                 note="Recordings, and streams when they end.",
             ),
-            panel("Streams", "short", ("sum(asr_active_connections)", "live"), ("sum(asr_stream_capacity)", "capacity")),
-            panel("Places in use", "percentunit", ("asr:streams:utilisation", "streams"), note="Autoscaling looks at this."),
-            panel("Audio", "short", (rate("asr_audio_seconds_total", "endpoint"), "{{endpoint}}"), note="Seconds a second."),
-            panel("Recordings in flight", "short", ("sum(asr_active_batches)", "recordings")),
-            panel(
+            Panel("Streams", "short", ("sum(asr_active_connections)", "live"), ("sum(asr_stream_capacity)", "capacity")),
+            Panel(
+                "Places in use",
+                "percentunit",
+                ("asr:streams:utilisation", "streams {{namespace}}"),
+                note="Autoscaling looks at this.",
+            ),
+            Panel("Audio", "short", (rate("asr_audio_seconds_total", "endpoint"), "{{endpoint}}"), note="Seconds a second."),
+            Panel("Recordings in flight", "short", ("sum(asr_active_batches)", "recordings")),
+            Panel(
                 "Gateways",
                 "short",
                 ("sum by (version) (asr_build_info)", "{{version}}"),
@@ -117,9 +119,9 @@ SERVICE = Board(
             ),
         ),
         "Errors": (
-            panel("Failures of ours", "percentunit", ("asr:failures:ratio_rate5m", "of requests and streams")),
-            panel("Refused and failed", "reqps", (rate("asr_rejections_total", "reason"), "{{reason}}")),
-            panel(
+            Panel("Failures of ours", "percentunit", ("asr:failures:ratio_rate5m", "of requests and streams {{namespace}}")),
+            Panel("Refused and failed", "reqps", (rate("asr_rejections_total", "reason"), "{{reason}}")),
+            Panel(
                 "HTTP statuses",
                 "reqps",
                 (rate("asr_requests_total", "status", AUDIO_ENDPOINTS), "{{status}}"),
@@ -127,16 +129,21 @@ SERVICE = Board(
             ),
         ),
         "Latency": (
-            panel("Partials behind their audio", "s", *quantiles("asr_partial_latency_seconds")),
-            panel("Finals behind the end", "s", *quantiles("asr_final_latency_seconds")),
-            panel("Recordings", "s", *quantiles("asr_request_duration_seconds", 'endpoint="batch"')),
-            panel(
+            Panel(
+                "Partials behind their audio",
+                "s",
+                *quantiles("asr_partial_latency_seconds"),
+                note="Streams that are sent faster than speech are left out.",
+            ),
+            Panel("Finals behind the end", "s", *quantiles("asr_final_latency_seconds")),
+            Panel("Recordings", "s", *quantiles("asr_request_duration_seconds", 'endpoint="batch"')),
+            Panel(
                 "Lag of streams",
                 "s",
                 *quantiles("asr_stream_lag_seconds"),
-                note="Audio received and not yet decoded for good.",
+                note="Audio received and not yet decoded for good. Streams that are sent faster than speech are left out.",
             ),
-            panel("One request to Triton", "s", *quantiles("triton_inference_duration_seconds")),
+            Panel("One request to Triton", "s", *quantiles("triton_inference_duration_seconds")),
         ),
     },
 )
@@ -146,42 +153,42 @@ TRITON = Board(
     "AMIRA ASR: Triton",
     {
         "Models": (
-            panel("Requests", "reqps", (rate("nv_inference_request_success", "model"), "{{model}}")),
-            panel("Queue", "s", mean_seconds("nv_inference_queue_duration_us"), note="Mean wait of a request."),
-            panel(
+            Panel("Requests", "reqps", (rate("nv_inference_request_success", "model"), "{{model}}")),
+            Panel("Queue", "s", mean_seconds("nv_inference_queue_duration_us"), note="Mean wait of a request."),
+            Panel(
                 "Compute",
                 "s",
                 mean_seconds("nv_inference_compute_infer_duration_us"),
-                note="Mean of a request; rnnt_greedy_bls includes what it calls.",
+                note="Mean of a request. rnnt_greedy_bls only takes requests; asr_ensemble is that and detokenizer.",
             ),
-            panel("Waiting", "short", ("sum by (model) (nv_inference_pending_request_count)", "{{model}}")),
-            panel(
+            Panel("Waiting", "short", ("sum by (model) (nv_inference_pending_request_count)", "{{model}}")),
+            Panel(
                 "Batch size",
                 "short",
                 (ratio(rate("nv_inference_count", "model"), rate("nv_inference_exec_count", "model")), "{{model}}"),
                 note="As Triton counts it: the ONNX models take a whole batch as one request, which counts as 1.",
             ),
-            panel(
+            Panel(
                 "Failures by reason",
                 "reqps",
                 (rate("nv_inference_request_failure", "model, reason"), "{{model}} {{reason}}"),
             ),
         ),
         "Decoder": (
-            panel("Streams with state", "short", ("sum by (instance) (asr_decoder_sequences)", "{{instance}}")),
-            panel(
+            Panel("Streams with state", "short", ("sum by (instance) (asr_decoder_sequences)", "{{instance}}")),
+            Panel(
                 "Windows that wait",
                 "short",
                 ("sum by (instance) (asr_decoder_waiting_windows)", "{{instance}}"),
                 note="For a call of the encoder. They grow without end where streams are more than the machine can decode.",
             ),
-            panel(
+            Panel(
                 "Wait for the encoder",
                 "s",
-                ("asr:triton_queue_seconds:mean_5m", "a window"),
+                ("asr:triton_queue_seconds:mean_5m", "a window {{namespace}}"),
                 note="Autoscaling looks at this. Triton's own queue of rnnt_greedy_bls stays empty.",
             ),
-            panel(
+            Panel(
                 "Batch sizes",
                 "short",
                 (
@@ -190,20 +197,20 @@ TRITON = Board(
                 ),
                 (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "streams a call of decoder_joint"),
             ),
-            panel(
+            Panel(
                 "Calls",
                 "reqps",
                 (rate("asr_decoder_encode_calls_total", "instance"), "encoder {{instance}}"),
                 (rate("asr_decoder_calls_total", "instance"), "decoder_joint {{instance}}"),
             ),
-            panel(
+            Panel(
                 "Tokens and segments",
                 "short",
                 (rate("asr_decoder_tokens_total", "instance"), "tokens {{instance}}"),
                 (rate("asr_decoder_segments_total", "instance"), "segments {{instance}}"),
                 note="A second, as they become final.",
             ),
-            panel(
+            Panel(
                 "Audio",
                 "short",
                 (rate("asr_decoder_audio_seconds_total", "instance"), "{{instance}}"),
@@ -211,9 +218,9 @@ TRITON = Board(
             ),
         ),
         "Machine": (
-            panel("CPU", "percentunit", ("nv_cpu_utilization", "{{instance}}")),
-            panel("Memory", "percentunit", ("nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes", "{{instance}}")),
-            panel(
+            Panel("CPU", "percentunit", ("nv_cpu_utilization", "{{instance}}")),
+            Panel("Memory", "percentunit", ("nv_cpu_memory_used_bytes / nv_cpu_memory_total_bytes", "{{instance}}")),
+            Panel(
                 "GPU",
                 "percentunit",
                 ("nv_gpu_utilization", "busy {{instance}} {{gpu_uuid}}"),
@@ -228,51 +235,52 @@ TROUBLE = Board(
     "AMIRA ASR: trouble",
     {
         "Towards Triton": (
-            panel("Up", "short", ("up", "{{job}} {{instance}}")),
-            panel(
+            Panel("Up", "short", ("up", "{{job}} {{instance}}")),
+            Panel(
                 "Circuit breaker",
                 "short",
                 ("max by (endpoint) (asr_circuit_breaker_state)", "{{endpoint}}"),
                 note="0 closed, 1 half open, 2 open.",
             ),
-            panel(
+            Panel(
                 "Recoveries of streams",
                 "short",
                 (f"sum by (outcome) (increase(asr_stream_recoveries_total{RATE}))", "{{outcome}}"),
             ),
-            panel(
+            Panel(
                 "Replayed audio",
                 "short",
                 (rate("asr_replayed_audio_seconds_total"), "seconds a second"),
                 note="Sent to Triton a second time, to carry streams over.",
             ),
-            panel(
+            Panel(
                 "Evictions",
                 "short",
                 (f"sum by (instance) (increase(asr_decoder_evictions_total{RATE}))", "{{instance}}"),
                 note="Streams that the decoder forgot because they idled.",
             ),
-            panel("Triton's failures", "reqps", (rate("nv_inference_request_failure", "reason"), "{{reason}}")),
+            Panel("Triton's failures", "reqps", (rate("nv_inference_request_failure", "reason"), "{{reason}}")),
         ),
         "Towards clients": (
-            panel(
+            Panel(
                 "Streams closed other than by 1000",
                 "reqps",
                 (rate("asr_websocket_closes_total", "code", 'code!="1000"'), "{{code}}"),
                 note="1006: the client vanished. 1012: a drain ended it. 4503: no capacity, or Triton failed.",
             ),
-            panel("Failed by us", "reqps", (rate("asr_rejections_total", "reason", OURS), "{{reason}}")),
-            panel("Turned away", "reqps", (rate("asr_rejections_total", "reason", TURNED_AWAY), "{{reason}}")),
+            Panel("Failed by us", "reqps", (rate("asr_rejections_total", "reason", OURS), "{{reason}}")),
+            Panel("Turned away", "reqps", (rate("asr_rejections_total", "reason", TURNED_AWAY), "{{reason}}")),
         ),
         "Gateways": (
-            panel("Audio buffers in use", "percentunit", ("memory_pool_usage", "{{instance}}")),
-            panel("Memory", "bytes", ('process_resident_memory_bytes{job="gateway"}', "{{instance}}")),
-            panel(
+            Panel("Audio buffers in use", "percentunit", ("memory_pool_usage", "{{instance}}")),
+            Panel("Memory", "bytes", ('process_resident_memory_bytes{job="gateway"}', "{{instance}}")),
+            Panel(
                 "CPU",
                 "short",
                 (rate("process_cpu_seconds_total", "instance", 'job="gateway"'), "{{instance}}"),
                 note="Cores. A gateway is one event loop and can use little more than one.",
             ),
+            Panel("Tasks", "short", ("asr_event_loop_tasks", "{{instance}}"), note="Of the event loop; about six a stream."),
         ),
     },
 )
@@ -282,20 +290,21 @@ COST = Board(
     "AMIRA ASR: cost",
     {
         "Seconds of work for a second of audio": (
-            panel(
+            Panel(
                 "Models",
                 "s",
-                ("asr:compute_seconds_per_audio_second:rate5m", "{{model}}"),
-                note="asr_ensemble and rnnt_greedy_bls include the waiting for what they call; the others add up.",
+                ("asr:compute_seconds_per_audio_second:rate5m", "{{model}} {{namespace}}"),
+                (f"sum by (namespace) (asr:compute_seconds_per_audio_second:rate5m{{{NETWORKS}}})", "networks {{namespace}}"),
+                note="rnnt_greedy_bls only takes requests; asr_ensemble is that and detokenizer. What adds up is networks.",
             ),
-            panel(
+            Panel(
                 "Calls of the networks",
                 "s",
                 (decoder_ratio("encode_seconds"), "preprocessor and encoder"),
                 (decoder_ratio("decode_seconds"), "decoder_joint"),
                 note="As the decoder waits for them, whole batches at a time; calls of the encoder run beside each other.",
             ),
-            panel(
+            Panel(
                 "Gateways",
                 "s",
                 (
@@ -303,25 +312,25 @@ COST = Board(
                     "processor time",
                 ),
             ),
-            panel(
+            Panel(
                 "Queues",
                 "s",
                 (each_audio_second(f"{rate('nv_inference_queue_duration_us', 'model')} / 1e6"), "{{model}}"),
             ),
         ),
         "What drives it": (
-            panel(
+            Panel(
                 "Decoder calls for a second of audio",
                 "short",
                 (decoder_ratio("calls"), "calls"),
                 note="Falls as streams share calls.",
             ),
-            panel(
+            Panel(
                 "Requests for a second of audio",
                 "short",
                 (each_audio_second(rate("nv_inference_request_success", "model")), "{{model}}"),
             ),
-            panel("Audio", "short", (rate("asr_audio_seconds_total", "model"), "{{model}}"), note="Seconds a second."),
+            Panel("Audio", "short", (rate("asr_audio_seconds_total", "model"), "{{model}}"), note="Seconds a second."),
         ),
     },
 )

@@ -139,7 +139,11 @@ def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest])
 
 def test_settings_and_their_arithmetic(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
     given = manifests["ConfigMap", "amira-gateway"]["data"]
-    assert set(given) <= set(OWN_VARIABLES)
+    theirs = {name: value for name, value in given.items() if name.startswith("OTEL_")}
+    assert theirs.keys() ^ given.keys() <= set(OWN_VARIABLES)
+    services = yaml.safe_load((deploy.parent / "docker-compose.yml").read_text())["services"]
+    for name, value in theirs.items():
+        assert services["gateway"]["environment"][name] == f"${{{name}:-{value}}}"
     loaded = load_settings(given, deploy)
     assert loaded.notices == []
     settings = loaded.settings
@@ -252,6 +256,15 @@ def test_autoscalers_use_metrics_that_the_adapter_makes(
     rules = {"groups": [{"name": "adapter", "rules": [{"record": f"r{n}", "expr": query} for n, query in enumerate(filled)]}]}
     (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
     subprocess.run([need("promtool"), "check", "rules", str(tmp_path / "rules.yml")], check=True, capture_output=True)
+
+
+def test_the_wait_for_the_encoder_is_that_of_the_rules(deploy: Path) -> None:
+    """The adapter has the namespace in its matchers, and looks at two minutes instead of five."""
+    adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
+    (made,) = (rule["metricsQuery"] for rule in adapter["externalRules"] if rule["name"]["as"] == "asr_triton_queue_seconds")
+    (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "recording.yml").read_text())["groups"]
+    (recorded,) = (rule["expr"] for rule in group["rules"] if rule["record"] == "asr:triton_queue_seconds:mean_5m")
+    assert made.replace("{<<.LabelMatchers>>}[2m]", "[5m]") == recorded.replace("sum by (namespace) ", "sum")
 
 
 def test_shards_are_the_base_each_in_its_namespace(need: Need, deploy: Path) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,19 +16,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 import pytest
 import yaml
+from chaos import Backend, speak, stop_for
 from clients import transcribe
-from conftest import Gateway, Recordings
+from conftest import Gateway, Recordings, Samples, run_gateway
+from tritonclient.grpc import InferInput
+from tritonclient.grpc import aio as grpcclient
+from tritonclient.utils import InferenceServerException
+from websockets.exceptions import InvalidStatus
 
 from gateway.errors import ErrorKind
 from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, SPEECH
+from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH
 
 Need = Callable[[str], str]
+Targets = dict[str, list[str]]
 
 RATE_WINDOW = "15s"
 """What $__rate_interval stands for while the test looks."""
+
+IDLE_SECS = 2
+STREAMS = 5
+"""So many time-outs at once open a breaker."""
 
 OURS_TO_FAIL = {500, 502, 503, 504}
 NO_FAILURE = {ErrorKind.NO_CAPACITY, ErrorKind.DRAINING}
@@ -93,11 +106,32 @@ def test_every_alert_has_its_runbook_and_its_unit_test(deploy: Path) -> None:
 
 
 def test_failures_are_all_errors_of_ours(deploy: Path) -> None:
-    """A new kind of error must be sorted into the rules, or into those that are no failure."""
-    rules = (deploy / "prometheus" / "rules" / "recording.yml").read_text()
-    (pattern,) = re.findall(r'reason=~"([^"]+)"', rules)
-    counted = {kind for kind in ErrorKind if re.fullmatch(pattern, kind.code)}
+    """A new kind of error must be sorted into the rules, or into those that are no failure; dashboards count the same."""
+    pattern = r'reason=~"([^"]+)"'
+    (ours,) = re.findall(pattern, (deploy / "prometheus" / "rules" / "recording.yml").read_text())
+    counted = {kind for kind in ErrorKind if re.fullmatch(ours, kind.code)}
     assert counted == {kind for kind in ErrorKind if kind.status in OURS_TO_FAIL} - NO_FAILURE
+    shown = {query.panel: re.findall(pattern, query.expression) for query in queries(deploy)}
+    assert shown["Failed by us"] == [ours]
+    (turned_away,) = shown["Turned away"]
+    assert {kind for kind in ErrorKind if re.fullmatch(turned_away, kind.code)} == {*NO_FAILURE, ErrorKind.QUOTA_EXCEEDED}
+
+
+def test_the_limit_of_memory_is_that_of_the_manifests(deploy: Path) -> None:
+    (limit,) = re.findall(r"limits: \{ memory: (\d+)Gi \}", (deploy / "kubernetes" / "base" / "gateway.yaml").read_text())
+    (counted,) = re.findall(r"> 0\.9 \* (\d+) \* 2\^30", (deploy / "prometheus" / "rules" / "alerts.yml").read_text())
+    assert counted == limit
+
+
+def test_the_address_is_put_before_runbooks(deploy: Path, tmp_path: Path) -> None:
+    (line,) = re.findall(r"^\$ (sed .*runbook_url.*)$", (deploy.parent / "docs" / "Operations.md").read_text(), re.MULTILINE)
+    copy = tmp_path / "deploy" / "prometheus" / "rules" / "alerts.yml"
+    copy.parent.mkdir(parents=True)
+    copy.write_text((deploy / "prometheus" / "rules" / "alerts.yml").read_text())
+    subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    (group,) = yaml.safe_load(copy.read_text())["groups"]
+    for rule in group["rules"]:
+        assert re.fullmatch(r"https://[\w./-]+/docs/Operations\.md#[a-z-]+", rule["annotations"]["runbook_url"])
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
@@ -175,14 +209,18 @@ class Prometheus:
 
 @asynccontextmanager
 async def run_prometheus(
-    binary: str, deploy: Path, directory: Path, targets: dict[str, str], http: httpx.AsyncClient
+    binary: str, deploy: Path, directory: Path, targets: Targets, http: httpx.AsyncClient, **more: Any
 ) -> AsyncIterator[Prometheus]:
-    """Prometheus with the project's configuration, looking faster and at these targets."""
-    config = yaml.safe_load((deploy / "prometheus" / "prometheus.yml").read_text())
+    """Prometheus with the project's configuration, looking faster and at these targets.
+
+    Args:
+        more: of the configuration.
+    """
+    config = {**yaml.safe_load((deploy / "prometheus" / "prometheus.yml").read_text()), **more}
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(deploy / "prometheus" / pattern) for pattern in config["rule_files"]]
     assert {job["job_name"] for job in config["scrape_configs"]} == set(targets)
-    config["scrape_configs"] = [{"job_name": job, "static_configs": [{"targets": [target]}]} for job, target in targets.items()]
+    config["scrape_configs"] = [{"job_name": job, "static_configs": [{"targets": found}]} for job, found in targets.items()]
     file = directory / "prometheus.yml"
     file.write_text(yaml.safe_dump(config))
     (port,) = free_ports(LOOPBACK, 1)
@@ -204,47 +242,170 @@ async def run_prometheus(
         await process.wait()
 
 
+@pytest.fixture
+async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
+    """A Triton that forgets idle sequences soon."""
+    models = Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+    config = models / "rnnt_greedy_bls" / "config.pbtxt"
+    config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
+    backend = Backend("trouble", models)
+    await backend.start()
+    yield backend
+    await backend.stop()
+
+
+async def forget(backend: Backend) -> None:
+    """Leave a sequence to the decoder until that forgets it, and then go on with it all the same."""
+    async with grpcclient.InferenceServerClient(backend.target) as client:
+
+        async def infer(sequence: int, **flags: bool) -> None:
+            audio = InferInput("AUDIO", [1, 1600], "INT16")
+            audio.set_data_from_numpy(np.zeros((1, 1600), np.int16))
+            await client.infer("asr_ensemble", [audio], sequence_id=sequence, **flags)
+
+        await infer(1, sequence_start=True)
+        await asyncio.sleep(IDLE_SECS + 1)
+        with pytest.raises(InferenceServerException, match="START"):
+            await infer(1)
+        await infer(2, sequence_start=True, sequence_end=True)  # with any request it forgets what is stale
+
+
+async def make_trouble(backend: Backend, samples: Samples) -> None:
+    """A full gateway, one stream more, and a Triton that stands still, for which the stream of another gateway can't wait."""
+    await forget(backend)
+    settings: dict[str, Any] = {
+        "triton_endpoint": backend.target,
+        "inference_timeout_secs": 1,
+        "max_concurrent_streams": STREAMS,
+    }
+    async with run_gateway(**settings, recovery_timeout_secs=0) as hasty, run_gateway(**settings) as patient:
+        streams = [asyncio.create_task(speak(url, samples)) for url in (hasty.stream_url(), *[patient.stream_url()] * STREAMS)]
+        await asyncio.sleep(2)
+        with pytest.raises(InvalidStatus):
+            await transcribe(patient.stream_url(), samples)
+        await stop_for(backend, 3.5)
+        lost, *recovered = await asyncio.gather(*streams)
+    assert lost.close_code == 4503
+    assert [said.close_code for said in recovered] == [1000] * STREAMS
+
+
 async def test_every_panel_has_data(
     need: Need,
     deploy: Path,
     tmp_path: Path,
     gateway: Gateway,
     triton: Ports,
+    victim: Backend,
     http: httpx.AsyncClient,
     recordings: Recordings,
 ) -> None:
-    targets = {"gateway": gateway.url.removeprefix("http://"), "triton": f"{LOOPBACK}:{triton.metrics}"}
-    wanted = list(queries(deploy))
-    assert wanted
+    """Every query gives something; those that tell of trouble are 0 from the start, and must tell of it when there is some."""
+    targets = {
+        "gateway": [gateway.url.removeprefix("http://")],  # whose process has all gateways of this test
+        "triton": [f"{ports.host}:{ports.metrics}" for ports in (triton, victim.ports)],
+    }
+    wanted = {query for query in queries(deploy) if query.here}
+    of_trouble = {query for query in wanted if query.board == "trouble" or query.panel == "Failures of ours"}
     values: dict[Query, float] = {}
+    jfk = recordings["jfk"]
 
     async def load() -> None:
-        """Two streams and a recording at a time, and one request that is refused."""
+        """A stream as it is spoken, two as fast as they are taken, a recording, and one that is refused."""
         while True:
-            jfk = recordings["jfk"]
-            await asyncio.gather(*(transcribe(gateway.stream_url(), jfk) for _ in range(2)))
+            fast = (transcribe(gateway.stream_url(), jfk) for _ in range(2))
+            await asyncio.gather(speak(gateway.stream_url(), jfk), *fast)
             await http.post(gateway.batch_url(), content=(SPEECH / "jfk.flac").read_bytes())
             await http.post(gateway.batch_url(), content=b"")
 
-    async def look(prometheus: Prometheus) -> None:
-        for query in wanted:
-            found = [float(sample["value"][1]) for sample in await prometheus.query(query.text)]
-            if finite := [value for value in found if math.isfinite(value)]:
-                values[query] = max(finite)
+    async def look(prometheus: Prometheus, wanted: set[Query], until: Callable[[], bool]) -> None:
+        for _ in range(40):
+            await asyncio.sleep(1)
+            for query in wanted:
+                found = [float(sample["value"][1]) for sample in await prometheus.query(query.text)]
+                if finite := [value for value in found if math.isfinite(value)]:
+                    values[query] = max(values.get(query, 0), *finite)
+            if until():
+                return
 
     async with run_prometheus(need("prometheus"), deploy, tmp_path, targets, http) as prometheus:
         loading = asyncio.create_task(load())
         try:
-            for _ in range(20):
-                await asyncio.sleep(1)
-                await look(prometheus)
-                if all(query in values for query in wanted if query.here):
-                    break
+            await look(prometheus, wanted, lambda: wanted <= set(values))
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
         alarmed = await prometheus.alerts()
-    for query in wanted:
+        trouble = asyncio.create_task(make_trouble(victim, jfk))
+        await look(prometheus, of_trouble, lambda: trouble.done() and all(values.get(query) for query in of_trouble))
+        await trouble
+    for query in queries(deploy):
         print(query.row, f"{values[query]:.4g} |" if query in values else "no GPU here |")
-    assert {query for query in wanted if query.here} == {query for query in values if query.here}
+    assert wanted == set(values)
     assert not alarmed & {"AsrTritonDown", "AsrGatewayDown", "AsrFailures"}
+    assert {query for query in of_trouble if not values[query]} == set()
+
+
+async def test_an_alert_reaches_people(
+    need: Need, deploy: Path, tmp_path: Path, gateway: Gateway, victim: Backend, http: httpx.AsyncClient
+) -> None:
+    """Prometheus with the lines that docs/Operations.md gives for it, and Alertmanager with a receiver; Triton is stopped."""
+    operations = (deploy.parent / "docs" / "Operations.md").read_text()
+    (alerting,) = re.findall(r"^```yaml\n(alerting:\n.*?)^```$", operations, re.MULTILINE | re.DOTALL)
+    received: list[dict[str, Any]] = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A request with a body, answered at once."""
+        head = await reader.readuntil(b"\r\n\r\n")
+        if length := re.search(rb"content-length: (\d+)", head, re.IGNORECASE):
+            received.extend(json.loads(await reader.readexactly(int(length[1])))["alerts"])
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    people = await asyncio.start_server(take, LOOPBACK, 0)
+    webhook = f"http://{LOOPBACK}:{people.sockets[0].getsockname()[1]}/"
+    (port,) = free_ports(LOOPBACK, 1)
+    (tmp_path / "alertmanager.yml").write_text(
+        yaml.safe_dump(
+            {
+                "route": {"receiver": "people", "group_by": ["..."], "group_wait": "0s"},
+                "receivers": [{"name": "people", "webhook_configs": [{"url": webhook}]}],
+            }
+        )
+    )
+    rules = (deploy / "prometheus" / "rules" / "alerts.yml").read_text()
+    (tmp_path / "alerts.yml").write_text(re.sub(r"for: \d+m", "for: 1s", rules))
+    alertmanager = await asyncio.create_subprocess_exec(
+        need("prometheus-alertmanager"),
+        f"--config.file={tmp_path / 'alertmanager.yml'}",
+        f"--storage.path={tmp_path / 'alertmanager'}",
+        f"--web.listen-address={LOOPBACK}:{port}",
+        "--cluster.listen-address=",
+        "--log.level=error",
+    )
+    more = yaml.safe_load(alerting.replace("alertmanager:9093", f"{LOOPBACK}:{port}"))
+    more["rule_files"] = [str(tmp_path / "alerts.yml")]
+    target = f"{LOOPBACK}:{victim.ports.metrics}"
+    targets = {"gateway": [gateway.url.removeprefix("http://")], "triton": [target]}
+
+    def told() -> list[dict[str, Any]]:
+        return [alert for alert in received if alert["labels"].get("instance")]  # else it told that there are none to look at
+
+    try:
+        async with run_prometheus(need("prometheus"), deploy, tmp_path, targets, http, **more) as prometheus:
+            while len(await prometheus.query("up == 1")) < 2:
+                await asyncio.sleep(0.2)
+            assert told() == []
+            await victim.stop()
+            for _ in range(150):
+                if told():
+                    break
+                await asyncio.sleep(0.2)
+    finally:
+        alertmanager.terminate()
+        await alertmanager.wait()
+        people.close()
+    (alert,) = told()
+    assert alert["labels"] == {"alertname": "AsrTritonDown", "job": "triton", "instance": target, "severity": "critical"}
+    assert alert["annotations"]["summary"] == f"Triton {target} does not answer"
+    assert alert["status"] == "firing"

@@ -7,22 +7,26 @@ import gzip
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
+import numpy as np
 import orjson
 import pytest
+from chaos import Backend, Proxy, speak
 from clients import END, listen, open_socket, transcribe
-from conftest import Gateway, Recordings, run_gateway
+from conftest import Gateway, Recordings, Samples, run_gateway
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tritonclient.grpc import InferInput
+from tritonclient.grpc import aio as grpcclient
 
 from gateway.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
-from launcher.engine import Engine, Ports, Triton, free_ports
-from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+from launcher.run import LOOPBACK, SPEECH
 
 CLIENTS_TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 MODELS = {"asr_ensemble", "rnnt_greedy_bls", "preprocessor", "encoder_lone", "decoder_joint", "detokenizer"}
@@ -101,6 +105,14 @@ class Receiver:
                 for span in scope["spans"]
             ]
 
+    async def comes(self, trace: str, service: str = "triton") -> bool:
+        """Whether a service sends spans of a trace."""
+        for _ in range(100):
+            if any((span.trace, span.service) == (trace, service) for span in self.spans):
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
     async def trace(self, root: str, spans_named: set[str]) -> tuple[Span, list[Span]]:
         """The gateway's newest span of a name, and its whole trace once there are spans of all these names."""
         for _ in range(100):
@@ -120,19 +132,32 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-async def traced(receiver: Receiver) -> AsyncIterator[Gateway]:
-    """A gateway and a Triton that send their spans to the receiver."""
-    settings: dict[str, Any] = {"jaeger_endpoint": receiver.url, "service_name": "asr-test"}
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
-    options = [*triton_options(Settings(**settings)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
-    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-traced.log", options)
-    await triton.start()
+async def traced_triton(receiver: Receiver) -> AsyncIterator[Backend]:
+    """A Triton that sends its spans to the receiver."""
+    options = [*triton_options(Settings(jaeger_endpoint=receiver.url)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
+    backend = Backend("traced", options=options)
+    await backend.start()
+    for attempt in range(1, 6):  # the first spans that this Triton sends are lost now and then
+        await infer(backend, attempt, np.zeros(1600, np.int16), f"{attempt}" * 31 + "f", "01")
+        if await receiver.comes(f"{attempt}" * 31 + "f"):
+            break
+    yield backend
+    await backend.stop()
+
+
+@pytest.fixture(scope="module")
+def settings(receiver: Receiver) -> Iterator[dict[str, Any]]:
+    """Of gateways that send their spans to the receiver, at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-        async with run_gateway(triton_endpoint=f"{LOOPBACK}:{ports.grpc}", max_concurrent_streams=1, **settings) as running:
-            yield running
-    await triton.stop()
+        yield {"jaeger_endpoint": receiver.url, "service_name": "asr-test"}
+
+
+@pytest.fixture(scope="module")
+async def traced(traced_triton: Backend, settings: dict[str, Any]) -> AsyncIterator[Gateway]:
+    """A gateway and a Triton that send their spans to the receiver."""
+    async with run_gateway(triton_endpoint=traced_triton.target, max_concurrent_streams=1, **settings) as running:
+        yield running
 
 
 def tree(top: Span, spans: Sequence[Span], depth: int = 0) -> Iterator[str]:
@@ -170,6 +195,29 @@ async def test_one_tree_from_the_client_to_the_decoder(traced: Gateway, receiver
     assert {span.service for span in spans} == {"asr-test", "triton"}
 
 
+async def infer(triton: Backend, sequence: int, samples: Samples, trace: str | None, flags: str) -> float:
+    """Have a recording decoded by Triton itself; the moment of its answer."""
+    audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+    audio.set_data_from_numpy(samples[None])
+    given = {"traceparent": f"00-{trace}-{CLIENTS_SPAN}-{flags}"} if trace else None
+    options: dict[str, Any] = {"sequence_start": True, "sequence_end": True, "parameters": {"context": "whole"}}
+    async with grpcclient.InferenceServerClient(triton.target) as client:
+        await client.infer("asr_ensemble", [audio], sequence_id=sequence, headers=given, **options)
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("trace", [None, "4" * 32])
+async def test_a_traced_request_holds_up_the_others(traced_triton: Backend, recordings: Recordings, trace: str | None) -> None:
+    """Which is what tracing costs. If this fails, the documentation need not warn of it any longer."""
+    long, short = np.tile(recordings["jfk"], 2), recordings["jfk"][:8000]
+    first = asyncio.create_task(infer(traced_triton, 1, long, trace, "01"))
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    answered = await infer(traced_triton, 2, short, None, "00")
+    print(f"beside a recording of 22 s that is {'traced' if trace else 'not traced'}: {answered - began:.2f} s")
+    assert (answered > await first) is bool(trace)
+
+
 async def test_a_stream_is_one_span_with_events(traced: Gateway, receiver: Receiver, recordings: Recordings) -> None:
     await transcribe(traced.stream_url(), recordings["jfk"])
     top, spans = await receiver.trace("GET /v2/decode/stream/{model}", MODELS)
@@ -186,6 +234,7 @@ async def test_a_stream_is_one_span_with_events(traced: Gateway, receiver: Recei
 
 async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
     await http.post(traced.batch_url(), content=b"\x00\x00\x00")
+    await http.get(traced.batch_url())
     async with open_socket(traced.stream_url()) as socket:
         with pytest.raises(Exception, match="503"):
             await open_socket(traced.stream_url())
@@ -197,9 +246,11 @@ async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, htt
     await crashing.close()
     for _ in range(50):
         found = {span.attributes.get("error.type"): span.error for span in receiver.spans}
-        if {"odd_length", "no_capacity", "internal"} <= set(found):
+        if {"odd_length", "method_not_allowed", "no_capacity", "internal"} <= set(found):
             break
         await asyncio.sleep(0.1)
+    names = {span.attributes.get("error.type"): span.name for span in receiver.spans}
+    assert names["method_not_allowed"] == "GET /v2/decode/batch/{model}"
     assert found["odd_length"] is False, "a client's mistake is no error of ours"
     assert found["no_capacity"] is True
     assert found["internal"] is True
@@ -216,6 +267,65 @@ async def test_what_the_client_does_not_sample_is_not_traced(
     assert answer.status_code == 200
     await asyncio.sleep(0.5)
     assert [span for span in receiver.spans[before:] if span.trace == "1" * 32] == []
+
+
+async def test_what_the_sampler_leaves_out_is_not_traced(
+    traced_triton: Backend,
+    settings: dict[str, Any],
+    receiver: Receiver,
+    http: httpx.AsyncClient,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the gateway and in Triton; a client's own trace counts more."""
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    sampled = {"traceparent": f"00-{'3' * 32}-{CLIENTS_SPAN}-01"}
+    async with run_gateway(triton_endpoint=traced_triton.target, **settings) as gateway:
+        before = len(receiver.spans)
+        for given in ({}, sampled):
+            answer = await http.post(gateway.batch_url(), content=bytes(32_000), headers=given)
+            assert answer.status_code == 200
+        assert await receiver.comes("3" * 32)
+        assert await receiver.comes("3" * 32, "asr-test")
+    assert {span.trace for span in receiver.spans[before:]} == {"3" * 32}
+
+
+async def test_a_recovery_is_on_the_span_and_in_the_log(
+    traced_triton: Backend,
+    settings: dict[str, Any],
+    receiver: Receiver,
+    recordings: Recordings,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A line of the log names the trace that it belongs to."""
+    proxy = Proxy(traced_triton.ports)
+    async with (
+        proxy.running(),
+        run_gateway(triton_endpoint=f"{LOOPBACK}:{proxy.port}", inference_timeout_secs=1, **settings) as gateway,
+    ):
+        stream = asyncio.create_task(speak(gateway.stream_url(), recordings["jfk"]))
+        await asyncio.sleep(3)
+        proxy.silent = True
+        await asyncio.sleep(2)
+        proxy.silent = False
+        proxy.reset()
+        said = await stream
+    assert said.close_code == 1000
+    lines = [orjson.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (recovery,) = (line for line in lines if line["event"] == "stream recovery")
+    assert recovery["outcome"] == "recovered"
+    (top,) = (span for span in receiver.spans if span.trace == recovery["trace_id"] and span.service == "asr-test")
+    assert top.events.count("recovery") == 1
+    (closed,) = (line for line in lines if line["event"] == "stream closed")
+    assert closed["trace_id"] == top.trace
+    assert "trace_id" not in next(line for line in lines if line["event"] == "triton models"), "that belongs to no request"
+
+
+async def test_triton_itself_traces_what_says_that_it_is_not_sampled(traced_triton: Backend, receiver: Receiver) -> None:
+    """So the gateway hands on nothing then. If this fails, it need not keep that back any longer."""
+    unsampled = "2" * 32
+    await infer(traced_triton, 1, np.zeros(1600, np.int16), unsampled, "00")
+    assert await receiver.comes(unsampled)
 
 
 def test_without_a_place_to_send_them_no_sdk_is_imported() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -94,10 +95,10 @@ async def transcribe_repeatedly(url: str, samples: Samples, until: asyncio.Event
 class Backend:
     """A Triton that can be made to fail; started again as the launcher does it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, model_repository: Path = MODEL_REPOSITORY, options: Sequence[str] = ()) -> None:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        self.triton = Triton(engine, MODEL_REPOSITORY, self.ports, ENGINE_HOME / f"triton-{name}.log")
+        self.triton = Triton(engine, model_repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options)
         self._keeper: asyncio.Task[None] | None = None
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
+import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -16,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import soundfile
 import soxr
-from clients import decoder_metric, gateway_metrics, growth
+from clients import REPORTED_SECS, gateway_metrics, growth
 from conftest import Gateway, Recordings
 
 from gateway.app import LINGER_SECS
@@ -281,9 +283,16 @@ async def test_cors(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
 
 
 async def test_requests_are_counted(gateway: Gateway, http: httpx.AsyncClient, triton: Ports, recordings: Recordings) -> None:
-    before, calls = await gateway_metrics(gateway.url), await decoder_metric(triton, "asr_decoder_calls_total")
+    async def decoder() -> dict[str, float]:
+        await asyncio.sleep(REPORTED_SECS)
+        samples = await gateway_metrics(f"http://{triton.host}:{triton.metrics}")
+        return {name: value for (name, _), value in samples.items() if name.startswith("asr_decoder_")}
+
+    before, decoded = await gateway_metrics(gateway.url), await decoder()
     samples = recordings["jfk"]
-    await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
+    began = time.monotonic()
+    answer = await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
+    took_secs = time.monotonic() - began
     await http.post(gateway.batch_url("../etc"), content=b"", headers=OCTETS)
     await http.post(gateway.batch_url(), content=b"", headers=OCTETS)
     grown = growth(before, await gateway_metrics(gateway.url))
@@ -293,4 +302,10 @@ async def test_requests_are_counted(gateway: Gateway, http: httpx.AsyncClient, t
     assert grown("asr_request_duration_seconds_count", endpoint="batch", model="amira") == 2
     assert grown("asr_audio_seconds_total", endpoint="batch", model="amira") == pytest.approx(11.0)
     assert grown("asr_rejections_total", reason="empty_body") == 1
-    assert 20 <= await decoder_metric(triton, "asr_decoder_calls_total") - calls <= 40, "about a call a token"
+    did = {re.sub("asr_decoder_|_total", "", name): now - decoded[name] for name, now in (await decoder()).items()}
+    assert (did["windows"], did["encode_calls"], did["segments"]) == (1, 1, 1)
+    assert did["tokens"] == len(answer.json()["tokens"])
+    assert did["audio_seconds"] == pytest.approx(11.0)
+    assert 20 <= did["calls"] <= 40, "about a call a token"
+    assert did["rows"] == did["calls"], "there was nothing to share them with"
+    assert 0 < did["decode_seconds"] < did["encode_seconds"] < did["decode_seconds"] + did["encode_seconds"] < took_secs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
@@ -14,6 +16,7 @@ from conftest import Gateway, Recordings
 
 from gateway.logs import configure_logging
 from gateway.settings import Settings
+from launcher.run import ROOT
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 KEY = "a-key-that-nobody-else-has"
@@ -35,6 +38,21 @@ async def test_a_line_an_event_and_nothing_of_what_was_said(
     assert by_event["stream closed"]["request_id"]
     assert KEY not in printed
     assert not [word for word in conversation.final["text"].split() if len(word) > 5 and word in printed]
+
+
+def test_every_event_is_documented() -> None:
+    """With its fields, but for those whose names are a model's."""
+    (table,) = re.findall(r"^\| `event` .*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/Operations.md").read_text(), re.MULTILINE)
+    rows = {event: row for row in table.splitlines() for event in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    logged = set()
+    for path in (*(ROOT / "gateway").glob("*.py"), *(ROOT / "launcher").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and re.fullmatch(r"log\.\w+|log_request", ast.unparse(call.func)):
+                (event,) = (argument.value for argument in call.args if isinstance(argument, ast.Constant))
+                logged.add(event)
+                named = {keyword.arg for keyword in call.keywords if keyword.arg} - {"exc_info"}
+                assert not [name for name in named if f"`{name}`" not in rows[event]], event
+    assert logged == set(rows)
 
 
 async def test_levels_are_a_setting(

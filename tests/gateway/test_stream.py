@@ -1,0 +1,59 @@
+"""The buffer between a stream's reader and its pump."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from gateway import stream
+from gateway.service import BufferUsage
+from gateway.stream import AudioBuffer
+
+WINDOW, MOST = 100, 400
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the clock."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(stream, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return lambda seconds: setattr(clock, "now", seconds)
+
+
+async def test_it_tells_when_each_window_was_complete(at: Callable[[float], None]) -> None:
+    buffer = AudioBuffer(10_000, BufferUsage(10_000))
+    for second in range(12):  # a window is complete with every second frame
+        at(second)
+        await buffer.put(bytes(WINDOW // 2))
+    arrivals = [(await buffer.take(WINDOW, most, 0))[1] for most in (WINDOW, WINDOW, MOST - WINDOW)]
+    assert arrivals == [1, 3, 5], "however much came after it"
+    at(20)
+    await buffer.put(bytes(10))
+    audio, arrived, _ = await buffer.take(WINDOW, MOST, 0)
+    assert (len(audio), arrived) == (WINDOW + 10, 11)
+    audio, arrived, _ = await buffer.take(WINDOW, MOST, 0)
+    assert (audio, arrived) == (b"", 20), "what came last, where it is not enough"
+
+
+async def test_many_small_frames_have_few_notes(at: Callable[[float], None]) -> None:
+    buffer = AudioBuffer(10_000, BufferUsage(10_000))
+    for frame in range(1000):
+        at(frame / 1000)
+        await buffer.put(bytes(2))
+    assert (await buffer.take(1000, 1000, 0))[1] == pytest.approx(0.499, abs=stream.ARRIVAL_SECS)
+    assert len(buffer._arrivals) <= 1 / stream.ARRIVAL_SECS
+
+
+async def test_audio_arrives_before_there_is_room_for_it(at: Callable[[float], None]) -> None:
+    buffer = AudioBuffer(WINDOW, BufferUsage(WINDOW))
+    await buffer.put(bytes(WINDOW))
+    at(1)
+    waiting = asyncio.create_task(buffer.put(bytes(WINDOW)))
+    await asyncio.sleep(0)
+    at(2)
+    await buffer.take(WINDOW, WINDOW, 0)
+    await waiting
+    assert (await buffer.take(WINDOW, WINDOW, 0))[1] == 1
