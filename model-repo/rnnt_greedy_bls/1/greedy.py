@@ -199,9 +199,9 @@ def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], li
             f"the joint network gives {logits.shape[-1]} logits a frame, but blank {transducer.blank} and "
             f"{len(transducer.durations)} durations need {transducer.outputs}"
         )
-    best = logits[..., : transducer.blank].argmax(axis=-1)
-    highest = np.take_along_axis(logits, best[..., None], axis=-1)[..., 0]
-    best[highest < logits[..., transducer.blank] - np.float32(transducer.blank_penalty)] = transducer.blank
+    tokens = logits[..., : transducer.blank]
+    best = tokens.argmax(axis=-1)
+    best[tokens.max(axis=-1) < logits[..., transducer.blank] - np.float32(transducer.blank_penalty)] = transducer.blank
     if transducer.durations:
         jumps = np.asarray(transducer.durations)[logits[..., transducer.blank + 1 :].argmax(axis=-1)]
     else:
