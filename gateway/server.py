@@ -104,8 +104,8 @@ class GatewayServer(uvicorn.Server):
 def build_server(settings: Settings) -> GatewayServer:
     """A server for these settings; ``await serve()`` runs it.
 
-    What there is by now stays for good, and is no longer looked through for garbage: that would hold up everything now and then,
-    for 30 to 100 ms.
+    What there is by now stays for good, and is no longer looked through for garbage: that would hold up everything for 30 to
+    100 ms now and then.
     """
     server = GatewayServer(create_app(settings), settings)
     gc.collect()
