@@ -50,7 +50,8 @@ FOREIGN = (
 TEXT = bytes(range(0x20, 0x7F)) + b"\t\n\v\f\r"
 MIN_TEXT_BYTES = 16
 
-FILES = (b"RIFF", b"RF64", b"fLaC", b"OggS")
+WAV, FLAC, OGG = (b"RIFF", b"RF64"), b"fLaC", b"OggS"
+"""How files begin."""
 
 WAV_CODECS = frozenset({0x01, 0x02, 0x03, 0x06, 0x07, 0x11, 0x31, 0xFFFE})
 """PCM, MS ADPCM, float, A-law, µ-law, IMA ADPCM, GSM 6.10, and extensible, which says it elsewhere."""
@@ -74,7 +75,7 @@ class _Reader(soundfile.SoundFile):  # type: ignore[misc]
 
 def is_file(body: bytes) -> bool:
     """Whether a body begins like a file that must be decoded, which takes its time."""
-    return body.startswith(FILES)
+    return body.startswith((*WAV, FLAC, OGG))
 
 
 def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:
@@ -99,12 +100,12 @@ def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.
         raise _unsupported(f"Content type {media_type[:80]!r} isn't supported.", "Content-Type")
     if not body:
         raise ApiError(ErrorKind.EMPTY_BODY, "The body is empty; it must hold audio.")
-    if body.startswith((b"RIFF", b"RF64")) and b"WAVE".startswith(body[8:12]):
+    if body.startswith(WAV) and b"WAVE".startswith(body[8:12]):
         _check_wav(body)
         return _decode_file("WAV", body, max_secs)
-    if body.startswith(b"fLaC"):
+    if body.startswith(FLAC):
         return _decode_file("FLAC", body, max_secs)
-    if body.startswith(b"OggS"):
+    if body.startswith(OGG):
         _check_ogg(body)
         return _decode_file("Ogg", body, max_secs)
     return _decode_raw(body, media_type, max_secs)
@@ -237,6 +238,6 @@ def _check_ogg(body: bytes) -> None:
     """Refuses other codecs, and a file without its last page (RFC 3533, section 6), which libsndfile would not miss."""
     if not body.startswith((b"\x01vorbis", b"OpusHead"), OGG_FIRST_PACKET):
         raise _unsupported("The Ogg file's codec isn't supported; it must be Vorbis or Opus.")
-    flags = body.rfind(b"OggS") + OGG_FLAGS
+    flags = body.rfind(OGG) + OGG_FLAGS
     if flags >= len(body) or not body[flags] & OGG_LAST:
         raise _undecodable("The Ogg file is cut short: its last page is missing.")

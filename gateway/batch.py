@@ -122,7 +122,7 @@ async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[
     else:
         body = await request.body()
     # Off the event loop: a minute of FLAC takes tens of milliseconds, in which live streams must not stand still. Raw PCM takes
-    # none, and to hand it to a thread and back takes one.
+    # no time, and the way to a thread and back would.
     if media_type == "application/json":
         return await run_in_threadpool(_decode_json, body, max_secs)
     if is_file(body):

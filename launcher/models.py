@@ -10,13 +10,11 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from gateway.endpoint import GEOMETRY_PARAMETERS
 from launcher.graphs import FLOAT, INT32, INT64, Graph, ModelError, Transducer
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
 """The graphs of a recogniser, by what its decoder calls them."""
-
-LATENCIES = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
-"""Parameters with the windows of the latencies that a decoder need not have: left, chunk and right frames."""
 
 ELEMENT_TYPES = {pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
 """ONNX's element types by Triton's."""
@@ -41,7 +39,7 @@ class Recogniser:
         p = self.parameters
         frame_ms = int(p["frame_samples"]) / 16
         balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
-        geometries = {"windows of": balanced, **{word: p[name] for word, name in LATENCIES.items() if name in p}}
+        geometries = {"windows of": balanced, **{word: p[name] for word, name in GEOMETRY_PARAMETERS.items() if name in p}}
         windows = (
             f"{word} {' + '.join(f'{int(frames) * frame_ms / 1000:.2f}' for frames in geometry.split(','))} s"
             for word, geometry in geometries.items()
@@ -154,6 +152,6 @@ def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Tra
     for name in ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
         if not (found := parameters.get(name, "")).isdecimal():
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected a whole number")
-    for name in LATENCIES.values():
+    for name in GEOMETRY_PARAMETERS.values():
         if not re.fullmatch(r"\d+,\d+,\d+", found := parameters.get(name, "0,0,0")):
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected three whole numbers with commas")

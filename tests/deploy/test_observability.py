@@ -22,14 +22,13 @@ import yaml
 from chaos import Backend, speak, stop_for
 from clients import transcribe
 from conftest import Gateway, Recordings, Samples, run_gateway
-from tritonclient.grpc import InferInput
-from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 from websockets.exceptions import InvalidStatus
 
 from gateway.errors import ErrorKind
 from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH
+from perf.clients import GrpcClient
 
 Need = Callable[[str], str]
 Targets = dict[str, list[str]]
@@ -256,18 +255,13 @@ async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
 
 async def forget(backend: Backend) -> None:
     """Leave a sequence to the decoder until that forgets it, and then go on with it all the same."""
-    async with grpcclient.InferenceServerClient(backend.target) as client:
-
-        async def infer(sequence: int, **flags: bool) -> None:
-            audio = InferInput("AUDIO", [1, 1600], "INT16")
-            audio.set_data_from_numpy(np.zeros((1, 1600), np.int16))
-            await client.infer("asr_ensemble", [audio], sequence_id=sequence, **flags)
-
-        await infer(1, sequence_start=True)
-        await asyncio.sleep(IDLE_SECS + 1)
-        with pytest.raises(InferenceServerException, match="START"):
-            await infer(1)
-        await infer(2, sequence_start=True, sequence_end=True)  # with any request it forgets what is stale
+    client, silence = GrpcClient(backend.target), np.zeros(1600, np.int16)
+    await client.request(silence, 1, start=True, end=False)
+    await asyncio.sleep(IDLE_SECS + 1)
+    with pytest.raises(InferenceServerException, match="START"):
+        await client.request(silence, 1, start=False, end=False)
+    await client.request(silence, 2, start=True, end=True)  # with any request it forgets what is stale
+    await client.close()
 
 
 async def make_trouble(backend: Backend, samples: Samples) -> None:

@@ -195,23 +195,21 @@ class Proxy:
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, outward: bool) -> None:
         under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         delivery = asyncio.create_task(self._deliver(under_way, writer, outward))
-        piece = b"more"
-        while piece:
-            try:
-                piece = await reader.read(65536)
-            except OSError:
-                piece = b""
-            under_way.put_nowait((time.monotonic() + self.delay_secs, piece))
+        with contextlib.suppress(OSError):
+            while piece := await reader.read(65536):
+                under_way.put_nowait((time.monotonic() + self.delay_secs, piece))
+        under_way.put_nowait((time.monotonic() + self.delay_secs, b""))
         await delivery
         writer.transport.abort()
 
     async def _deliver(
         self, under_way: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter, outward: bool
     ) -> None:
-        piece = b"more"
-        while piece:
+        while True:
             due, piece = await under_way.get()
             await asyncio.sleep(due - time.monotonic())
+            if not piece:
+                return
             if not self.silent and not (self.deaf and outward):
                 writer.write(piece)
 

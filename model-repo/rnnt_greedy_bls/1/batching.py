@@ -101,8 +101,6 @@ class Encoder:
         now = loop.time()
         if window.live:
             self._last_live = now
-        if self._running or self._waiting:
-            self._last_met = now
         due = now if window.live else now + RECORDING_PATIENCE_SECS
         waiting = _Waiting(window, due, loop.create_future(), contextvars.copy_context())
         self._waiting.append(waiting)
@@ -113,6 +111,9 @@ class Encoder:
 
     def _dispatch(self) -> None:
         """Start calls for what waits, as far as there is room."""
+        loop = asyncio.get_running_loop()
+        if self._running + len(self._waiting) > 1:
+            self._last_met = loop.time()
         while self._running < self._calls:
             first = next((waiting for waiting in self._waiting if waiting.window.live or self._room_for_recording()), None)
             if not first:
@@ -124,9 +125,6 @@ class Encoder:
             self._running += 1
             self._running_recordings += not first.window.live
             samples = [waiting.window.samples for waiting in group]
-            loop = asyncio.get_running_loop()
-            if self._running > 1 or self._waiting:
-                self._last_met = loop.time()
             lone = loop.time() - self._last_met >= LONE_SECS
             call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, lone)
             call.add_done_callback(partial(self._finish, group))
