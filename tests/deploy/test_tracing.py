@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import pytest
 from chaos import Backend, Proxy, speak
-from clients import END, listen, open_socket, transcribe
+from clients import END, decoder_metric, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples, run_gateway
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tritonclient.grpc import InferInput
@@ -209,12 +209,13 @@ async def infer(triton: Backend, sequence: int, samples: Samples, trace: str | N
 @pytest.mark.parametrize("trace", [None, "4" * 32])
 async def test_a_traced_request_holds_up_the_others(traced_triton: Backend, recordings: Recordings, trace: str | None) -> None:
     """Which is what tracing costs. If this fails, the documentation need not warn of it any longer."""
-    long, short = np.tile(recordings["jfk"], 2), recordings["jfk"][:8000]
+    long, short = np.tile(recordings["jfk"], 5), recordings["jfk"][:8000]
     first = asyncio.create_task(infer(traced_triton, 1, long, trace, "01"))
-    await asyncio.sleep(0.1)
+    while not first.done() and not await decoder_metric(traced_triton.ports, "asr_decoder_sequences"):
+        pass
     began = time.monotonic()
     answered = await infer(traced_triton, 2, short, None, "00")
-    print(f"beside a recording of 22 s that is {'traced' if trace else 'not traced'}: {answered - began:.2f} s")
+    print(f"beside a recording of 55 s that is {'traced' if trace else 'not traced'}: {answered - began:.2f} s")
     assert (answered > await first) is bool(trace)
 
 
