@@ -35,10 +35,8 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    (
-        "grpc.max_reconnect_backoff_ms",
-        1000,
-    ),  # 120 s by default: too long to find a Triton that is back
+    ("grpc.max_reconnect_backoff_ms", 1000),  # 120 s by default: too long to find a Triton that is back
+    ("grpc.use_local_subchannel_pool", 1),  # else a new client would be given the connection of the old one
 ]
 
 UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (

@@ -162,6 +162,7 @@ class Proxy:
     def __init__(self, target: Ports) -> None:
         self._target = target
         self._writers: set[asyncio.StreamWriter] = set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
         self.delay_secs = 0.0
         self.silent = False
         self.deaf = False
@@ -176,6 +177,10 @@ class Proxy:
         finally:
             server.close()
             self.reset()
+
+    def forget(self) -> None:
+        """Pass nothing on from the connections there are, and tell neither side, as a router does that was replaced."""
+        self._forgotten |= self._writers
 
     def reset(self) -> None:
         """Break every connection."""
@@ -210,7 +215,7 @@ class Proxy:
             await asyncio.sleep(due - time.monotonic())
             if not piece:
                 return
-            if not self.silent and not (self.deaf and outward):
+            if not self.silent and not (self.deaf and outward) and writer not in self._forgotten:
                 writer.write(piece)
 
 

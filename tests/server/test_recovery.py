@@ -82,13 +82,13 @@ async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech
     assert outcome.closes == []
 
 
-@pytest.mark.parametrize("how", ["reset", "silent", "deaf"])
+@pytest.mark.parametrize("how", ["reset", "forget", "silent", "deaf"])
 async def test_a_bad_network(two: list[Backend], speech: tuple[list[Samples], list[str]], how: str) -> None:
     proxy = Proxy(two[0].ports)
 
     async def fault() -> float:
-        if how == "reset":
-            proxy.reset()
+        if how in ("reset", "forget"):
+            getattr(proxy, how)()
         else:
             setattr(proxy, how, True)
             await asyncio.sleep(3)
