@@ -246,15 +246,17 @@ class Triton:
     async def keep_alive(self) -> None:
         """Restart it whenever it ends, with a delay that doubles while it does not stay up; never returns."""
         shortest, longest = RESTART_DELAY_RANGE_SECS
-        delay = shortest
+        delay = 0.0
         while True:
             started = time.monotonic()
             if self._process:
                 code = await self._wait(self._process)
+                if time.monotonic() - started > 2 * longest:
+                    delay = 0.0
                 log.error("triton ended", exit_code=code, restart_in_secs=delay, log=str(self._log_path))
             self._clean_up()
             await asyncio.sleep(delay)
-            delay = shortest if time.monotonic() - started > 2 * longest else min(2 * delay, longest)
+            delay = min(max(shortest, 2 * delay), longest)
             try:
                 await self.start()
                 log.info("triton restarted", pid=self.pid)

@@ -29,6 +29,8 @@ FRAME_SECS = 0.1
 MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
 AMIRA = ROOT / ".venv" / "bin" / "amira"
 SESSION_KEY = "one for all gateways"
+SETTLE_SECS = 2.0
+"""Within this time it shows whether Triton outlives something: its stubs are looked after every half second."""
 
 
 @dataclass
@@ -353,11 +355,20 @@ async def kill_stub(backend: Backend, model: str) -> float:
 
 
 async def stop_for(backend: Backend, seconds: float) -> float:
-    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps."""
-    processes = [psutil.Process(backend.triton.pid), *psutil.Process(backend.triton.pid).children(recursive=True)]
+    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps.
+
+    It may be the end of Triton: whoever goes on first takes the others for dead, and a stub that is taken for dead crashes.
+    """
+    before = backend.triton.pid
+    processes = [psutil.Process(before), *psutil.Process(before).children(recursive=True)]
     for process in processes:
         process.suspend()
     await asyncio.sleep(seconds)
     for process in processes:
         process.resume()
-    return time.monotonic()
+    resumed = time.monotonic()
+    while time.monotonic() < resumed + SETTLE_SECS:
+        if backend.triton.pid != before:
+            return await backend.ready_again()
+        await asyncio.sleep(0.05)
+    return resumed
