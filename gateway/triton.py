@@ -13,6 +13,7 @@ import structlog
 
 from gateway import metrics, tracing
 from gateway.audio import RATE
+from gateway.breaker import BreakerState
 from gateway.endpoint import MOST_PATIENCE, Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
 from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
@@ -40,7 +41,7 @@ class Triton:
         self.recovery_secs = settings.recovery_timeout_secs
         self.endpoints = [Endpoint(address, settings) for address in settings.triton_addresses]
         for endpoint in self.endpoints:
-            metrics.BREAKER_STATE.labels(endpoint.address).set_function(partial(getattr, endpoint.breaker, "state"))
+            metrics.BREAKER_STATE.labels(endpoint.address).set_function(partial(_told_state, endpoint))
 
     async def start(self) -> None:
         """Look at each endpoint once, and from then on in the background."""
@@ -201,6 +202,14 @@ class Utterance:
         if self._options.get("context") != "whole":
             metrics.STREAM_RECOVERIES.labels(outcome).inc()
             log.info("stream recovery", outcome=outcome)
+
+
+def _told_state(endpoint: Endpoint) -> BreakerState:
+    """The breaker's state as the metric tells it: closed where nobody answers, which keeps new work away by itself.
+
+    Such a Triton may be gone for good, as a shard's that became smaller is, and no trial would ever close its breaker.
+    """
+    return BreakerState.CLOSED if endpoint.latency_secs is None else endpoint.breaker.state
 
 
 def _not_ready() -> UnreachableError:

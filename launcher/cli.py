@@ -85,7 +85,8 @@ def serve() -> None:
 @app.command()
 def demo(
     recordings: Annotated[
-        list[Path] | None, typer.Argument(help="Recordings; by default the bundled ones.", show_default=False)
+        list[Path] | None,
+        typer.Argument(help="Recordings; by default the bundled ones.", exists=True, dir_okay=False, show_default=False),
     ] = None,
     model_repository: ModelRepository = MODEL_REPOSITORY,
 ) -> None:
@@ -222,7 +223,7 @@ def _settings() -> Settings:
 def _main(serve: Callable[[], object]) -> None:
     try:
         uvloop.run(serve())  # type: ignore[arg-type]
-    except (EngineError, ConfigError) as error:
+    except (EngineError, ConfigError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         pass

@@ -212,6 +212,7 @@ class Triton:
         self._options = options
         self._shm_prefix = f"amira_{os.getpid()}_{ports.grpc}_"
         self._process: asyncio.subprocess.Process | None = None
+        self._log_mode = "wb"
         self._client: Any = None
 
     @property
@@ -260,7 +261,7 @@ class Triton:
             try:
                 await self.start()
                 log.info("triton restarted", pid=self.pid)
-            except EngineError as error:
+            except (EngineError, OSError) as error:  # such as no memory or descriptors, for the moment
                 log.error("triton restart failed", reason=str(error))
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
@@ -306,7 +307,8 @@ class Triton:
             f"--metrics-port={ports.metrics}",
             *self._options,
         ]
-        with self._log_path.open("ab" if self._process else "wb") as output:  # a restart keeps what the crash left
+        with self._log_path.open(self._log_mode) as output:
+            self._log_mode = "ab"  # a restart keeps what the crash left
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=subprocess.DEVNULL,

@@ -111,7 +111,7 @@ async def test_one_of_two_is_killed(two: list[Backend], speech: Speech, write: W
     await two[1].ready_again()
 
 
-@pytest.mark.parametrize("how", ["delay", "silent", "deaf", "reset"])
+@pytest.mark.parametrize("how", ["delay", "silent", "deaf", "reset", "forget"])
 async def test_the_network_is_bad(two: list[Backend], speech: Speech, write: Write, how: str) -> None:
     proxy = Proxy(two[0].ports)
     titles = {
@@ -119,6 +119,7 @@ async def test_the_network_is_bad(two: list[Backend], speech: Speech, write: Wri
         "silent": "network: a black hole for 5 s",
         "deaf": "network: half-open for 5 s",
         "reset": "network: every connection reset",
+        "forget": "network: every connection forgotten, silently",
     }
 
     async def fault() -> float:
@@ -126,12 +127,13 @@ async def test_the_network_is_bad(two: list[Backend], speech: Speech, write: Wri
             proxy.delay_secs = 2.0
             await asyncio.sleep(5)
             proxy.delay_secs = 0.0
-        elif how != "reset":
+        elif how in ("silent", "deaf"):
             setattr(proxy, how, True)
             await asyncio.sleep(5)
             setattr(proxy, how, False)
-        if how != "delay":
             proxy.reset()
+        else:
+            getattr(proxy, how)()
         return time.monotonic()
 
     async with proxy.running():

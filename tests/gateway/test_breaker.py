@@ -5,8 +5,11 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from prometheus_client import REGISTRY
 
 from gateway.breaker import FAILURE_SHARE, MIN_FAILURES, OPEN_SECS, WINDOW_CALLS, Breaker, BreakerState
+from gateway.settings import Settings
+from gateway.triton import Triton
 
 
 class BreakerMachine(RuleBasedStateMachine):
@@ -89,3 +92,21 @@ def test_a_few_failures_open_a_fresh_one() -> None:
         breaker.record(success=False)
         states.append(breaker.state)
     assert states == [BreakerState.CLOSED] * (MIN_FAILURES - 1) + [BreakerState.OPEN]
+
+
+async def test_of_a_triton_that_cannot_be_reached_the_metric_does_not_tell() -> None:
+    """It may be gone for good, and nothing would ever close the breaker."""
+    triton = Triton(Settings(triton_endpoint="127.0.0.1:1"))
+    await triton.start()
+    (endpoint,) = triton.endpoints
+    for _ in range(MIN_FAILURES):
+        endpoint.breaker.record(success=False)
+
+    def told() -> float | None:
+        return REGISTRY.get_sample_value("asr_circuit_breaker_state", {"endpoint": endpoint.address})
+
+    assert endpoint.breaker.state is BreakerState.OPEN
+    assert told() == BreakerState.CLOSED
+    endpoint.latency_secs = 0.001
+    assert told() == BreakerState.OPEN
+    await triton.close()

@@ -24,8 +24,11 @@ from conftest import run_gateway
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
+from typer.testing import CliRunner
 
+import launcher.run
 from launcher import engine
+from launcher.cli import app
 from launcher.engine import Engine, EngineError, Ports, Triton, free_ports
 from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 
@@ -238,6 +241,39 @@ async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
     os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="ended while it started: SIGKILL, no error printed"):
         await starting
+
+
+async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the log keeps what every try left. The program is missing at first, and then a stand-in that ends at once."""
+    monkeypatch.setattr(engine, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
+    program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
+    prepared = Engine(program, tmp_path, dict(os.environ))
+    triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 3)), log_path)
+    keeper = asyncio.create_task(triton.keep_alive())
+    await asyncio.sleep(0.3)
+    program.write_text("#!/bin/sh\necho tried\n")
+    program.chmod(0o755)
+    await until(lambda: log_path.read_text().count("tried") >= 3)
+    assert not keeper.done()
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+    await triton.stop()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(launcher.run, "ENGINE_HOME", tmp_path / "file" / "engine")
+    result = CliRunner().invoke(app, ["run"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("amira: ")
+    assert str(tmp_path / "file") in result.stderr
+
+
+async def test_a_missing_recording_is_named() -> None:
+    code, _, errors = await amira("demo", "none.wav")
+    assert code == 2
+    assert "'none.wav' does not exist" in errors
+    assert "Traceback" not in errors
 
 
 async def test_a_missing_repository_is_named(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ class Request:
     def read(cls, request: Any) -> Request:
         """Copy it out of Triton's memory."""
         return cls(
-            sequence=int(_input(request, "CORRID")[0]),
-            start=bool(_input(request, "START")[0]),
-            end=bool(_input(request, "END")[0]),
+            sequence=int(_input(request, "CORRID").item()),
+            start=bool(_input(request, "START").item()),
+            end=bool(_input(request, "END").item()),
             samples=_input(request, "AUDIO").reshape(-1).copy(),
             parameters=request.parameters() or "{}",
             sender=request.get_response_sender(),
