@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import __version__, batch, health, metrics, stream, tracing
@@ -143,6 +144,8 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, counted_receive, watched_send)
+        except ClientDisconnect:
+            status = metrics.CLIENT_GONE
         finally:
             duration = time.perf_counter() - began
             tracing.describe(status=status, body_bytes=received_bytes)
@@ -174,7 +177,7 @@ def _labels(scope: MutableMapping[str, Any], settings: Settings) -> tuple[str, s
     if path.startswith("/v2/decode/batch/"):
         model = path.removeprefix("/v2/decode/batch/")
         return "batch", model if model in settings.models else metrics.UNKNOWN_MODEL
-    endpoint = path.split("/")[1]
+    endpoint = path.removeprefix("/").partition("/")[0]
     return endpoint if endpoint in ("health", "metrics") else "other", metrics.UNKNOWN_MODEL
 
 

@@ -139,7 +139,12 @@ def pcm_from_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
         shown = f"a {type(value).__name__}" if isinstance(value, (list, dict)) else orjson.dumps(value).decode()[:40]
         message = f"audio_buffer[{index}] is {shown}; it must be an integer from 0 to 255."
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "audio_buffer")
-    return audio, {key: request[key] for key in ("opaque",) if key in request}
+    opaque = {key: request[key] for key in ("opaque",) if key in request}
+    try:
+        orjson.dumps(opaque)
+    except orjson.JSONEncodeError as error:  # it reads deeper than it writes
+        raise ApiError(ErrorKind.INVALID_BODY, f"opaque can't be given back: {error}.", "opaque") from error
+    return audio, opaque
 
 
 def _undecodable(message: str) -> ApiError:

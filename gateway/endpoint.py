@@ -157,7 +157,9 @@ class Endpoint:
         self.sequences = 0
         self._settings = settings
         self._client = self._connect()
+        self._connected_at = time.monotonic()
         self._recognisers: dict[str, Recogniser] = {}
+        self._rejected: dict[str, str] = {}  # ensembles that are none of ours, and why
         self._doubted = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -218,9 +220,13 @@ class Endpoint:
         return grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
 
     def _reconnect(self) -> None:
-        """Leave a connection on which nothing is answered: a silent network would keep it for minutes."""
-        silent, self._client = self._client, self._connect()
-        self._in_background(_close_later(silent, MOST_PATIENCE * self._settings.inference_timeout_secs))
+        """Leave a connection that leads nowhere.
+
+        A silent network would keep it for minutes, and gRPC asks ever more seldom for the address of a name that was unknown.
+        """
+        left, self._client = self._client, self._connect()
+        self._connected_at = time.monotonic()
+        self._in_background(_close_later(left, MOST_PATIENCE * self._settings.inference_timeout_secs))
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -254,7 +260,8 @@ class Endpoint:
             self.models = dict.fromkeys(before or self._settings.models.values(), ModelState.UNKNOWN)
             self.latency_secs = None
             self._recognisers.clear()  # it may come back with another configuration
-            if error.status() == DEADLINE_EXCEEDED:
+            self._rejected.clear()
+            if time.monotonic() - self._connected_at >= READY_TIMEOUT_SECS:
                 self._reconnect()
             if before != self.models:
                 log.warning("triton unreachable", endpoint=self.address, reason=error.message())
@@ -270,7 +277,9 @@ class Endpoint:
             (decoder,) = (config for config in configs if "sequence_batching" in config)
             recogniser = Recogniser.from_config(ensemble, steps, decoder)
         except (KeyError, ValueError) as error:
-            log.error("ensemble is no recogniser", ensemble=ensemble, reason=repr(error))
+            if self._rejected.get(ensemble) != repr(error):
+                self._rejected[ensemble] = repr(error)
+                log.error("ensemble is no recogniser", ensemble=ensemble, reason=repr(error))
             return
         self._recognisers[ensemble] = recogniser
         settings = self._settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -11,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from gateway import __version__
 from gateway.breaker import BreakerState
-from gateway.endpoint import Endpoint, ModelState
+from gateway.endpoint import Endpoint
 from gateway.service import Service
 
 router = APIRouter()
@@ -78,16 +79,15 @@ def _status(service: Service) -> str:
     endpoints = service.triton.endpoints
     if service.admission.draining:
         return "draining"
-    if all(_well(endpoint) for endpoint in endpoints):
+    if all(_well(endpoint, service.settings.models.values()) for endpoint in endpoints):
         return "ready"
     if service.ready():
         return "degraded"
     return "critical" if any(endpoint.was_ready for endpoint in endpoints) else "initializing"
 
 
-def _well(endpoint: Endpoint) -> bool:
-    models_ready = all(state is ModelState.READY for state in endpoint.models.values())
-    return models_ready and endpoint.breaker.state is BreakerState.CLOSED
+def _well(endpoint: Endpoint, ensembles: Iterable[str]) -> bool:
+    return all(map(endpoint.ready, ensembles)) and endpoint.breaker.state is BreakerState.CLOSED
 
 
 def _describe(endpoint: Endpoint) -> dict[str, Any]:

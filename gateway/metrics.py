@@ -55,6 +55,9 @@ BUILD_INFO = Gauge("asr_build_info", "Always 1", ["version"])
 
 RECOVERED, FAILED = "recovered", "failed"
 
+CLIENT_GONE = 499
+"""The status of a request whose client vanished while it sent it; nginx counts it so."""
+
 DISCONNECTED = 1006
 """Code of a close without a close frame: the client disappeared."""
 
@@ -62,7 +65,7 @@ DISCONNECTED = 1006
 def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity: int) -> None:
     """Make every set of labels, so that rates start from 0."""
     names = (*models, UNKNOWN_MODEL)
-    statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, *(kind.status for kind in ErrorKind)}
+    statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, CLIENT_GONE, *(kind.status for kind in ErrorKind)}
     for model in names:
         for endpoint in ("batch", "stream"):
             REQUEST_DURATION.labels(endpoint, model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from http import HTTPStatus
 from typing import Any
@@ -35,6 +36,10 @@ MAX_ADDRESSES = 10_000
 
 PIECE_BYTES = 4096
 """What comes is parsed in pieces of this size: one read can hold forty thousand frames, in which others would stand still."""
+
+
+OFFER_OF_HTTP2 = re.compile(rb"\r\nupgrade:[ \t]*h2c[^\r\n]*", re.IGNORECASE)
+"""Java's HttpClient makes it with every request. It is to be ignored, but httptools would drop the body for it."""
 
 
 class Arrivals:
@@ -100,6 +105,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take data; refuse a head that is too large."""
+        in_body = self.cycle is not None and self.cycle.more_body
+        if not in_body and (offer := OFFER_OF_HTTP2.search(data, 0, data.find(b"\r\n\r\n") + 2)):
+            data = data[: offer.start()] + data[offer.end() :]
         super().data_received(data)
         if self._head_deadline:
             self._head_bytes += len(data)
@@ -210,12 +218,22 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             piece = bytes(self._unparsed[:PIECE_BYTES])
             del self._unparsed[:PIECE_BYTES]
             super().data_received(piece)
+            if self.conn.handshake_exc and not self.handshake_complete:
+                self._refuse_head(self.conn.handshake_exc)
         if self.conn.parser_exc:
             self._unparsed.clear()
         hold = bool(self._unparsed) or self._must_wait()
         if hold is not self.read_paused and not self.transport.is_closing():
             self.read_paused = hold
             (self.transport.pause_reading if hold else self.transport.resume_reading)()
+
+    def _refuse_head(self, reason: Exception) -> None:
+        """Answer a head that HTTP took and websockets does not, as for a line of more than 8 KiB; uvicorn would stay silent."""
+        response = self.conn.reject(HTTPStatus.BAD_REQUEST, f"Failed to open a WebSocket connection: {reason.__cause__}.\n")
+        self.transport.write(b"".join(self.conn.data_to_send()) or response.serialize())
+        self.handshake_complete = self.close_sent = True
+        self._unparsed.clear()
+        self.transport.close()
 
     def _must_wait(self) -> bool:
         """Whether the application has messages to take, or the peer has; after the close nobody takes any."""

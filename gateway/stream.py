@@ -87,17 +87,22 @@ class AudioBuffer:
         self._filled = asyncio.Event()
         self._wanted_bytes = 0
         self._emptied = asyncio.Event()
+        self._overflows = False  # audio waits for room
         self.end: End | None = None
         self._taken_bytes = 0
         self._arrivals: deque[tuple[int, float]] = deque()  # from which byte of the stream on audio came at this time
 
     async def put(self, audio: bytes) -> None:
-        """Append audio, once there is room for it."""
+        """Append audio, once there is room for it; nowhere if nobody will take it."""
         arrived = time.monotonic()
         self._emptied.clear()
         while len(self._audio) + len(audio) > self._capacity:
+            self._overflows = True
+            self._filled.set()
             await self._emptied.wait()
             self._emptied.clear()
+        if self.end is End.ABANDONED:
+            return
         if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
             self._arrivals.append((self._taken_bytes + len(self._audio), arrived))
         self._audio += audio
@@ -114,7 +119,7 @@ class AudioBuffer:
         self._filled.set()
 
     async def take(self, enough_bytes: int, most_bytes: int, timeout_secs: float) -> tuple[bytes, float, End | None]:
-        """Up to ``most_bytes``, once there are ``enough_bytes``, or it can't become more, or the time is over.
+        """Up to ``most_bytes``, once there are ``enough_bytes``, or no more can come or fit in, or the time is over.
 
         Returns:
             The audio; when what made it enough came, in seconds of ``time.monotonic``, or what came last if it is not enough;
@@ -123,7 +128,9 @@ class AudioBuffer:
         deadline = time.monotonic() + timeout_secs
         self._wanted_bytes = enough_bytes = min(enough_bytes, self._capacity // 2)
         self._filled.clear()
-        while len(self._audio) < enough_bytes and not self.end and (left := deadline - time.monotonic()) > 0:
+        while len(self._audio) < enough_bytes and not self._overflows and not self.end:
+            if (left := deadline - time.monotonic()) <= 0:
+                break
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._filled.wait(), left)
             self._filled.clear()
@@ -134,6 +141,7 @@ class AudioBuffer:
         del self._audio[:most_bytes]
         self._taken_bytes += len(audio)
         self._usage.used_bytes -= len(audio)
+        self._overflows = False
         self._emptied.set()
         return audio, arrived, None if self._audio else self.end
 
@@ -222,7 +230,7 @@ class Session:
             metrics.REJECTIONS.labels(error.kind.code).inc()
             tracing.fail(error.kind)
             code, message = error.kind.close_code, error.frame(current_request_id())
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.TimeoutError):  # gone meanwhile
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError, asyncio.TimeoutError, ApiError):  # gone, or does not read
             if message:
                 await self._send(message)
             await asyncio.wait_for(self._socket.close(code), self._settings.stream_timeout_secs)
@@ -343,6 +351,8 @@ class Session:
                 if self._ended_at:
                     metrics.FINAL_LATENCY.labels(self._model).observe(time.monotonic() - self._ended_at)
                 return
+            if self._tickets and answer.segment_final:
+                changed = True  # the times of words too, which the next acknowledgement settles
             if changed and self._buffer.end is not End.ABANDONED:
                 tracing.event("partial", lag_secs=lag)
                 await self._send(self._message("partial", answer))

@@ -119,6 +119,19 @@ async def test_a_head_that_does_not_end(port: int) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [(b"Cookie: " + b"x" * 9000, b"431"), (b"\r\n".join([b"X: x"] * 130), b"431"), (b"Content-Length: 4", b"400")],
+)
+async def test_an_upgrade_that_is_none_is_told(application: Application, header: bytes, status: bytes) -> None:
+    """And does not get in the way of the server's end."""
+    async with serve(application) as port:
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        writer.write(UPGRADE[:-2] + header + b"\r\n\r\n")
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 " + status)
+    writer.close()
+
+
 async def test_connections_that_are_kept_live_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time between requests, and within a WebSocket, is no head's."""
     monkeypatch.setattr(protocols, "HEAD_SECS", 0.2)

@@ -10,7 +10,7 @@ import pytest
 
 from gateway import stream
 from gateway.service import BufferUsage
-from gateway.stream import AudioBuffer
+from gateway.stream import AudioBuffer, End
 
 WINDOW, MOST = 100, 400
 
@@ -45,6 +45,28 @@ async def test_many_small_frames_have_few_notes(at: Callable[[float], None]) -> 
         await buffer.put(bytes(2))
     assert (await buffer.take(1000, 1000, 0))[1] == pytest.approx(0.499, abs=stream.ARRIVAL_SECS)
     assert len(buffer._arrivals) <= 1 / stream.ARRIVAL_SECS
+
+
+async def test_a_frame_that_has_no_room_does_not_wait_for_a_window() -> None:
+    buffer = AudioBuffer(2 * WINDOW, BufferUsage(2 * WINDOW))
+    await buffer.put(bytes(WINDOW - 2))
+    waiting = asyncio.create_task(buffer.put(bytes(2 * WINDOW)))
+    audio, _, _ = await asyncio.wait_for(buffer.take(WINDOW, MOST, 60), 1)
+    assert len(audio) == WINDOW - 2
+    audio, _, _ = await asyncio.wait_for(buffer.take(WINDOW, MOST, 60), 1)
+    assert len(audio) == 2 * WINDOW
+    await waiting
+
+
+async def test_nothing_is_held_for_who_is_gone() -> None:
+    usage = BufferUsage(WINDOW)
+    buffer = AudioBuffer(WINDOW, usage)
+    await buffer.put(bytes(WINDOW))
+    waiting = asyncio.create_task(buffer.put(bytes(WINDOW)))
+    await asyncio.sleep(0)
+    buffer.close(End.ABANDONED)
+    await waiting
+    assert usage.used_bytes == 0
 
 
 async def test_audio_arrives_before_there_is_room_for_it(at: Callable[[float], None]) -> None:

@@ -220,6 +220,36 @@ async def test_many_at_once_equal_their_solo_runs(gateway: Gateway, http: httpx.
     assert [answer["tokens"] for answer in together] == [answer["tokens"] for answer in solo * 2]
 
 
+async def test_an_offer_of_http2_is_ignored(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
+    """Java's HttpClient makes one with every request."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    for _ in range(2):
+        answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers={**OCTETS, **offer})
+        assert answer.status_code == 200
+        assert "country" in answer.json()["text"]
+
+
+async def test_a_client_that_vanishes_is_no_fault_of_ours(gateway: Gateway) -> None:
+    before = await gateway_metrics(gateway.url)
+    _, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
+    writer.write(b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + bytes(5000))
+    await writer.drain()
+    writer.close()
+    for _ in range(50):
+        grown = growth(before, await gateway_metrics(gateway.url))
+        if gone := grown("asr_requests_total", endpoint="batch", model="amira", status="499"):
+            break
+        await asyncio.sleep(0.1)
+    assert gone == 1
+    assert grown("asr_rejections_total", reason="internal") == 0
+
+
+async def test_what_is_too_deep_to_be_given_back(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    body = b'{"audio_buffer":[0,0],"opaque":' + b"[" * 300 + b"]" * 300 + b"}"
+    answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "opaque")
+
+
 async def test_routes_and_methods(gateway: Gateway, http: httpx.AsyncClient) -> None:
     answer = await http.post(gateway.batch_url("nobody"), content=b"", headers=OCTETS)
     assert answer.status_code == 404

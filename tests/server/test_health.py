@@ -71,6 +71,12 @@ async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.
         assert body["dependencies"]["triton"][0]["models"]["no_such_ensemble"] == "unknown"
 
 
+async def test_a_model_that_is_no_recogniser_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+    async with make_gateway(models={"amira": "encoder"}) as gateway:
+        assert (await http.get(f"{gateway.url}/health/ready")).status_code == 503
+        assert (await http.get(f"{gateway.url}/health/detailed")).json()["status"] == "initializing"
+
+
 async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async with make_gateway(drain_timeout_secs=1) as gateway, open_socket(gateway.stream_url()):
         gateway.server.should_exit = True

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 import hostile
 import httpx
@@ -18,6 +19,7 @@ from clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open
 from conftest import Gateway, Recordings
 from hostile import PING, frame, peer
 
+from gateway.protocols import WebSocketProtocol
 from launcher.run import LOOPBACK
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -69,6 +71,29 @@ async def test_a_client_that_never_reads_frees_everything(make_gateway: MakeGate
             while psutil.Process().num_fds() > before + 2:  # the client's own, and that of who asked for the metrics
                 await asyncio.sleep(0.05)
             assert time.monotonic() - began < 5
+
+
+async def test_a_client_that_reads_too_slowly_is_closed_and_counted(
+    make_gateway: MakeGateway, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not so slowly that TCP would call it dead. Neither a partial gets through in time nor the error that ends the stream."""
+    send = WebSocketProtocol.send
+
+    async def send_slowly(protocol: WebSocketProtocol, message: Any) -> None:
+        if message["type"] == "websocket.send":
+            await asyncio.sleep(60)
+        await send(protocol, message)
+
+    monkeypatch.setattr(WebSocketProtocol, "send", send_slowly)
+    async with make_gateway(stream_timeout_secs=1) as gateway, open_socket(gateway.stream_url()) as socket:
+        before = await gateway_metrics(gateway.url)
+        for second in cut(recordings["jfk"], 16_000):
+            await socket.send(second)
+        await socket.wait_closed()
+        grown = growth(before, await gateway_metrics(gateway.url))
+    assert grown("asr_rejections_total", reason="stream_idle") == 1
+    assert grown("asr_websocket_closes_total", code="4408") == 1
+    assert grown("asr_requests_total", endpoint="stream", model="amira", status="101") == 1
 
 
 async def test_a_flood_of_small_frames_is_ended(make_gateway: MakeGateway) -> None:
