@@ -28,7 +28,8 @@ def speech(recordings: Recordings) -> Samples:
     """Long enough for several segments; the first ends with words of which at last only times and scores change."""
     pause = np.zeros(40_000, np.int16)
     spoken = [recordings["jfk"][: 8 * 16_000], pause, *(part for samples in recordings.values() for part in (samples, pause))]
-    return np.concatenate(spoken)[: 45 * 16_000]
+    everything: Samples = np.concatenate(spoken)
+    return everything[: 45 * 16_000]
 
 
 async def talk(stream: LiveStream, samples: Samples, pace: float = 8.0) -> None:
@@ -54,7 +55,9 @@ async def test_every_ack_can_be_gone_on_from(make_gateway: MakeGateway, speech: 
         make_gateway(session_key="one for all gateways") as second,
     ):
         whole = await converse(first.stream_url(), [*cut(speech, 1600), END], pause_secs=0.01, **V2)
-        text, words, settled_words, acks = "", [], [], []
+        text, acks = "", []
+        words: list[dict[str, Any]] = []
+        settled_words = words
         for message in whole.messages:
             if message["type"] == "ack":
                 settled_words = words[: message["settled"]["words"]]
