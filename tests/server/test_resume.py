@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 from chaos import Proxy, backends, gateway_process
 from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
-from amira_client import LiveStream, StreamError
+from amira_client import LiveStream, Message, StreamError
 from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK
 
@@ -36,6 +40,11 @@ async def talk(stream: LiveStream, samples: Samples, pace: float = 8.0) -> None:
     for frame in cut(samples, 1600):
         await stream.send(frame)
         await asyncio.sleep(0.1 / pace)
+
+
+async def drain(messages: AsyncIterable[Message]) -> None:
+    async for _ in messages:
+        pass
 
 
 async def test_acks_tell_what_is_no_longer_needed(gateway: Gateway, speech: Samples) -> None:
@@ -118,11 +127,9 @@ async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway:
             await talking
             final = await asyncio.wait_for(stream.finish(), 60)
             assert stream.reconnects >= 3
-            messages = [message async for message in stream]
+            assert [message async for message in stream] == [final], "what nobody reads is kept"
         assert (await gateway_metrics(gateway.url))["asr_active_connections", ()] == 0
     assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
-    assert messages[-1] == final
-    assert all(not message.final for message in messages[:-1])
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +155,99 @@ async def test_the_client_goes_on_at_the_next_gateway(
             await talking
             final = await asyncio.wait_for(stream.finish(), 60)
     assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+
+
+async def test_who_reads_slowly_gets_the_newest_message(gateway: Gateway, speech: Samples) -> None:
+    async with LiveStream(gateway.stream_url()) as stream:
+        messages = aiter(stream)
+        await talk(stream, speech[: 16_000 * 10])
+        first = await anext(messages)
+        await talk(stream, speech[16_000 * 10 :])
+        newer = await anext(messages)
+        final = await asyncio.wait_for(stream.finish(), 60)
+        assert first.audio_processed_ms > 5000
+        assert newer.audio_processed_ms > 20_000
+        assert [message async for message in messages] == [final]
+        assert [message async for message in stream] == []
+
+
+async def test_the_client_waits_for_a_server_that_is_slow(
+    make_gateway: MakeGateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pings are answered when the audio before them has been read; the kernels hold most of that."""
+    monkeypatch.setattr("amira_client.stream.connect", partial(connect, ping_interval=0.1, ping_timeout=0.5))
+    async with make_gateway(max_frame_bytes=32_000, audio_buffer_capacity=32_000) as gateway:
+        plain = (await transcribe(gateway.stream_url(), speech)).final
+        async with LiveStream(gateway.stream_url()) as stream:
+            await stream.send(speech.tobytes())
+            final = await asyncio.wait_for(stream.finish(), 60)
+            assert stream.reconnects == 0
+    assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+
+
+async def test_the_client_leaves_a_connection_on_which_nothing_comes(
+    gateway: Gateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amira_client.stream.connect", partial(connect, ping_interval=0.2))
+    monkeypatch.setattr("amira_client.stream.SILENCE_SECS", 1.0)
+    plain = (await transcribe(gateway.stream_url(), speech)).final
+    proxy = Proxy(Ports(LOOPBACK, 0, gateway.server.port, 0))
+    async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
+        await asyncio.sleep(2.5)
+        assert stream.reconnects == 0, "it left a server that answers pings"
+        talking = asyncio.create_task(talk(stream, speech))
+        await asyncio.sleep(2)
+        proxy.forget()
+        await talking
+        final = await asyncio.wait_for(stream.finish(), 20)  # sooner than the gateway finds it idle
+        assert stream.reconnects == 1
+    assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+
+
+async def test_time_on_a_silent_connection_is_not_time_without_a_server(gateway: Gateway, speech: Samples) -> None:
+    proxy = Proxy(Ports(LOOPBACK, 0, gateway.server.port, 0))
+    async with proxy.running():
+        url = f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira"
+        async with LiveStream(url, reconnect_secs=1) as stream:
+            await asyncio.sleep(2.5)
+            proxy.reset()
+            await stream.send(speech[: 16_000 * 5].tobytes())
+            assert (await asyncio.wait_for(stream.finish(), 60)).audio_processed_ms == 5000
+            assert stream.reconnects == 1
+
+
+async def test_a_server_that_drops_every_connection_is_not_tried_forever() -> None:
+    async def drop(socket: ServerConnection) -> None:
+        socket.transport.abort()
+
+    async with serve(drop, LOOPBACK, 0, subprotocols=[Subprotocol("amira.v2")]) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with LiveStream(f"ws://{LOOPBACK}:{port}/", reconnect_secs=0.5) as stream:
+            with pytest.raises(StreamError, match="closed with code 1006"):
+                await asyncio.wait_for(stream.finish(), 10)
+            assert stream.reconnects > 1
+
+
+async def test_an_iteration_tells_that_there_will_be_no_final(
+    make_gateway: MakeGateway, gateway: Gateway, speech: Samples
+) -> None:
+    async with make_gateway(max_stream_audio_secs=5) as strict, LiveStream(strict.stream_url()) as stream:
+        messages = aiter(stream)
+        await talk(stream, speech[: 16_000 * 5])
+        await stream.send(b"\x00\x00")
+        assert not (await anext(messages)).final
+        with pytest.raises(StreamError) as failed:
+            await drain(messages)
+        assert failed.value.code == "audio_too_long"
+    async with LiveStream(gateway.stream_url("nobody")) as stream:
+        with pytest.raises(StreamError, match="404"):
+            await drain(stream)
+    async with LiveStream(gateway.stream_url()) as stream:
+        await asyncio.sleep(0.1)
+    for speaks_on in (drain(stream), stream.send(b"\x00\x00"), stream.finish()):
+        with pytest.raises(StreamError) as left:
+            await speaks_on
+        assert left.value.code == "closed"
 
 
 async def test_the_client_tells_what_it_can_not_mend(make_gateway: MakeGateway) -> None:
