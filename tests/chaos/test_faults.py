@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -63,7 +64,7 @@ def write() -> Iterator[Write]:
         batches = ", ".join(f"{count} × {status}" for status, count in outcome.batches.items())
         rows.append(
             f"| {title} | {STREAMS - len(outcome.lost)} of {STREAMS} | {recovery} | {batches} "
-            f"| {outcome.p95_before:.2f} s | {outcome.p95_during:.2f} s |\n"
+            f"| {seconds(outcome.p95_before)} | {seconds(outcome.p95_during)} |\n"
         )
 
     yield add
@@ -71,6 +72,10 @@ def write() -> Iterator[Write]:
     head = f"{when}, {cpu_model()}. {STREAMS} streams of {SECONDS:g} s, and batches one after the other."
     table = [f"| {' | '.join(TITLES)} |\n", "|---" * len(TITLES) + "|\n", *rows]
     REPORT.write_text(f"# Faults under load\n\n{head}\n\n{''.join(table)}", encoding="utf-8")
+
+
+def seconds(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f} s"
 
 
 def assert_nothing_lost(outcome: Outcome) -> None:
