@@ -397,8 +397,10 @@ class Sequence:
 
 async def _close_later(client: grpcclient.InferenceServerClient, delay_secs: float) -> None:
     """Close a connection when the calls that it still has are over: closing cancels those, and with them who waits."""
-    await asyncio.sleep(delay_secs)
-    await client.close()
+    try:
+        await asyncio.sleep(delay_secs)
+    finally:
+        await client.close()
 
 
 def _read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:

@@ -37,7 +37,6 @@ MAX_ADDRESSES = 10_000
 PIECE_BYTES = 4096
 """What comes is parsed in pieces of this size: one read can hold forty thousand frames, in which others would stand still."""
 
-
 OFFER_OF_HTTP2 = re.compile(rb"\r\nupgrade:[ \t]*h2c[^\r\n]*", re.IGNORECASE)
 """Java's HttpClient makes it with every request. It is to be ignored, but httptools would drop the body for it."""
 
