@@ -136,6 +136,12 @@ class Attack:
             for connection in connections:
                 connection.close()
 
+    async def compute(self) -> None:
+        """No client at all: what it costs that somebody uses the processors that the server leaves idle."""
+        while self.on:
+            sum(range(10_000))
+            await asyncio.sleep(0)
+
     async def in_time(self) -> None:
         """Not hostile at all: what a client costs that keeps to everything."""
         await self.too_fast(1)
@@ -201,6 +207,7 @@ async def _read(connection: Peer) -> None:
 
 
 KINDS: dict[str, Callable[[Attack], Awaitable[None]]] = {
+    "compute": Attack.compute,
     "in_time": Attack.in_time,
     "never_read": Attack.never_read,
     "half_open": Attack.half_open,
