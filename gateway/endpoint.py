@@ -27,6 +27,7 @@ from gateway.settings import Address, Settings
 from gateway.transcript import Answer
 
 OUTPUTS = ("TEXT", "TOKENS", "WORDS", "CONFIDENCE", "STABLE_CHARS", "SEGMENT", "LENGTHS", "STATE")
+REQUESTED_OUTPUTS = [InferRequestedOutput(name) for name in OUTPUTS]
 READY_POLL_SECS = 1.0
 UNREADY_POLL_SECS = 0.2
 READY_TIMEOUT_SECS = 2.0
@@ -208,8 +209,7 @@ class Endpoint:
         """
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
-        outputs = [InferRequestedOutput(name) for name in OUTPUTS]
-        call = self._in_background(self._client.infer(ensemble, [audio], outputs=outputs, **arguments))
+        call = self._in_background(self._client.infer(ensemble, [audio], outputs=REQUESTED_OUTPUTS, **arguments))
         call.add_done_callback(lambda call: call.cancelled() or call.exception())  # that may be nobody's concern any more
         done, _ = await asyncio.wait({call}, timeout=timeout_secs)
         if not done:
