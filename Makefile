@@ -90,7 +90,7 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, two minutes on idle cores
 	@$(BIN)/pytest tests/training
 
-chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; twenty minutes
+chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; half an hour
 	@$(BIN)/pytest tests/chaos
 
 fuzz: setup  ## Say what nobody would to REST, WebSocket and decoders of audio: make fuzz [MINUTES=10], of each of four

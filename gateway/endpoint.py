@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,6 +46,9 @@ UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (
 
 ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before each try to end a sequence on a Triton that does not answer."""
+
+LAST_LOOK_SECS = 1.0
+"""Within this time a connection that was left has to show that it is not lost, once another has shown that Triton is well."""
 
 MOST_PATIENCE = 4
 """No request takes more than so many times ``inference_timeout_secs``."""
@@ -136,6 +139,27 @@ class Recogniser:
         )
 
 
+@dataclass(eq=False)
+class Connection:
+    """A connection to one Triton.
+
+    Attributes:
+        client: Triton's.
+        began_at: in seconds of ``time.monotonic``.
+        waiting: for each call that somebody waits for, what ends the wait when the connection is given up.
+    """
+
+    client: grpcclient.InferenceServerClient
+    began_at: float = field(default_factory=time.monotonic)
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+
+    def give_up(self) -> None:
+        """Wait no more for what it owes."""
+        for wait in self.waiting:
+            if not wait.done():
+                wait.set_result(None)
+
+
 class Endpoint:
     """One Triton server, with the ensembles that the settings name.
 
@@ -157,8 +181,8 @@ class Endpoint:
         self.breaker = Breaker()
         self.sequences = 0
         self._settings = settings
-        self._client = self._connect()
-        self._connected_at = time.monotonic()
+        self._connection = self._connect()
+        self._left: list[Connection] = []  # while no other has shown that Triton is well
         self._recognisers: dict[str, Recogniser] = {}
         self._rejected: dict[str, str] = {}  # ensembles that are none of ours, and why
         self._doubted = asyncio.Event()
@@ -174,7 +198,7 @@ class Endpoint:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        await self._client.close()
+        await self._connection.client.close()
 
     def ready(self, ensemble: str) -> bool:
         """Whether every model that the ensemble needs was ready at the last look."""
@@ -205,28 +229,37 @@ class Endpoint:
         front end of Triton 2.51 may crash when a request is cancelled soon after it came.
 
         Raises:
+            UnreachableError: its connection was left, and Triton is well by another.
             InferenceServerException: it failed, or took too long.
         """
+        connection = self._connection
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
-        call = self._in_background(self._client.infer(ensemble, [audio], outputs=REQUESTED_OUTPUTS, **arguments))
+        call = self._in_background(connection.client.infer(ensemble, [audio], outputs=REQUESTED_OUTPUTS, **arguments))
         call.add_done_callback(lambda call: call.cancelled() or call.exception())  # that may be nobody's concern any more
-        done, _ = await asyncio.wait({call}, timeout=timeout_secs)
-        if not done:
-            raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
-        return call.result()
+        given_up = asyncio.get_running_loop().create_future()
+        connection.waiting.add(given_up)
+        try:
+            await asyncio.wait({call, given_up}, timeout=timeout_secs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            connection.waiting.discard(given_up)
+        if call.done():
+            return call.result()
+        if given_up.done():
+            raise UnreachableError(ErrorKind.BACKEND_FAILED, "the connection to the recogniser was lost; please retry")
+        raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
 
-    def _connect(self) -> grpcclient.InferenceServerClient:
-        return grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS)
+    def _connect(self) -> Connection:
+        return Connection(grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS))
 
     def _reconnect(self) -> None:
         """Leave a connection that leads nowhere.
 
         A silent network would keep it for minutes, and gRPC asks ever more seldom for the address of a name that was unknown.
         """
-        left, self._client = self._client, self._connect()
-        self._connected_at = time.monotonic()
-        self._in_background(_close_later(left, MOST_PATIENCE * self._settings.inference_timeout_secs))
+        left, self._connection = self._connection, self._connect()
+        self._left = [connection for connection in (*self._left, left) if connection.waiting]
+        self._in_background(_close_later(left.client, MOST_PATIENCE * self._settings.inference_timeout_secs))
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -246,7 +279,7 @@ class Endpoint:
         started = time.perf_counter()
         before = self.models
         try:
-            index = await self._client.get_model_repository_index(client_timeout=READY_TIMEOUT_SECS)
+            index = await self._connection.client.get_model_repository_index(client_timeout=READY_TIMEOUT_SECS)
             states = {model.name: _model_state(model.state) for model in index.models}
             for ensemble in set(self._settings.models.values()) - self._recognisers.keys():
                 if states.get(ensemble) is ModelState.READY:
@@ -256,12 +289,15 @@ class Endpoint:
             self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
             self.latency_secs = time.perf_counter() - started
             self.was_ready |= any(map(self.ready, self._recognisers))
+            for connection in filter(lambda left: left.waiting, self._left):
+                self._in_background(_give_up_if_lost(connection))
+            self._left.clear()
         except InferenceServerException as error:
             self.models = dict.fromkeys(before or self._settings.models.values(), ModelState.UNKNOWN)
             self.latency_secs = None
             self._recognisers.clear()  # it may come back with another configuration
             self._rejected.clear()
-            if time.monotonic() - self._connected_at >= READY_TIMEOUT_SECS:
+            if time.monotonic() - self._connection.began_at >= READY_TIMEOUT_SECS:
                 self._reconnect()
             if before != self.models:
                 log.warning("triton unreachable", endpoint=self.address, reason=error.message())
@@ -302,7 +338,7 @@ class Endpoint:
             )
 
     async def _config(self, model: str) -> dict[str, Any]:
-        answer = await self._client.get_model_config(model, as_json=True, client_timeout=READY_TIMEOUT_SECS)
+        answer = await self._connection.client.get_model_config(model, as_json=True, client_timeout=READY_TIMEOUT_SECS)
         config: dict[str, Any] = answer["config"]
         return config
 
@@ -384,6 +420,8 @@ class Sequence:
                     sequence_end=True,
                     timeout_secs=self._timeout_secs,
                 )
+            except UnreachableError:
+                continue
             except InferenceServerException as error:
                 if error.status() in (UNAVAILABLE, DEADLINE_EXCEEDED):
                     continue
@@ -393,6 +431,14 @@ class Sequence:
     def _live(self, alive: bool) -> None:
         self.endpoint.sequences += alive - self._alive
         self._alive = alive
+
+
+async def _give_up_if_lost(connection: Connection) -> None:
+    """Wait no more for what a connection owes that still leads nowhere; one of a Triton that is merely slow is waited for."""
+    try:
+        await connection.client.is_server_live(client_timeout=LAST_LOOK_SECS)
+    except InferenceServerException:
+        connection.give_up()
 
 
 async def _close_later(client: grpcclient.InferenceServerClient, delay_secs: float) -> None:
