@@ -47,7 +47,7 @@ UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (
 ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before each try to end a sequence on a Triton that does not answer."""
 
-LAST_LOOK_SECS = 1.0
+LAST_LOOK_SECS = 0.5
 """Within this time a connection that was left has to show that it is not lost, once another has shown that Triton is well."""
 
 MOST_PATIENCE = 4
