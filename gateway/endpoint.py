@@ -289,8 +289,9 @@ class Endpoint:
             self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
             self.latency_secs = time.perf_counter() - started
             self.was_ready |= any(map(self.ready, self._recognisers))
-            for connection in filter(lambda left: left.waiting, self._left):
-                self._in_background(_give_up_if_lost(connection))
+            for connection in self._left:
+                if connection.waiting:
+                    self._in_background(_give_up_if_lost(connection))
             self._left.clear()
         except InferenceServerException as error:
             self.models = dict.fromkeys(before or self._settings.models.values(), ModelState.UNKNOWN)
