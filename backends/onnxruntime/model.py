@@ -17,6 +17,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 
+from standstill import Standstill
+
 ONNX_TYPES = {
     "TYPE_BOOL": "tensor(bool)",
     "TYPE_UINT8": "tensor(uint8)",
@@ -68,10 +70,12 @@ class TritonPythonModel:
         if unfed:
             raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt lacks the graph's inputs {sorted(unfed)}")
         self._warm_up(config.get("model_warmup", []), Path(args["model_repository"]) / "warmup")
+        self._standstill = Standstill(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run each request by itself; one that fails gets its own error."""
-        return [self._run(request) for request in requests]
+        with self._standstill:
+            return [self._run(request) for request in requests]
 
     def _run(self, request: Any) -> Any:
         feeds: dict[str, npt.NDArray[Any]] = {}

@@ -29,8 +29,8 @@ FRAME_SECS = 0.1
 MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
 AMIRA = ROOT / ".venv" / "bin" / "amira"
 SESSION_KEY = "one for all gateways"
-SETTLE_SECS = 2.0
-"""Within this time it shows whether Triton outlives something: its stubs are looked after every half second."""
+NOTICED_SECS = 30.0
+"""Within this time a Triton that lost a stub is started again: at once, but for the launcher's delays of up to 10 s."""
 
 
 @dataclass
@@ -82,7 +82,9 @@ async def speak(url: str, samples: Samples, pace: float = 1.0, right_secs: float
     return said
 
 
-async def transcribe_repeatedly(url: str, samples: Samples, until: asyncio.Event) -> list[tuple[int, str]]:
+async def transcribe_repeatedly(
+    url: str, samples: Samples, until: asyncio.Event, pause_secs: float = 0.3
+) -> list[tuple[int, str]]:
     """Send a recording as a batch again and again; status and text of each answer."""
     answers = []
     headers = {"Content-Type": "audio/pcm"}
@@ -90,7 +92,7 @@ async def transcribe_repeatedly(url: str, samples: Samples, until: asyncio.Event
         while not until.is_set():
             answer = await http.post(url, content=samples.tobytes(), headers=headers)
             answers.append((answer.status_code, answer.json().get("text", "")))
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(pause_secs)
     return answers
 
 
@@ -140,6 +142,14 @@ class Backend:
                     if sum(model.get("state") == "READY" for model in states) == MODELS:
                         return time.monotonic()
                 await asyncio.sleep(0.05)
+
+    async def started_anew(self, before: int | None) -> float:
+        """Wait until another Triton than that of this process id serves; the moment."""
+        deadline = time.monotonic() + NOTICED_SECS
+        while self.triton.pid in (before, None):
+            assert time.monotonic() < deadline, "Triton goes on as if nothing had been"
+            await asyncio.sleep(0.05)
+        return await self.ready_again()
 
 
 @asynccontextmanager
@@ -349,16 +359,11 @@ async def kill_stub(backend: Backend, model: str) -> float:
     before = backend.triton.pid
     (process, *_) = backend.stubs(model)
     process.kill()
-    while backend.triton.pid in (before, None):
-        await asyncio.sleep(0.05)
-    return await backend.ready_again()
+    return await backend.started_anew(before)
 
 
 async def stop_for(backend: Backend, seconds: float) -> float:
-    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps.
-
-    It may be the end of Triton: whoever goes on first takes the others for dead, and a stub that is taken for dead crashes.
-    """
+    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps; the stubs end for it."""
     before = backend.triton.pid
     processes = [psutil.Process(before), *psutil.Process(before).children(recursive=True)]
     for process in processes:
@@ -366,9 +371,4 @@ async def stop_for(backend: Backend, seconds: float) -> float:
     await asyncio.sleep(seconds)
     for process in processes:
         process.resume()
-    resumed = time.monotonic()
-    while time.monotonic() < resumed + SETTLE_SECS:
-        if backend.triton.pid != before:
-            return await backend.ready_again()
-        await asyncio.sleep(0.05)
-    return resumed
+    return await backend.started_anew(before)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from chaos import Backend, Outcome, Proxy, backends, disturb, kill, kill_stub, pieces, speak, stop_for
+from chaos import Backend, Outcome, Proxy, backends, disturb, kill, kill_stub, pieces, speak, stop_for, transcribe_repeatedly
 from clients import decoder_metric, gateway_metrics, growth, transcribe
 from conftest import Gateway, Recordings, Samples, run_gateway
 
@@ -80,6 +80,23 @@ async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: stop_for(two[0], 2.0))
     assert outcome.lost == []
     assert outcome.closes == []
+
+
+async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: Recordings) -> None:
+    """A Triton that stood still takes what its models answer afterwards for the answers to other requests."""
+    speech = pieces([*recordings.values()], 8, 2.0)
+    done = asyncio.Event()
+    async with run_gateway(triton_endpoint=two[0].target) as gateway:
+        url = gateway.batch_url()
+        clients = [asyncio.create_task(transcribe_repeatedly(url, samples, done, pause_secs=0)) for samples in speech]
+        await asyncio.sleep(1)
+        await stop_for(two[0], 1.2)
+        await asyncio.sleep(1)
+        done.set()
+        for answers in await asyncio.gather(*clients):
+            texts = [text for status, text in answers if status == 200]
+            assert set(texts) == {texts[0]}
+            assert len(texts) > 1
 
 
 @pytest.mark.parametrize("how", ["reset", "forget", "silent", "deaf"])

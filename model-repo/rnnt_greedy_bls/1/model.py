@@ -26,6 +26,7 @@ from greedy import Transducer
 from metrics import Metrics
 from network import TRACE, Network
 from parameters import SAMPLE_RATE, ParameterError, Parameters
+from standstill import Standstill
 from stream import Answer, Samples, Stream
 
 REPORT_SECS = 0.1
@@ -101,19 +102,21 @@ class TritonPythonModel:
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._report(), self._loop)
         asyncio.run_coroutine_threadsafe(_trim(), self._loop)
+        self._standstill = Standstill(self._name)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; they are answered later, each by itself."""
         traced = []
-        for request in requests:
-            trace = request.trace()
-            serving = self._serve(Request.read(request), trace if trace.get_context() else None)
-            served = asyncio.run_coroutine_threadsafe(serving, self._loop)
-            if trace.get_context():
-                traced.append(served)
-        # A trace ends with its request, and that ends when this returns.
-        for served in traced:
-            served.result()
+        with self._standstill:
+            for request in requests:
+                trace = request.trace()
+                serving = self._serve(Request.read(request), trace if trace.get_context() else None)
+                served = asyncio.run_coroutine_threadsafe(serving, self._loop)
+                if trace.get_context():
+                    traced.append(served)
+            # A trace ends with its request, and that ends when this returns.
+            for served in traced:
+                served.result()
 
     def finalize(self) -> None:
         """Stop the event loop, and report no streams."""
