@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -135,11 +136,15 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._allowance = TokenBucket(SMALL_A_SECOND, SMALL_A_SECOND, self.loop.time)
         self._flooded_since: float | None = None
         self._later: asyncio.TimerHandle | None = None
+        self._sink: Callable[[bytes], bool] | None = None
+        self._awaited = False  # by the application, which has no message in hand
+        self._sunk = False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Drop what was not parsed."""
         self._unparsed.clear()
         self._cancel()
+        self._sink = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -170,11 +175,28 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._wait_secs()  # it may have stopped meanwhile
         return self.loop.time() - self._flooded_since if self._flooded_since else 0.0
 
+    def offer_to(self, sink: Callable[[bytes], bool]) -> None:
+        """Offer each binary message to a function before it is put into the queue, as long as that would be the next message.
+
+        Most are audio, and to wake a task for each of them takes longer than to take it.
+        """
+        self._sink = sink
+
+    def send_receive_event_to_app(self) -> None:
+        """Hand on a message that is whole."""
+        if self._sink and self._awaited and self.queue.empty() and self.curr_msg_data_type == "bytes":
+            self.frames = [b"".join(self.frames)]
+            if self._sink(self.frames[0]):
+                self.frames = []
+                self._sunk = True
+                return
+        super().send_receive_event_to_app()
+
     def handle_connect(self, event: Request) -> None:
-        """Let the application know of a flood."""
+        """Let the application know of a flood, and have messages offered."""
         super().handle_connect(event)
         if self.response.status_code == HTTPStatus.SWITCHING_PROTOCOLS:
-            self.scope["state"]["flooding_secs"] = self.flooding_secs
+            self.scope["state"].update(flooding_secs=self.flooding_secs, offer_to=self.offer_to)
 
     def handle_events(self) -> None:
         """Count small frames."""
@@ -194,7 +216,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:
         """The next message; when there is none left, more is parsed."""
-        message = await self.queue.get()
+        self._awaited = True
+        try:
+            message = await self.queue.get()
+        finally:
+            self._awaited = False
         if self.queue.empty():
             self._go_on()
         return message
@@ -214,9 +240,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 self._later = self.loop.call_later(wait_secs, self._go_on)
             if wait_secs > 0 or self._must_wait():
                 break
+            self._sunk = False
             piece = bytes(self._unparsed[:PIECE_BYTES])
             del self._unparsed[:PIECE_BYTES]
             super().data_received(piece)
+            if self._sunk and self._unparsed:
+                self._later = self.loop.call_later(0, self._go_on)
+                break
             if self.conn.handshake_exc and not self.handshake_complete:
                 self._refuse_head(self.conn.handshake_exc)
         if self.conn.parser_exc:

@@ -3,9 +3,9 @@
 With the subprotocol ``amira.v2`` a client learns with every answer what it needs to go on after a lost connection.
 
 Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops
-reading, and TCP tells the client. The pump sends what has gathered to Triton as soon as a window is complete, one request at a
-time, and the transcript back. Whatever ends the stream, the pump's last request is the sequence's end, so nothing stays in the
-decoder.
+reading, and TCP tells the client. Audio that fits in at once does not even wake it. The pump sends what has gathered to Triton
+as soon as a window is complete, one request at a time, and the transcript back. Whatever ends the stream, the pump's last
+request is the sequence's end, so nothing stays in the decoder.
 """
 
 from __future__ import annotations
@@ -92,15 +92,23 @@ class AudioBuffer:
         self._taken_bytes = 0
         self._arrivals: deque[tuple[int, float]] = deque()  # from which byte of the stream on audio came at this time
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes can be appended now."""
+        return len(self._audio) + size <= self._capacity
+
     async def put(self, audio: bytes) -> None:
-        """Append audio, once there is room for it; nowhere if nobody will take it."""
+        """Append audio, once there is room for it."""
         arrived = time.monotonic()
         self._emptied.clear()
-        while len(self._audio) + len(audio) > self._capacity:
+        while not self.has_room(len(audio)):
             self._overflows = True
             self._filled.set()
             await self._emptied.wait()
             self._emptied.clear()
+        self.append(audio, arrived)
+
+    def append(self, audio: bytes, arrived: float) -> None:
+        """Append audio for which there is room; nowhere if nobody will take it."""
         if self.end is End.ABANDONED:
             return
         if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
@@ -193,6 +201,7 @@ class Session:
 
     async def run(self) -> int:
         """Serve the stream; gives the code it was closed with."""
+        self._socket.state.offer_to(self._take)
         reader = asyncio.create_task(self._read(), name="stream reader")
         pump = asyncio.create_task(self._pump(), name="stream pump")
         watch = asyncio.create_task(self._watch(), name="stream watch")
@@ -260,6 +269,18 @@ class Session:
             elif frame != KEEPALIVE:
                 self._check(frame)
                 await self._buffer.put(frame)
+
+    def _take(self, frame: bytes) -> bool:
+        """Take a frame in the reader's stead if it is audio that can be taken at once, while the reader waits for one."""
+        if self._ended_at or len(frame) < BYTES_A_SAMPLE or not self._buffer.has_room(len(frame)):
+            return False
+        try:
+            self._check(frame)
+        except ApiError:
+            return False  # the reader finds the same, and ends the stream by it
+        self._waits_since = time.monotonic()
+        self._buffer.append(frame, self._waits_since)
+        return True
 
     async def _watch(self) -> None:
         """Look whether frames come, which is cheaper than a timer for each of them, and not too many.

@@ -34,6 +34,7 @@ class Application:
         self.may_read = asyncio.Event()
         self.may_read.set()
         self.flooding_secs: Callable[[], float] = float
+        self.sink: Callable[[bytes], bool] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
@@ -41,11 +42,15 @@ class Application:
             await send({"type": "http.response.body", "body": b"ok"})
         elif scope["type"] == "websocket":
             self.flooding_secs = scope["state"]["flooding_secs"]
+            if self.sink:
+                scope["state"]["offer_to"](self.sink)
             await receive()
             await send({"type": "websocket.accept"})
             while True:
                 await self.may_read.wait()
                 message = await receive()
+                if self.sink and len(self.messages) % 5 == 0:
+                    await asyncio.sleep(0.002)  # with the message in hand
                 self.messages.append(message)
                 if message["type"] == "websocket.disconnect":
                     return
@@ -234,7 +239,10 @@ async def test_a_close_in_the_midst_of_a_flood(port: int, application: Applicati
             await socket.send(b"\x01")
         await asyncio.wait_for(socket.wait_closed(), 5)
         assert socket.close_code == 1000
-    assert 501 < len(application.messages) < 1001  # those that were already parsed
+    assert application.messages[500]["text"] == "close"
+    while application.messages[-1]["type"] != "websocket.disconnect":
+        await asyncio.sleep(0.01)
+    assert application.messages[-1]["code"] == 1000
 
 
 async def test_a_slow_application_loses_nothing(port: int, application: Application) -> None:
@@ -247,6 +255,50 @@ async def test_a_slow_application_loses_nothing(port: int, application: Applicat
         while len(application.messages) < 700:
             await asyncio.sleep(0.01)
     assert [message["bytes"][:2] for message in application.messages[:700]] == [i.to_bytes(2, "big") for i in range(700)]
+
+
+async def test_who_takes_some_at_once_gets_all_in_their_order(port: int, application: Application) -> None:
+    taken = 0
+
+    def sink(data: bytes) -> bool:
+        nonlocal taken
+        take = data[1] % 3 > 0
+        if take:
+            application.messages.append({"type": "websocket.receive", "bytes": data})
+        taken += take
+        return take
+
+    application.sink = sink
+    messages = [f"{i}" if i % 7 == 0 else i.to_bytes(2, "big") * SMALL_BYTES for i in range(600)]
+    async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
+        for i, message in enumerate(messages):
+            await socket.send([message] if i % 11 == 0 else message)  # some in fragments
+            if i % 100 < 60:  # and some in a burst
+                await asyncio.sleep(0.003)
+        while len(application.messages) < len(messages):
+            await asyncio.sleep(0.01)
+    assert [message.get("text", message.get("bytes")) for message in application.messages[: len(messages)]] == messages
+    assert 100 < taken < len(messages)
+
+
+async def test_what_is_taken_at_once_holds_up_nobody(port: int, application: Application) -> None:
+    """Of what one read brings each turn of the loop takes a piece."""
+    turn, turns = 0, []
+
+    def sink(_: bytes) -> bool:
+        turns.append(turn)
+        return True
+
+    application.sink = sink
+    frame = b"\x82\xfe" + (1280).to_bytes(2, "big") + bytes(4 + 1280)
+    _, writer = await upgraded(port)
+    await asyncio.sleep(0.1)
+    writer.write(frame * 100)
+    while len(turns) < 100:
+        await asyncio.sleep(0)
+        turn += 1
+    assert max(map(turns.count, turns)) <= 5  # 4 KB, and what was left of the piece before
+    writer.close()
 
 
 async def test_a_frame_that_is_far_too_large_is_told_to_who_is_still_sending_it(application: Application) -> None:
