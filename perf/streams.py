@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import orjson
@@ -97,6 +98,7 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
     address = f"{url.replace('http', 'ws', 1)}{PATH}"
     try:
         async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(_without_collections())
             sockets = [await stack.enter_async_context(_open(address)) for _ in scripts]
             start = time.perf_counter() + CONNECT_LEAD_SECS
             played = await asyncio.gather(
@@ -108,6 +110,17 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
     except (OSError, WebSocketException) as error:
         raise PerfError(f"one of {len(scripts)} streams was refused or cut off: {error}") from None
     return [partial for partials in played for partial in partials]
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Look for no garbage, for up to 90 ms, while arrivals are timed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _open(address: str) -> connect:
