@@ -138,7 +138,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self._later: asyncio.TimerHandle | None = None
         self._sink: Callable[[bytes], bool] | None = None
         self._awaited = False  # by the application, which has no message in hand
-        self._sunk = False
+        self._sunk = False  # something of the last piece
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Drop what was not parsed."""
@@ -245,7 +245,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             del self._unparsed[:PIECE_BYTES]
             super().data_received(piece)
             if self._sunk and self._unparsed:
-                self._later = self.loop.call_later(0, self._go_on)
+                self._later = self.loop.call_later(0, self._go_on)  # after the others
                 break
             if self.conn.handshake_exc and not self.handshake_complete:
                 self._refuse_head(self.conn.handshake_exc)
