@@ -73,7 +73,7 @@ def assert_ended(model: Model) -> None:
     assert model.answer() == "", "what would be somebody else's answer"
     code, words = model.end()
     assert code == 1
-    assert re.fullmatch(r"model: stood still for \d\.\d s; its process ends\n", words)
+    assert re.match(r"model: stood still for \d\.\d s; its process ends", words)  # both threads may say so
 
 
 def test_with_a_request_under_way(model: Model) -> None:
