@@ -239,10 +239,7 @@ async def test_a_close_in_the_midst_of_a_flood(port: int, application: Applicati
             await socket.send(b"\x01")
         await asyncio.wait_for(socket.wait_closed(), 5)
         assert socket.close_code == 1000
-    assert application.messages[500]["text"] == "close"
-    while application.messages[-1]["type"] != "websocket.disconnect":
-        await asyncio.sleep(0.01)
-    assert application.messages[-1]["code"] == 1000
+    assert 501 < len(application.messages) < 1001  # those that were already parsed
 
 
 async def test_a_slow_application_loses_nothing(port: int, application: Application) -> None:
