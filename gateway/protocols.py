@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
@@ -34,6 +35,10 @@ LINGER_SECS, QUIET_SECS = 5.0, 0.3
 
 MAX_ADDRESSES = 10_000
 """Of so many the last connections are remembered."""
+
+RECEIVE_BYTES = 128 * 2**10
+"""Audio of a WebSocket that may wait in the kernel, 4 s; Linux doubles it for its own needs. By itself it takes megabytes of
+what comes faster than it is decoded, which no other limit counts and behind which pings wait."""
 
 PIECE_BYTES = 4096
 """What comes is parsed in pieces of this size: one read can hold forty thousand frames, in which others would stand still."""
@@ -132,6 +137,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin with a full allowance."""
         super().connection_made(transport)
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         self._unparsed = bytearray()
         self._allowance = TokenBucket(SMALL_A_SECOND, SMALL_A_SECOND, self.loop.time)
         self._flooded_since: float | None = None

@@ -86,8 +86,8 @@ def cut(samples: npt.NDArray[np.int16], sizes: int | Sequence[int]) -> list[byte
 async def transcribe(
     url: str, samples: npt.NDArray[np.int16], frame_samples: int | Sequence[int] = 1600, **options: Any
 ) -> Conversation:
-    """Stream a whole recording as fast as it is taken."""
-    return await converse(url, [*cut(samples, frame_samples), END], **options)
+    """Stream a whole recording as fast as it is taken; a ping may wait behind it for long."""
+    return await converse(url, [*cut(samples, frame_samples), END], ping_timeout=None, **options)
 
 
 async def decoder_metric(ports: Ports, name: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +15,13 @@ import hostile
 import httpx
 import psutil
 import pytest
-from chaos import p95, speak
+from chaos import Proxy, p95, speak
 from clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
-from conftest import Gateway, Recordings
-from hostile import PING, frame, peer
+from conftest import Gateway, Recordings, run_gateway
+from hostile import PING, Peer, frame, peer
 
 from gateway.protocols import WebSocketProtocol
+from launcher.engine import Ports
 from launcher.run import LOOPBACK
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -133,6 +135,27 @@ async def test_who_sends_fast_gives_way(make_gateway: MakeGateway, recordings: R
     assert all(conversation.final == plain for conversation in fast)
     assert said.finals == [plain["text"]]
     assert p95([secs for _, secs in said.latencies]) < 3
+
+
+async def test_audio_that_comes_too_fast_waits_with_its_client(triton: Ports) -> None:
+    """Not in the kernel, which would take megabytes of each stream that no limit of the gateway knows of."""
+    proxy, capacity = Proxy(triton), 2**20
+    async with (
+        proxy.running(),
+        run_gateway(triton_endpoint=f"{LOOPBACK}:{proxy.port}", audio_buffer_capacity=capacity) as gateway,
+    ):
+        with Peer() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+            await client.begin(gateway.server.port)
+            assert await client.upgrade()
+            proxy.silent = True
+            second, sent_bytes = frame(bytes(32_000)), 0
+            with contextlib.suppress(asyncio.TimeoutError):
+                while True:
+                    await asyncio.wait_for(client.send_bytes(second), 0.5)
+                    sent_bytes += len(second)
+        proxy.silent = False
+        assert capacity < sent_bytes < capacity + 2**20
 
 
 async def test_hostile_clients_of_every_kind_at_once(make_gateway: MakeGateway, recordings: Recordings) -> None:
