@@ -120,6 +120,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Stop the event loop, and report no streams."""
+        asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._sequences.clear()
@@ -225,6 +226,14 @@ async def _trim() -> None:
         while True:
             await asyncio.sleep(TRIM_SECS)
             trim(0)
+
+
+async def _end_all() -> None:
+    """End what runs in the event loop; what only stops with it is reported as destroyed."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _input(request: Any, name: str) -> Any:
