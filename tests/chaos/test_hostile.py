@@ -68,7 +68,7 @@ class Kind(NamedTuple):
 
 KINDS: Mapping[str, Kind] = {
     "none": Kind("none", 0),
-    "compute": Kind("none, but a process of lowest priority that computes", 1),
+    "compute": Kind("none, but a process of lowest priority that computes", 100),
     "in_time": Kind("6 more that are not hostile", 6, "{} frames"),
     "never_read": Kind("6 that speak, ask, and never read", 6, "{} frames", instead_of=True),
     "half_open": Kind("half-open connections", 40, "{} connections"),
@@ -80,8 +80,9 @@ KINDS: Mapping[str, Kind] = {
 
 
 CONTROLS = {"none", "compute", "in_time"}
-"""Rows that tell what is no harm: how much the figures differ by themselves, what it costs that the clients run on the server's
-machine, and what an honest stream costs the others."""
+"""Rows that tell what is no harm: how much the figures differ by themselves, what it costs that somebody computes on the
+server's machine, and what an honest stream costs the others. In the turns without hostile clients of every other row somebody
+computes as much as those did, or there are as many honest ones."""
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +117,24 @@ def write() -> Iterator[Callable[..., None]]:
     REPORT.write_text(f"# Hostile clients\n\n{head}\n\n{''.join(table)}", encoding="utf-8")
 
 
-async def attack(port: int, kind: str) -> int:
-    """Let the clients loose for a turn; how much they did."""
-    if not KINDS[kind].clients:
+class Done(NamedTuple):
+    """What the clients of a turn did, and the share of a processor that their process took for it."""
+
+    amount: int = 0
+    share: float = 0.0
+
+
+async def attack(port: int, kind: str, clients: int) -> Done:
+    """Let clients loose for a turn."""
+    if not clients:
         await asyncio.sleep(TURN_SECS)
-        return 0
-    command = [sys.executable, hostile.__file__, kind, str(port), str(ATTACK_SECS), str(KINDS[kind].clients)]
+        return Done()
+    command = [sys.executable, hostile.__file__, kind, str(port), str(ATTACK_SECS), str(clients)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0
-    return int(output.split()[-1])
+    amount, used_secs = output.split()[-2:]
+    return Done(int(amount), float(used_secs) / ATTACK_SECS)
 
 
 async def settled(backend: Backend, url: str, pid: int, before: Footprint) -> Footprint:
@@ -161,20 +170,24 @@ async def test_hostile_clients(
     }
     async with gateway_process(port, backend.ports, **settings) as gateway:
         # Pools and caches that grow once are not what is looked for.
-        await asyncio.gather(*(transcribe(stream_url, samples[: 5 * RATE]) for samples in said), attack(port, name))
+        first, *_ = await asyncio.gather(
+            attack(port, name, kind.clients), *(transcribe(stream_url, samples[: 5 * RATE]) for samples in said)
+        )
         await asyncio.sleep(TIMEOUT_SECS + 1)
         before = await look(backend, url, gateway.pid)
         streams = [asyncio.create_task(speak(stream_url, samples)) for samples in said]
         began = time.monotonic()
-        done, spans = 0, []
+        attacks, spans = [first], []
         for turn in range(2 * ROUNDS):
             await asyncio.sleep(began + turn * TURN_SECS - time.monotonic())
             since = time.monotonic()
             if turn % 2:
-                done += await attack(port, name)
+                attacks.append(await attack(port, name, kind.clients))
                 spans.append((since, time.monotonic()))
             elif kind.instead_of:
-                await attack(port, "in_time")
+                await attack(port, "in_time", kind.clients)
+            elif name not in CONTROLS:
+                await attack(port, "compute", round(100 * attacks[-1].share))
         results: list[Said] = await asyncio.gather(*streams)
         after = await settled(backend, url, gateway.pid, before)
     latencies: dict[bool, list[float]] = {False: [], True: []}
@@ -187,11 +200,15 @@ async def test_hostile_clients(
     left = ", ".join(
         [*(f"{count} {what}" for what, count in more.items() if count > 0), f"{grown[largest]:+.0f} MB ({largest})"]
     )
+    if kind.instead_of:
+        there = f", {kind.clients} others in real time there"
+    else:
+        there = "" if name in CONTROLS else f", {np.mean([one.share for one in attacks]):.0%} of a core computed there"
     write(
         kind.title,
-        kind.did.format(f"{done:,}"),
+        kind.did.format(f"{sum(one.amount for one in attacks[1:]):,}"),
         f"{right} of {STREAMS}",
-        f"{p95(latencies[False]):.2f} s{f', {kind.clients} others in real time there' if kind.instead_of else ''}",
+        f"{p95(latencies[False]):.2f} s{there}",
         f"{p95(latencies[True]):.2f} s",
         left,
     )

@@ -1,7 +1,8 @@
 """Clients that mean harm, or behave as if they did, as a process of their own: ``python hostile.py KIND PORT SECONDS CLIENTS``.
 
-They speak bytes over TCP, since no WebSocket library would say what they say. The process gives way to every other: what is
-measured is what they make the server do, not what they cost themselves.
+They speak bytes over TCP, since no WebSocket library would say what they say. The process gives way to every other, and prints
+how much the clients did and how many seconds of a processor they took: what they make the server do is one thing, and another
+what they cost themselves.
 """
 
 from __future__ import annotations
@@ -137,10 +138,11 @@ class Attack:
                 connection.close()
 
     async def compute(self) -> None:
-        """No client at all: what it costs that somebody uses the processors that the server leaves idle."""
-        while self.on:
-            sum(range(10_000))
-            await asyncio.sleep(0)
+        """No client at all, but somebody who takes a hundredth of a processor that the server leaves idle."""
+        async for _ in self.pace(100 * COMPUTE_SECS):
+            until = time.thread_time() + COMPUTE_SECS
+            while time.thread_time() < until:
+                sum(range(1000))
 
     async def in_time(self) -> None:
         """Not hostile at all: what a client costs that keeps to everything."""
@@ -216,6 +218,9 @@ KINDS: dict[str, Callable[[Attack], Awaitable[None]]] = {
     "connect": Attack.connect,
     "vanish": Attack.vanish,
 }
+COMPUTE_SECS = 0.005
+"""So long who only computes does so at a time."""
+
 CONNECTS = 50
 """Clients that share the thousand connections of a second."""
 
@@ -231,11 +236,12 @@ async def main(kind: str, port: int, secs: float, clients: int) -> None:
         await asyncio.sleep(number / clients)
         await KINDS[kind](attack)
 
+    used_secs = time.process_time()
     results = await asyncio.gather(*map(begin, range(clients)), return_exceptions=True)
     for result in results:
         if isinstance(result, Exception) and not isinstance(result, (OSError, asyncio.TimeoutError)):
             raise result
-    print(attack.done)  # noqa: T201
+    print(attack.done, time.process_time() - used_secs)  # noqa: T201
 
 
 if __name__ == "__main__":
