@@ -18,7 +18,7 @@ import pytest
 from chaos import Proxy, p95, speak
 from clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
 from conftest import Gateway, Recordings, run_gateway
-from hostile import PING, Peer, frame, peer
+from hostile import PING, frame, peer
 
 from gateway.protocols import WebSocketProtocol
 from launcher.engine import Ports
@@ -143,17 +143,16 @@ async def test_audio_that_comes_too_fast_waits_with_its_client(triton: Ports) ->
     async with (
         proxy.running(),
         run_gateway(triton_endpoint=f"{LOOPBACK}:{proxy.port}", audio_buffer_capacity=capacity) as gateway,
+        peer(gateway.server.port) as client,
     ):
-        with Peer() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
-            await client.begin(gateway.server.port)
-            assert await client.upgrade()
-            proxy.silent = True
-            second, sent_bytes = frame(bytes(32_000)), 0
-            with contextlib.suppress(asyncio.TimeoutError):
-                while True:
-                    await asyncio.wait_for(client.send_bytes(second), 0.5)
-                    sent_bytes += len(second)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+        assert await client.upgrade()
+        proxy.silent = True
+        second, sent_bytes = frame(bytes(32_000)), 0
+        with contextlib.suppress(asyncio.TimeoutError):
+            while True:
+                await asyncio.wait_for(client.send_bytes(second), 0.5)
+                sent_bytes += len(second)
         proxy.silent = False
         assert capacity < sent_bytes < capacity + 2**20
 
