@@ -85,11 +85,11 @@ async def speak(url: str, samples: Samples, pace: float = 1.0, right_secs: float
 async def transcribe_repeatedly(
     url: str, samples: Samples, until: asyncio.Event, pause_secs: float = 0.3
 ) -> list[tuple[int, str]]:
-    """Send a recording as a batch again and again; status and text of each answer."""
-    answers = []
+    """Send a recording as a batch, and again as long as it is not time to end; status and text of each answer."""
+    answers: list[tuple[int, str]] = []
     headers = {"Content-Type": "audio/pcm"}
     async with httpx.AsyncClient(timeout=120) as http:
-        while not until.is_set():
+        while not answers or not until.is_set():
             answer = await http.post(url, content=samples.tobytes(), headers=headers)
             answers.append((answer.status_code, answer.json().get("text", "")))
             await asyncio.sleep(pause_secs)
