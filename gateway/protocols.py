@@ -46,6 +46,9 @@ PIECE_BYTES = 4096
 OFFER_OF_HTTP2 = re.compile(rb"\r\nupgrade:[ \t]*h2c[^\r\n]*", re.IGNORECASE)
 """Java's HttpClient makes it with every request. It is to be ignored, but httptools would drop the body for it."""
 
+UNFINISHED_LINE = re.compile(rb"\r(\n[^\n]{0,80})?\Z")
+"""What a piece of a head ends with that may become an offer: a line's beginning, and the end of the line before it."""
+
 
 class Arrivals:
     """How many connections each address has opened of late.
@@ -83,6 +86,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     _head_deadline: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _unfinished = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a head; a connection too many ends here, which costs a tenth of what an answer would."""
@@ -111,14 +115,22 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take data; refuse a head that is too large."""
         in_body = self.cycle is not None and self.cycle.more_body
-        if not in_body and (offer := OFFER_OF_HTTP2.search(data, 0, data.find(b"\r\n\r\n") + 2)):
-            data = data[: offer.start()] + data[offer.end() :]
+        if not in_body:
+            data = self._without_offer(self._unfinished + data)
         super().data_received(data)
         if self._head_deadline:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+            if self._head_bytes + len(self._unfinished) > MAX_HEAD_BYTES:
                 self._has_head()
                 self.send_400_response("The head of the request is too large.")
+
+    def _without_offer(self, data: bytes) -> bytes:
+        """A head's lines without an offer of HTTP/2; one that may become one waits for its end."""
+        end = data.find(b"\r\n\r\n")
+        unfinished = UNFINISHED_LINE.search(data) if end < 0 else None
+        lines, self._unfinished = (data[: unfinished.start()], unfinished[0]) if unfinished else (data, b"")
+        offer = OFFER_OF_HTTP2.search(lines, 0, end + 2 if end >= 0 else len(lines))
+        return lines[: offer.start()] + lines[offer.end() :] if offer else lines
 
     def _await_head(self) -> None:
         self._has_head()

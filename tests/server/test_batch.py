@@ -15,6 +15,7 @@ import httpx
 import jiwer
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pytest
 import soundfile
 import soxr
@@ -220,13 +221,27 @@ async def test_many_at_once_equal_their_solo_runs(gateway: Gateway, http: httpx.
     assert [answer["tokens"] for answer in together] == [answer["tokens"] for answer in solo * 2]
 
 
-async def test_an_offer_of_http2_is_ignored(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
-    """Java's HttpClient makes one with every request."""
-    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+@pytest.mark.parametrize("piece_bytes", [1, 2, 7, 100, 1000, 100_000])
+async def test_an_offer_of_http2_is_ignored(gateway: Gateway, recordings: Recordings, piece_bytes: int) -> None:
+    """Java's HttpClient makes one with every request; a network may cut a request anywhere."""
+    body = recordings["jfk"][:32000].tobytes()
+    head = (
+        f"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+        f"Content-Type: application/octet-stream\r\nUpgrade: h2c\r\nX-Long: {'x' * 200}\r\n"
+        f"HTTP2-Settings: AAMAAABkAAQAAP__\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
     for _ in range(2):
-        answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers={**OCTETS, **offer})
-        assert answer.status_code == 200
-        assert "country" in answer.json()["text"]
+        for start in range(0, len(head), piece_bytes):
+            writer.write(head[start : start + piece_bytes])
+            await asyncio.sleep(0.001)
+        writer.write(body)
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        length = re.search(rb"content-length: (\d+)", answer)
+        assert length
+        assert orjson.loads(await reader.readexactly(int(length[1])))["text"].startswith("and so my fel")
+    writer.close()
 
 
 async def test_a_client_that_vanishes_is_no_fault_of_ours(gateway: Gateway) -> None:
