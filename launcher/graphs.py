@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,9 @@ import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 Shape = tuple[int | None, ...]
+
+OPEN = -1
+"""In a shape that is asked for, what a graph must leave open; Triton's configurations write it so too."""
 
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 LFS_POINTER = b"version https://git-lfs"
@@ -25,10 +29,15 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: its ONNX element type, and its shape with None for what is dynamic."""
+    """An input or output: its ONNX element type, and its shape with None for what is open."""
 
     type: int
     shape: Shape
+
+    @property
+    def dims(self) -> list[int]:
+        """The shape as Triton's configurations write it, with ``OPEN`` for what is open."""
+        return [OPEN if size is None else size for size in self.shape]
 
 
 class Graph:
@@ -63,12 +72,31 @@ class Graph:
         self.data_files = list(data)
         self.size = sum(file.stat().st_size for file in (path, *(path.parent / name for name in data)))
 
-    def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]]) -> None:
-        """Hold the inputs or outputs against what the convention asks for.
+    def resolve(self) -> None:
+        """Take the outputs' shapes as ONNX Runtime has them: it infers sizes that the file leaves open, and reads the weights.
+
+        Raises:
+            ModelError: it can't load the graph.
+        """
+        for node in _session(self.path).get_outputs():
+            shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+            self.outputs[node.name] = replace(self.outputs[node.name], shape=shape)
+
+    def check_no_others(self, inputs: Collection[str]) -> None:
+        """Raise ModelError if the graph has inputs beside these."""
+        if others := [name for name in self.inputs if name not in inputs]:
+            raise ModelError(
+                f"{self.path}: nothing feeds {', '.join(others)}; expected the inputs {', '.join(inputs)} alone "
+                "(encoders with a cache do not fit)"
+            )
+
+    def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]], *, exact: bool = False) -> None:
+        """Hold the inputs or outputs against what is asked for.
 
         Args:
             kind: ``input`` or ``output``.
-            expected: element type and shape by name; None in a shape is anything.
+            expected: element type and shape by name; in a shape None is anything, and ``OPEN`` what must be open.
+            exact: whether the graph must fix the sizes that are asked for; else it may leave them open.
 
         Raises:
             ModelError: one is missing or differs.
@@ -78,12 +106,12 @@ class Graph:
             if name not in found:
                 raise ModelError(f"{self.path}: {kind} {name} is missing; the graph has {', '.join(found) or 'none'}")
             tensor = found[name]
-            fits = len(tensor.shape) == len(shape) and all(
-                want is None or have is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+            fits = len(tensor.dims) == len(shape) and all(
+                want in (None, have) or (have == OPEN and not exact) for have, want in zip(tensor.dims, shape, strict=True)
             )
             if tensor.type != element_type or not fits:
                 raise ModelError(
-                    f"{self.path}: {kind} {name} is {_show(tensor.type, tensor.shape)}; expected {_show(element_type, shape)}"
+                    f"{self.path}: {kind} {name} is {_show(tensor.type, tensor.dims)}; expected {_show(element_type, shape)}"
                 )
 
 
@@ -136,21 +164,23 @@ class Transducer:
         Raises:
             ModelError: it does not follow the convention.
         """
-        encoder.check("input", {"audio_signal": (FLOAT, (None, features, None)), "length": (INT64, (None,))})
-        encoder.check("output", {"outputs": (FLOAT, (None, None, None)), "encoded_lengths": (INT64, (None,))})
+        encoder.check("input", {"audio_signal": (FLOAT, (OPEN, features, OPEN)), "length": (INT64, (OPEN,))})
+        encoder.check_no_others(("audio_signal", "length"))
+        encoder.check("output", {"outputs": (FLOAT, (OPEN, None, OPEN)), "encoded_lengths": (INT64, (OPEN,))})
         decoder_joint.check(
             "input",
             {
-                "encoder_outputs": (FLOAT, (None, encoder.outputs["outputs"].shape[1], None)),
-                "targets": (INT32, (None, None)),
-                "target_length": (INT32, (None,)),
-                "input_states_1": (FLOAT, (None, None, None)),
+                "encoder_outputs": (FLOAT, (OPEN, encoder.outputs["outputs"].shape[1], OPEN)),
+                "targets": (INT32, (OPEN, None)),
+                "target_length": (INT32, (OPEN,)),
+                "input_states_1": (FLOAT, (None, OPEN, None)),
             },
         )
         layers, _, hidden = decoder_joint.inputs["input_states_1"].shape
-        state = FLOAT, (layers, None, hidden)
+        state = FLOAT, (layers, OPEN, hidden)
         decoder_joint.check("input", {"input_states_2": state})
-        decoder_joint.check("output", {"outputs": (FLOAT, (None, None, None, None)), "prednet_lengths": (INT32, (None,))})
+        decoder_joint.check_no_others(("encoder_outputs", "targets", "target_length", "input_states_1", "input_states_2"))
+        decoder_joint.check("output", {"outputs": (FLOAT, (OPEN, OPEN, None, None)), "prednet_lengths": (INT32, (OPEN,))})
         decoder_joint.check("output", {"output_states_1": state, "output_states_2": state})
         bins = encoder.inputs["audio_signal"].shape[1] or features
         size = decoder_joint.inputs["encoder_outputs"].shape[1] or encoder.outputs["outputs"].shape[1]
@@ -208,7 +238,6 @@ def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
     known = graph.outputs["outputs"].shape[-1]
     if known:
         return known
-    session = ort.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
     state = np.zeros((layers, 1, hidden), np.float32)
     feeds = {
         "encoder_outputs": np.zeros((1, size, 1), np.float32),
@@ -217,7 +246,18 @@ def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
         "input_states_1": state,
         "input_states_2": state,
     }
-    return int(session.run(["outputs"], feeds)[0].shape[-1])
+    return int(_session(graph.path).run(["outputs"], feeds)[0].shape[-1])
+
+
+def _session(path: Path) -> Any:
+    """A graph in ONNX Runtime, not optimised: it is run once at most."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a class of its own for every status code
+        raise ModelError(f"{path} can't be loaded by ONNX Runtime: {error}") from error
 
 
 def _tensor(value: onnx.ValueInfoProto) -> Tensor:
@@ -267,5 +307,5 @@ def _left_open(graph: Graph, name: str) -> ModelError:
 
 
 def _show(element_type: int, shape: Sequence[int | None]) -> str:
-    dims = ", ".join("?" if dim is None else str(dim) for dim in shape)
+    dims = ", ".join("any" if size is None else "?" if size == OPEN else str(size) for size in shape)
     return f"{onnx.TensorProto.DataType.Name(element_type)} [{dims}]"

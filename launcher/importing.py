@@ -173,10 +173,11 @@ class _Writer:
         frame_samples = config.subsampling_factor * MEL_HOP_SAMPLES
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
-            counts = {role: self._write_graph_config(role, transducer, window_frames, frame_samples, gpu=gpu) for role in ROLES}
-            shutil.copyfile(front_end, self._directory("preprocessor") / "1" / "model.onnx")
-            _copy_graph(transducer.encoder, self._directory("encoder") / "1")
-            _copy_graph(transducer.decoder_joint, self._directory("decoder_joint") / "1")
+            graphs = dict(zip(ROLES, (Graph(front_end), transducer.encoder, transducer.decoder_joint), strict=True))
+            counts = {
+                role: self._write_graph(role, graph, transducer, window_frames, frame_samples, gpu=gpu)
+                for role, graph in graphs.items()
+            }
             parameters = {
                 **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
                 **transducer.parameters,
@@ -201,12 +202,19 @@ class _Writer:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _write_graph_config(
-        self, role: str, transducer: Transducer, window_frames: dict[str, int], frame_samples: int, *, gpu: bool
+    def _write_graph(
+        self,
+        role: str,
+        graph: Graph,
+        transducer: Transducer,
+        window_frames: dict[str, int],
+        frame_samples: int,
+        *,
+        gpu: bool,
     ) -> int:
-        """Write a graph's configuration and what its warm-up reads; return how many instances it has."""
+        """Write a graph, its configuration and what its warm-up reads; return how many instances it has."""
         config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
-        _set_dims(config, transducer)
+        _set_dims(config, _copy_graph(graph, self._directory(role) / "1"))
         if gpu:
             config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
             config.instance_group[0].count = 1
@@ -239,27 +247,17 @@ class _Writer:
         """Write a model's configuration under its new name; return its directory."""
         directory = self._directory(part)
         config.name = directory.name
-        (directory / "1").mkdir(parents=True)
+        (directory / "1").mkdir(parents=True, exist_ok=True)
         (directory / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
         return directory
 
 
-def _set_dims(config: pb.ModelConfig, transducer: Transducer) -> None:
-    """Put the model's sizes where the bundled model's are; every other dimension of its graphs is open."""
-    is_joint = any(tensor.name == "targets" for tensor in config.input)
-    state = (transducer.layers, -1, transducer.hidden)
-    sizes: dict[str, tuple[int, ...]] = {
-        "features": (-1, transducer.features, -1),
-        "audio_signal": (-1, transducer.features, -1),
-        "encoder_outputs": (-1, transducer.encoder_size, -1),
-        **{f"{side}_states_{i}": state for side in ("input", "output") for i in (1, 2)},
-        "outputs": (
-            (-1, -1, -1, transducer.pieces + len(transducer.durations)) if is_joint else (-1, transducer.encoder_size, -1)
-        ),
-    }
-    for tensor in (*config.input, *config.output):
-        if tensor.name in sizes:
-            tensor.dims[:] = sizes[tensor.name]
+def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
+    """Put the graph's shapes in the place of the template's: Triton wants to be told just as open outputs as they are."""
+    graph.resolve()
+    for tensors, found in ((config.input, graph.inputs), (config.output, graph.outputs)):
+        for tensor in tensors:
+            tensor.dims[:] = found[tensor.name].dims
 
 
 def _set_warmup(
@@ -288,13 +286,16 @@ def _set_warmup(
     return files
 
 
-def _copy_graph(graph: Graph, directory: Path) -> None:
+def _copy_graph(graph: Graph, directory: Path) -> Graph:
     """Copy a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them.
 
-    Not by hard links: what is written to one name would change the other, and onnx refuses weights that have two.
+    Not by hard links: what is written to one name would change the other, and onnx refuses weights that have two. Nor does it
+    load those that are symbolic links, as a download's are; the copy, which is returned, it does.
     """
     if "model.onnx" in graph.data_files:
         raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")
+    directory.mkdir(parents=True)
     shutil.copyfile(graph.path, directory / "model.onnx")
     for name in graph.data_files:
         shutil.copyfile(graph.path.parent / name, directory / name)
+    return Graph(directory / "model.onnx")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from gateway.endpoint import GEOMETRY_PARAMETERS
-from launcher.graphs import FLOAT, INT32, INT64, Graph, ModelError, Transducer
+from launcher.graphs import FLOAT, INT32, INT64, OPEN, Graph, ModelError, Transducer
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
 """The graphs of a recogniser, by what its decoder calls them."""
@@ -119,8 +119,9 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
         if lone not in configs:
             raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
         Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
-    preprocessor.check("input", {"waveforms": (FLOAT, (None, None)), "waveforms_lens": (INT64, (None,))})
-    preprocessor.check("output", {"features": (FLOAT, (None, transducer.features, None)), "features_lens": (INT64, (None,))})
+    preprocessor.check("input", {"waveforms": (FLOAT, (OPEN, OPEN)), "waveforms_lens": (INT64, (OPEN,))})
+    preprocessor.check_no_others(("waveforms", "waveforms_lens"))
+    preprocessor.check("output", {"features": (FLOAT, (OPEN, transducer.features, OPEN)), "features_lens": (INT64, (OPEN,))})
     _check_parameters(decoder_path, parameters, transducer)
     return Recogniser(name, decoder, parameters)
 
@@ -132,15 +133,20 @@ def _only(path: Path, what: str, found: list[str]) -> str:
 
 
 def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
-    """A model's graph, held against its configuration."""
+    """A model's graph, held against its configuration as Triton's ONNX Runtime backend does it.
+
+    All inputs must be there, of a size that the graph does not fix to another, and outputs of just the sizes that it fixes.
+    """
     graph = Graph(repository / config.name / "1" / (config.default_model_filename or "model.onnx"))
+    graph.resolve()
+    batch = (OPEN,) if config.max_batch_size else ()
     for kind, tensors in (("input", config.input), ("output", config.output)):
-        graph.check(kind, {tensor.name: (ELEMENT_TYPES.get(tensor.data_type, 0), _shape(tensor.dims)) for tensor in tensors})
+        expected = {tensor.name: (ELEMENT_TYPES.get(tensor.data_type, 0), (*batch, *tensor.dims)) for tensor in tensors}
+        graph.check(kind, expected, exact=kind == "output")
+    if missing := graph.inputs.keys() - {tensor.name for tensor in config.input}:
+        path = repository / config.name / "config.pbtxt"
+        raise ModelError(f"{path}: input {', '.join(sorted(missing))} is missing; {graph.path} has it")
     return graph
-
-
-def _shape(dims: Iterable[int]) -> tuple[int | None, ...]:
-    return tuple(None if dim == -1 else dim for dim in dims)
 
 
 def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Transducer) -> None:

@@ -122,7 +122,14 @@ def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: di
             opset_version=17,
             dynamo=False,
         )
-    return onnx.load_model_from_string(buffer.getvalue())
+        results = module(*(tensor for tensor, _ in inputs.values()))
+    model = onnx.load_model_from_string(buffer.getvalue())
+    for value, result in zip(model.graph.output, results, strict=True):
+        dims = value.type.tensor_type.shape.dim
+        for dim, size, axis in zip(dims, result.shape, outputs[value.name], strict=True):
+            if axis == "-":  # the tracer leaves some of them open, and config.pbtxt has to name what the graph does
+                dim.dim_value = size
+    return model
 
 
 def compress(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -45,7 +45,7 @@ class TritonPythonModel:
         """Open ``model.onnx``, hold its tensors against ``config.pbtxt``, and warm it up.
 
         Raises:
-            pb_utils.TritonModelException: the file is missing or no model, a tensor of the configuration is not in it, or a
+            pb_utils.TritonModelException: the file is missing or no model, the configuration's tensors are not its own, or a
                 sample of ``model_warmup`` can't be run.
         """
         config = json.loads(args["model_config"])
@@ -64,8 +64,9 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"{self._name}: {path} is not a usable ONNX model: {error}") from error
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._outputs = [tensor["name"] for tensor in config["output"]]
-        self._check("input", config["input"], self._session.get_inputs())
-        self._check("output", config["output"], self._session.get_outputs())
+        batch = [-1] if int(config.get("max_batch_size", 0)) else []
+        self._check("input", config["input"], self._session.get_inputs(), batch)
+        self._check("output", config["output"], self._session.get_outputs(), batch)
         unfed = {node.name for node in self._session.get_inputs()} - set(self._inputs)
         if unfed:
             raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt lacks the graph's inputs {sorted(unfed)}")
@@ -118,11 +119,14 @@ class TritonPythonModel:
             except (OSError, ValueError, RuntimeError) as error:
                 raise pb_utils.TritonModelException(f"{self._name}: warm-up {sample['name']!r}: {error}") from error
 
-    def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any]) -> None:
-        """Raise unless every configured tensor is in the graph with its type and a shape that fits."""
+    def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any], batch: list[int]) -> None:
+        """Raise unless every configured tensor is in the graph with its type and a shape that the native backend takes.
+
+        It wants an output's shape as it is, -1 for what the graph leaves open; an input may be narrower than the graph's.
+        """
         by_name = {node.name: node for node in nodes}
         for tensor in configured:
-            name, dims = tensor["name"], [int(dim) for dim in tensor["dims"]]
+            name, dims = tensor["name"], [*batch, *(int(dim) for dim in tensor["dims"])]
             if name not in by_name:
                 raise pb_utils.TritonModelException(
                     f"{self._name}: {kind} {name} of config.pbtxt is not in the graph, which has {sorted(by_name)}"
@@ -132,12 +136,13 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(
                     f"{self._name}: {kind} {name} is {tensor['data_type']} in config.pbtxt and {node.type} in the graph"
                 )
-            fits = len(dims) == len(node.shape) and all(
-                dim in (size, -1) or not isinstance(size, int) for dim, size in zip(dims, node.shape, strict=True)
+            shape = [size if isinstance(size, int) else -1 for size in node.shape]
+            fits = len(dims) == len(shape) and all(
+                dim == size or (size == -1 and kind == "input") for dim, size in zip(dims, shape, strict=True)
             )
             if not fits:
                 raise pb_utils.TritonModelException(
-                    f"{self._name}: {kind} {name} is {dims} in config.pbtxt and {node.shape} in the graph"
+                    f"{self._name}: {kind} {name} is {dims} in config.pbtxt and {shape} in the graph"
                 )
 
 

@@ -283,6 +283,20 @@ async def test_a_failed_call_fails_its_own_rows_only() -> None:
     assert_same(rows[2].tokens, decode_frame_by_frame(network, frames, 10))
 
 
+async def test_a_row_whose_logits_are_not_finite_fails_alone() -> None:
+    network = RandomTransducer(3)
+    decoder = Decoder(network, network.transducer, 4)
+    frames = random_frames(1, 10)
+    broken = frames.copy()
+    broken[:, 6] = np.nan
+    rows = [Row(frames, network.fresh(), 10, UNLIMITED) for frames in (frames, broken, frames)]
+    results = await asyncio.gather(*map(decoder.decode, rows), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), ValueError, type(None)]
+    assert str(results[1]) == "token 0 has probability nan at frame 6: the logits are not finite"
+    for row in (rows[0], rows[2]):
+        assert_same(row.tokens, decode_frame_by_frame(network, frames, 10))
+
+
 async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
     name: ContextVar[str] = ContextVar("name", default="")
     seen: list[str] = []

@@ -204,6 +204,12 @@ def test_the_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surpl
         decode_one_frame(fixed(*[0.0] * (needed + surplus)), transducer)
 
 
+@pytest.mark.parametrize("logits", [(np.nan, np.nan), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)])
+def test_logits_that_are_not_finite_are_refused(logits: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="token 0 has probability nan at frame 0: the logits are not finite"):
+        decode_one_frame(fixed(*logits), Transducer(1))
+
+
 def test_a_probability_is_among_tokens_and_blank() -> None:
     expected = np.exp(3.0) / np.exp([1.0, 3.0, 2.0]).sum()
     for step, transducer in (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -439,6 +440,22 @@ def test_too_few_frames_are_refused() -> None:
         receive_all(config, samples, lambda window: frames_of(window)[:, : 6 if len(window) == 160 else 100])
 
 
+def test_too_many_frames_are_refused() -> None:
+    """As those of an encoder are that takes 4 steps for a frame, where ``frame_samples`` says 8."""
+    config = with_geometry(6, 4, 0)
+    samples = audio(0, 12 * FRAME_SAMPLES + 1)
+
+    def with_more(frames: int) -> Encode:
+        return lambda window: np.pad(frames_of(window), ((0, 0), (0, frames)))
+
+    assert receive_all(config, samples, with_more(2)).samples == len(samples)
+    with pytest.raises(ValueError, match=r"gave 7 frames for a window of 64 samples, which has 6 at most: frame_samples is 16"):
+        receive_all(config, samples, with_more(3))
+    stream = Stream(config, WHOLE)
+    with pytest.raises(ValueError, match=r"gave 26 frames for a window of 193 samples, which has 15 at most"):
+        execute(RandomTransducer(0), [Request(stream, samples, end=True)], encode=lambda window: frames_of(window).repeat(2, 1))
+
+
 def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
     config = with_geometry(6, 4, 0)
     samples = audio(0, 8 * FRAME_SAMPLES + 3)
@@ -468,17 +485,39 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
     assert_same(final_tokens(disturbed), final_tokens(undisturbed))
 
 
-@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 1}', "shape", "token", "frames"])
+def encoded_state(value: float) -> str:
+    return base64.b64encode(np.full((LAYERS, HIDDEN), value, "<f4").tobytes()).decode()
+
+
+@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 1}'])
 def test_what_is_no_state_is_refused(saved: str) -> None:
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(parameters(), NEVER_CLOSES, saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"states": [encoded_state(0.0)[:8]] * 2},
+        {"states": [encoded_state(0.0)]},
+        {"states": [encoded_state(0.0)] * 3},
+        {"states": [encoded_state(0.0), encoded_state(np.nan)]},
+        {"last_token": VOCABULARY + 1},
+        {"tokens": [[0, 0, 1, 0.5], [VOCABULARY, 1, 1, 0.5]]},
+        {"tokens": [[-1, 0, 1, 0.5]]},
+        {"tokens": [["a", 0, 1, 0.5]]},
+        {"frames": "many"},
+        {"frames": np.inf},
+        *({name: -1} for name in ("frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames")),
+    ],
+)
+def test_a_state_that_no_stream_can_have_is_refused(change: dict[str, Any]) -> None:
+    """It would fail the calls that other streams share with it."""
     config = parameters()
     state = json.loads(Stream(config, NEVER_CLOSES).save())
-    broken = {
-        "shape": {**state, "states": state["states"][0][:8]},
-        "token": {**state, "last_token": VOCABULARY + 1},
-        "frames": {**state, "frames": "many"},
-    }
+    Stream.restore(config, NEVER_CLOSES, json.dumps({**state, "tokens": [[VOCABULARY - 1, 0, 1, 0.5]]}))
     with pytest.raises(ValueError, match="the state to restore"):
-        Stream.restore(config, NEVER_CLOSES, json.dumps(broken[saved]) if saved in broken else saved)
+        Stream.restore(config, NEVER_CLOSES, json.dumps({**state, **change}))
 
 
 def test_a_state_is_of_its_windows_alone() -> None:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
+from launcher.models import read_config
 from launcher.run import MODEL_REPOSITORY
 from training import config as configuration
 from training import moonshine, start
@@ -189,6 +190,15 @@ def test_exported_graphs_compute_what_the_model_does(model: Transducer, config: 
         expected, expected_counts = model.encoder(lower(stem(padded, real), real), real)
     assert encoded.tolist() == expected_counts.tolist() == [-(-n // 1536) for n in lengths]
     assert np.corrcoef(frames.ravel(), expected.transpose(1, 2).numpy().ravel())[0, 1] > 0.999  # weights are rounded
+
+
+def test_exported_graphs_fix_just_the_sizes_that_their_configurations_name(model: Transducer, config: Config) -> None:
+    """Triton's ONNX Runtime backend refuses an output that is more or less open than ``config.pbtxt`` says."""
+    for name, graph in graphs(model, config.model.predictor, config.model.width).items():
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        fixed = {node.name: [isinstance(size, int) for size in node.shape] for node in session.get_outputs()}
+        configured = read_config(MODEL_REPOSITORY / name / "config.pbtxt").output
+        assert fixed == {tensor.name: [size != -1 for size in tensor.dims] for tensor in configured}
 
 
 def test_a_tie_of_scale_and_axis_keeps_matrices_exact_to_a_half_step() -> None:

@@ -178,7 +178,7 @@ class Decoder:
 
         Raises:
             RuntimeError: a call failed.
-            ValueError: the network's outputs are not those of the transducer.
+            ValueError: the network's outputs are not those of the transducer, or this row's are not finite.
         """
         if row.finished:
             return
@@ -189,6 +189,8 @@ class Decoder:
         elif not self._timer:
             self._timer = loop.call_later(patience_secs, self._begin)
         await decoding.done
+        if row.error:
+            raise ValueError(row.error)
 
     def _begin(self) -> None:
         """Let what has gathered take part in the next call."""

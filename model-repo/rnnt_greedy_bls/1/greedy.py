@@ -11,6 +11,7 @@ network also says how many frames to jump. An RNN-T is a TDT whose blanks always
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -103,6 +104,7 @@ class Row:
         max_tokens: tokens after which the row is left; what is not decoded then is for the next row.
         tokens: emitted so far, frames counted from the row's start.
         position: the frame that comes next; behind the row's end where a TDT jumped.
+        error: why the row can't be decoded to its end; empty where it can.
     """
 
     frames: Floats
@@ -111,6 +113,7 @@ class Row:
     max_tokens: int
     tokens: list[Token] = field(default_factory=list)
     position: int = field(init=False)
+    error: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self.position = 0
@@ -118,8 +121,8 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether all frames are decoded, or ``max_tokens`` reached."""
-        return self.position >= self.frames.shape[1] or len(self.tokens) >= self.max_tokens
+        """Whether all frames are decoded, ``max_tokens`` reached, or decoding failed."""
+        return self.position >= self.frames.shape[1] or len(self.tokens) >= self.max_tokens or bool(self.error)
 
     @property
     def done_frames(self) -> int:
@@ -132,7 +135,13 @@ class Row:
         self._move(frames)
 
     def emit(self, token: int, jump: int, probability: float, states: States) -> None:
-        """Take a token on the next frame, jump so many frames, and commit the predictor's states [L, H]."""
+        """Take a token on the next frame, jump so many frames, and commit the predictor's states [L, H].
+
+        A frame whose logits are NaN always comes here, since NaN is less than no blank; it fails this row and no other.
+        """
+        if not math.isfinite(probability):
+            self.error = f"token {token} has probability {probability} at frame {self.position}: the logits are not finite"
+            return
         predictor = self.predictor
         self.tokens.append(Token(token, self.position, max(jump, 1), probability))
         predictor.last_token, predictor.states = token, states
@@ -158,10 +167,12 @@ def decode(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames
         block_frames: frames that one call scores.
 
     Raises:
-        ValueError: the network's outputs are not those of the transducer.
+        ValueError: the network's outputs are not those of the transducer, or not finite.
     """
     while unfinished := [row for row in rows if not row.finished]:
         advance(step, transducer, unfinished, block_frames)
+    for error in filter(None, (row.error for row in rows)):
+        raise ValueError(error)
 
 
 def advance(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
@@ -210,6 +221,8 @@ def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], li
 
 
 def _probability(transducer: Transducer, logits: Floats, token: int) -> float:
-    """Softmax over tokens and blank of one frame, at one token."""
+    """Softmax over tokens and blank of one frame, at one token; NaN where the logits are not finite."""
     scores = logits[: transducer.blank + 1].astype(np.float64)
+    if math.isinf(scores[token]):
+        return math.nan  # as numpy has it too, with a warning
     return float(1.0 / np.exp(scores - scores[token]).sum())

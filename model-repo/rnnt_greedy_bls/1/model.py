@@ -133,7 +133,8 @@ class TritonPythonModel:
         try:
             response = self._response(*await self._recognise(request))
         except Exception as error:  # noqa: BLE001 (whoever waits gets an answer, whatever happens)
-            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}"))
+            kind = pb_utils.TritonError.INVALID_ARG if isinstance(error, ParameterError) else pb_utils.TritonError.INTERNAL
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}", kind))
         request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _recognise(self, request: Request) -> tuple[Answer, str]:

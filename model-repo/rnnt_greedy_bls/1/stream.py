@@ -17,12 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from greedy import Floats, Predictor, Row, Token
-from parameters import SAMPLE_RATE, Options, Parameters
+from parameters import SAMPLE_RATE, Options, ParameterError, Parameters
 
 Samples = npt.NDArray[np.int16]
 
 UNLIMITED_TOKENS = 2**31
 STATE_VERSION = 2
+COUNTS = "frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames"
+"""What a saved state has of whole numbers from 0 on, the last token aside."""
 
 
 class Window(NamedTuple):
@@ -117,10 +119,10 @@ class Stream:
         """The stream of which ``saved`` is the state; its next audio begins with the left context of the state's ``frames``.
 
         Raises:
-            ValueError: ``saved`` is no state of this model or of other windows, or the stream is to be decoded whole.
+            ParameterError: ``saved`` is no state of this model or of other windows, or the stream is to be decoded whole.
         """
         if options.context != "window":
-            raise ValueError("a state can't be restored with context=whole")
+            raise ParameterError("a state can't be restored with context=whole")
         stream = cls(parameters, options)
         try:
             state = json.loads(saved)
@@ -130,15 +132,23 @@ class Stream:
                 raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream.geometry)}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
             states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
-            stream._predictor = Predictor(int(state["last_token"]), states, int(state["symbols"]), int(state["surplus_frames"]))
+            if len(states) != len(stream._predictor.states) or not np.isfinite(states).all():
+                raise ValueError(f"{len(states)} states instead of {len(stream._predictor.states)} that are finite")
+            counts = {name: int(state[name]) for name in COUNTS}
+            if min(counts.values()) < 0:
+                raise ValueError(f"{counts} instead of 0 or more")
             stream._tokens = [Token(*token) for token in state["tokens"]]
-            stream._features, stream._segment = int(state["features"]), int(state["segment"])
-            stream._frames = stream._encoded = int(state["frames"])
-            stream._segment_start_frame = int(state["segment_start_frame"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the state to restore is none of this model's: {error!r}") from None
-        if not 0 <= stream._predictor.last_token <= parameters.blank:
-            raise ValueError(f"the state to restore has token {stream._predictor.last_token}, of {parameters.blank}")
+            if wrong := [token.id for token in stream._tokens if not 0 <= token.id < parameters.blank]:
+                raise ValueError(f"tokens {wrong} instead of 0 to {parameters.blank - 1}")
+            last_token = int(state["last_token"])
+            if not 0 <= last_token <= parameters.blank:
+                raise ValueError(f"last token {last_token} instead of 0 to {parameters.blank}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ParameterError(f"the state to restore is none of this model's: {error!r}") from None
+        stream._predictor = Predictor(last_token, states, counts["symbols"], counts["surplus_frames"])
+        stream._features, stream._segment = counts["features"], counts["segment"]
+        stream._frames = stream._encoded = counts["frames"]
+        stream._segment_start_frame = counts["segment_start_frame"]
         stream._pcm_start = max(0, stream._frames - stream.geometry.left_frames)
         stream._received_samples = stream._pcm_start * parameters.frame_samples
         return stream
@@ -189,16 +199,18 @@ class Stream:
             The frames to be decoded for good, and those of the right context.
 
         Raises:
-            ValueError: there are too few, so ``frame_samples`` or the contexts do not suit the encoder.
+            ValueError: there are too few or too many, so ``frame_samples`` or the contexts do not suit the encoder.
         """
         end = frames.shape[1] if window.chunk_frames is None else window.left_frames + window.chunk_frames
         frame_samples, samples = self.parameters.frame_samples, len(window.samples)
         # Of a frame that the stream's end cuts short an encoder may make a frame or none.
         needed = window.left_frames + (window.chunk_frames or min(1, samples // frame_samples - window.left_frames))
-        if frames.shape[1] < needed:
+        most = -(-samples // frame_samples) + 2  # padding and rounding up add one or two
+        if not needed <= frames.shape[1] <= most:
+            allowed = f"of which {needed} are needed" if frames.shape[1] < needed else f"which has {most} at most"
             raise ValueError(
-                f"the encoder gave {frames.shape[1]} frames for a window of {samples} samples, of which "
-                f"{needed} are needed: frame_samples is {frame_samples}"
+                f"the encoder gave {frames.shape[1]} frames for a window of {samples} samples, {allowed}: "
+                f"frame_samples is {frame_samples}"
             )
         features_to = [round(features * frame * frame_samples / samples) for frame in (window.left_frames, end)]
         self._features += (features if window.chunk_frames is None else features_to[1]) - features_to[0]
