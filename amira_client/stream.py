@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ class LiveStream:
         shortest, longest = PAUSE_RANGE_SECS
         pause, lost_at = shortest, time.monotonic()
         while self._final is None:
-            self._heard = stood = False
+            self._heard, opened_at = False, math.inf
             try:
                 async with connect(
                     self._url,
@@ -223,9 +224,8 @@ class LiveStream:
                 reason = str(error)
             else:
                 reason = f"the connection was closed with code {socket.close_code}"
-                # A silent stream hears nothing; but a server that drops each connection at once is not to be tried forever.
-                stood = time.monotonic() - opened_at > longest
-            if self._heard or stood:
+            # A silent stream hears nothing; but a server that drops each connection at once is not to be tried forever.
+            if self._heard or time.monotonic() - opened_at > longest:
                 pause, lost_at = shortest, time.monotonic()
             elif time.monotonic() - lost_at > self._reconnect_secs:
                 raise StreamError("unreachable", f"no server for {self._reconnect_secs:g} s; the last one said: {reason}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -10,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from gateway import metrics
 from gateway.access import check_key
@@ -94,7 +98,7 @@ async def decode_batch(request: Request, model: str) -> Response:
         service.quotas.spend(caller, len(samples) / RATE)
         metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / RATE)
         utterance = service.triton.recording(recogniser, service.options)
-        async with service.admission.batch_places:
+        async with _place(request, service.admission.batch_places):
             answer = await utterance.send(samples, end=True)
     body = {
         "text": answer.text,
@@ -107,6 +111,31 @@ async def decode_batch(request: Request, model: str) -> Response:
         **opaque,
     }
     return Response(orjson.dumps(body), media_type="application/json")
+
+
+@asynccontextmanager
+async def _place(request: Request, places: asyncio.Semaphore) -> AsyncIterator[None]:
+    """Hold a place for Triton's work on a recording, unless its client leaves before there is one.
+
+    Raises:
+        ClientDisconnect: it has left.
+    """
+    if places.locked():
+        place = asyncio.create_task(places.acquire())
+        left = asyncio.ensure_future(request.receive())
+        try:
+            await asyncio.wait({place, left}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            place.cancel()
+        if not place.done():
+            raise ClientDisconnect
+    else:
+        await places.acquire()
+    try:
+        yield
+    finally:
+        places.release()
 
 
 async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[str, Any]]:

@@ -350,6 +350,8 @@ class Sequence:
         self.endpoint = endpoint
         self._ensemble = ensemble
         self._options = dict(options)
+        # How long a recording takes tells of its length, and of those beside it, more than of Triton.
+        self._may_be_slow = options.get("context") == "whole"
         self._timeout_secs = timeout_secs
         self._id = secrets.randbelow(2**63 - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
         self._alive = False
@@ -388,11 +390,17 @@ class Sequence:
                 status=error.status(),
                 reason=error.message(),
             )
-            if error.status() != INVALID_ARGUMENT:  # as of a sequence that Triton no longer knows
+            late = error.status() == DEADLINE_EXCEEDED and self._may_be_slow
+            if error.status() != INVALID_ARGUMENT and not late:  # invalid is a sequence that Triton no longer knows
                 self.endpoint.breaker.record(success=False)
             if error.status() == UNAVAILABLE:
                 self.endpoint.doubt()
                 raise UnreachableError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") from error
+            if error.status() == INVALID_ARGUMENT and start and "restore" in self._options:
+                raise ApiError(
+                    ErrorKind.INVALID_SESSION,
+                    "the recogniser is another one than the stream began with, and can't go on with it; begin a new stream",
+                ) from error
             if error.status() == DEADLINE_EXCEEDED:
                 raise ApiError(
                     ErrorKind.BACKEND_TIMEOUT, f"the recogniser took longer than {timeout_secs:g} s; please retry"
@@ -401,7 +409,7 @@ class Sequence:
         finally:
             seconds = time.perf_counter() - began
             metrics.TRITON_DURATION.labels(self._ensemble).observe(seconds)
-        self.endpoint.breaker.record(success=seconds < SLOW_SHARE * timeout_secs)
+        self.endpoint.breaker.record(success=self._may_be_slow or seconds < SLOW_SHARE * timeout_secs)
         if end:
             self._live(False)
         return _parse(result)

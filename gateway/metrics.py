@@ -61,6 +61,10 @@ CLIENT_GONE = 499
 DISCONNECTED = 1006
 """Code of a close without a close frame: the client disappeared."""
 
+PEER_CLOSES = {1000, 1001, 1009, 1012}
+"""Other codes of streams that were left: the client was done with it, or with its page; a frame was far too large; the server
+was stopped without a drain."""
+
 
 def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity: int) -> None:
     """Make every set of labels, so that rates start from 0."""
@@ -82,7 +86,7 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
         TRITON_DURATION.labels(ensemble)
     for kind in ErrorKind:
         REJECTIONS.labels(kind.code)
-    for code in {1000, DISCONNECTED, *(kind.close_code for kind in ErrorKind)}:
+    for code in {DISCONNECTED, *PEER_CLOSES, *(kind.close_code for kind in ErrorKind)}:
         CLOSES.labels(str(code))
     STREAM_RECOVERIES.labels(RECOVERED)
     STREAM_RECOVERIES.labels(FAILED)

@@ -20,6 +20,10 @@ from gateway.settings import Settings
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1
 
+KEEP_ALIVE_SECS = 75
+"""A connection without a request stays open for longer than proxies keep theirs, 60 s as a rule: where the gateway closed it
+just when a proxy sends a recording on it, the client would get 502."""
+
 TICK_SECS = 0.1
 """Of uvicorn's main loop."""
 
@@ -51,6 +55,7 @@ class GatewayServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECS,
                 timeout_graceful_shutdown=5,
             )
         )

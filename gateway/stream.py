@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -108,8 +110,8 @@ class AudioBuffer:
         self.append(audio, arrived)
 
     def append(self, audio: bytes, arrived: float) -> None:
-        """Append audio for which there is room; nowhere if nobody will take it."""
-        if self.end is End.ABANDONED:
+        """Append audio for which there is room; nowhere if no more is to come."""
+        if self.end:
             return
         if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
             self._arrivals.append((self._taken_bytes + len(self._audio), arrived))
@@ -179,7 +181,7 @@ class Session:
         self._model = model
         self._recogniser = recogniser
         self._utterance = service.triton.stream(recogniser, service.options)
-        self._resumed = self._acknowledged = Ticket(model, self._utterance.latency)
+        self._resumed = self._acknowledged = Ticket(model, self._utterance.latency, stream=secrets.token_hex(8))
         self._buffer = AudioBuffer(service.settings.audio_buffer_capacity, service.buffer_usage)
         self._last_call = service.last_call
         self._admission = service.admission
@@ -228,7 +230,7 @@ class Session:
     async def _close(self, error: BaseException | None) -> int:
         """Close the socket for what ended the stream, with an error frame where it was an error."""
         if isinstance(error, WebSocketDisconnect):
-            return metrics.DISCONNECTED
+            return error.code if error.code in metrics.PEER_CLOSES else metrics.DISCONNECTED
         if error is None:
             code = ErrorKind.DRAINING.close_code if self._buffer.end is End.DRAIN else 1000
             message = None
@@ -413,7 +415,7 @@ class Session:
         state, samples = self._utterance.restart
         counts = (self._resumed.chars, self._resumed.tokens, self._resumed.words)
         chars, tokens, words = (before + now for before, now in zip(counts, self._transcript.settled, strict=True))
-        ticket = Ticket(self._model, self._utterance.latency, samples, state, chars, tokens, words)
+        ticket = replace(self._resumed, samples=samples, state=state, chars=chars, tokens=tokens, words=words)
         if ticket != self._acknowledged:
             self._acknowledged = ticket
             settled = {"chars": chars, "tokens": tokens, "words": words}
@@ -467,11 +469,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             status = error.kind.status
             await _refuse(socket, error, service)
         else:
-            resumable = RESUMABLE in socket.scope.get("subprotocols", ())
-            await socket.accept(
-                RESUMABLE if resumable else None,
-                headers=[(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())],
-            )
+            resumable = await _accept(socket)
             session = Session(socket, service, model, recogniser, partial(service.quotas.spend, caller), resumable=resumable)
             code = await session.run()
             metrics.CLOSES.labels(str(code)).inc()
@@ -499,6 +497,14 @@ def _check_origin(socket: WebSocket, service: Service) -> None:
         raise ApiError(ErrorKind.ORIGIN_NOT_ALLOWED, f"origin {origin[:128]!r} is not allowed")
 
 
+async def _accept(socket: WebSocket) -> bool:
+    """Upgrade; gives whether the client may resume. A browser leaves where none of the protocols that it offers is taken."""
+    resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+    headers = [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())]
+    await socket.accept(RESUMABLE if resumable else None, headers)
+    return resumable
+
+
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
     """Refuse a stream by HTTP status; a browser, which can't read that, gets the upgrade, the error frame and the close."""
     metrics.REJECTIONS.labels(error.kind.code).inc()
@@ -508,7 +514,7 @@ async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
     origin = socket.headers.get("origin")
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
         if origin is not None and origin_allowed(origin, service.settings):
-            await socket.accept()
+            await _accept(socket)
             await socket.send_text(orjson.dumps(error.frame(request_id)).decode())
             await socket.close(error.kind.close_code)
             metrics.CLOSES.labels(str(error.kind.close_code)).inc()

@@ -6,8 +6,10 @@ holds nothing but what the client's own audio made.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 
 from itsdangerous import BadData, URLSafeTimedSerializer
@@ -16,6 +18,9 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.settings import Settings
 
 MAX_AGE_SECS = 3600
+
+MAX_STREAMS = 10_000
+"""Of so many the last resumption is remembered."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Ticket:
         samples: audio from here on is still needed, in samples since the start of the stream.
         state: the decoder's; empty before the first window.
         chars, tokens, words: how much of the transcript is settled; what a later connection says comes behind it.
+        stream: tells it from others.
     """
 
     model: str
@@ -37,6 +43,7 @@ class Ticket:
     chars: int = 0
     tokens: int = 0
     words: int = 0
+    stream: str = ""
 
 
 class Tickets:
@@ -45,6 +52,7 @@ class Tickets:
     def __init__(self, settings: Settings) -> None:
         key = settings.session_key.get_secret_value() if settings.session_key else secrets.token_hex()
         self._serializer = URLSafeTimedSerializer(key, salt="amira.v2")
+        self._redeemed_at: OrderedDict[str, float] = OrderedDict()  # by stream
 
     def issue(self, ticket: Ticket) -> str:
         """The ticket as text."""
@@ -52,18 +60,27 @@ class Tickets:
         return text if isinstance(text, str) else text.decode()
 
     def redeem(self, text: str, model: str) -> tuple[Ticket, float]:
-        """The ticket that the text is, and how old it is in seconds.
+        """The ticket that the text is, and the seconds since it was issued, or since its stream last went on here.
 
         Raises:
             ApiError: it is none of this service's, too old, or another model's.
         """
         try:
-            payload, issued_at = self._serializer.loads(text, max_age=MAX_AGE_SECS, return_timestamp=True)
+            # Not by its own limit of age: it takes no ticket of a gateway whose clock goes a little before this one's.
+            payload, issued_at = self._serializer.loads(text, return_timestamp=True)
             ticket = Ticket(**payload)
         except (BadData, TypeError):
+            raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
+        age_secs = time.time() - issued_at.timestamp()
+        if age_secs > MAX_AGE_SECS:
             raise ApiError(
-                ErrorKind.INVALID_SESSION, f"the session is not known here, or older than {MAX_AGE_SECS} s; begin a new stream"
-            ) from None
+                ErrorKind.INVALID_SESSION, f"the session is {age_secs:.0f} s old, of at most {MAX_AGE_SECS}; begin a new stream"
+            )
         if ticket.model != model:
             raise ApiError(ErrorKind.INVALID_SESSION, f"the session is of model {ticket.model!r}, not {model!r}")
-        return ticket, max(0.0, time.time() - issued_at.timestamp())
+        now = time.monotonic()
+        since_secs = now - self._redeemed_at.pop(ticket.stream, -math.inf)
+        self._redeemed_at[ticket.stream] = now
+        if len(self._redeemed_at) > MAX_STREAMS:
+            self._redeemed_at.popitem(last=False)
+        return ticket, max(0.0, min(age_secs, since_secs))

@@ -105,6 +105,7 @@ class Utterance:
         self._triton = triton
         self._recogniser = recogniser
         self._options = dict(options)
+        self._whole = options.get("context") == "whole"
         self._attempts = attempts
         self._sequence: Sequence | None = None
         self._state = ""
@@ -124,18 +125,21 @@ class Utterance:
         """
         self._kept = np.concatenate((self._kept, samples)) if len(self._kept) else samples
         # Each attempt may take longer than the one before: when many streams come back at once their audio takes its time, and
-        # what is given up too early is decoded for nothing, and then once more.
+        # what is given up too early is decoded for nothing, and then once more. Of a recording that would be much, so all the
+        # patience is for the first, and one that is too late was one too many.
         deadline, failures = 0.0, 0
         while True:
             try:
-                answer = await self._try(samples, end, patience=1 + failures)
+                answer = await self._try(samples, end, patience=MOST_PATIENCE if self._whole else 1 + failures)
             except ApiError as error:
                 now = time.monotonic()
                 deadline = deadline or now + self._triton.recovery_secs
                 failures += not isinstance(error, UnreachableError)
                 self._leave()
-                if self._given_up or failures >= self._attempts or now >= deadline:
-                    self._count(metrics.FAILED)
+                hopeless = error.kind is ErrorKind.INVALID_SESSION or (self._whole and error.kind is ErrorKind.BACKEND_TIMEOUT)
+                if self._given_up or hopeless or failures >= self._attempts or now >= deadline:
+                    if not self._given_up:  # else nobody lost anything
+                        self._count(metrics.FAILED)
                     raise
                 await asyncio.sleep(random.uniform(*RETRY_PAUSE_SECS) * (1 + failures))  # noqa: S311 (it spreads load)
             else:
@@ -199,7 +203,7 @@ class Utterance:
 
     def _count(self, outcome: str) -> None:
         tracing.event("recovery", outcome=outcome)
-        if self._options.get("context") != "whole":
+        if not self._whole:
             metrics.STREAM_RECOVERIES.labels(outcome).inc()
             log.info("stream recovery", outcome=outcome)
 

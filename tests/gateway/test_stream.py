@@ -79,3 +79,15 @@ async def test_audio_arrives_before_there_is_room_for_it(at: Callable[[float], N
     await buffer.take(WINDOW, WINDOW, 0)
     await waiting
     assert (await buffer.take(WINDOW, WINDOW, 0))[1] == 1
+
+
+async def test_nothing_is_taken_after_the_last_call() -> None:
+    """Or a client that sends on would keep the final from coming."""
+    usage = BufferUsage(10_000)
+    buffer = AudioBuffer(10_000, usage)
+    await buffer.put(bytes(WINDOW))
+    buffer.close(End.DRAIN)
+    await buffer.put(bytes(WINDOW))
+    audio, _, end = await buffer.take(WINDOW, WINDOW, 60)
+    assert (len(audio), end) == (WINDOW, End.DRAIN)
+    assert usage.used_bytes == 0

@@ -316,6 +316,50 @@ async def test_more_than_can_wait_is_refused(make_gateway: MakeGateway, http: ht
         assert 1000 <= error["retry_after_ms"] <= 5000
 
 
+async def test_who_leaves_the_line_makes_room(
+    make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings
+) -> None:
+    async with make_gateway(max_concurrent_batches=1, inference_queue_size=1) as gateway:
+        before = await gateway_metrics(gateway.url)
+
+        async def post(secs: float) -> httpx.Response:
+            body = np.resize(recordings["jfk"], round(secs * 16_000)).tobytes()
+            return await http.post(gateway.batch_url(), content=body, headers=OCTETS)
+
+        first = asyncio.create_task(post(30))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(post(1))
+        await asyncio.sleep(0.1)
+        assert (await post(1)).status_code == 503
+        second.cancel()
+        await asyncio.sleep(0.1)
+        assert not first.done()
+        assert (await post(1)).status_code == 200
+        assert (await first).status_code == 200
+        grown = growth(before, await gateway_metrics(gateway.url))
+    assert grown("asr_requests_total", endpoint="batch", model="amira", status="499") == 1
+
+
+async def test_many_recordings_are_no_fault_of_triton(
+    make_gateway: MakeGateway, gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
+) -> None:
+    """Together they take longer than a piece of a stream may, and live streams still begin."""
+    body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
+    began = time.monotonic()
+    assert (await http.post(gateway.batch_url(), content=body, headers=OCTETS)).status_code == 200
+    alone_secs = time.monotonic() - began
+    async with make_gateway(inference_timeout_secs=2.5 * alone_secs) as hasty:
+        posts = [asyncio.create_task(http.post(hasty.batch_url(), content=body, headers=OCTETS)) for _ in range(12)]
+        answers = await asyncio.gather(*posts)
+        assert [answer.status_code for answer in answers] == [200] * 12
+        health = (await http.get(f"{hasty.url}/health/detailed")).json()
+        assert health["dependencies"]["triton"][0]["breaker"] == "closed"
+
+
+async def test_a_connection_is_kept_for_longer_than_proxies_keep_theirs(gateway: Gateway) -> None:
+    assert gateway.server.config.timeout_keep_alive > 60
+
+
 async def test_cors(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     origin = {"Origin": "https://app.example"}
     async with make_gateway(enable_cors=True, allowed_origins=["https://app.example"]) as gateway:

@@ -15,11 +15,15 @@ import pytest
 from chaos import Proxy, backends, gateway_process
 from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
 from conftest import Gateway, Recordings, Samples
+from pydantic import SecretStr
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
 from amira_client import LiveStream, Message, StreamError
+from gateway.breaker import BreakerState
+from gateway.settings import Settings
+from gateway.tickets import Ticket, Tickets
 from launcher.engine import Ports, free_ports
 from launcher.run import LOOPBACK
 
@@ -226,6 +230,40 @@ async def test_a_server_that_drops_every_connection_is_not_tried_forever() -> No
             with pytest.raises(StreamError, match="closed with code 1006"):
                 await asyncio.wait_for(stream.finish(), 10)
             assert stream.reconnects > 1
+
+
+async def test_another_model_does_not_go_on(make_gateway: MakeGateway, speech: Samples) -> None:
+    """Nor does its Triton count as failing."""
+    async with make_gateway(session_key="a key of one gateway") as gateway:
+        endpoint = gateway.server._app.state.service.triton.endpoints[0]
+        tickets = Tickets(Settings(session_key=SecretStr("a key of one gateway")))
+        session = tickets.issue(Ticket("amira", "balanced", 16_000, '{"version": 1}'))
+        for _ in range(5):
+            resume = orjson.dumps({"type": "resume", "session": session}).decode()
+            conversation = await converse(gateway.stream_url(), [resume, speech[:32_000].tobytes(), END], **V2)
+            assert conversation.close_code == 1007
+            assert conversation.error["code"] == "invalid_session"
+        assert endpoint.breaker.state is BreakerState.CLOSED
+
+
+async def test_an_error_behind_a_long_silence_is_tried_again() -> None:
+    """The time in which nothing was to be heard is none without a server."""
+    error = {"type": "backend", "code": "backend_failed", "message": "the recogniser failed", "retryable": True}
+    final = {"type": "final", "text": "", "tokens": [], "words": [], "audio_processed_ms": 0}
+    connections = 0
+
+    async def fail_once(socket: ServerConnection) -> None:
+        nonlocal connections
+        connections += 1
+        if connections == 1:
+            await asyncio.sleep(2.5)
+        await socket.send(orjson.dumps({"type": "error", "error": error} if connections == 1 else final).decode())
+
+    async with serve(fail_once, LOOPBACK, 0, subprotocols=[Subprotocol("amira.v2")]) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with LiveStream(f"ws://{LOOPBACK}:{port}/", reconnect_secs=1) as stream:
+            await asyncio.wait_for(stream.finish(), 10)
+            assert stream.reconnects == 1
 
 
 async def test_an_iteration_tells_that_there_will_be_no_final(

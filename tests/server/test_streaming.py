@@ -272,6 +272,12 @@ async def test_the_upgrade_names_the_request(gateway: Gateway) -> None:
 
 async def test_browsers_get_the_error_as_a_frame(make_gateway: MakeGateway) -> None:
     async with make_gateway(allowed_origins=["https://app.example"]) as gateway:
+        # They leave a connection that takes none of the protocols which they offer.
+        async with open_socket(gateway.stream_url("nobody"), origin="https://app.example", subprotocols=["amira.v2"]) as socket:
+            assert socket.subprotocol == "amira.v2"
+            assert socket.response
+            assert socket.response.headers["X-Request-ID"]
+            assert (await listen(socket)).close_code == 4404
         conversation = await converse(gateway.stream_url("nobody"), [], origin="https://app.example")
         assert conversation.close_code == 4404
         assert conversation.error["code"] == "model_not_found"
