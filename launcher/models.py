@@ -114,14 +114,15 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
             raise ModelError(f"{decoder_path}: parameter {role}_model is {callee!r}; expected a model of this repository")
     preprocessor, encoder, decoder_joint = (_graph(repository, configs[parameters[f"{role}_model"]]) for role in ROLES)
     vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
-    transducer = Transducer.read(encoder, decoder_joint, vocabulary)
+    preprocessor.check("input", {"waveforms": (FLOAT, (OPEN, OPEN)), "waveforms_lens": (INT64, (OPEN,))})
+    preprocessor.check_no_others(("waveforms", "waveforms_lens"))
+    preprocessor.check("output", {"features": (FLOAT, (OPEN, None, OPEN)), "features_lens": (INT64, (OPEN,))})
+    features = preprocessor.outputs["features"].shape[1]
+    transducer = Transducer.read(encoder, decoder_joint, vocabulary, features)
     if (lone := parameters.get("lone_encoder_model")) is not None:
         if lone not in configs:
             raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
         Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
-    preprocessor.check("input", {"waveforms": (FLOAT, (OPEN, OPEN)), "waveforms_lens": (INT64, (OPEN,))})
-    preprocessor.check_no_others(("waveforms", "waveforms_lens"))
-    preprocessor.check("output", {"features": (FLOAT, (OPEN, transducer.features, OPEN)), "features_lens": (INT64, (OPEN,))})
     _check_parameters(decoder_path, parameters, transducer)
     return Recogniser(name, decoder, parameters)
 

@@ -129,6 +129,7 @@ def test_the_bundled_models_are_taken_by_triton() -> None:
         ([], [veil("outputs", 3)], {"outputs": [-1, -1, -1, -1]}),
         ([], [veil("output_states_1", 2)], {"output_states_1": [2, -1, -1], "output_states_2": [2, -1, 640]}),
         ([veil("outputs", 1)], [], {"encoder_outputs": [-1, 256, -1]}),
+        ([resize("audio_signal", 1, "open")], [], {}),  # config.json tells, and then the front end
         ([], [resize("encoder_outputs", 1, "open")], {"encoder_outputs": [-1, -1, -1]}),
         ([], [resize("targets", 1, 1)], {"targets": [-1, 1], "outputs": [-1, -1, 1, 1030]}),
     ],

@@ -547,7 +547,7 @@ def test_front_end_and_encoder_must_fit(sources: dict[str, Path], tmp_path: Path
     for kind in KINDS:
         import_model(str(sources[kind]), kind, tmp_path, None, gpu=False)
     edit(tmp_path / "rnnt_decoder" / "config.pbtxt", '"rnnt_preprocessor"', '"tdt_preprocessor"')
-    with pytest.raises(ModelError, match=r"output features is FLOAT \[\?, 128, \?\]; expected FLOAT \[\?, 80, \?\]"):
+    with pytest.raises(ModelError, match=r"input audio_signal is FLOAT \[\?, 80, \?\]; expected FLOAT \[\?, 128, \?\]"):
         recognisers(tmp_path)
 
 
