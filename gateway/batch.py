@@ -22,6 +22,9 @@ from gateway.endpoint import Samples
 from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.service import Service
 
+QUEUE_SECS = 30.0
+"""So long a recording waits for a place: clients have hardly more patience."""
+
 router = APIRouter()
 
 
@@ -118,18 +121,21 @@ async def _place(request: Request, places: asyncio.Semaphore) -> AsyncIterator[N
     """Hold a place for Triton's work on a recording, unless its client leaves before there is one.
 
     Raises:
-        ClientDisconnect: it has left.
+        ApiError: there was none for too long.
+        ClientDisconnect: the client has left.
     """
     if places.locked():
         place = asyncio.create_task(places.acquire())
         left = asyncio.ensure_future(request.receive())
         try:
-            await asyncio.wait({place, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({place, left}, timeout=QUEUE_SECS, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left.cancel()
             place.cancel()
         if not place.done():
-            raise ClientDisconnect
+            if left.done():
+                raise ClientDisconnect
+            raise ApiError(ErrorKind.NO_CAPACITY, f"no place came free within {QUEUE_SECS:g} s; please retry")
     else:
         await places.acquire()
     try:

@@ -190,7 +190,7 @@ class Settings(
 
     max_concurrent_streams: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Most WebSocket streams at once."""
-    max_concurrent_batches: Annotated[int, Field(ge=1, le=100_000)] = 50
+    max_concurrent_batches: Annotated[int, Field(ge=1, le=100_000)] = 8
     """Most batch requests worked on at once."""
     inference_queue_size: Annotated[int, Field(ge=0, le=100_000)] = 100
     """Most batch requests that wait for their turn; more are refused."""

@@ -432,7 +432,7 @@ class TestEarlierServers:
     def test_their_config(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text(EARLIER_CONFIG)
         loaded = load_settings({}, tmp_path)
-        assert loaded.settings == Settings(max_symbols_per_step=30, max_total_tokens=200)
+        assert loaded.settings == Settings(max_concurrent_batches=50, max_symbols_per_step=30, max_total_tokens=200)
         assert len(loaded.notices) == 5
 
     def test_their_tuning(self, tmp_path: Path) -> None:
