@@ -136,7 +136,7 @@ class Utterance:
                 deadline = deadline or now + self._triton.recovery_secs
                 failures += not isinstance(error, UnreachableError)
                 self._leave()
-                hopeless = error.kind is ErrorKind.INVALID_SESSION or (self._whole and error.kind is ErrorKind.BACKEND_TIMEOUT)
+                hopeless = not error.kind.retryable or (self._whole and error.kind is ErrorKind.BACKEND_TIMEOUT)
                 if self._given_up or hopeless or failures >= self._attempts or now >= deadline:
                     if not self._given_up:  # else nobody lost anything
                         self._count(metrics.FAILED)
