@@ -24,7 +24,7 @@ AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
 START_TIMEOUT_SECS = 60.0
 READY_POLL_SECS = 0.02
-REPORTED_SECS = 0.3  # the decoder reports ten times a second
+REPORTED_SECS = 0.8  # the decoder reports twice a second
 
 
 class PerfError(RuntimeError):

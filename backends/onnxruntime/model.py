@@ -79,12 +79,9 @@ class TritonPythonModel:
             return [self._run(request) for request in requests]
 
     def _run(self, request: Any) -> Any:
-        feeds: dict[str, npt.NDArray[Any]] = {}
-        for name in self._inputs:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is None:
-                return self._error(f"input {name} is missing")
-            feeds[name] = tensor.as_numpy()
+        feeds = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        if missing := [name for name in self._inputs if name not in feeds]:
+            return self._error(f"inputs {missing} are missing")
         try:
             results = self._infer(feeds)
         except RuntimeError as error:

@@ -62,6 +62,11 @@ def submit(encoder: Encoder, number: int, length: int = LIVE) -> asyncio.Task[En
     return asyncio.ensure_future(encoder.encode(window(number, length)))
 
 
+def nothing_comes() -> int:
+    """No row is on its way to the decoder."""
+    return 0
+
+
 async def nothing_more(network: Network) -> None:
     """Give calls that should not begin the time to begin."""
     before = len(network.calls)
@@ -224,7 +229,7 @@ async def test_rows_come_and_go_between_calls() -> None:
             joined.pop()()
         return network(*arguments)  # type: ignore[arg-type]
 
-    decoder = Decoder(step, network.transducer, 4)  # type: ignore[arg-type]
+    decoder = Decoder(step, network.transducer, 4, nothing_comes)  # type: ignore[arg-type]
     frames = [random_frames(i, length) for i, length in enumerate((40, 25, 20))]
     rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
     late: list[asyncio.Task[None]] = []
@@ -238,15 +243,16 @@ async def test_rows_come_and_go_between_calls() -> None:
     assert len(late) == 1
 
 
-async def test_patient_rows_gather() -> None:
+async def test_patient_rows_gather_while_others_come() -> None:
     network = RandomTransducer(3)
     batches: list[int] = []
+    coming = 1
 
     def step(*arguments: object) -> object:
         batches.append(len(arguments[1]))  # type: ignore[arg-type]
         return network(*arguments)  # type: ignore[arg-type]
 
-    decoder = Decoder(step, network.transducer, 100)  # type: ignore[arg-type]
+    decoder = Decoder(step, network.transducer, 100, lambda: coming)  # type: ignore[arg-type]
 
     def start(patience_secs: float) -> asyncio.Task[None]:
         return asyncio.ensure_future(decoder.decode(Row(random_frames(1, 5), network.fresh(), 10, 1), patience_secs))
@@ -255,14 +261,64 @@ async def test_patient_rows_gather() -> None:
     await asyncio.sleep(0.05)
     assert batches == []
     await asyncio.gather(*patient)
-    assert batches == [3], "their time was over"
+    assert batches == [3], "the time of the first was over"
     patient = [start(60) for _ in range(2)]
     await asyncio.sleep(0)
     await start(0)
     assert batches == [3, 3], "one that waits for nobody takes them along"
     await asyncio.gather(*patient)
-    await start(0)
-    assert batches == [3, 3, 1]
+    patient = [start(60) for _ in range(2)]
+    await asyncio.sleep(0)
+    coming = 0
+    await start(60)
+    assert batches == [3, 3, 3], "nobody is left to wait for"
+    await asyncio.gather(*patient)
+    await start(60)
+    assert batches == [3, 3, 3, 1]
+
+
+async def test_the_last_rows_wait_for_as_many_as_they_are() -> None:
+    network = RandomTransducer(3, blank_bias=4.0)
+    batches: list[int] = []
+    coming = 0
+
+    def step(*arguments: object) -> object:
+        batches.append(len(arguments[1]))  # type: ignore[arg-type]
+        return network(*arguments)  # type: ignore[arg-type]
+
+    decoder = Decoder(step, network.transducer, 4, lambda: coming)  # type: ignore[arg-type]
+    frames = [random_frames(i, length) for i, length in enumerate((4, 4, 4, 40, 40, 4))]
+    rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
+    tasks = [asyncio.ensure_future(decoder.decode(row, 60)) for row in rows[:5]]
+    await asyncio.sleep(0)
+    coming = 2
+    await asyncio.gather(*tasks[:3])
+    await asyncio.sleep(0.05)
+    assert set(batches) == {5, 4, 3}, "two wait for two"
+    coming = 1
+    tasks.append(asyncio.ensure_future(decoder.decode(rows[5], 60)))
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in tasks[3:]), "one is still to come"
+    coming = 0
+    await decoder.decode(Row(random_frames(6, 4), network.fresh(), 10, UNLIMITED), 60)
+    await asyncio.gather(*tasks)
+    assert 4 in batches[batches.index(3) :], "all went on together"
+    for row, row_frames in zip(rows, frames, strict=True):
+        assert_same(row.tokens, decode_frame_by_frame(network, row_frames, 10))
+
+
+async def test_a_row_waits_no_longer_than_its_patience() -> None:
+    network = RandomTransducer(3, blank_bias=4.0)
+    decoder = Decoder(network, network.transducer, 4, lambda: 9)
+    rows = [Row(random_frames(i, length), network.fresh(), 10, UNLIMITED) for i, length in enumerate((200, 400))]
+    hasty = asyncio.ensure_future(decoder.decode(rows[0], 0.1))
+    patient = asyncio.ensure_future(decoder.decode(rows[1], 60))
+    await asyncio.sleep(0.05)
+    assert not rows[0].position
+    await asyncio.wait_for(hasty, 5)
+    assert rows[1].position, "the other made use of its calls"
+    assert not patient.done()
+    patient.cancel()
 
 
 async def test_a_failed_call_fails_its_own_rows_only() -> None:
@@ -274,7 +330,7 @@ async def test_a_failed_call_fails_its_own_rows_only() -> None:
             raise failures.pop()
         return network(*arguments)  # type: ignore[arg-type]
 
-    decoder = Decoder(step, network.transducer, 4)  # type: ignore[arg-type]
+    decoder = Decoder(step, network.transducer, 4, nothing_comes)  # type: ignore[arg-type]
     frames = random_frames(1, 10)
     rows = [Row(frames, network.fresh(), 10, UNLIMITED) for _ in range(3)]
     both = await asyncio.gather(decoder.decode(rows[0]), decoder.decode(rows[1]), return_exceptions=True)
@@ -285,7 +341,7 @@ async def test_a_failed_call_fails_its_own_rows_only() -> None:
 
 async def test_a_row_whose_logits_are_not_finite_fails_alone() -> None:
     network = RandomTransducer(3)
-    decoder = Decoder(network, network.transducer, 4)
+    decoder = Decoder(network, network.transducer, 4, nothing_comes)
     frames = random_frames(1, 10)
     broken = frames.copy()
     broken[:, 6] = np.nan
@@ -310,7 +366,7 @@ async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
         seen.append(name.get())
         return network(*arguments)  # type: ignore[arg-type]
 
-    encoder, decoder = Encoder(encode, 1, 8), Decoder(step, network.transducer, 100)  # type: ignore[arg-type]
+    encoder, decoder = Encoder(encode, 1, 8), Decoder(step, network.transducer, 100, nothing_comes)  # type: ignore[arg-type]
 
     async def serve(who: str) -> None:
         name.set(who)

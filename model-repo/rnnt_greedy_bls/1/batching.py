@@ -3,7 +3,7 @@
 No stream waits for a batch to fill or to empty. A window is encoded as soon as a call is free, together with those of equal
 length that wait with it; a row joins the decoder's very next call and leaves with its own last token. So the encoder works on
 some streams while others are decoded, and a long recording holds up nobody. (Continuous batching as Orca does it for text:
-Yu et al., OSDI 2022.) Only rows of whole recordings gather for a while, when the encoder has more to do than it can.
+Yu et al., OSDI 2022.) Only rows of whole recordings wait for each other, when the encoder has more to do than it can.
 
 All of it runs in one event loop. Calls of the encoder block threads of their own; those of the decoder, which are short, the
 loop itself. A call runs in the context (``contextvars``) of the first of those that share it.
@@ -26,7 +26,7 @@ RECORDING_PATIENCE_SECS = 2.0
 """So long live windows go before a whole recording; then it takes its turn, or many streams would starve it."""
 
 GATHER_SECS = 0.5
-"""So long a whole recording's row waits for others while windows wait for the encoder: a call costs little more for many."""
+"""From its beginning a whole recording's row waits so long for others: a call costs little more for many."""
 
 LIVE_SECS = 2.0
 """While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
@@ -146,9 +146,16 @@ class Encoder:
 
 
 class _Decoding(NamedTuple):
-    """A row that is being decoded."""
+    """A row that is being decoded, or waits for others.
+
+    Attributes:
+        done: set when it is decoded.
+        due: so long it may wait, in seconds of the event loop.
+        context: of its caller.
+    """
 
     done: asyncio.Future[None]
+    due: float
     context: contextvars.Context
 
 
@@ -159,15 +166,16 @@ class Decoder:
         step: one call; it blocks, for a moment.
         transducer: the meaning of its outputs.
         block_frames: frames that one call scores.
+        coming: how many rows are sure to come. While none is, nobody waits.
     """
 
-    def __init__(self, step: Step, transducer: Transducer, block_frames: int) -> None:
+    def __init__(self, step: Step, transducer: Transducer, block_frames: int, coming: Callable[[], int]) -> None:
         self._step = step
         self._transducer = transducer
         self._block_frames = block_frames
-        self._gathered: dict[Row, _Decoding] = {}
+        self._coming = coming
         self._rows: dict[Row, _Decoding] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._next: asyncio.TimerHandle | None = None
 
     async def decode(self, row: Row, patience_secs: float = 0.0) -> None:
         """Decode a row to its end.
@@ -183,27 +191,24 @@ class Decoder:
         if row.finished:
             return
         loop = asyncio.get_running_loop()
-        decoding = self._gathered[row] = _Decoding(loop.create_future(), contextvars.copy_context())
-        if not patience_secs:
-            self._begin()
-        elif not self._timer:
-            self._timer = loop.call_later(patience_secs, self._begin)
+        now = loop.time()
+        decoding = self._rows[row] = _Decoding(loop.create_future(), now + patience_secs, contextvars.copy_context())
+        self._call_by(decoding.due if self._coming() else now)
         await decoding.done
         if row.error:
             raise ValueError(row.error)
 
-    def _begin(self) -> None:
-        """Let what has gathered take part in the next call."""
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
-        if not self._rows:
-            asyncio.get_running_loop().call_soon(self._call)
-        self._rows |= self._gathered
-        self._gathered.clear()
+    def _call_by(self, due: float) -> None:
+        """Let the next call be no later than ``due``, in seconds of the event loop."""
+        if self._next:
+            if self._next.when() <= due:
+                return
+            self._next.cancel()
+        self._next = asyncio.get_running_loop().call_at(due, self._call)
 
     def _call(self) -> None:
         """Call the network once, and again as long as there are rows."""
+        self._next = None
         rows = list(self._rows)
         try:
             self._rows[rows[0]].context.run(advance, self._step, self._transducer, rows, self._block_frames)
@@ -215,8 +220,10 @@ class Decoder:
                 if row.finished:
                     self._rows.pop(row).done.set_result(None)
         if self._rows:
-            # Behind those whose rows have just finished: what they decode next joins this call.
-            asyncio.get_running_loop().call_soon(self._call)
+            # The few that are left wait, if as many are coming. The next call is behind those whose rows have just finished:
+            # what they decode next takes part in it.
+            wait = self._coming() >= len(self._rows)
+            self._call_by(min(decoding.due for decoding in self._rows.values()) if wait else 0.0)
 
 
 async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Answer:
@@ -238,8 +245,7 @@ async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: 
         frames, tail = stream.receive(window, *encoded)
         while frames.shape[1]:
             row = stream.row(frames)
-            # More are sure to come, and while windows wait nothing idles for it.
-            await decoder.decode(row, GATHER_SECS if encoder.waiting and not window.live else 0.0)
+            await decoder.decode(row, 0.0 if window.live else GATHER_SECS)
             frames = stream.commit(row)
     if tail is not None:
         row = stream.tail_row(tail)

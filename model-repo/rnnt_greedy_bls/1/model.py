@@ -24,12 +24,12 @@ import triton_python_backend_utils as pb_utils
 from batching import Decoder, Encoder, recognise
 from greedy import Transducer
 from metrics import Metrics
-from network import TRACE, Network
+from network import TRACE, Network, own
 from parameters import SAMPLE_RATE, ParameterError, Parameters
 from standstill import Standstill
 from stream import Answer, Samples, Stream
 
-REPORT_SECS = 0.1
+REPORT_SECS = 0.5
 """So often the metrics are brought up to date."""
 
 TRIM_SECS = 5.0
@@ -54,7 +54,7 @@ class Request:
             sequence=int(_input(request, "CORRID").item()),
             start=bool(_input(request, "START").item()),
             end=bool(_input(request, "END").item()),
-            samples=_input(request, "AUDIO").reshape(-1).copy(),
+            samples=own(_input(request, "AUDIO").reshape(-1)),
             parameters=request.parameters() or "{}",
             sender=request.get_response_sender(),
         )
@@ -95,7 +95,7 @@ class TritonPythonModel:
         network = Network(parameters, self._metrics)
         self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.encoder_batch)
         transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
-        self._decoder = Decoder(network.step, transducer, parameters.block_frames)
+        self._decoder = Decoder(network.step, transducer, parameters.block_frames, lambda: self._encoder.waiting)
         self._sequences: dict[int, Sequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)

@@ -99,4 +99,4 @@ def _request(model: str, inputs: dict[str, npt.NDArray[Any]], outputs: list[str]
 def _arrays(response: Any, names: list[str]) -> list[npt.NDArray[Any]]:
     if response.has_error():
         raise pb_utils.TritonModelException(response.error().message())
-    return [pb_utils.get_output_tensor_by_name(response, name).as_numpy().copy() for name in names]
+    return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
