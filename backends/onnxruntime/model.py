@@ -82,18 +82,17 @@ class TritonPythonModel:
         feeds = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if missing := [name for name in self._inputs if name not in feeds]:
             return self._error(f"inputs {missing} are missing")
+        names = request.requested_output_names()
         try:
-            results = self._infer(feeds)
+            results = self._infer(feeds, names)
         except RuntimeError as error:
             return self._error(str(error))
-        tensors = [
-            pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(self._outputs, results, strict=True)
-        ]
+        tensors = [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in zip(names, results, strict=True)]
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
-    def _infer(self, feeds: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    def _infer(self, feeds: dict[str, npt.NDArray[Any]], outputs: list[str]) -> list[npt.NDArray[Any]]:
         try:
-            results: list[npt.NDArray[Any]] = self._session.run(self._outputs, feeds)
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
         except Exception as error:  # ONNX Runtime has a class of its own for every status code
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise RuntimeError(f"inference failed on inputs {shapes}: {error}") from error
@@ -112,7 +111,8 @@ class TritonPythonModel:
         for sample in samples:
             inputs = sample["inputs"]
             try:
-                self._infer({name: _sample_input(inputs[name], data) for name in self._inputs if name in inputs})
+                feeds = {name: _sample_input(inputs[name], data) for name in self._inputs if name in inputs}
+                self._infer(feeds, self._outputs)
             except (OSError, ValueError, RuntimeError) as error:
                 raise pb_utils.TritonModelException(f"{self._name}: warm-up {sample['name']!r}: {error}") from error
 

@@ -20,8 +20,8 @@ MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 END = b"\x00"
 KEEPALIVE = b"\x01"
-REPORTED_SECS = 0.3
-"""The decoder reports its metrics ten times a second."""
+REPORTED_SECS = 0.8
+"""The decoder reports its metrics twice a second."""
 
 
 class Conversation(NamedTuple):
