@@ -24,6 +24,7 @@ AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
 START_TIMEOUT_SECS = 60.0
 READY_POLL_SECS = 0.02
+COUNTED_SECS = 0.1  # after which an answered request is in Triton's own counters
 REPORTED_SECS = 0.8  # the decoder reports twice a second
 
 
@@ -109,13 +110,17 @@ async def _ready(url: str, process: asyncio.subprocess.Process) -> None:
     raise PerfError(f"{AMIRA.name} was not ready within {START_TIMEOUT_SECS:g} s; {AMIRA_LOG} says why")
 
 
-async def read_counters(url: str) -> Counters:
+async def read_counters(url: str, settle_secs: float = REPORTED_SECS) -> Counters:
     """Triton's counters and the decoder's, once it has reported what it did until now.
+
+    Args:
+        url: of Triton's metrics.
+        settle_secs: wait so long first; ``COUNTED_SECS`` will do for what Triton counts itself.
 
     Raises:
         PerfError: there are none at the URL.
     """
-    await asyncio.sleep(REPORTED_SECS)
+    await asyncio.sleep(settle_secs)
     try:
         async with httpx.AsyncClient(timeout=10) as client:
             page = (await client.get(url)).raise_for_status().text

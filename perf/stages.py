@@ -22,7 +22,7 @@ from perf.plan import Plan
 from perf.processes import Meter
 from perf.recogniser import DECODER, Windows, parameters
 from perf.report import Goal, Trial
-from perf.server import PerfError, Process, Target, read_counters
+from perf.server import COUNTED_SECS, PerfError, Process, Target, read_counters
 from perf.speech import Samples, cut, join, repeat
 from perf.streams import Script, most_held, play, rehearse
 
@@ -81,7 +81,7 @@ class Bench:
 
     async def calls(self) -> float:
         """Calls of decoder_joint so far."""
-        counters = await read_counters(self.triton.metrics_url)
+        counters = await read_counters(self.triton.metrics_url, COUNTED_SECS)
         return counters[CALLS]
 
     def roots(self, gateway: bool) -> Mapping[str, int]:
@@ -106,7 +106,7 @@ async def whole_recordings(bench: Bench) -> None:
     onnx_asr = Turn(Contender(ONNX_ASR, peer.transcribe, me, peer.count), 1)
     work = repeat(bench.recordings, plan.turn_secs)
     long, short = join(bench.recordings, LONG_SECS), join(bench.recordings, SHORT_SECS)
-    await _check_tokens(bench, peer, [*bench.recordings, short, long])
+    await _check_tokens(bench, peer, [*bench.recordings, short, *([long] if plan.long_turns else [])])
     floors = {name: Floor(MODEL_REPOSITORY, *layout) for name, layout in FLOORS.items()}
     turns = [Turn(Contender(name, floor.encode, me), floor.sessions) for name, floor in floors.items()]
     turns += [onnx_asr, *(Turn(bench.contender(name), AT_ONCE) for name in (OURS_REST, OURS_GRPC, FRAME_SYNCHRONOUS))]
@@ -115,7 +115,8 @@ async def whole_recordings(bench: Bench) -> None:
         turns = [Turn(bench.contender(name), level) for name in (OURS_REST, FRAME_SYNCHRONOUS) for level in plan.levels]
         bench.figures += await alternate(turns, work, 1, "whole")
     one_at_once = [onnx_asr, *(Turn(bench.contender(name), 1) for name in (OURS_REST, OURS_GRPC, FRAME_SYNCHRONOUS))]
-    bench.figures += await alternate(one_at_once, [long], plan.long_turns, "60 s")
+    if plan.long_turns:
+        bench.figures += await alternate(one_at_once, [long], plan.long_turns, "60 s")
     bench.figures += await alternate(one_at_once, [short] * 3, 2 * plan.alternations, "10 s")
 
     rest, peer_rate = bench.figure(OURS_REST, "whole", AT_ONCE), bench.figure(ONNX_ASR, "whole", 1).audio_secs_per_sec
@@ -304,23 +305,26 @@ async def gateway_alone(bench: Bench) -> None:
         p99_ms = await alone.crowd(join(bench.recordings, LONG_SECS), windows, streams, bench.plan.hold_secs)
         must, aim = (20.0, None) if i == 0 else (None, 20.0)
         bench.add(f"gateway on one core, {streams} paced streams: p99 added, ms", p99_ms, must, aim)
-    growth = await alone.long_stream(join(bench.recordings, bench.plan.long_secs), windows)
-    name = f"stream of {bench.plan.long_secs / 60:.3g} min, last minute over first"
-    bench.add(f"{name}: the gateway's time a chunk", growth.time, 1.05, 1.0)
-    bench.add(f"{name}: the gateway's memory", growth.memory, 1.05, 1.0)
 
 
 async def long_stream(bench: Bench) -> None:
-    """One stream straight to Triton, each chunk as soon as the last is answered."""
+    """One stream straight to Triton and one through a gateway alone, each chunk as soon as the last is answered."""
+    if not bench.plan.long_secs:
+        return
     audio = join(bench.recordings, bench.plan.long_secs)
-    growth = await endurance.long_stream(bench.triton, audio, bench.windows)
+    in_triton = await endurance.long_stream(bench.triton, audio, bench.windows)
+    in_gateway = await alone.long_stream(audio, bench.windows)
     name = f"stream of {bench.plan.long_secs / 60:.3g} min, last minute over first"
-    bench.add(f"{name}: Triton's time a chunk", growth.time, 1.05, 1.0)
-    bench.add(f"{name}: the decoder's memory", growth.memory, 1.05, 1.0)
+    bench.add(f"{name}: Triton's time a chunk", in_triton.time, 1.05, 1.0)
+    bench.add(f"{name}: the decoder's memory", in_triton.memory, 1.05, 1.0)
+    bench.add(f"{name}: the gateway's time a chunk", in_gateway.time, 1.05, 1.0)
+    bench.add(f"{name}: the gateway's memory", in_gateway.memory, 1.05, 1.0)
 
 
 async def memory(bench: Bench) -> None:
     """Memory of open streams, on servers of their own: those above have kept what they once needed."""
+    if not bench.plan.idle_streams:
+        return
     mb = await endurance.memory_a_stream(join(bench.recordings, SHORT_SECS), bench.plan.idle_streams)
     bench.add("memory a live stream, gateway + decoder, MB", mb.gateway + mb.decoder, 1.5, 0.5)
     bench.add("of which the gateway's, MB", mb.gateway)
