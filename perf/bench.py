@@ -110,7 +110,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=SPEECH, metavar="SPEECH_DIR", help="by default the bundled")
-    parser.add_argument("--quick", action="store_true", help="less of everything, in two to three minutes")
+    parser.add_argument("--quick", action="store_true", help="less of everything, in about three minutes")
     arguments = parser.parse_args()
     configure_logging(Settings(log_level="error"))
     try:

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 FULL = Plan(
     alternations=5,
     recordings_secs=390,
-    turn_secs=1170,
+    turn_secs=780,
     long_turns=5,
     levels=(1, 2, 4, 16, 32, 64),
     analyzed={STREAM.name: (1, 2, 4, 8, 16, 32, 64), WHOLE.name: (1, 2, 4, 8, 16, 32, 64)},

@@ -94,6 +94,23 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     assert encoder.waiting == 0
 
 
+async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
+    """Else a row would wait for it, though a call is free for it."""
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, batch=1)
+    tasks = [submit(encoder, number) for number in range(3)]
+    await asyncio.sleep(0)
+    assert encoder.waiting == 0
+    await network.wait_for_calls(1)
+    assert encoder.waiting == 2
+    for call in (1, 2):
+        network.end(call - 1)
+        await network.wait_for_calls(1)
+        assert encoder.waiting == 2 - call
+    network.end_all()
+    await asyncio.gather(*tasks)
+
+
 async def test_only_windows_of_equal_length_share_a_call() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, batch=8)

@@ -73,6 +73,9 @@ class Encoder:
         encode: one call; it blocks.
         calls: how many may run at once.
         batch: most windows in one.
+
+    Attributes:
+        waiting: how many windows no call was free for. One that has just come is not among them.
     """
 
     def __init__(self, encode: Encode, calls: int, batch: int) -> None:
@@ -80,16 +83,12 @@ class Encoder:
         self._calls = calls
         self._batch = batch
         self._threads = ThreadPoolExecutor(calls, "encoder")
+        self.waiting = 0
         self._waiting: list[_Waiting] = []  # in the order in which they are due
         self._running = 0
         self._running_recordings = 0
         self._last_live = -LIVE_SECS
         self._last_met = -LONE_SECS
-
-    @property
-    def waiting(self) -> int:
-        """How many windows wait."""
-        return len(self._waiting)
 
     async def encode(self, window: Window) -> Encoded:
         """Encode a window.
@@ -117,7 +116,7 @@ class Encoder:
         while self._running < self._calls:
             first = next((waiting for waiting in self._waiting if waiting.window.live or self._room_for_recording()), None)
             if not first:
-                return
+                break
             alike = [waiting for waiting in self._waiting if waiting.kind == first.kind]
             share = -(-len(alike) // (self._calls - self._running))  # calls side by side beat one with all
             group = alike[: min(self._batch, share)]
@@ -128,6 +127,7 @@ class Encoder:
             lone = loop.time() - self._last_met >= LONE_SECS
             call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, lone)
             call.add_done_callback(partial(self._finish, group))
+        self.waiting = len(self._waiting)
 
     def _room_for_recording(self) -> bool:
         reserved = asyncio.get_running_loop().time() - self._last_live < LIVE_SECS
