@@ -81,6 +81,8 @@ async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
         async with prepare(directory, plan) as bench:
             for name, stage in STAGES.items():
                 progress.update(task, description=name)
+                if not progress.console.is_terminal:  # where no bar is drawn
+                    progress.console.print(name)
                 began = time.monotonic()
                 await stage(bench)
                 stage_secs[name] = round(time.monotonic() - began, 1)

@@ -326,8 +326,9 @@ async def test_the_last_rows_wait_for_as_many_as_they_are() -> None:
 
 async def test_a_row_waits_no_longer_than_its_patience() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
-    decoder = Decoder(network, network.transducer, 4, lambda: 9)
-    rows = [Row(random_frames(i, length), network.fresh(), 10, UNLIMITED) for i, length in enumerate((200, 400))]
+    coming = 9
+    decoder = Decoder(network, network.transducer, 4, lambda: coming)
+    rows = [Row(random_frames(i, length), network.fresh(), 10, UNLIMITED) for i, length in enumerate((200, 400, 4))]
     hasty = asyncio.ensure_future(decoder.decode(rows[0], 0.1))
     patient = asyncio.ensure_future(decoder.decode(rows[1], 60))
     await asyncio.sleep(0.05)
@@ -335,7 +336,9 @@ async def test_a_row_waits_no_longer_than_its_patience() -> None:
     await asyncio.wait_for(hasty, 5)
     assert rows[1].position, "the other made use of its calls"
     assert not patient.done()
-    patient.cancel()
+    coming = 0
+    await decoder.decode(rows[2], 60)
+    await asyncio.wait_for(patient, 5)
 
 
 async def test_a_failed_call_fails_its_own_rows_only() -> None:
