@@ -206,7 +206,7 @@ class Prometheus:
     async def lately(self, text: str) -> list[float]:
         """What a query gave at some moment of the last seconds, of which a breaker may be open for less than one."""
         now = time.time()
-        params = {"query": text, "start": now - 5, "end": now, "step": SCRAPE_SECS}
+        params: dict[str, str | float] = {"query": text, "start": now - 5, "end": now, "step": SCRAPE_SECS}
         answer = (await self._http.get(f"{self.url}/api/v1/query_range", params=params)).json()
         assert answer["status"] == "success", f"{text}: {answer}"
         return [float(value) for series in answer["data"]["result"] for _, value in series["values"]]
