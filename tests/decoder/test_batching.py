@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transducers import RandomTransducer, assert_same, decode_frame_by_frame, ra
 
 import batching
 from batching import Decoder, Encoded, Encoder
-from greedy import Row
+from greedy import Floats, Row, States, Step
 from stream import Samples, Window
 
 UNLIMITED = 10**9
@@ -60,6 +61,16 @@ def window(number: int, length: int) -> Window:
 
 def submit(encoder: Encoder, number: int, length: int = LIVE) -> asyncio.Task[Encoded]:
     return asyncio.ensure_future(encoder.encode(window(number, length)))
+
+
+def counting(network: Step, batches: list[int]) -> Step:
+    """The network, which notes the rows of each call."""
+
+    def step(frames: Floats, last_tokens: Any, states: States) -> tuple[Floats, States]:
+        batches.append(len(frames))
+        return network(frames, last_tokens, states)
+
+    return step
 
 
 def nothing_comes() -> int:
@@ -240,13 +251,14 @@ async def test_rows_come_and_go_between_calls() -> None:
     batches: list[int] = []
     joined: list[Callable[[], None]] = []
 
-    def step(*arguments: object) -> object:
-        batches.append(len(arguments[1]))  # type: ignore[arg-type]
-        if joined and len(batches) == 3:
-            joined.pop()()
-        return network(*arguments)  # type: ignore[arg-type]
+    count = counting(network, batches)
 
-    decoder = Decoder(step, network.transducer, 4, nothing_comes)  # type: ignore[arg-type]
+    def step(frames: Floats, last_tokens: Any, states: States) -> tuple[Floats, States]:
+        if joined and len(batches) == 2:
+            joined.pop()()
+        return count(frames, last_tokens, states)
+
+    decoder = Decoder(step, network.transducer, 4, nothing_comes)
     frames = [random_frames(i, length) for i, length in enumerate((40, 25, 20))]
     rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
     late: list[asyncio.Task[None]] = []
@@ -265,11 +277,7 @@ async def test_patient_rows_gather_while_others_come() -> None:
     batches: list[int] = []
     coming = 1
 
-    def step(*arguments: object) -> object:
-        batches.append(len(arguments[1]))  # type: ignore[arg-type]
-        return network(*arguments)  # type: ignore[arg-type]
-
-    decoder = Decoder(step, network.transducer, 100, lambda: coming)  # type: ignore[arg-type]
+    decoder = Decoder(counting(network, batches), network.transducer, 100, lambda: coming)
 
     def start(patience_secs: float) -> asyncio.Task[None]:
         return asyncio.ensure_future(decoder.decode(Row(random_frames(1, 5), network.fresh(), 10, 1), patience_secs))
@@ -299,11 +307,7 @@ async def test_the_last_rows_wait_for_as_many_as_they_are() -> None:
     batches: list[int] = []
     coming = 0
 
-    def step(*arguments: object) -> object:
-        batches.append(len(arguments[1]))  # type: ignore[arg-type]
-        return network(*arguments)  # type: ignore[arg-type]
-
-    decoder = Decoder(step, network.transducer, 4, lambda: coming)  # type: ignore[arg-type]
+    decoder = Decoder(counting(network, batches), network.transducer, 4, lambda: coming)
     frames = [random_frames(i, length) for i, length in enumerate((4, 4, 4, 40, 40, 4))]
     rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
     tasks = [asyncio.ensure_future(decoder.decode(row, 60)) for row in rows[:5]]

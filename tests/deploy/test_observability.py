@@ -39,8 +39,9 @@ RATE_WINDOW = "15s"
 
 IDLE_SECS = 2
 STREAMS = 5
-SCRAPE_SECS = 0.25
 """So many time-outs at once open a breaker."""
+
+SCRAPE_SECS = 0.25
 
 OURS_TO_FAIL = {500, 502, 503, 504}
 NO_FAILURE = {ErrorKind.NO_CAPACITY, ErrorKind.DRAINING}
@@ -198,18 +199,19 @@ class Prometheus:
             return False
 
     async def query(self, text: str) -> list[dict[str, Any]]:
-        answer = (await self._http.get(f"{self.url}/api/v1/query", params={"query": text})).json()
-        assert answer["status"] == "success", f"{text}: {answer}"
-        result: list[dict[str, Any]] = answer["data"]["result"]
-        return result
+        return await self._result("query", query=text)
 
     async def lately(self, text: str) -> list[float]:
         """What a query gave at some moment of the last seconds, of which a breaker may be open for less than one."""
         now = time.time()
-        params: dict[str, str | float] = {"query": text, "start": now - 5, "end": now, "step": SCRAPE_SECS}
-        answer = (await self._http.get(f"{self.url}/api/v1/query_range", params=params)).json()
-        assert answer["status"] == "success", f"{text}: {answer}"
-        return [float(value) for series in answer["data"]["result"] for _, value in series["values"]]
+        series = await self._result("query_range", query=text, start=now - 5, end=now, step=SCRAPE_SECS)
+        return [float(value) for one in series for _, value in one["values"]]
+
+    async def _result(self, kind: str, **params: str | float) -> list[dict[str, Any]]:
+        answer = (await self._http.get(f"{self.url}/api/v1/{kind}", params=params)).json()
+        assert answer["status"] == "success", f"{params}: {answer}"
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
 
     async def alerts(self) -> set[str]:
         answer = (await self._http.get(f"{self.url}/api/v1/alerts")).json()
