@@ -15,13 +15,12 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from launcher.engine import Ports
+from perf.server import REPORTED_SECS
 
 MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 END = b"\x00"
 KEEPALIVE = b"\x01"
-REPORTED_SECS = 0.8
-"""The decoder reports its metrics twice a second."""
 
 
 class Conversation(NamedTuple):

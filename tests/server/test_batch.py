@@ -19,13 +19,14 @@ import orjson
 import pytest
 import soundfile
 import soxr
-from clients import REPORTED_SECS, gateway_metrics, growth
+from clients import gateway_metrics, growth
 from conftest import Gateway, Recordings
 
 from gateway import batch
 from gateway.app import LINGER_SECS
 from launcher.engine import Ports
 from launcher.run import LOOPBACK, SPEECH
+from perf.server import REPORTED_SECS
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
