@@ -3,12 +3,14 @@
 The engine that comes from PyPI has no native ONNX Runtime backend. A model repository whose models say
 ``backend: "onnxruntime"`` loads here unchanged: this file takes the native backend's place, and the stock Triton container,
 which has the native one, never sees it. Of the native backend's settings it honours ``instance_group`` (CPU), ``optimization
-{ graph { level } }`` and the parameters ``intra_op_thread_count``, ``inter_op_thread_count`` and ``execution_mode``.
+{ graph { level } }`` and the parameters ``intra_op_thread_count``, ``inter_op_thread_count`` and ``execution_mode``. It also
+takes ``optimization { priority }`` as a wish about the processor: a model of ``PRIORITY_MIN`` gives way to all others.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ GRAPH_LEVELS = {
 }
 """The native backend's numbers for ``optimization { graph { level } }``."""
 
+LOW_NICENESS = 5
+"""Of a model of ``PRIORITY_MIN``: a third of the time of one that wants the same processor (sched(7): 1.25 a step)."""
+
 
 class TritonPythonModel:
     """One instance of one ONNX model."""
@@ -58,6 +63,8 @@ class TritonPythonModel:
         path = Path(args["model_repository"]) / args["model_version"] / filename
         if not path.is_file():
             raise pb_utils.TritonModelException(f"{self._name}: {path} is missing")
+        if config.get("optimization", {}).get("priority") == "PRIORITY_MIN":
+            os.nice(LOW_NICENESS)  # before the session's threads begin, which inherit it
         try:
             self._session = ort.InferenceSession(path, session_options(config), providers=["CPUExecutionProvider"])
         except Exception as error:

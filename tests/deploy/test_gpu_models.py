@@ -71,3 +71,13 @@ def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, se
     given = {name: np.zeros(tensor.dims, NUMPY[tensor.data_type]) for name, tensor in full.inputs.items()}
     outputs, _ = onnxruntime.InferenceSession(gpu_repo / "encoder" / "1" / "model.onnx").run(None, given)
     assert len(outputs) == BATCH
+
+
+def test_tensorrt_is_one_more_entry_of_the_encoders_optimization(gpu_repo: Path, section: str) -> None:
+    (entry,) = re.findall(r"`(execution_accelerators .*?)`", section, re.DOTALL)
+    text = (gpu_repo / "encoder" / "config.pbtxt").read_text()
+    before = text_format.Parse(text, pb.ModelConfig()).optimization
+    (block,) = re.findall(r"^optimization \{.*\}$", text, re.MULTILINE)
+    after = text_format.Parse(text.replace(block, f"{block[:-1]} {entry} }}"), pb.ModelConfig()).optimization
+    assert after.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
+    assert after.priority == before.priority == pb.ModelOptimizationPolicy.PRIORITY_MIN
