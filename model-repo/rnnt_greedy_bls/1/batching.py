@@ -90,6 +90,10 @@ class Encoder:
         self._last_live = -LIVE_SECS
         self._last_met = -LONE_SECS
 
+    def busy(self) -> bool:
+        """Whether windows wait: more than the calls that run will come out of it soon."""
+        return self.waiting > 0
+
     async def encode(self, window: Window) -> Encoded:
         """Encode a window.
 
@@ -150,7 +154,7 @@ class _Decoding(NamedTuple):
 
     Attributes:
         done: set when it is decoded.
-        due: so long it may wait, in seconds of the event loop.
+        due: until then it may wait for others, in seconds of the event loop.
         context: of its caller.
     """
 
@@ -166,10 +170,10 @@ class Decoder:
         step: one call; it blocks, for a moment.
         transducer: the meaning of its outputs.
         block_frames: frames that one call scores.
-        coming: how many rows are sure to come. While none is, nobody waits.
+        coming: whether more rows are sure to come. While none is, nobody waits.
     """
 
-    def __init__(self, step: Step, transducer: Transducer, block_frames: int, coming: Callable[[], int]) -> None:
+    def __init__(self, step: Step, transducer: Transducer, block_frames: int, coming: Callable[[], bool]) -> None:
         self._step = step
         self._transducer = transducer
         self._block_frames = block_frames
@@ -191,23 +195,23 @@ class Decoder:
         if row.finished:
             return
         loop = asyncio.get_running_loop()
-        now = loop.time()
-        decoding = self._rows[row] = _Decoding(loop.create_future(), now + patience_secs, contextvars.copy_context())
-        self._call_by(decoding.due if self._coming() else now)
+        due = loop.time() + patience_secs
+        decoding = self._rows[row] = _Decoding(loop.create_future(), due, contextvars.copy_context())
+        self._schedule()
         await decoding.done
         if row.error:
             raise ValueError(row.error)
 
-    def _call_by(self, due: float) -> None:
-        """Let the next call be no later than ``due``, in seconds of the event loop."""
+    def _schedule(self) -> None:
+        """Let the next call be when the first row has waited for long enough, and at once while no others are to come."""
         if self._next:
-            if self._next.when() <= due:
-                return
             self._next.cancel()
+        # Not before those whose rows have just finished have had their turn: what they decode next takes part.
+        due = min(decoding.due for decoding in self._rows.values()) if self._coming() else 0.0
         self._next = asyncio.get_running_loop().call_at(due, self._call)
 
     def _call(self) -> None:
-        """Call the network once, and again as long as there are rows."""
+        """Call the network once, and let the rows that are left have their next call."""
         self._next = None
         rows = list(self._rows)
         try:
@@ -220,10 +224,7 @@ class Decoder:
                 if row.finished:
                     self._rows.pop(row).done.set_result(None)
         if self._rows:
-            # The few that are left wait, if as many are coming. The next call is behind those whose rows have just finished:
-            # what they decode next takes part in it.
-            wait = self._coming() >= len(self._rows)
-            self._call_by(min(decoding.due for decoding in self._rows.values()) if wait else 0.0)
+            self._schedule()
 
 
 async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Answer:

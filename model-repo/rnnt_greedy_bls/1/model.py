@@ -95,7 +95,7 @@ class TritonPythonModel:
         network = Network(parameters, self._metrics)
         self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.encoder_batch)
         transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
-        self._decoder = Decoder(network.step, transducer, parameters.block_frames, lambda: self._encoder.waiting)
+        self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.busy)
         self._sequences: dict[int, Sequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
