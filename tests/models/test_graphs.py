@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -216,6 +217,7 @@ def load_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     types = {"TYPE_FP32": np.float32, "TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
     utils.triton_string_to_numpy = types.__getitem__
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
+    monkeypatch.setattr(os, "nice", lambda _: 0)  # the process is that of all tests
     monkeypatch.setitem(sys.modules, "standstill", SimpleNamespace(Standstill=lambda _: None))
     spec = importlib.util.spec_from_file_location("stand_in", ONNXRUNTIME_BACKEND / "model.py")
     assert spec
