@@ -91,7 +91,7 @@ class Encoder:
         self._last_met = -LONE_SECS
 
     def busy(self) -> bool:
-        """Whether windows wait: more than the calls that run will come out of it soon."""
+        """Whether windows wait, whose frames are sure to come when a call is free."""
         return self.waiting > 0
 
     async def encode(self, window: Window) -> Encoded:
