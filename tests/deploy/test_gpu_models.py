@@ -75,8 +75,8 @@ def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, se
 
 def test_tensorrt_is_one_more_entry_of_the_encoders_optimization(gpu_repo: Path, section: str) -> None:
     (entry,) = re.findall(r"`(execution_accelerators .*?)`", section, re.DOTALL)
-    text = (gpu_repo / "encoder" / "config.pbtxt").read_text()
-    before = text_format.Parse(text, pb.ModelConfig()).optimization
+    path = gpu_repo / "encoder" / "config.pbtxt"
+    text, before = path.read_text(), read_config(path).optimization
     (block,) = re.findall(r"^optimization \{.*\}$", text, re.MULTILINE)
     after = text_format.Parse(text.replace(block, f"{block[:-1]} {entry} }}"), pb.ModelConfig()).optimization
     assert after.execution_accelerators.gpu_execution_accelerator[0].name == "tensorrt"
