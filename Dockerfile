@@ -6,8 +6,7 @@ COPY deploy/requirements.lock deploy/
 RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --require-hashes -r deploy/requirements.lock
 COPY pyproject.toml README.md ./
 COPY gateway gateway
-COPY launcher launcher
-COPY amira_client amira_client
+COPY amira amira
 RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
     && /opt/amira/bin/pip uninstall --yes pip
 

@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway launcher amira_client model-repo backends training tests perf deploy
+SOURCES := gateway amira model-repo backends training tests perf deploy
 # What requirements.lock holds; training is left out, since torch is larger than all the rest.
 LOCKED := engine models perf tracing fuzz build dev
 

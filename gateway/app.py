@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import __version__, batch, health, metrics, stream, tracing
+from gateway import __version__, metrics, tracing
+from gateway.api import health, native_rest, native_websocket
+from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
-from gateway.settings import Settings
 from gateway.tracing import Tracing
 
 MAX_REQUEST_ID_CHARS = 128
@@ -60,8 +61,8 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.include_router(batch.router)
-    app.include_router(stream.router)
+    app.include_router(native_rest.router)
+    app.include_router(native_websocket.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 from asgi_correlation_id import correlation_id
 
-from gateway.settings import Settings
+from gateway.config.settings import Settings
 from gateway.tracing import trace_id
 
 REQUEST_ID_HEADER = "X-Request-ID"
@@ -47,7 +47,7 @@ def configure_logging(settings: Settings) -> None:
     root.handlers[:] = [handler]
     level = getattr(logging, settings.log_level.upper())
     root.setLevel(max(level, logging.WARNING))  # libraries' lines may hold what ours never do: headers with keys, say
-    for ours in ("gateway", "launcher"):
+    for ours in ("gateway", "amira"):
         logging.getLogger(ours).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_is_no_denial)
     structlog.configure(

@@ -16,7 +16,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request
 
-from gateway.bucket import TokenBucket
+from gateway.limits.bucket import TokenBucket
 
 HEAD_SECS = 10.0
 """A request's head must come within this time, from the connection or from its own first byte."""

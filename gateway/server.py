@@ -14,8 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
+from gateway.config.settings import Settings
 from gateway.protocols import Config
-from gateway.settings import Settings
 
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1

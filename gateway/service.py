@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 
 from gateway import metrics
-from gateway.access import Admission, Quotas
+from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
-from gateway.settings import Settings
-from gateway.tickets import Tickets
+from gateway.limits.access import Admission, Quotas
+from gateway.live.resume import Tickets
 from gateway.tracing import Tracing
-from gateway.triton import Triton
+from gateway.triton.pool import Triton
 
 
 @dataclass

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from gateway import __version__
+from gateway.config.settings import ConfigError, Settings
 from gateway.errors import ErrorKind
-from gateway.settings import ConfigError, Settings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import orjson
 from websockets.asyncio.client import connect
 
-from gateway.audio import RATE
-from launcher.engine import free_ports
-from launcher.run import LOOPBACK, ROOT
+from amira.engine.service import LOOPBACK, ROOT
+from amira.engine.triton import free_ports
+from gateway.audio.files import RATE
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch
 from perf.load import closed_loop, percentiles_ms

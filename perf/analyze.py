@@ -41,9 +41,9 @@ import orjson
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from gateway.audio import RATE
-from launcher.engine import EngineError
-from launcher.run import ENGINE_HOME, ROOT, SPEECH
+from amira.engine.service import ENGINE_HOME, ROOT, SPEECH
+from amira.engine.triton import EngineError
+from gateway.audio.files import RATE
 from perf.recogniser import DECODER, MODEL
 from perf.server import PerfError, Target, cpu_model, read_counters, triton_server
 from perf.speech import Samples, audio_secs, cut, read_speech

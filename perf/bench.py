@@ -24,11 +24,11 @@ import uvloop
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from gateway.audio import RATE
+from amira.engine.service import MODEL_REPOSITORY, ROOT, SPEECH
+from amira.engine.triton import EngineError
+from gateway.audio.files import RATE
+from gateway.config.settings import Settings
 from gateway.logs import configure_logging
-from gateway.settings import Settings
-from launcher.engine import EngineError
-from launcher.run import MODEL_REPOSITORY, ROOT, SPEECH
 from perf.analyze import RESULTS
 from perf.clients import GrpcClient, RestClient
 from perf.peers import merged_repository

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from websockets.asyncio.client import connect
 
-from gateway.audio import RATE
+from amira.engine.service import LOOPBACK
+from amira.engine.triton import free_ports
+from gateway.audio.files import RATE
 from gateway.server import TRIM_SECS
-from launcher.engine import free_ports
-from launcher.run import LOOPBACK
 from perf.clients import GrpcClient
 from perf.processes import Meter
 from perf.recogniser import DECODER, Windows

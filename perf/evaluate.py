@@ -28,11 +28,11 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
-from gateway.audio import RATE, decode_audio
+from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, service
+from amira.engine.triton import Ports, free_ports
+from gateway.audio.files import RATE, decode_audio
+from gateway.config.settings import Settings
 from gateway.logs import configure_logging
-from gateway.settings import Settings
-from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, MODEL_REPOSITORY, service
 
 FRAME_SAMPLES = 3200
 CONCURRENCY = 4

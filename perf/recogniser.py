@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from launcher.models import recognisers
+from amira.models.repository import recognisers
 
 if TYPE_CHECKING:  # it is the model repository's, which most of the benchmark knows from outside only
     from greedy import Floats, States, Step

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.audio import RATE, decode_audio
+from gateway.audio.files import RATE, decode_audio
 from gateway.errors import ApiError
 from perf.server import PerfError
 

@@ -20,8 +20,8 @@ import orjson
 import uvloop
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from launcher.models import read_config
-from launcher.run import LOOPBACK, MODEL_REPOSITORY
+from amira.engine.service import LOOPBACK, MODEL_REPOSITORY
+from amira.models.repository import read_config
 from perf.recogniser import MODEL, Windows
 
 SEGMENT_WORDS = 20

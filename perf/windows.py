@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from gateway.audio import RATE
-from launcher.run import MODEL_REPOSITORY, ROOT
+from amira.engine.service import MODEL_REPOSITORY, ROOT
+from gateway.audio.files import RATE
 from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech
 from perf.floor import FrontEnd, open_graph

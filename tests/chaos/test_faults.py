@@ -10,7 +10,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime, timezone
 
 import pytest
-from chaos import (
+
+from amira import LiveStream
+from amira.engine.service import LOOPBACK, ROOT
+from amira.engine.triton import free_ports
+from perf.server import cpu_model
+from tests.support.chaos import (
     RATE,
     Backend,
     Outcome,
@@ -25,13 +30,8 @@ from chaos import (
     stop_for,
     terminate,
 )
-from clients import cut, transcribe
-from conftest import Samples, read_recordings, run_gateway
-
-from amira_client import LiveStream
-from launcher.engine import free_ports
-from launcher.run import LOOPBACK, ROOT
-from perf.server import cpu_model
+from tests.support.clients import cut, transcribe
+from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, SECONDS = 20, 12.0
 REPORT = ROOT / "perf" / "results" / "faults.md"

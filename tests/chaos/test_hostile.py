@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import NamedTuple
 
-import hostile
 import numpy as np
 import pytest
-from chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
-from clients import transcribe
-from conftest import Samples, read_recordings, run_gateway
-from footprint import Footprint, growth, look
 
-from launcher.engine import free_ports
-from launcher.run import LOOPBACK, ROOT
+from amira.engine.service import LOOPBACK, ROOT
+from amira.engine.triton import free_ports
 from perf.server import cpu_model
+from tests.support import hostile
+from tests.support.chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
+from tests.support.clients import transcribe
+from tests.support.footprint import Footprint, growth, look
+from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, CAPACITY = 6, 60
 TURN_SECS = 13.44

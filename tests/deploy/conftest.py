@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import gateway, http, make_gateway, recordings, triton
-
-__all__ = ["gateway", "http", "make_gateway", "recordings", "triton"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin"

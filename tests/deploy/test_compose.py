@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
-from launcher.run import ROOT
+from amira.engine.service import ROOT
+from gateway.config.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
 
 COMPOSE = Path(sys.executable).with_name("docker-compose")
 if sys.version_info < (3, 11) and not COMPOSE.exists():

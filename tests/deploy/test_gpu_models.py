@@ -13,9 +13,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from launcher.importing import GPU_PARAMETERS
-from launcher.models import ROLES, read_config, recognisers
-from launcher.run import MODEL_REPOSITORY, ROOT
+from amira.engine.service import MODEL_REPOSITORY, ROOT
+from amira.models.importing import GPU_PARAMETERS
+from amira.models.repository import ROLES, read_config, recognisers
 from parameters import Parameters
 
 BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))

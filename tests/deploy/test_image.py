@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 from typer.main import get_command
 
-from gateway.settings import Settings
-from launcher.cli import app
-from launcher.run import ROOT
+from amira.cli import app
+from amira.engine.service import ROOT
+from gateway.config.settings import Settings
 
 PINNED = re.compile(r"python:3\.\d+\.\d+-slim-\w+")
 

@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gateway.settings import OWN_VARIABLES, Settings, load_settings
+from gateway.config.settings import OWN_VARIABLES, Settings, load_settings
 
 Need = Callable[[str], str]
 Manifest = dict[str, Any]

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import httpx
 import pytest
-from chaos import gateway_process
-from clients import END, cut, gateway_metrics, listen, open_socket, transcribe
-from conftest import Gateway, Recordings
 from websockets.exceptions import InvalidStatus
 
-from amira_client import LiveStream
+from amira import LiveStream
+from amira.engine.service import LOOPBACK, SPEECH
+from amira.engine.triton import Ports, free_ports
+from gateway.config.settings import Settings
 from gateway.service import Service
-from gateway.settings import Settings
-from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, SPEECH
+from tests.support.chaos import gateway_process
+from tests.support.clients import END, cut, gateway_metrics, listen, open_socket, transcribe
+from tests.support.servers import Gateway, Recordings
 
 Need = Callable[[str], str]
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]

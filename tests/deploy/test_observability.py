@@ -20,16 +20,16 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from chaos import Backend, speak, stop_for
-from clients import transcribe
-from conftest import Gateway, Recordings, Samples, run_gateway
 from tritonclient.utils import InferenceServerException
 from websockets.exceptions import InvalidStatus
 
+from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, SPEECH
+from amira.engine.triton import Ports, free_ports
 from gateway.errors import ErrorKind
-from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, MODEL_REPOSITORY, SPEECH
 from perf.clients import GrpcClient
+from tests.support.chaos import Backend, speak, stop_for
+from tests.support.clients import transcribe
+from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 Need = Callable[[str], str]
 Targets = dict[str, list[str]]

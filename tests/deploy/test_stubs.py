@@ -14,8 +14,8 @@ import psutil
 import pytest
 import yaml
 
-from launcher.engine import Engine, Ports, Triton, free_ports
-from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.engine.triton import Engine, Ports, Triton, free_ports
 
 EVERYONE = "/proc/[0-9]*/stat"
 """In a container these are Triton and what it started; here there are others, so a test looks at its own Triton's."""

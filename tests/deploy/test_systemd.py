@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from gateway.settings import DEFAULT_TRITON_PORT, Settings
-from launcher.cli import app
+from amira.cli import app
+from gateway.config.settings import DEFAULT_TRITON_PORT, Settings
 
 Need = Callable[[str], str]
 

@@ -18,16 +18,16 @@ import httpx
 import numpy as np
 import orjson
 import pytest
-from chaos import Backend, Proxy, speak
-from clients import END, decoder_metric, listen, open_socket, transcribe
-from conftest import Gateway, Recordings, Samples, run_gateway
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
-from gateway.settings import ConfigError, Settings
+from amira.engine.service import LOOPBACK, SPEECH
+from gateway.config.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
-from launcher.run import LOOPBACK, SPEECH
+from tests.support.chaos import Backend, Proxy, speak
+from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
+from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 CLIENTS_SPAN = "b7ad6b7169203331"
 T = TypeVar("T")
@@ -357,7 +357,7 @@ def test_without_a_place_to_send_them_no_sdk_is_imported() -> None:
     code = """if True:
         import sys
         from gateway.app import create_app
-        from gateway.settings import Settings
+        from gateway.config.settings import Settings
         create_app(Settings())
         assert not {"opentelemetry.sdk", "opentelemetry.exporter"} & set(sys.modules)
     """

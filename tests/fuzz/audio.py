@@ -12,8 +12,8 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["gateway.audio", "soundfile"]):
-    from gateway.audio import RATE, decode_audio, pcm_from_json
+with atheris.instrument_imports(include=["gateway.audio.files", "soundfile"]):
+    from gateway.audio.files import RATE, decode_audio, pcm_from_json
 from gateway.errors import ApiError
 from tests.fuzz.guided import main
 from tests.fuzz.recordings import files, pcm

@@ -16,15 +16,15 @@ import atheris
 from pydantic import SecretStr
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["gateway.stream", "gateway.tickets", "itsdangerous"]):
-    from gateway.stream import KEEPALIVE, Session
-    from gateway.tickets import Ticket, Tickets
-from gateway.access import Admission
-from gateway.endpoint import Recogniser, Windows
+with atheris.instrument_imports(include=["gateway.api.native_websocket", "gateway.live.resume", "itsdangerous"]):
+    from gateway.api.native_websocket import KEEPALIVE, Session
+    from gateway.live.resume import Ticket, Tickets
+from gateway.config.settings import Settings
 from gateway.errors import ApiError
+from gateway.limits.access import Admission
 from gateway.service import BufferUsage
-from gateway.settings import Settings
-from gateway.triton import Utterance
+from gateway.triton.endpoint import Recogniser, Windows
+from gateway.triton.pool import Utterance
 from tests.fuzz.guided import main
 
 SETTINGS = Settings(session_key=SecretStr("a key for the fuzzer"), max_frame_bytes=4096, max_stream_audio_secs=1)

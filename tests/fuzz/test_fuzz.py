@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chaos import Backend, backends, gateway_process
-from clients import decoder_metric
-from conftest import read_recordings
-from dialogue import Server, converse_until, transcriber
 
-from gateway.settings import Settings
-from launcher.engine import free_ports
-from launcher.run import LOOPBACK, ROOT
+from amira.engine.service import LOOPBACK, ROOT
+from amira.engine.triton import free_ports
+from gateway.config.settings import Settings
+from tests.support.chaos import Backend, backends, gateway_process
+from tests.support.clients import decoder_metric
+from tests.support.dialogue import Server, converse_until, transcriber
+from tests.support.servers import read_recordings
 
 SECS = float(os.environ.get("MINUTES") or 10) * 60
 HOME = ROOT / ".fuzz"

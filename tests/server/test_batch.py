@@ -19,14 +19,14 @@ import orjson
 import pytest
 import soundfile
 import soxr
-from clients import gateway_metrics, growth
-from conftest import Gateway, Recordings
 
-from gateway import batch
+from amira.engine.service import LOOPBACK, SPEECH
+from amira.engine.triton import Ports
+from gateway.api import native_rest
 from gateway.app import LINGER_SECS
-from launcher.engine import Ports
-from launcher.run import LOOPBACK, SPEECH
 from perf.server import REPORTED_SECS
+from tests.support.clients import gateway_metrics, growth
+from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
@@ -345,7 +345,7 @@ async def test_who_leaves_the_line_makes_room(
 async def test_no_recording_waits_forever(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "QUEUE_SECS", 0.1)
+    monkeypatch.setattr(native_rest, "QUEUE_SECS", 0.1)
     async with make_gateway(max_concurrent_batches=1) as gateway:
         body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
         first = asyncio.create_task(http.post(gateway.batch_url(), content=body, headers=OCTETS))

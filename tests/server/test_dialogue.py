@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Gateway, Recordings
-from dialogue import Server, converse, transcriber
 
-from gateway.settings import Settings
-from launcher.run import ROOT
+from amira.engine.service import ROOT
+from gateway.config.settings import Settings
+from tests.support.dialogue import Server, converse, transcriber
+from tests.support.servers import Gateway, Recordings
 
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
 

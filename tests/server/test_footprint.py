@@ -8,7 +8,8 @@ import time
 
 import psutil
 import pytest
-from footprint import Footprint, Memory, measure, problems
+
+from tests.support.footprint import Footprint, Memory, measure, problems
 
 SAMPLES, INTERVAL_SECS = 40, 0.05
 

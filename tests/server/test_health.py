@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
 import httpx
-from clients import gateway_metrics, open_socket
-from conftest import Gateway, run_gateway
 from prometheus_client.parser import text_string_to_metric_families
 
+from amira.engine.service import ROOT
+from amira.engine.triton import Ports, free_ports
 from gateway import __version__
-from launcher.engine import Ports, free_ports
-from launcher.run import ROOT
+from tests.support.clients import gateway_metrics, open_socket
+from tests.support.servers import Gateway, run_gateway
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 

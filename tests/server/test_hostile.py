@@ -11,18 +11,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import hostile
 import httpx
 import psutil
 import pytest
-from chaos import Proxy, p95, speak
-from clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
-from conftest import Gateway, Recordings, run_gateway
-from hostile import PING, frame, peer
 
+from amira.engine.service import LOOPBACK
+from amira.engine.triton import Ports
 from gateway.protocols import WebSocketProtocol
-from launcher.engine import Ports
-from launcher.run import LOOPBACK
+from tests.support import hostile
+from tests.support.chaos import Proxy, p95, speak
+from tests.support.clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
+from tests.support.hostile import PING, frame, peer
+from tests.support.servers import Gateway, Recordings, run_gateway
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 RAW = {"Content-Type": "audio/pcm"}

@@ -17,23 +17,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import KINDS
 from google.protobuf import text_format
-from test_launcher import amira, edit, triton_with
 from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
 
-from launcher.cli import app
-from launcher.engine import EngineError, free_ports
-from launcher.graphs import ModelError
-from launcher.importing import import_model
-from launcher.models import ROLES, read_config, recognisers
-from launcher.run import LOOPBACK, MODEL_REPOSITORY
+from amira.cli import app
+from amira.engine.service import LOOPBACK, MODEL_REPOSITORY
+from amira.engine.triton import EngineError, free_ports
+from amira.models.graphs import ModelError
+from amira.models.importing import import_model
+from amira.models.repository import ROLES, read_config, recognisers
+from tests.support.commands import edit, run_amira, triton_with
+from tests.support.servers import KINDS
 
 
 async def test_import_check_and_list_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
     into = tmp_path / "new"
-    code, output, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    code, output, errors = await run_amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 0, errors
     imported, check, serve = output.splitlines()
     assert imported == f"imported mine into {into}: tdt, 1024 pieces, 128 mel bins, durations 0,1,2,3,4 (assumed)"
@@ -42,25 +42,27 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     assert {path.name for path in into.iterdir()} == {
         "mine", "mine_decoder", "mine_detokenizer", "mine_preprocessor", "mine_encoder", "mine_decoder_joint",
     }  # fmt: skip
-    code, output, errors = await amira("models", "check", str(into))
+    code, output, errors = await run_amira("models", "check", str(into))
     assert code == 0, errors
     assert "mine: 176000 samples" in output
-    code, output, _ = await amira("models", "list", str(into))
+    code, output, _ = await run_amira("models", "list", str(into))
     assert output == (
         "mine: tdt, 1024 pieces, 80 ms a frame, "
         "windows of 10.00 + 2.00 + 2.00 s, low 10.00 + 0.96 + 0.96 s, throughput 10.00 + 4.00 + 2.00 s\n"
     )
-    code, _, errors = await amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
+    code, _, errors = await run_amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 2
     assert "exists; choose another --name" in errors
 
 
 async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
-    code, output, _ = await amira("models", "import", str(sources["rnnt"]), "--name", "mine", "--gpu", "--into", str(tmp_path))
+    code, output, _ = await run_amira(
+        "models", "import", str(sources["rnnt"]), "--name", "mine", "--gpu", "--into", str(tmp_path)
+    )
     assert code == 0
     assert "serve it: by a Triton with a GPU" in output
     assert "amira models check" not in output
-    code, _, errors = await amira("models", "check", str(tmp_path))
+    code, _, errors = await run_amira("models", "check", str(tmp_path))
     assert code == 2
     assert "KIND_GPU" in errors
 
@@ -69,7 +71,7 @@ async def test_a_broken_ensemble_does_not_hide_the_others(sources: dict[str, Pat
     for name in ("a", "b", "c"):
         import_model(str(sources["rnnt"]), name, tmp_path, None, gpu=False)
     (tmp_path / "b_encoder" / "1" / "model.onnx").unlink()
-    code, output, errors = await amira("models", "list", str(tmp_path))
+    code, output, errors = await run_amira("models", "list", str(tmp_path))
     assert code == 2
     assert [line.partition(":")[0] for line in output.splitlines()] == ["a", "c"]
     assert errors == f"amira: {tmp_path}/b_encoder/1/model.onnx is missing\n"
@@ -113,7 +115,7 @@ def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path, monkeypatch:
         return encoder.instance_group[0].count, threads.string_value, calls.string_value
 
     assert sessions("small") == (2, "1", "2")
-    monkeypatch.setattr("launcher.importing.LARGE_ENCODER_BYTES", 1_000_000)
+    monkeypatch.setattr("amira.models.importing.LARGE_ENCODER_BYTES", 1_000_000)
     assert sessions("large") == (1, "0", "1"), "0 is all cores"
 
 
@@ -201,14 +203,14 @@ async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, m
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     into = tmp_path / "into"
-    code, output, errors = await amira("models", "import", "owner/model", "--into", str(into))
+    code, output, errors = await run_amira("models", "import", "owner/model", "--into", str(into))
     assert code == 0, errors
     assert "imported model into" in output
     assert "100%" in errors, "its progress bar"
     for role in ("encoder", "decoder_joint"):
         onnxruntime.InferenceSession(into / f"model_{role}" / "1" / "model.onnx")  # with its weights
     assert [recogniser.name for recogniser in recognisers(into)] == ["model"]
-    code, _, errors = await amira(
+    code, _, errors = await run_amira(
         "models", "import", "owner/model", "--name", "q", "--quantization", "int8", "--into", str(into)
     )
     assert code == 2
@@ -218,7 +220,7 @@ async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, m
 async def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    code, _, errors = await amira("models", "import", "owner/model", "--into", str(tmp_path / "into"))
+    code, _, errors = await run_amira("models", "import", "owner/model", "--into", str(tmp_path / "into"))
     assert code == 2
     (line,) = errors.splitlines()
     assert line.startswith("amira: owner/model is no directory here, and can't be had from Hugging Face: ")

@@ -11,11 +11,11 @@ import jiwer
 import numpy as np
 import orjson
 import pytest
-from clients import END, converse, cut, listen, open_socket, transcribe
-from conftest import Gateway, Recordings, Samples
 
-from launcher.models import recognisers
-from launcher.run import MODEL_REPOSITORY
+from amira.engine.service import MODEL_REPOSITORY
+from amira.models.repository import recognisers
+from tests.support.clients import END, converse, cut, listen, open_socket, transcribe
+from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 

@@ -9,9 +9,7 @@ import re
 import shutil
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +17,25 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from clients import END, decoder_metric, listen, open_socket, transcribe
-from conftest import run_gateway
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 from typer.testing import CliRunner
 
-import launcher.run
-from launcher import engine
-from launcher.cli import app
-from launcher.engine import Engine, EngineError, Ports, Triton, free_ports
-from launcher.run import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
-
-AMIRA = Path(sys.executable).with_name("amira")
-
-
-def environment(**settings: Any) -> dict[str, str]:
-    """Environment of a command: free ports, and these settings."""
-    gateway, http, grpc, metrics = free_ports(LOOPBACK, 4)
-    ports = {
-        "server_host": LOOPBACK,
-        "server_port": gateway,
-        "triton_http_port": http,
-        "triton_grpc_port": grpc,
-        "triton_metrics_port": metrics,
-    }
-    return {**os.environ, **{f"AMIRA_{name.upper()}": str(value) for name, value in {**ports, **settings}.items()}}
-
-
-async def amira(*arguments: str, timeout_secs: float = 60, **settings: Any) -> tuple[int, str, str]:
-    """Run a command to its end: exit code, standard output and standard error."""
-    process = await asyncio.create_subprocess_exec(
-        AMIRA, *arguments, env=environment(**settings), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    output, errors = await asyncio.wait_for(process.communicate(), timeout_secs)
-    assert process.returncode is not None
-    return process.returncode, output.decode(), errors.decode()
-
-
-async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
-    """Wait for a condition, given as a function or a coroutine function."""
-    deadline = asyncio.get_running_loop().time() + timeout_secs
-    while True:
-        result = condition()
-        if await result if asyncio.iscoroutine(result) else result:
-            return
-        assert asyncio.get_running_loop().time() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.1)
-
-
-@asynccontextmanager
-async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
-    """A Triton of a test's own."""
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
-    server = Triton(
-        Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log"
-    )
-    await server.start()
-    try:
-        yield ports
-    finally:
-        await server.stop()
+import amira.engine.service
+from amira.cli import app
+from amira.engine import triton as engine
+from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
+from amira.engine.triton import Engine, EngineError, Ports, Triton, free_ports
+from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
+from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
+from tests.support.servers import run_gateway
 
 
 @pytest.fixture
 def model_repository(tmp_path: Path) -> Path:
     """A copy of the bundled repository, for a test to change."""
     return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
@@ -175,7 +118,7 @@ async def _equals(status: Callable[[], Any], expected: int) -> bool:
 
 
 async def test_demo_transcribes_the_bundled_recordings() -> None:
-    code, output, errors = await amira("demo", timeout_secs=90)
+    code, output, errors = await run_amira("demo", timeout_secs=90)
     assert code == 0, errors
     for path in SPEECH.glob("*.flac"):
         assert path.name in output
@@ -190,7 +133,7 @@ async def test_a_port_in_use_is_named() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         for setting in ("server_port", "triton_grpc_port"):
-            code, _, errors = await amira("run", **{setting: port})
+            code, _, errors = await run_amira("run", **{setting: port})
             assert code == 2
             last = errors.strip().splitlines()[-1]
             assert f"{LOOPBACK}:{port}" in last
@@ -217,7 +160,7 @@ async def test_a_model_that_fails_to_load_is_named(
     model_repository: Path, file: str, old: str, new: str, named: list[str]
 ) -> None:
     edit(model_repository / file, old, new)
-    code, _, errors = await amira("run", model_repository=model_repository)
+    code, _, errors = await run_amira("run", model_repository=model_repository)
     assert code == 2
     last = errors.strip().splitlines()[-1]
     for part in named:
@@ -266,7 +209,7 @@ async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path:
 
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(launcher.run, "ENGINE_HOME", tmp_path / "file" / "engine")
+    monkeypatch.setattr(amira.engine.service, "ENGINE_HOME", tmp_path / "file" / "engine")
     result = CliRunner().invoke(app, ["run"])
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("amira: ")
@@ -274,29 +217,29 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_a_missing_recording_is_named() -> None:
-    code, _, errors = await amira("demo", "none.wav")
+    code, _, errors = await run_amira("demo", "none.wav")
     assert code == 2
     assert "'none.wav' does not exist" in errors
     assert "Traceback" not in errors
 
 
 async def test_a_missing_repository_is_named(tmp_path: Path) -> None:
-    code, _, errors = await amira("run", model_repository=tmp_path / "none")
+    code, _, errors = await run_amira("run", model_repository=tmp_path / "none")
     assert code == 2
     assert str(tmp_path / "none") in errors
 
 
 async def test_bad_ports_and_addresses_are_named() -> None:
-    code, _, errors = await amira("run", triton_http_port=99999)
+    code, _, errors = await run_amira("run", triton_http_port=99999)
     assert code == 2
     assert "65535" in errors
-    code, _, errors = await amira("run", triton_host="::1")
+    code, _, errors = await run_amira("run", triton_host="::1")
     assert code == 2
     assert errors.strip().endswith("AMIRA_TRITON_HOST is '::1'; it must be an IPv4 address")
 
 
 async def test_a_bad_setting_is_one_line() -> None:
-    code, _, errors = await amira("serve", max_concurrent_streams="many")
+    code, _, errors = await run_amira("serve", max_concurrent_streams="many")
     assert code == 2
     assert errors.strip() == (
         "amira: max_concurrent_streams = 'many' (from AMIRA_MAX_CONCURRENT_STREAMS): must be a whole number within 1 … 100000"
@@ -304,11 +247,11 @@ async def test_a_bad_setting_is_one_line() -> None:
 
 
 async def test_config_show() -> None:
-    code, output, _ = await amira("config", "show", "--format", "toml", max_concurrent_streams=77, api_keys="secret")
+    code, output, _ = await run_amira("config", "show", "--format", "toml", max_concurrent_streams=77, api_keys="secret")
     assert code == 0
     assert "max_concurrent_streams = 77" in output
     assert "secret" not in output
-    code, output, _ = await amira("config", "show", "--format", "yaml")
+    code, output, _ = await run_amira("config", "show", "--format", "yaml")
     assert code == 0
     assert "max_concurrent_streams: 10" in output
 
@@ -385,7 +328,7 @@ async def _none_left(ports: Ports) -> bool:
 def test_unsupported_platforms_are_told_of_the_container(
     monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
 ) -> None:
-    monkeypatch.setattr(f"launcher.engine.{attribute}", lambda: value)
+    monkeypatch.setattr(f"amira.engine.triton.{attribute}", lambda: value)
     with pytest.raises(EngineError, match=re.escape(named)) as raised:
         engine.check_platform()
     assert "container" in str(raised.value)
@@ -393,7 +336,7 @@ def test_unsupported_platforms_are_told_of_the_container(
 
 def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.find_libpython().is_file()
-    monkeypatch.setattr("launcher.engine.Path.exists", lambda _: False)
+    monkeypatch.setattr("amira.engine.triton.Path.exists", lambda _: False)
     with pytest.raises(
         EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"
     ):

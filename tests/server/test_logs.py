@@ -11,12 +11,12 @@ import httpx
 import orjson
 import pytest
 import structlog
-from clients import transcribe
-from conftest import Gateway, Recordings
 
+from amira.engine.service import ROOT
+from gateway.config.settings import Settings
 from gateway.logs import configure_logging
-from gateway.settings import Settings
-from launcher.run import ROOT
+from tests.support.clients import transcribe
+from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 KEY = "a-key-that-nobody-else-has"
@@ -45,7 +45,7 @@ def test_every_event_is_documented() -> None:
     (table,) = re.findall(r"^\| `event` .*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/Operations.md").read_text(), re.MULTILINE)
     rows = {event: row for row in table.splitlines() for event in re.findall(r"`([^`]+)`", row.split("|")[1])}
     logged = set()
-    for path in (*(ROOT / "gateway").glob("*.py"), *(ROOT / "launcher").glob("*.py")):
+    for path in (*(ROOT / "gateway").rglob("*.py"), *(ROOT / "amira").rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and re.fullmatch(r"log\.\w+|log_request", ast.unparse(call.func)):
                 (event,) = (argument.value for argument in call.args if isinstance(argument, ast.Constant))

@@ -14,14 +14,14 @@ import onnx
 import onnx_asr
 import onnxruntime
 import pytest
-from clients import END, converse, cut
-from conftest import KINDS, Gateway, Recordings, Samples, run_gateway
 from google.protobuf import text_format
-from test_launcher import edit, triton_with
 
-from launcher.importing import import_model
-from launcher.models import ROLES, read_config, recognisers
-from launcher.run import MODEL_REPOSITORY
+from amira.engine.service import MODEL_REPOSITORY
+from amira.models.importing import import_model
+from amira.models.repository import ROLES, read_config, recognisers
+from tests.support.clients import END, converse, cut
+from tests.support.commands import edit, triton_with
+from tests.support.servers import KINDS, Gateway, Recordings, Samples, run_gateway
 
 FEATURES = {"rnnt": 80, "tdt": 128}
 FULL_CONTEXT = {f"cut-{chunk_frames}": chunk_frames for chunk_frames in (1, 7)}

@@ -8,9 +8,22 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from chaos import Backend, Outcome, Proxy, backends, disturb, kill, kill_stub, pieces, speak, stop_for, transcribe_repeatedly
-from clients import decoder_metric, gateway_metrics, growth, transcribe
-from conftest import Gateway, Recordings, Samples, run_gateway
+
+from tests.support.chaos import (
+    Backend,
+    Outcome,
+    Proxy,
+    backends,
+    disturb,
+    kill,
+    kill_stub,
+    pieces,
+    speak,
+    stop_for,
+    transcribe_repeatedly,
+)
+from tests.support.clients import decoder_metric, gateway_metrics, growth, transcribe
+from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 STREAMS, SECONDS = 5, 9.0
 

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from chaos import Proxy, backends, gateway_process
-from clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
-from conftest import Gateway, Recordings, Samples
 from pydantic import SecretStr
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
-from amira_client import LiveStream, Message, StreamError
-from gateway.breaker import BreakerState
-from gateway.settings import Settings
-from gateway.tickets import Ticket, Tickets
-from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK
+from amira import LiveStream, Message, StreamError
+from amira.engine.service import LOOPBACK
+from amira.engine.triton import Ports, free_ports
+from gateway.config.settings import Settings
+from gateway.live.resume import Ticket, Tickets
+from gateway.triton.breaker import BreakerState
+from tests.support.chaos import Proxy, backends, gateway_process
+from tests.support.clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
+from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 V2: dict[str, Any] = {"subprotocols": ["amira.v2"]}
@@ -179,7 +179,7 @@ async def test_the_client_waits_for_a_server_that_is_slow(
     make_gateway: MakeGateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its pings are answered when the audio before them has been read; the kernels hold most of that."""
-    monkeypatch.setattr("amira_client.stream.connect", partial(connect, ping_interval=0.1, ping_timeout=0.5))
+    monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.1, ping_timeout=0.5))
     async with make_gateway(max_frame_bytes=32_000, audio_buffer_capacity=32_000) as gateway:
         plain = (await transcribe(gateway.stream_url(), speech)).final
         async with LiveStream(gateway.stream_url()) as stream:
@@ -192,8 +192,8 @@ async def test_the_client_waits_for_a_server_that_is_slow(
 async def test_the_client_leaves_a_connection_on_which_nothing_comes(
     gateway: Gateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amira_client.stream.connect", partial(connect, ping_interval=0.2))
-    monkeypatch.setattr("amira_client.stream.SILENCE_SECS", 1.0)
+    monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.2))
+    monkeypatch.setattr("amira.client.live.SILENCE_SECS", 1.0)
     plain = (await transcribe(gateway.stream_url(), speech)).final
     proxy = Proxy(Ports(LOOPBACK, 0, gateway.server.port, 0))
     async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:

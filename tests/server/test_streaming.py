@@ -12,12 +12,23 @@ import httpx
 import jiwer
 import numpy as np
 import pytest
-from chaos import speak
-from clients import END, KEEPALIVE, converse, cut, decoder_metric, gateway_metrics, growth, listen, open_socket, transcribe
-from conftest import Gateway, Recordings, Samples
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from launcher.engine import Ports
+from amira.engine.triton import Ports
+from tests.support.chaos import speak
+from tests.support.clients import (
+    END,
+    KEEPALIVE,
+    converse,
+    cut,
+    decoder_metric,
+    gateway_metrics,
+    growth,
+    listen,
+    open_socket,
+    transcribe,
+)
+from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 

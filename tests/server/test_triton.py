@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from clients import decoder_metric
-from conftest import Recordings, Samples
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from launcher.engine import Ports
+from amira.engine.triton import Ports
+from tests.support.clients import decoder_metric
+from tests.support.servers import Recordings, Samples
 
 SEQUENCE_IDS = itertools.count(1)
 SILENCE = np.zeros(0, np.int16)

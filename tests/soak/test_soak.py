@@ -18,16 +18,16 @@ from typing import Any
 import httpx
 import numpy as np
 import soundfile
-from chaos import RATE, Proxy, backends, gateway_process, pieces, speak
-from clients import END, converse, cut, open_socket, transcribe
-from conftest import Samples, read_recordings
-from footprint import Footprint, look, problems
 from websockets.exceptions import InvalidStatus
 
-from amira_client import LiveStream
-from launcher.engine import Ports, free_ports
-from launcher.run import LOOPBACK, ROOT
+from amira import LiveStream
+from amira.engine.service import LOOPBACK, ROOT
+from amira.engine.triton import Ports, free_ports
 from perf.server import cpu_model
+from tests.support.chaos import RATE, Proxy, backends, gateway_process, pieces, speak
+from tests.support.clients import END, converse, cut, open_socket, transcribe
+from tests.support.footprint import Footprint, look, problems
+from tests.support.servers import Samples, read_recordings
 
 SECS = float(os.environ.get("MINUTES") or 60) * 60
 SAMPLES = 400

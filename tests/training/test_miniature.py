@@ -17,8 +17,8 @@ import onnxruntime
 import pytest
 from rich.progress import Progress
 
+from amira.engine.service import MODEL_REPOSITORY
 from greedy import Predictor, Row, Transducer, decode
-from launcher.run import MODEL_REPOSITORY
 from perf.recogniser import joint_step
 from training import config as configuration
 from training.speech import Voices

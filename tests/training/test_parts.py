@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from launcher.models import read_config
-from launcher.run import MODEL_REPOSITORY
+from amira.engine.service import MODEL_REPOSITORY
+from amira.models.repository import read_config
 from training import config as configuration
 from training import moonshine, start
 from training.config import Config

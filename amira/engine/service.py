@@ -1,0 +1,109 @@
+"""The gateway and the embedded Triton as one service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from amira.engine.triton import Engine, EngineError, Ports, Triton, check_free
+from gateway.audio.files import decode_audio
+from gateway.config.settings import Settings
+from gateway.errors import ApiError
+from gateway.server import build_server
+from gateway.tracing import triton_options
+from gateway.transcript.transcript import Answer
+from gateway.triton.pool import Triton as TritonClient
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_HOME = ROOT / ".engine"
+ONNXRUNTIME_BACKEND = ROOT / "backends" / "onnxruntime"
+MODEL_REPOSITORY = ROOT / "model-repo"
+SPEECH = ROOT / "tests" / "speech"
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service that is up.
+
+    Attributes:
+        url: the gateway's base URL on this machine.
+        ports: Triton's ports.
+        log_path: what Triton prints.
+    """
+
+    url: str
+    ports: Ports
+    log_path: Path
+
+
+@asynccontextmanager
+async def service(
+    settings: Settings, model_repository: Path, ports: Ports, on_progress: Callable[[int, int], None]
+) -> AsyncIterator[tuple[Running, asyncio.Task[None]]]:
+    """Start Triton, wait for its models, start the gateway; stop them in the opposite order.
+
+    Yields:
+        The service and the task that ends when the gateway has stopped.
+
+    Raises:
+        EngineError: a port is taken, or Triton or a model can't start.
+    """
+    if settings.server_port:
+        check_free(settings.server_host, settings.server_port, "AMIRA_SERVER_PORT")
+    ports.check_free()
+    log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(engine, model_repository, ports, log_path, triton_options(settings))
+    await triton.start(on_progress)
+    keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
+    try:
+        ours = {"triton_endpoint": f"http://{ports.host}:{ports.grpc}", "triton_endpoints": ()}
+        server = build_server(settings.model_copy(update=ours))
+        serving = asyncio.create_task(server.serve(), name="gateway")
+        while not server.started:
+            if serving.done():
+                serving.result()
+                raise EngineError("the gateway ended while it started; its log says why")
+            await asyncio.sleep(0.02)
+        host = LOOPBACK if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104
+        running = Running(f"http://{host}:{server.port}", ports, log_path)
+        try:
+            yield running, serving
+        finally:
+            server.should_exit = True
+            await serving
+    finally:
+        keeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeper
+        await triton.stop()
+
+
+async def transcribe_with_each(
+    model_repository: Path, ensembles: Sequence[str], ports: Ports, recording: bytes
+) -> AsyncIterator[tuple[str, Answer]]:
+    """Serve a model repository for as long as it takes to transcribe a recording whole with each of its ensembles.
+
+    Raises:
+        EngineError: Triton or a model can't start, or an ensemble can't transcribe.
+    """
+    triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-check.log")
+    await triton.start()
+    client = TritonClient(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
+    try:
+        await client.start()
+        for name in ensembles:
+            recogniser = client.recogniser(name)
+            samples = decode_audio(recording, "application/octet-stream", recogniser.max_whole_secs)
+            yield name, await client.recording(recogniser, {}).send(samples, end=True)
+    except ApiError as error:
+        raise EngineError(f"an utterance failed: {error.message}; {ENGINE_HOME / 'triton-check.log'} tells more") from error
+    finally:
+        await client.close()
+        await triton.stop()

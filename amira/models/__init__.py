@@ -1,0 +1,1 @@
+"""Model repositories: check, import, inspect."""

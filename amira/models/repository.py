@@ -1,0 +1,164 @@
+"""Model repositories: which recognisers one has, and whether their files fit each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, ModelError, Transducer
+from gateway.triton.endpoint import GEOMETRY_PARAMETERS
+
+ROLES = ("preprocessor", "encoder", "decoder_joint")
+"""The graphs of a recogniser, by what its decoder calls them."""
+
+ELEMENT_TYPES = {pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
+"""ONNX's element types by Triton's."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """An ensemble of a model repository with all that it needs.
+
+    Attributes:
+        name: the ensemble's name.
+        decoder: name of its decoder.
+        parameters: the decoder's parameters.
+    """
+
+    name: str
+    decoder: str
+    parameters: Mapping[str, str]
+
+    def describe(self) -> str:
+        """One line for a person."""
+        p = self.parameters
+        frame_ms = int(p["frame_samples"]) / 16
+        balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
+        geometries = {"windows of": balanced, **{word: p[name] for word, name in GEOMETRY_PARAMETERS.items() if name in p}}
+        windows = (
+            f"{word} {' + '.join(f'{int(frames) * frame_ms / 1000:.2f}' for frames in geometry.split(','))} s"
+            for word, geometry in geometries.items()
+        )
+        return f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, {', '.join(windows)}"
+
+
+def look_into(repository: Path) -> list[Recogniser | ModelError]:
+    """The ensembles of a repository, or of one whose parts are missing or do not fit each other, what is wrong with it.
+
+    Raises:
+        ModelError: it has no ensemble, or a configuration can't be read.
+    """
+    if not repository.is_dir():
+        raise ModelError(f"{repository} is no directory")
+    configs = {path.parent.name: read_config(path) for path in sorted(repository.glob("*/config.pbtxt"))}
+    found: list[Recogniser | ModelError] = []
+    for name in (name for name, config in configs.items() if config.HasField("ensemble_scheduling")):
+        try:
+            found.append(_check(repository, configs, name))
+        except ModelError as error:
+            found.append(error)
+    if not found:
+        raise ModelError(f"{repository} has no ensemble")
+    return found
+
+
+def recognisers(repository: Path) -> list[Recogniser]:
+    """The ensembles of a repository.
+
+    Raises:
+        ModelError: one of them, or all of it, can't be used.
+    """
+    found = []
+    for recogniser in look_into(repository):
+        if isinstance(recogniser, ModelError):
+            raise recogniser
+        found.append(recogniser)
+    return found
+
+
+def read_config(path: Path) -> pb.ModelConfig:
+    """A ``config.pbtxt``.
+
+    Raises:
+        ModelError: it is missing or malformed.
+    """
+    config = pb.ModelConfig()
+    try:
+        text_format.Parse(path.read_text(encoding="utf-8"), config)
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, text_format.ParseError) as error:
+        raise ModelError(f"{path}: {error}") from error
+    return config
+
+
+def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -> Recogniser:
+    path = repository / name / "config.pbtxt"
+    steps = [step.model_name for step in configs[name].ensemble_scheduling.step]
+    for step in steps:
+        if step not in configs:
+            raise ModelError(f"{path}: step {step} is no model of this repository")
+    decoder = _only(
+        path, "sequence_batching, as the decoder has", [s for s in steps if configs[s].HasField("sequence_batching")]
+    )
+    detokenizer = _only(path, "a vocabulary", [s for s in steps if "vocabulary" in configs[s].parameters])
+    parameters = {key: value.string_value for key, value in configs[decoder].parameters.items()}
+    decoder_path = repository / decoder / "config.pbtxt"
+    for role in ROLES:
+        if (callee := parameters.get(f"{role}_model", "")) not in configs:
+            raise ModelError(f"{decoder_path}: parameter {role}_model is {callee!r}; expected a model of this repository")
+    preprocessor, encoder, decoder_joint = (_graph(repository, configs[parameters[f"{role}_model"]]) for role in ROLES)
+    vocabulary = repository / detokenizer / configs[detokenizer].parameters["vocabulary"].string_value
+    preprocessor.check("input", {"waveforms": (FLOAT, (OPEN, OPEN)), "waveforms_lens": (INT64, (OPEN,))})
+    preprocessor.check_no_others(("waveforms", "waveforms_lens"))
+    preprocessor.check("output", {"features": (FLOAT, (OPEN, None, OPEN)), "features_lens": (INT64, (OPEN,))})
+    features = preprocessor.outputs["features"].shape[1]
+    transducer = Transducer.read(encoder, decoder_joint, vocabulary, features)
+    if (lone := parameters.get("lone_encoder_model")) is not None:
+        if lone not in configs:
+            raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
+        Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
+    _check_parameters(decoder_path, parameters, transducer)
+    return Recogniser(name, decoder, parameters)
+
+
+def _only(path: Path, what: str, found: list[str]) -> str:
+    if len(found) != 1:
+        raise ModelError(f"{path}: {len(found)} of its steps have {what}; expected 1")
+    return found[0]
+
+
+def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
+    """A model's graph, held against its configuration as Triton's ONNX Runtime backend does it.
+
+    All inputs must be there, of a size that the graph does not fix to another, and outputs of just the sizes that it fixes.
+    """
+    graph = Graph(repository / config.name / "1" / (config.default_model_filename or "model.onnx"))
+    graph.resolve()
+    batch = (OPEN,) if config.max_batch_size else ()
+    for kind, tensors in (("input", config.input), ("output", config.output)):
+        expected = {tensor.name: (ELEMENT_TYPES.get(tensor.data_type, 0), (*batch, *tensor.dims)) for tensor in tensors}
+        graph.check(kind, expected, exact=kind == "output")
+    if missing := graph.inputs.keys() - {tensor.name for tensor in config.input}:
+        path = repository / config.name / "config.pbtxt"
+        raise ModelError(f"{path}: input {', '.join(sorted(missing))} is missing; {graph.path} has it")
+    return graph
+
+
+def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Transducer) -> None:
+    """Hold the decoder's parameters against its graphs and vocabulary, which tell how many durations there are, not which."""
+    for name, expected in transducer.parameters.items():
+        found = parameters.get(name, "")
+        if found != expected and not (name == "durations" and found.count(",") == expected.count(",")):
+            raise ModelError(f"{path}: parameter {name} is {found!r}; its graphs and vocabulary have {expected!r}")
+    for name in ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
+        if not (found := parameters.get(name, "")).isdecimal():
+            raise ModelError(f"{path}: parameter {name} is {found!r}; expected a whole number")
+    for name in GEOMETRY_PARAMETERS.values():
+        if not re.fullmatch(r"\d+,\d+,\d+", found := parameters.get(name, "0,0,0")):
+            raise ModelError(f"{path}: parameter {name} is {found!r}; expected three whole numbers with commas")

@@ -1,5 +1,0 @@
-"""A client for live streams that survives lost connections; docs/API.md specifies the protocol."""
-
-from amira_client.stream import LiveStream, Message, StreamError
-
-__all__ = ["LiveStream", "Message", "StreamError"]

@@ -1,0 +1,1 @@
+"""Faces: each maps a protocol onto an engine."""

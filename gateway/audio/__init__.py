@@ -1,0 +1,1 @@
+"""From audio of any kind to 16 kHz mono samples."""

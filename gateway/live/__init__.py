@@ -1,0 +1,1 @@
+"""The engine for live streams; it knows no protocol."""

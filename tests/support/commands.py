@@ -1,0 +1,70 @@
+"""The ``amira`` command and Tritons of a test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from amira.engine.service import ENGINE_HOME, LOOPBACK, ONNXRUNTIME_BACKEND, ROOT
+from amira.engine.triton import Engine, Ports, Triton, free_ports
+
+AMIRA = Path(sys.executable).with_name("amira")
+
+
+def environment(**settings: Any) -> dict[str, str]:
+    """Environment of a command: free ports, and these settings."""
+    gateway, http, grpc, metrics = free_ports(LOOPBACK, 4)
+    ports = {
+        "server_host": LOOPBACK,
+        "server_port": gateway,
+        "triton_http_port": http,
+        "triton_grpc_port": grpc,
+        "triton_metrics_port": metrics,
+    }
+    return {**os.environ, **{f"AMIRA_{name.upper()}": str(value) for name, value in {**ports, **settings}.items()}}
+
+
+async def run_amira(*arguments: str, timeout_secs: float = 60, **settings: Any) -> tuple[int, str, str]:
+    """Run a command to its end: exit code, standard output and standard error."""
+    process = await asyncio.create_subprocess_exec(
+        AMIRA, *arguments, env=environment(**settings), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), timeout_secs)
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
+    """Wait for a condition, given as a function or a coroutine function."""
+    deadline = asyncio.get_running_loop().time() + timeout_secs
+    while True:
+        result = condition()
+        if await result if asyncio.iscoroutine(result) else result:
+            return
+        assert asyncio.get_running_loop().time() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.1)
+
+
+@asynccontextmanager
+async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
+    """A Triton of a test's own."""
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    server = Triton(
+        Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log"
+    )
+    await server.start()
+    try:
+        yield ports
+    finally:
+        await server.stop()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")

@@ -1,0 +1,129 @@
+"""One real Triton with the bundled model for the whole run, and gateways before it with whatever settings a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+from amira.engine.triton import Engine, Ports, Triton, free_ports
+from gateway.app import create_app
+from gateway.audio.files import decode_audio
+from gateway.config.settings import Settings
+from gateway.logs import configure_logging
+from gateway.server import GatewayServer
+from tests.support.clients import decoder_metric
+from tests.support.synthetic import Kind, build
+
+Samples = npt.NDArray[np.int16]
+Recordings = dict[str, Samples]
+KINDS: tuple[Kind, ...] = ("rnnt", "tdt")
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway."""
+
+    url: str
+    server: GatewayServer
+
+    def stream_url(self, model: str = "amira") -> str:
+        return f"{self.url.replace('http', 'ws', 1)}/v2/decode/stream/{model}"
+
+    def batch_url(self, model: str = "amira") -> str:
+        return f"{self.url}/v2/decode/batch/{model}"
+
+
+@asynccontextmanager
+async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
+    defaults = {"server_host": LOOPBACK, "server_port": 0, "drain_timeout_secs": 1.0, "max_connects_per_address": 10_000}
+    chosen = Settings(**{**defaults, **settings})
+    configure_logging(chosen)
+    server = GatewayServer(create_app(chosen), chosen)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        if serving.done():
+            serving.result()
+        await asyncio.sleep(0.01)
+    try:
+        yield Gateway(f"http://{LOOPBACK}:{server.port}", server)
+    finally:
+        server.should_exit = True
+        await serving
+
+
+@pytest.fixture(scope="session")
+async def triton() -> AsyncIterator[Ports]:
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    log_path = ENGINE_HOME / "triton-tests.log"
+    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), MODEL_REPOSITORY, ports, log_path)
+    await server.start()
+    yield ports
+    await server.stop()
+
+
+@pytest.fixture(scope="session")
+def make_gateway(triton: Ports) -> Callable[..., AbstractAsyncContextManager[Gateway]]:
+    """Gateways before the one Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
+
+    def make(**settings: Any) -> AbstractAsyncContextManager[Gateway]:
+        return run_gateway(**{"triton_endpoint": f"{triton.host}:{triton.grpc}", **settings})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+async def gateway(make_gateway: Callable[..., AbstractAsyncContextManager[Gateway]]) -> AsyncIterator[Gateway]:
+    """A gateway with room for many streams and otherwise default settings."""
+    async with make_gateway(max_concurrent_streams=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Recordings:
+    return read_recordings()
+
+
+def read_recordings() -> Recordings:
+    """The bundled recordings at 16 kHz by name, the shortest first."""
+    samples = {path.stem: decode_audio(path.read_bytes(), "audio/flac", max_secs=60) for path in SPEECH.glob("*.flac")}
+    return dict(sorted(samples.items(), key=lambda item: len(item[1])))
+
+
+@pytest.fixture
+async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
+    """Fails a test after which the decoder still holds a stream."""
+    yield
+    for _ in range(100):
+        if not await decoder_metric(triton, "asr_decoder_sequences"):
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("the decoder still holds a stream")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
+    root = tmp_path_factory.mktemp("published")
+    for kind in KINDS:
+        build(root / kind, kind, external_data=kind == "rnnt")
+        for part in ("encoder", "decoder_joint"):
+            plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
+            quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)
+    return {kind: root / kind for kind in KINDS}

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parameters import GEOMETRY_PARAMETERS, Geometry, Options, ParameterError, Parameters
+
+MODELS = Path(__file__).parents[3] / "model-repo"
+
+REQUIRED = {
+    "preprocessor_model": "preprocessor",
+    "encoder_model": "encoder",
+    "decoder_joint_model": "decoder_joint",
+    "kind": "rnnt",
+    "blank": "512",
+    "predictor_layers": "1",
+    "predictor_hidden": "256",
+    "frame_samples": "1536",
+    "left_frames": "42",
+    "chunk_frames": "10",
+    "right_frames": "5",
+    "max_whole_secs": "60.0",
+}
+TDT = {**REQUIRED, "kind": "tdt", "durations": "0,1, 2,3,4"}
+
+OPTION_RANGES = [
+    ("max_symbols_per_step", 1, 1000),
+    ("max_total_tokens", 1, 100_000),
+    ("endpoint_silence_ms", 0, 60_000),
+]
+INTEGER_RANGES = [
+    ("blank", 1, 1_000_000),
+    ("predictor_layers", 1, 64),
+    ("predictor_hidden", 1, 65_536),
+    ("frame_samples", 1, 160_000),
+    ("left_frames", 0, 100_000),
+    ("chunk_frames", 1, 100_000),
+    ("right_frames", 0, 100_000),
+    ("block_frames", 1, 100_000),
+    ("encoder_batch", 1, 4096),
+    *OPTION_RANGES,
+]
+NUMBER_RANGES = [
+    ("blank_penalty", -20.0, 20.0),
+    ("max_segment_secs", 1.0, 3600.0),
+    ("max_whole_secs", 1.0, 3600.0),
+]
+
+
+def read(values: dict[str, str]) -> Parameters:
+    return Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in values.items()}})
+
+
+def value_of(parameters: Parameters, name: str) -> Any:
+    places = (parameters, parameters.options, parameters.geometries["balanced"])
+    return next(getattr(place, name) for place in places if hasattr(place, name))
+
+
+def assert_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ParameterError) as error:
+        read(values)
+    assert str(error.value) == message
+
+
+def test_defaults() -> None:
+    parameters = read(REQUIRED)
+    assert (parameters.kind, parameters.durations, parameters.blank_penalty) == ("rnnt", (), 0.0)
+    assert parameters.preprocessor_model == "preprocessor"
+    assert parameters.encoder_model == "encoder"
+    assert parameters.decoder_joint_model == "decoder_joint"
+    assert (parameters.block_frames, parameters.encoder_batch) == (32, 4)
+    assert (parameters.max_segment_secs, parameters.max_whole_secs) == (20.0, 60.0)
+    assert parameters.options == Options("window", "balanced", 10, 200, 1200) == Options()
+    assert parameters.geometries == dict.fromkeys(("low", "balanced", "throughput"), Geometry(42, 10, 5))
+
+
+def test_the_shipped_configuration_is_allowed() -> None:
+    text = (MODELS / "rnnt_greedy_bls" / "config.pbtxt").read_text(encoding="utf-8")
+    given = dict(re.findall(r'parameters \{ key: "(\w+)" value: \{ string_value: "([^"]*)" \} \}', text))
+    assert REQUIRED.keys() <= given.keys()
+    parameters = read(given)
+    assert (parameters.blank, parameters.frame_samples, parameters.max_whole_secs) == (512, 1536, 60.0)
+    assert parameters.options.max_symbols_per_step == int(given["max_symbols_per_step"])
+
+
+def test_a_tdt_has_durations() -> None:
+    assert read(TDT).durations == (0, 1, 2, 3, 4)
+
+
+def test_models_can_be_named() -> None:
+    names = {"preprocessor_model": "mel", "encoder_model": "conformer", "decoder_joint_model": "joint"}
+    parameters = read({**REQUIRED, **names})
+    assert {name: value_of(parameters, name) for name in names} == names
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_what_is_missing_is_named(name: str) -> None:
+    assert_refused({key: value for key, value in REQUIRED.items() if key != name}, f"parameter {name} is missing")
+    assert_refused({**REQUIRED, name: ""}, f"parameter {name} is missing")
+
+
+def test_a_configuration_without_parameters_is_refused() -> None:
+    with pytest.raises(ParameterError, match="preprocessor_model is missing"):
+        Parameters.from_config({})
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [*INTEGER_RANGES, *NUMBER_RANGES])
+def test_ranges_include_their_ends_and_end_there(name: str, low: float, high: float) -> None:
+    for value in (low, high):
+        assert value_of(read({**REQUIRED, name: str(value)}), name) == value
+    for value in (low - 1, high + 1):
+        assert_refused({**REQUIRED, name: str(value)}, f"{name} is {value}; it must be within {low} … {high}")
+
+
+@pytest.mark.parametrize(("name", "low", "high"), INTEGER_RANGES)
+@pytest.mark.parametrize("value", ["ten", "1.5", "1e3", "0x10"])
+def test_whole_numbers_are_whole(name: str, low: int, high: int, value: str) -> None:
+    del low, high
+    assert_refused({**REQUIRED, name: value}, f"{name} is '{value}'; it must be a whole number")
+
+
+@pytest.mark.parametrize(("name", "low", "high"), NUMBER_RANGES)
+def test_numbers_are_numbers(name: str, low: float, high: float) -> None:
+    assert_refused({**REQUIRED, name: "long"}, f"{name} is 'long'; it must be a number")
+    assert_refused({**REQUIRED, name: "nan"}, f"{name} is nan; it must be within {low} … {high}")
+    assert_refused({**REQUIRED, name: "inf"}, f"{name} is inf; it must be within {low} … {high}")
+
+
+def test_kinds_are_known() -> None:
+    assert_refused({**REQUIRED, "kind": "ctc"}, "kind is 'ctc'; allowed are 'rnnt' and 'tdt'")
+
+
+def test_durations_are_whole_and_not_negative() -> None:
+    assert_refused({**TDT, "durations": "0,one"}, "durations is 'one'; it must be a whole number")
+    assert_refused({**TDT, "durations": "0,-1"}, "durations is [0, -1]; none may be negative")
+
+
+def test_durations_belong_to_a_tdt() -> None:
+    rule = "a tdt needs them and an rnnt has none"
+    assert_refused({**REQUIRED, "kind": "tdt"}, f"durations is []; {rule}")
+    assert_refused({**TDT, "durations": ""}, f"durations is []; {rule}")
+    assert_refused({**REQUIRED, "durations": "0,1"}, f"durations is [0, 1]; {rule}")
+
+
+@pytest.mark.parametrize(("latency", "name"), GEOMETRY_PARAMETERS.items())
+def test_a_latency_may_have_windows_of_its_own(latency: str, name: str) -> None:
+    geometries = read({**REQUIRED, name: "0, 1,100000"}).geometries
+    assert geometries[latency] == Geometry(0, 1, 100_000)
+    assert sorted(geometries.values()) == [Geometry(0, 1, 100_000), Geometry(42, 10, 5), Geometry(42, 10, 5)]
+
+
+@pytest.mark.parametrize("name", GEOMETRY_PARAMETERS.values())
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("42,4", " is [42, 4]; it must be three whole numbers: left, chunk, right"),
+        ("42,4,2,1", " is [42, 4, 2, 1]; it must be three whole numbers: left, chunk, right"),
+        ("42,four,2", " is 'four'; it must be a whole number"),
+        ("-1,4,2", ": left_frames is -1; it must be within 0 … 100000"),
+        ("42,0,2", ": chunk_frames is 0; it must be within 1 … 100000"),
+        ("42,4,100001", ": right_frames is 100001; it must be within 0 … 100000"),
+    ],
+)
+def test_windows_of_a_latency_are_checked(name: str, value: str, problem: str) -> None:
+    assert_refused({**REQUIRED, name: value}, f"{name}{problem}")
+
+
+@pytest.mark.parametrize("latency", ["high", "", 1, None])
+def test_an_unknown_latency_is_refused(latency: Any) -> None:
+    with pytest.raises(ParameterError) as error:
+        Options().override({"latency": latency})
+    assert str(error.value) == f"latency is {latency!r}; allowed are 'low', 'balanced' and 'throughput'"
+
+
+def test_unknown_parameters_are_named_with_the_known() -> None:
+    with pytest.raises(
+        ParameterError, match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'right_frames'\]"
+    ):
+        read({**REQUIRED, "zeal": "1", "chunk_frame": "10"})
+
+
+def test_options_are_overridden_from_json() -> None:
+    options = Options(max_symbols_per_step=5)
+    assert options.override({}) == options
+    given = {"context": "whole", "max_total_tokens": 7, "endpoint_silence_ms": "0", "priority": 1.5}
+    assert options.override(given) == Options("whole", "balanced", 5, 7, 0)
+    assert options == Options(max_symbols_per_step=5)
+
+
+@pytest.mark.parametrize("context", ["all", "", 1, None, ["whole"]])
+def test_an_unknown_context_is_refused(context: Any) -> None:
+    with pytest.raises(ParameterError) as error:
+        Options().override({"context": context})
+    assert str(error.value) == f"context is {context!r}; allowed are 'window' and 'whole'"
+
+
+@pytest.mark.parametrize(("name", "low", "high"), OPTION_RANGES)
+def test_options_have_ranges(name: str, low: int, high: int) -> None:
+    for value in (low, high):
+        assert getattr(Options().override({name: value}), name) == value
+    for value in (low - 1, high + 1):
+        with pytest.raises(ParameterError) as error:
+            Options().override({name: value})
+        assert str(error.value) == f"{name} is {value}; it must be within {low} … {high}"
+    for bad in ("many", 1.5, True, None, [1]):
+        with pytest.raises(ParameterError) as error:
+            Options().override({name: bad})
+        assert str(error.value) == f"{name} is {bad!r}; it must be a whole number"

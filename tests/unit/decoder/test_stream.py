@@ -1,0 +1,543 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+import batching
+from batching import Decoder, Encoded, Encoder
+from greedy import Floats, Token
+from parameters import LATENCIES, Geometry, Options, Parameters
+from stream import Answer, Samples, Stream, Window
+from tests.support.transducers import (
+    DIMENSION,
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    RandomTransducer,
+    assert_same,
+    decode_frame_by_frame,
+)
+
+FRAME_SAMPLES = 16  # so that a frame is a millisecond
+FEATURES_A_FRAME = 8
+
+NEVER_CLOSES = Options(max_symbols_per_step=4, max_total_tokens=100_000, endpoint_silence_ms=0)
+WHOLE = replace(NEVER_CLOSES, context="whole")
+
+few_examples = settings(deadline=None, max_examples=100)
+lengths = st.integers(0, 45 * FRAME_SAMPLES)
+seeds = st.integers(0, 10**6)
+
+
+def parameters(**changes: Any) -> Parameters:
+    defaults = {
+        "preprocessor_model": "",
+        "encoder_model": "",
+        "lone_encoder_model": "",
+        "decoder_joint_model": "",
+        "kind": "rnnt",
+        "blank": VOCABULARY,
+        "durations": (),
+        "blank_penalty": 0.0,
+        "predictor_layers": LAYERS,
+        "predictor_hidden": HIDDEN,
+        "frame_samples": FRAME_SAMPLES,
+        "geometries": dict.fromkeys(LATENCIES, Geometry(6, 4, 2)),
+        "block_frames": 5,
+        "encoder_calls": 2,
+        "encoder_batch": 4,
+        "max_segment_secs": 3600.0,
+        "max_whole_secs": 60.0,
+        "options": NEVER_CLOSES,
+    }
+    return Parameters(**{**defaults, **changes})
+
+
+def with_geometry(left_frames: int, chunk_frames: int, right_frames: int) -> Parameters:
+    return parameters(geometries=dict.fromkeys(LATENCIES, Geometry(left_frames, chunk_frames, right_frames)))
+
+
+def geometry_of(config: Parameters, options: Options | None = None) -> Geometry:
+    return config.geometries[(options or config.options).latency]
+
+
+kinds = st.sampled_from([(), (0, 1, 2, 3, 4)])
+geometries = st.builds(Geometry, st.integers(0, 8), st.integers(1, 6), st.integers(0, 4))
+latencies = st.sampled_from(LATENCIES)
+configs = st.builds(
+    lambda geometries, latency, block_frames: parameters(
+        geometries=geometries, block_frames=block_frames, options=replace(NEVER_CLOSES, latency=latency)
+    ),
+    st.fixed_dictionaries(dict.fromkeys(LATENCIES, geometries)),
+    latencies,
+    st.integers(1, 8),
+)
+
+
+closing_options = st.builds(
+    Options,
+    latency=latencies,
+    max_symbols_per_step=st.integers(1, 4),
+    max_total_tokens=st.integers(1, 8),
+    endpoint_silence_ms=st.sampled_from([0, 3, 5]),
+)
+
+
+def audio(seed: int, samples: int) -> Samples:
+    return np.random.default_rng(seed).integers(-64, 65, samples).astype(np.int16)
+
+
+def frames_of(samples: Samples) -> Floats:
+    """An encoder without context: a frame is made of its own samples alone, the last one of what there is."""
+    padded = np.pad(samples, (0, -len(samples) % FRAME_SAMPLES)).reshape(-1, FRAME_SAMPLES)
+    return (padded[:, :DIMENSION].T / 32).astype(np.float32)
+
+
+def features_of(samples: Samples) -> int:
+    return -(-len(samples) * FEATURES_A_FRAME // FRAME_SAMPLES)
+
+
+def seconds(frames: int) -> float:
+    return frames / 1000
+
+
+def reference(network: RandomTransducer, samples: Samples, max_symbols_per_step: int = 4, start: int = 0) -> list[Token]:
+    """The tokens from a frame on, decoded frame by frame with a fresh predictor."""
+    tokens = decode_frame_by_frame(network, frames_of(samples)[:, start:], max_symbols_per_step)
+    return [token._replace(frame=token.frame + start) for token in tokens]
+
+
+Encode = Callable[[Samples], Floats]
+
+
+class Request(NamedTuple):
+    stream: Stream
+    samples: Samples
+    end: bool
+
+
+class RecordingEncoder(Encoder):
+    """An encoder that keeps its windows."""
+
+    def __init__(self, parameters: Parameters, encode: Encode, windows: list[Window]) -> None:
+        super().__init__(self._call, parameters.encoder_calls, parameters.encoder_batch)
+        self._frames_of = encode
+        self._windows = windows
+
+    async def encode(self, window: Window) -> Encoded:
+        self._windows.append(window)
+        return await super().encode(window)
+
+    def _call(self, group: Sequence[Samples], lone: bool) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+        assert len({len(samples) for samples in group}) == 1
+        return [Encoded(self._frames_of(samples), features_of(samples)) for samples in group]
+
+
+def execute(
+    network: RandomTransducer,
+    requests: Sequence[Request],
+    windows: list[Window] | None = None,
+    encode: Encode = frames_of,
+) -> list[Answer]:
+    """What the model does with requests that Triton brings at once."""
+
+    async def serve() -> list[Answer]:
+        parameters = requests[0].stream.parameters
+        encoder = RecordingEncoder(parameters, encode, [] if windows is None else windows)
+        decoder = Decoder(network, network.transducer, parameters.block_frames, encoder.busy)
+        for request in requests:
+            request.stream.push(request.samples)
+        return await asyncio.gather(*(batching.recognise(r.stream, encoder, decoder, end=r.end) for r in requests))
+
+    return asyncio.run(serve())
+
+
+def recognise(
+    network: RandomTransducer,
+    config: Parameters,
+    pieces: Sequence[Samples],
+    options: Options | None = None,
+    windows: list[Window] | None = None,
+) -> list[Answer]:
+    """The answers to a stream sent in pieces, the last of which ends it."""
+    stream = Stream(config, options or config.options)
+    requests = [Request(stream, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1)]
+    return [answer for request in requests for answer in execute(network, [request], windows)]
+
+
+def final_tokens(answers: Sequence[Answer]) -> list[Token]:
+    return [token for answer in answers if answer.final for token in answer.tokens]
+
+
+def in_chunks(samples: Samples, config: Parameters, options: Options | None = None) -> list[Samples]:
+    """Pieces each of which makes one window due, and an empty one that ends the stream."""
+    _, chunk, right = (frames * FRAME_SAMPLES for frames in geometry_of(config, options))
+    return [*np.split(samples, range(chunk + right, len(samples) + 1, chunk)), samples[:0]]
+
+
+@st.composite
+def cuts(draw: st.DrawFn, samples: Samples) -> list[Samples]:
+    """Pieces of the audio, empty ones among them."""
+    borders = draw(st.lists(st.integers(0, len(samples)), max_size=8))
+    return np.split(samples, sorted(borders))
+
+
+@pytest.mark.parametrize(("options", "first_call"), [(WHOLE, 2), (NEVER_CLOSES, 1)])
+def test_rows_of_recordings_gather_while_windows_wait(
+    monkeypatch: pytest.MonkeyPatch, options: Options, first_call: int
+) -> None:
+    monkeypatch.setattr(batching, "GATHER_SECS", 60.0)
+    network, config, batches = RandomTransducer(1), parameters(encoder_calls=1, encoder_batch=1), list[int]()
+
+    def step(frames: Floats, last_tokens: Any, states: Any) -> Any:
+        batches.append(len(frames))
+        return network(frames, last_tokens, states)
+
+    async def serve() -> list[Answer]:
+        encoder = RecordingEncoder(config, frames_of, [])
+        decoder = Decoder(step, network.transducer, config.block_frames, encoder.busy)
+        streams = [Stream(config, options) for _ in range(3)]
+        for number, stream in enumerate(streams):
+            stream.push(audio(number, 5 * FRAME_SAMPLES))
+        return await asyncio.gather(*(batching.recognise(stream, encoder, decoder, end=True) for stream in streams))
+
+    for number, answer in enumerate(asyncio.run(serve())):
+        assert_same(answer.tokens, reference(network, audio(number, 5 * FRAME_SAMPLES)))
+    assert batches[0] == first_call, "when the second was encoded the third no longer waited"
+
+
+@few_examples
+@given(seeds, lengths, configs, kinds, st.data())
+def test_every_frame_is_decoded_once(
+    seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    windows: list[Window] = []
+    answers = recognise(network, config, data.draw(cuts(samples)), windows=windows)
+    assert_same(final_tokens(answers), reference(network, samples))
+    lefts = [window.left_frames * FRAME_SAMPLES for window in windows]
+    ends = [left + (window.chunk_frames or 1000) * FRAME_SAMPLES for left, window in zip(lefts, windows, strict=True)]
+    chunks = [window.samples[left:end] for left, end, window in zip(lefts, ends, windows, strict=True)]
+    np.testing.assert_array_equal(np.concatenate([samples[:0], *chunks])[:length], samples)
+    assert [answer.final for answer in answers] == [False] * (len(answers) - 1) + [True]
+    encoded = sum(map(len, chunks))  # with the last frame's padding
+    assert answers[-1][-3:] == (length, -(-encoded * FEATURES_A_FRAME // FRAME_SAMPLES), -(-length // FRAME_SAMPLES))
+
+
+@few_examples
+@given(seeds, lengths, configs, st.data())
+def test_windows_depend_on_the_samples_alone(seed: int, length: int, config: Parameters, data: st.DataObject) -> None:
+    network, samples = RandomTransducer(seed), audio(seed, length)
+    at_once: list[Window] = []
+    recognise(network, config, [samples], windows=at_once)
+    cut: list[Window] = []
+    recognise(network, config, data.draw(cuts(samples)), windows=cut)
+    assert [(w.samples.tolist(), *w[1:]) for w in at_once] == [(w.samples.tolist(), *w[1:]) for w in cut]
+    left_frames, chunk_frames, right_frames = geometry_of(config)
+    for i, window in enumerate(at_once):
+        assert window.left_frames == min(i * chunk_frames, left_frames)
+    for window in at_once[:-1]:
+        assert window.chunk_frames == chunk_frames
+        assert len(window.samples) == FRAME_SAMPLES * (window.left_frames + chunk_frames + right_frames)
+
+
+@few_examples
+@given(seeds, lengths, configs, kinds)
+def test_a_partial_is_what_the_audio_of_its_windows_gives(
+    seed: int, length: int, config: Parameters, durations: tuple[int, ...]
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    _, chunk_frames, right_frames = geometry_of(config)
+    windows = max(0, length // FRAME_SAMPLES - right_frames) // chunk_frames
+    for i, answer in enumerate(recognise(network, config, in_chunks(samples, config))[:-1], 1):
+        assert answer.frames == min(i, windows) * chunk_frames
+        heard = samples[: (answer.frames + right_frames) * FRAME_SAMPLES] if answer.frames else samples[:0]
+        assert_same(answer.tokens, reference(network, heard))
+        assert answer.stable == sum(token.frame < answer.frames for token in answer.tokens)
+        assert answer.samples == answer.frames * FRAME_SAMPLES
+        assert answer.features == answer.frames * FEATURES_A_FRAME
+
+
+@few_examples
+@example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
+@given(seeds, lengths, configs, closing_options, kinds, st.data())
+def test_the_final_tokens_do_not_depend_on_the_cuts(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject | None
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(20))
+    at_once = recognise(network, config, [samples], options)
+    for pieces in (data.draw(cuts(samples)) if data else [samples, samples[:0]], in_chunks(samples, config, options)):
+        answers = recognise(network, config, pieces, options)
+        assert final_tokens(answers) == final_tokens(at_once)
+        assert answers[-1][-3:] == at_once[-1][-3:]
+
+
+@few_examples
+@given(seeds, lengths, configs, closing_options, kinds, st.data())
+def test_a_segments_end_loses_and_repeats_nothing(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    """Without memory a frame alone decides, so that the reset of the predictor does not show."""
+    network, samples = RandomTransducer(seed, durations, 1.0, memory=0.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(20))
+    answers = recognise(network, config, data.draw(cuts(samples)), options)
+    assert_same(final_tokens(answers), reference(network, samples, options.max_symbols_per_step))
+
+
+@few_examples
+@given(seeds, lengths, configs, closing_options, kinds, st.data())
+def test_stable_tokens_stay_and_finals_are_stable(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(20))
+    answers = recognise(network, config, data.draw(cuts(samples)), options)
+    for answer in answers:
+        assert answer.stable == len(answer.tokens) if answer.final else answer.stable <= len(answer.tokens)
+    for answer, following in pairwise(answers):
+        assert following.segment == answer.segment + answer.final
+        if following.segment == answer.segment:
+            assert following.tokens[: answer.stable] == answer.tokens[: answer.stable]
+
+
+@few_examples
+@given(seeds, lengths, configs, st.integers(1, 8))
+def test_a_segment_ends_at_max_total_tokens(seed: int, length: int, config: Parameters, max_total_tokens: int) -> None:
+    network, samples = RandomTransducer(seed, blank_bias=4.0), audio(seed, length)
+    expected = reference(network, samples, 10)
+    # Then all segments end amid a frame, where the predictor goes on, and their tokens are those of one long segment.
+    assume(max(Counter(token.frame for token in expected).values(), default=0) < 10)
+    options = replace(config.options, max_symbols_per_step=10, max_total_tokens=max_total_tokens)
+    answers = recognise(network, config, in_chunks(samples, config), options)
+    assert_same(final_tokens(answers), expected)
+    answered = 0
+    for answer in answers[:-1]:
+        decoded = sum(token.frame < answer.frames for token in expected) - answered
+        full_segments = decoded // max_total_tokens
+        assert answer.final == (full_segments > 0)
+        assert answer.stable == (full_segments * max_total_tokens or decoded)
+        assert len(answer.tokens) <= max(1, full_segments) * max_total_tokens
+        answered += answer.stable if answer.final else 0
+
+
+@few_examples
+@given(seeds, lengths, configs, st.sampled_from([0, 3, 6]), st.sampled_from([10, 15, 1000]))
+def test_a_segment_ends_by_silence_or_length_and_the_next_begins_afresh(
+    seed: int, length: int, config: Parameters, silence_ms: int, max_frames: int
+) -> None:
+    network, samples = RandomTransducer(seed, blank_bias=6.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(max_frames))
+    answers = recognise(network, config, in_chunks(samples, config), replace(config.options, endpoint_silence_ms=silence_ms))
+    start = 0
+    for answer in answers[:-1]:
+        expected = reference(network, samples[: answer.frames * FRAME_SAMPLES], start=start)
+        assert_same(answer.tokens[: answer.stable], expected)
+        silent_frames = answer.frames - expected[-1].frame - 1 if expected else 0
+        silent = silence_ms > 0 and silent_frames >= silence_ms
+        assert answer.final == (silent or answer.frames - start >= max_frames)
+        start = answer.frames if answer.final else start
+    assert_same(answers[-1].tokens, reference(network, samples, start=start))
+
+
+@few_examples
+@given(seeds, st.lists(st.tuples(lengths, closing_options, st.booleans()), min_size=2, max_size=4), configs, kinds, st.data())
+def test_streams_that_share_calls_do_not_touch_each_other(
+    seed: int,
+    kinds_of_streams: list[tuple[int, Options, bool]],
+    config: Parameters,
+    durations: tuple[int, ...],
+    data: st.DataObject,
+) -> None:
+    network = RandomTransducer(seed, durations, 4.0)
+    config = replace(config, max_segment_secs=seconds(20))
+    all_options = [replace(options, context="whole" if whole else "window") for _, options, whole in kinds_of_streams]
+    all_pieces = [data.draw(cuts(audio(seed + i, length))) for i, (length, _, _) in enumerate(kinds_of_streams)]
+    streams = [Stream(config, options) for options in all_options]
+    together: list[list[Answer]] = [[] for _ in streams]
+    for turn in range(max(map(len, all_pieces))):
+        live = [i for i, pieces in enumerate(all_pieces) if turn < len(pieces)]
+        requests = [Request(streams[i], all_pieces[i][turn], turn == len(all_pieces[i]) - 1) for i in live]
+        for i, answer in zip(live, execute(network, requests), strict=True):
+            together[i].append(answer)
+    assert together == [
+        recognise(network, config, pieces, options) for pieces, options in zip(all_pieces, all_options, strict=True)
+    ]
+
+
+@few_examples
+@given(seeds, lengths, configs, kinds, st.data())
+def test_a_whole_recording_is_one_window_at_the_end(
+    seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(5))
+    expected = reference(network, samples)
+    network.calls = 0
+    stream = Stream(config, replace(WHOLE, max_total_tokens=1, endpoint_silence_ms=1))
+    for piece in data.draw(cuts(samples)):
+        assert execute(network, [Request(stream, piece, end=False)]) == [Answer([], 0, 0, False, 0, 0, 0)]
+    assert network.calls == 0
+    windows: list[Window] = []
+    (answer,) = execute(network, [Request(stream, samples[:0], end=True)], windows)
+    assert_same(answer.tokens, expected)
+    assert [len(window.samples) for window in windows] == [max(length, FRAME_SAMPLES)] * bool(length)
+    assert (answer.stable, answer.segment, answer.final, answer.samples) == (len(expected), 0, True, length)
+
+
+def test_a_whole_recording_has_a_limit() -> None:
+    config = parameters(max_whole_secs=2.0)
+    stream = Stream(config, WHOLE)
+    stream.push(audio(0, 20_000))
+    stream.push(audio(0, 12_000))
+    with pytest.raises(ValueError, match=r"context=whole takes at most 2 s of audio; this has 2\.25 s"):
+        stream.push(audio(0, 4_000))
+    Stream(config, NEVER_CLOSES).push(audio(0, 36_000))
+
+
+@pytest.mark.parametrize("options", [NEVER_CLOSES, WHOLE])
+def test_no_audio_gives_an_empty_final(options: Options) -> None:
+    network = RandomTransducer(0)
+    nothing = audio(0, 0)
+    answers = recognise(network, parameters(), [nothing, nothing], options)
+    assert answers == [Answer([], 0, 0, False, 0, 0, 0), Answer([], 0, 0, True, 0, 0, 0)]
+    assert network.calls == 0
+
+
+@pytest.mark.parametrize("options", [NEVER_CLOSES, WHOLE])
+def test_audio_shorter_than_a_frame_is_padded_to_one(options: Options) -> None:
+    network, samples = RandomTransducer(0, blank_bias=-100.0), audio(0, 5)
+    windows: list[Window] = []
+    (answer,) = recognise(network, parameters(), [samples], options, windows)
+    assert [window.samples.tolist() for window in windows] == [[*samples.tolist(), *[0] * 11]]
+    assert_same(answer.tokens, reference(network, samples))
+    assert answer.tokens
+    assert (answer.samples, answer.frames) == (5, 1)
+
+
+def receive_all(config: Parameters, samples: Samples, encode: Encode) -> Answer:
+    (answer,) = execute(RandomTransducer(0), [Request(Stream(config, config.options), samples, end=True)], encode=encode)
+    return answer
+
+
+def test_too_few_frames_are_refused() -> None:
+    config = with_geometry(6, 4, 0)
+    samples = audio(0, 12 * FRAME_SAMPLES)
+    with pytest.raises(
+        ValueError, match=r"gave 3 frames for a window of 64 samples, of which 4 are needed: frame_samples is 16"
+    ):
+        receive_all(config, samples, lambda window: frames_of(window)[:, 1:])
+    with pytest.raises(
+        ValueError, match=r"gave 0 frames for a window of 16 samples, of which 1 are needed: frame_samples is 16"
+    ):
+        receive_all(config, samples[:5], lambda window: frames_of(window)[:, 1:])
+    config = with_geometry(6, 4, 1)
+    assert receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // 17]).frames == 11
+    with pytest.raises(ValueError, match=r"gave 6 frames for a window of 160 samples, of which 7 are needed"):
+        receive_all(config, samples, lambda window: frames_of(window)[:, : 6 if len(window) == 160 else 100])
+
+
+def test_too_many_frames_are_refused() -> None:
+    """As those of an encoder are that takes 4 steps for a frame, where ``frame_samples`` says 8."""
+    config = with_geometry(6, 4, 0)
+    samples = audio(0, 12 * FRAME_SAMPLES + 1)
+
+    def with_more(frames: int) -> Encode:
+        return lambda window: np.pad(frames_of(window), ((0, 0), (0, frames)))
+
+    assert receive_all(config, samples, with_more(2)).samples == len(samples)
+    with pytest.raises(ValueError, match=r"gave 7 frames for a window of 64 samples, which has 6 at most: frame_samples is 16"):
+        receive_all(config, samples, with_more(3))
+    stream = Stream(config, WHOLE)
+    with pytest.raises(ValueError, match=r"gave 26 frames for a window of 193 samples, which has 15 at most"):
+        execute(RandomTransducer(0), [Request(stream, samples, end=True)], encode=lambda window: frames_of(window).repeat(2, 1))
+
+
+def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
+    config = with_geometry(6, 4, 0)
+    samples = audio(0, 8 * FRAME_SAMPLES + 3)
+    answer = receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // FRAME_SAMPLES])
+    assert (answer.samples, answer.frames) == (len(samples), 8)
+
+
+@few_examples
+@given(seeds, lengths, configs, closing_options, kinds, st.data())
+def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    pieces = data.draw(cuts(samples))
+    undisturbed = recognise(network, config, pieces, options)
+    stream, disturbed, sent, kept = Stream(config, options), [], 0, 0
+    for i, piece in enumerate(pieces, 1):
+        sent += len(piece)
+        disturbed += execute(network, [Request(stream, samples[kept:sent], i == len(pieces))])
+        kept = sent
+        if i < len(pieces) and data.draw(st.booleans()):
+            kept = max(0, disturbed[-1].frames - geometry_of(config, options).left_frames) * FRAME_SAMPLES
+            stream = Stream.restore(config, options, stream.save())
+    for before, after in zip(undisturbed, disturbed, strict=True):
+        assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
+        assert after[1:] == before[1:]
+    assert_same(final_tokens(disturbed), final_tokens(undisturbed))
+
+
+def encoded_state(value: float) -> str:
+    return base64.b64encode(np.full((LAYERS, HIDDEN), value, "<f4").tobytes()).decode()
+
+
+@pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 1}'])
+def test_what_is_no_state_is_refused(saved: str) -> None:
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(parameters(), NEVER_CLOSES, saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"states": [encoded_state(0.0)[:8]] * 2},
+        {"states": [encoded_state(0.0)]},
+        {"states": [encoded_state(0.0)] * 3},
+        {"states": [encoded_state(0.0), encoded_state(np.nan)]},
+        {"last_token": VOCABULARY + 1},
+        {"tokens": [[0, 0, 1, 0.5], [VOCABULARY, 1, 1, 0.5]]},
+        {"tokens": [[-1, 0, 1, 0.5]]},
+        {"tokens": [["a", 0, 1, 0.5]]},
+        {"frames": "many"},
+        {"frames": np.inf},
+        *({name: -1} for name in ("frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames")),
+    ],
+)
+def test_a_state_that_no_stream_can_have_is_refused(change: dict[str, Any]) -> None:
+    """It would fail the calls that other streams share with it."""
+    config = parameters()
+    state = json.loads(Stream(config, NEVER_CLOSES).save())
+    Stream.restore(config, NEVER_CLOSES, json.dumps({**state, "tokens": [[VOCABULARY - 1, 0, 1, 0.5]]}))
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(config, NEVER_CLOSES, json.dumps({**state, **change}))
+
+
+def test_a_state_is_of_its_windows_alone() -> None:
+    config = parameters(geometries={"low": Geometry(6, 2, 1), "balanced": Geometry(6, 4, 2), "throughput": Geometry(6, 4, 2)})
+    saved = Stream(config, replace(NEVER_CLOSES, latency="low")).save()
+    with pytest.raises(ValueError, match=r"windows of \[6, 2, 1\] frames instead of \[6, 4, 2\]"):
+        Stream.restore(config, NEVER_CLOSES, saved)
+    Stream.restore(config, replace(NEVER_CLOSES, latency="throughput"), Stream(config, NEVER_CLOSES).save())
+
+
+def test_a_whole_recording_has_no_state() -> None:
+    config = parameters()
+    saved = Stream(config, NEVER_CLOSES).save()
+    with pytest.raises(ValueError, match="context=whole"):
+        Stream.restore(config, WHOLE, saved)

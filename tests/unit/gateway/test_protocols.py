@@ -1,0 +1,339 @@
+"""What a connection may cost, on a real socket before a small application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import uvicorn
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from amira.engine.service import LOOPBACK
+from gateway import protocols
+from gateway.protocols import MAX_ADDRESSES, MAX_HEAD_BYTES, PIECE_BYTES, SMALL_A_SECOND, SMALL_BYTES, Arrivals, Config
+
+EMPTY_PING = b"\x89\x80\0\0\0\0"
+KEEPALIVE = b"\x82\x81\0\0\0\0\x01"
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+class Application:
+    """Answers HTTP, and counts what comes over WebSockets."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.may_read = asyncio.Event()
+        self.may_read.set()
+        self.flooding_secs: Callable[[], float] = float
+        self.sink: Callable[[bytes], bool] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"ok"})
+        elif scope["type"] == "websocket":
+            self.flooding_secs = scope["state"]["flooding_secs"]
+            if self.sink:
+                scope["state"]["offer_to"](self.sink)
+            await receive()
+            await send({"type": "websocket.accept"})
+            while True:
+                await self.may_read.wait()
+                message = await receive()
+                if self.sink and len(self.messages) % 5 == 0:
+                    await asyncio.sleep(0.002)  # with the message in hand
+                self.messages.append(message)
+                if message["type"] == "websocket.disconnect":
+                    return
+                if message.get("text") == "close":
+                    await send({"type": "websocket.close", "code": 1000})
+
+
+@asynccontextmanager
+async def serve(application: Application, connects: float = 1000, **settings: Any) -> AsyncIterator[int]:
+    config = Config(
+        application,
+        connects,
+        host=LOOPBACK,
+        port=0,
+        lifespan="off",
+        log_config=None,
+        ws_per_message_deflate=False,
+        ws_ping_interval=None,
+        **settings,
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+async def application() -> Application:
+    return Application()
+
+
+@pytest.fixture
+async def port(application: Application) -> AsyncIterator[int]:
+    async with serve(application) as port:
+        yield port
+
+
+async def upgraded(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    writer.write(UPGRADE)
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+    return reader, writer
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+async def test_a_head_that_does_not_come(port: int, monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+    monkeypatch.setattr(protocols, "HEAD_SECS", 0.3)
+    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    began = time.monotonic()
+    writer.write(start)
+    rest = asyncio.create_task(reader.read())
+    while not rest.done() and time.monotonic() - began < 2:
+        await asyncio.sleep(0.05)
+        writer.write(b"a" if start.endswith(b" ") else b"")
+    assert await rest == b""
+    assert 0.2 < time.monotonic() - began < 1
+    writer.close()
+
+
+async def test_a_head_that_does_not_end(port: int) -> None:
+    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    writer.write(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * (MAX_HEAD_BYTES + 100))
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.startswith(b"HTTP/1.1 400")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [(b"Cookie: " + b"x" * 9000, b"431"), (b"\r\n".join([b"X: x"] * 130), b"431"), (b"Content-Length: 4", b"400")],
+)
+async def test_an_upgrade_that_is_none_is_told(application: Application, header: bytes, status: bytes) -> None:
+    """And does not get in the way of the server's end."""
+    async with serve(application) as port:
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        writer.write(UPGRADE[:-2] + header + b"\r\n\r\n")
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 " + status)
+    writer.close()
+
+
+async def test_connections_that_are_kept_live_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time between requests, and within a WebSocket, is no head's."""
+    monkeypatch.setattr(protocols, "HEAD_SECS", 0.2)
+    reader, writer = await asyncio.open_connection(LOOPBACK, port)
+    for _ in range(3):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in await reader.readuntil(b"ok")
+        await asyncio.sleep(0.4)
+    writer.close()
+    async with connect(f"ws://{LOOPBACK}:{port}") as socket:
+        await asyncio.sleep(0.4)
+        await (await socket.ping())
+
+
+async def test_small_frames_come_at_their_pace_and_none_is_lost(port: int, application: Application) -> None:
+    frames = 4 * SMALL_A_SECOND
+    _, writer = await upgraded(port)
+    began = time.monotonic()
+    writer.write(KEEPALIVE * frames)
+    while len(application.messages) < frames:
+        assert time.monotonic() - began < 10
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - began > 1.5  # the first second's come at once
+    assert application.messages == [{"type": "websocket.receive", "bytes": b"\x01"}] * frames
+    writer.close()
+
+
+async def test_frames_that_carry_audio_come_as_fast_as_they_are_taken(port: int, application: Application) -> None:
+    async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
+        began = time.monotonic()
+        for _ in range(4 * SMALL_A_SECOND):
+            await socket.send(bytes(SMALL_BYTES))
+        while len(application.messages) < 4 * SMALL_A_SECOND:
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 2
+        assert application.flooding_secs() == 0
+
+
+async def test_a_flood_is_told(port: int, application: Application) -> None:
+    _, writer = await upgraded(port)
+    writer.write(KEEPALIVE * 20_000)
+    await asyncio.sleep(1.5)
+    assert 1 < application.flooding_secs() < 2
+    writer.close()
+
+
+async def test_a_flood_that_has_stopped_is_none(port: int, application: Application) -> None:
+    _, writer = await upgraded(port)
+    writer.write(KEEPALIVE * (SMALL_A_SECOND + 100))
+    await asyncio.sleep(0.1)
+    assert application.flooding_secs() > 0
+    await asyncio.sleep(1.4)
+    assert application.flooding_secs() == 0
+    writer.close()
+
+
+async def test_no_read_holds_up_the_others(port: int, application: Application) -> None:
+    """Forty thousand frames in one segment are not parsed in one go."""
+    _, writer = await upgraded(port)
+    for flood in (KEEPALIVE, EMPTY_PING):
+        writer.write(flood * 40_000)
+    longest, before = 0.0, time.monotonic()
+    for _ in range(100):
+        await asyncio.sleep(0)
+        now = time.monotonic()
+        longest, before = max(longest, now - before), now
+    assert longest < 0.1
+    assert len(application.messages) <= 2 * SMALL_A_SECOND
+    writer.close()
+
+
+async def test_who_does_not_read_is_not_read(port: int, application: Application) -> None:
+    """Answers to pings would pile up in memory."""
+    reader, writer = await upgraded(port)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    question = b"\x89\xfd" + bytes(4) + bytes(125)
+    sent = 0
+
+    async def ask() -> None:
+        nonlocal sent
+        while True:
+            writer.write(question * 100)
+            sent += 100 * len(question)
+            await writer.drain()
+
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(ask(), 5)
+    assert sent < 20_000_000  # what the buffers of two sockets hold
+    writer.transport.abort()
+    while not application.messages:  # it was told
+        await asyncio.sleep(0.01)
+
+
+async def test_a_close_in_the_midst_of_a_flood(port: int, application: Application) -> None:
+    async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
+        for _ in range(500):
+            await socket.send(b"\x01")
+        await socket.send("close")
+        for _ in range(1000):
+            await socket.send(b"\x01")
+        await asyncio.wait_for(socket.wait_closed(), 10)
+        assert socket.close_code == 1000
+    parsed_with_it = PIECE_BYTES // len(KEEPALIVE)
+    assert 501 < len(application.messages) <= 501 + parsed_with_it
+
+
+async def test_a_slow_application_loses_nothing(port: int, application: Application) -> None:
+    application.may_read.clear()
+    async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
+        for i in range(700):
+            await socket.send(i.to_bytes(2, "big") * SMALL_BYTES)
+        await asyncio.sleep(0.2)
+        application.may_read.set()
+        while len(application.messages) < 700:
+            await asyncio.sleep(0.01)
+    assert [message["bytes"][:2] for message in application.messages[:700]] == [i.to_bytes(2, "big") for i in range(700)]
+
+
+async def test_who_takes_some_at_once_gets_all_in_their_order(port: int, application: Application) -> None:
+    taken = 0
+
+    def sink(data: bytes) -> bool:
+        nonlocal taken
+        take = data[1] % 3 > 0
+        if take:
+            application.messages.append({"type": "websocket.receive", "bytes": data})
+        taken += take
+        return take
+
+    application.sink = sink
+    messages = [f"{i}" if i % 7 == 0 else i.to_bytes(2, "big") * SMALL_BYTES for i in range(600)]
+    async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
+        for i, message in enumerate(messages):
+            await socket.send([message] if i % 11 == 0 else message)  # some in fragments
+            if i % 100 < 60:  # and some in a burst
+                await asyncio.sleep(0.003)
+        while len(application.messages) < len(messages):
+            await asyncio.sleep(0.01)
+    assert [message.get("text", message.get("bytes")) for message in application.messages[: len(messages)]] == messages
+    assert 100 < taken < len(messages)
+
+
+async def test_what_is_taken_at_once_holds_up_nobody(port: int, application: Application) -> None:
+    """Of what one read brings each turn of the loop takes a piece."""
+    turn, turns = 0, []
+
+    def sink(_: bytes) -> bool:
+        turns.append(turn)
+        return True
+
+    application.sink = sink
+    frame = b"\x82\xfe" + (1280).to_bytes(2, "big") + bytes(4 + 1280)
+    _, writer = await upgraded(port)
+    await asyncio.sleep(0.1)
+    writer.write(frame * 100)
+    while len(turns) < 100:
+        await asyncio.sleep(0)
+        turn += 1
+    assert max(map(turns.count, turns)) <= 5  # 4 KB, and what was left of the piece before
+    writer.close()
+
+
+async def test_a_frame_that_is_far_too_large_is_told_to_who_is_still_sending_it(application: Application) -> None:
+    """Not with a reset, in which the close frame would be lost."""
+    async with serve(application, ws_max_size=1000) as port:
+        for _ in range(10):
+            async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None, max_size=None) as socket:
+                with contextlib.suppress(ConnectionClosed):
+                    await socket.send(bytes(20_000_000))
+                began = time.monotonic()
+                await asyncio.wait_for(socket.wait_closed(), 5)
+                assert socket.close_code == 1009
+                assert time.monotonic() - began < 1.5
+
+
+async def test_connects_beyond_the_rate_are_reset(application: Application) -> None:
+    async with serve(application, connects=10) as port:
+        served = 0
+        for _ in range(60):
+            reader, writer = await asyncio.open_connection(LOOPBACK, port)
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                served += (await reader.read(15)).startswith(b"HTTP/1.1 200")
+            writer.close()
+        assert 20 <= served <= 30
+        await asyncio.sleep(0.3)
+        reader, writer = await asyncio.open_connection(LOOPBACK, port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.read(15)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+def test_addresses_have_rates_of_their_own_and_are_forgotten() -> None:
+    arrivals = Arrivals(1)
+    assert [arrivals.admit("10.0.0.1") for _ in range(3)] == [True, True, False]
+    assert arrivals.admit("10.0.0.2")
+    for number in range(MAX_ADDRESSES):
+        arrivals.admit(str(number))
+    assert arrivals.admit("10.0.0.1")
+    assert len(arrivals._buckets) == MAX_ADDRESSES
