@@ -40,7 +40,7 @@ class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     def __init__(self, windows: Windows, delay_secs: float) -> None:
         self._windows = windows
         self._delay_secs = delay_secs
-        self._samples: defaultdict[int, int] = defaultdict(int)
+        self._samples: defaultdict[int | str, int] = defaultdict(int)
 
     async def RepositoryIndex(self, _request: Any, _context: Any) -> Any:  # noqa: N802
         """Every model of the repository is ready."""
@@ -54,7 +54,8 @@ class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     async def ModelInfer(self, request: Any, _context: Any) -> Any:  # noqa: N802
         """One more word for each window that the audio completes."""
-        sequence = request.parameters["sequence_id"].int64_param
+        chosen = request.parameters["sequence_id"]
+        sequence = chosen.string_param or chosen.int64_param
         end = request.parameters["sequence_end"].bool_param
         before = self._windows.complete(self._samples[sequence])
         self._samples[sequence] += int(request.inputs[0].shape[1])

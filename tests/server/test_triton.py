@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import orjson
 import pytest
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
+from tritonclient.http import aio as httpclient
 from tritonclient.utils import InferenceServerException
 
-from amira.engine.triton import Ports
+from amira.engine.service import MODEL_REPOSITORY
+from amira.engine.triton import EngineError, Ports
 from tests.support.clients import decoder_metric
+from tests.support.commands import edit, triton_with
 from tests.support.servers import Recordings, Samples
 
 SEQUENCE_IDS = itertools.count(1)
@@ -26,18 +33,27 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
 class Ensemble:
-    """``asr_ensemble`` over gRPC."""
+    """``asr_ensemble`` by one of Triton's client libraries: ``tritonclient.grpc.aio`` or ``tritonclient.http.aio``."""
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    def __init__(self, library: Any, target: str) -> None:
+        self.library = library
+        self.client = library.InferenceServerClient(target)
 
-    async def __call__(self, sequence: int, samples: Samples, *, start: bool, end: bool, **options: Any) -> dict[str, Any]:
-        audio = InferInput("AUDIO", [1, len(samples)], "INT16")
+    async def __call__(
+        self, sequence: int | str, samples: Samples, *, start: bool, end: bool, **options: Any
+    ) -> dict[str, Any]:
+        audio = self.library.InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
         result = await self.client.infer(
             "asr_ensemble", [audio], sequence_id=sequence, sequence_start=start, sequence_end=end, parameters=options or None
         )
-        outputs = {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+        response = result.get_response()
+        names = (
+            [output["name"] for output in response["outputs"]]
+            if isinstance(response, dict)
+            else [output.name for output in response.outputs]
+        )
+        outputs = {name: result.as_numpy(name) for name in names}
         outputs["TEXT"] = outputs["TEXT"][0, 0].decode()
         outputs["WORDS"] = orjson.loads(outputs["WORDS"][0, 0])
         return outputs
@@ -46,10 +62,23 @@ class Ensemble:
         return await self(next(SEQUENCE_IDS), samples, start=True, end=True, **options)
 
 
+def copy_repository(directory: Path) -> Path:
+    """Copy the bundled model repository, to change it."""
+    return Path(shutil.copytree(MODEL_REPOSITORY, directory / "models", ignore=shutil.ignore_patterns("__pycache__")))
+
+
 @pytest.fixture
 async def ensemble(triton: Ports) -> AsyncIterator[Ensemble]:
-    async with grpcclient.InferenceServerClient(f"{triton.host}:{triton.grpc}") as client:
-        yield Ensemble(client)
+    by_grpc = Ensemble(grpcclient, f"{triton.host}:{triton.grpc}")
+    yield by_grpc
+    await by_grpc.client.close()
+
+
+@pytest.fixture
+async def http_ensemble(triton: Ports) -> AsyncIterator[Ensemble]:
+    by_http = Ensemble(httpclient, f"{triton.host}:{triton.http}")
+    yield by_http
+    await by_http.client.close()
 
 
 async def test_shapes_and_types_of_the_answer(ensemble: Ensemble, recordings: Recordings) -> None:
@@ -168,6 +197,82 @@ async def test_an_id_is_free_again_after_its_end(ensemble: Ensemble, recordings:
     with pytest.raises(InferenceServerException, match="START"):
         await ensemble(sequence, samples, start=False, end=False)
     assert (await ensemble(sequence, samples, start=True, end=True))["TOKENS"].tolist() == first["TOKENS"].tolist()
+
+
+SEQUENCE_KINDS: dict[str, Callable[[int], int | str]] = {
+    "uuid": lambda _: str(uuid.uuid4()),
+    "equal_prefix": lambda i: f"call-{i:03}",
+    "longest": lambda i: f"{'caller-' * 17}{i:09}",  # 128 characters
+    "short": lambda i: chr(ord("a") + i),
+    "not_ascii": lambda i: f"Anruf-{i:03}-ä語😀",
+    "decimal": lambda i: str(900_000 + i),
+    "integer": lambda i: 900_000 + i,
+    "large_integer": lambda i: 2**62 + i,
+}
+"""Sequence ids by kind, each for the i-th sequence: a decimal string and the integer of the same digits are two sequences."""
+
+
+async def test_sequence_ids_of_every_kind_are_kept_apart(
+    ensemble: Ensemble, http_ensemble: Ensemble, recordings: Recordings
+) -> None:
+    """Thirty-two live sequences, four of each kind of id, by both client libraries, with another second of speech each."""
+    samples = np.concatenate(list(recordings.values()))
+    speech = [samples[i * 8000 : i * 8000 + 48000 + 700 * i] for i in range(4 * len(SEQUENCE_KINDS))]
+    options: dict[str, Any] = {"endpoint_silence_ms": 0}  # one segment each, all of it in the last answer
+    expected = [await ensemble.whole(one, **options) for one in speech]
+    ids = [make(i) for i in range(4) for make in SEQUENCE_KINDS.values()]
+    clients = [(ensemble, http_ensemble)[(i + i // len(SEQUENCE_KINDS)) % 2] for i in range(len(ids))]
+
+    async def send(turn: int, turns: int) -> list[dict[str, Any]]:
+        """The next piece of every sequence, all at once."""
+        flags: dict[str, Any] = {"start": turn == 0, "end": turn == turns - 1, **(options if turn == 0 else {})}
+        pieces = [np.array_split(one, turns)[turn] for one in speech]
+        return await asyncio.gather(
+            *(client(name, piece, **flags) for client, name, piece in zip(clients, ids, pieces, strict=True))
+        )
+
+    answers = [await send(turn, 4) for turn in range(4)][-1]
+    for name, answer, own in zip(ids, answers, expected, strict=True):
+        assert answer["LENGTHS"].tolist() == own["LENGTHS"].tolist(), name
+        assert (answer["TEXT"], answer["TOKENS"].tolist()) == (own["TEXT"], own["TOKENS"].tolist()), name
+    assert len({answer["TEXT"] for answer in answers}) > len(ids) // 2, "the speech does not tell the sequences apart"
+
+
+async def test_an_id_that_is_no_text_fails_its_own_request_alone(
+    ensemble: Ensemble, recordings: Recordings, triton: Ports
+) -> None:
+    samples = recordings["jfk"][:48000]
+    expected = (await ensemble.whole(samples))["TOKENS"].tolist()
+    header = (
+        b'{"inputs":[{"name":"AUDIO","shape":[1,1600],"datatype":"INT16","parameters":{"binary_data_size":3200}}],'
+        b'"parameters":{"sequence_id":"call-\xff\xfe","sequence_start":true,"sequence_end":true}}'
+    )
+    async with httpx.AsyncClient() as client:
+        refused = asyncio.create_task(
+            client.post(
+                f"http://{triton.host}:{triton.http}/v2/models/asr_ensemble/infer",
+                content=header + bytes(3200),
+                headers={"Inference-Header-Content-Length": str(len(header))},
+            )
+        )
+        answers = await asyncio.gather(*(ensemble.whole(samples) for _ in range(4)))
+        response = await refused
+    assert [answer["TOKENS"].tolist() for answer in answers] == [expected] * 4
+    assert response.status_code == 400
+    assert "sequence id is not UTF-8" in response.text
+
+
+async def test_a_repository_with_a_correlation_id_control_is_refused(tmp_path: Path) -> None:
+    """As repositories had it whose decoder took ids from an input."""
+    model_repository = copy_repository(tmp_path)
+    edit(
+        model_repository / "rnnt_greedy_bls" / "config.pbtxt",
+        "control_input [\n",
+        'control_input [\n{ name: "CORRID" control [ { kind: CONTROL_SEQUENCE_CORRID data_type: TYPE_UINT64 } ] },\n',
+    )
+    with pytest.raises(EngineError, match=r"rnnt_greedy_bls failed to load: .*control_input CORRID is .*; remove it"):
+        async with triton_with(model_repository):
+            pass
 
 
 async def test_a_sequence_without_an_end_makes_way_for_its_ids_next(ensemble: Ensemble, triton: Ports) -> None:

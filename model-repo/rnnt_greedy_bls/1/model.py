@@ -36,11 +36,23 @@ TRIM_SECS = 5.0
 """So often memory that was freed goes back to the system."""
 
 
+SequenceId = int | str
+"""A sequence's id as its client chose it. Triton keeps ``5`` and ``"5"`` apart, and so does a ``dict``."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What a request of Triton's says; its tensors do not outlive ``execute``."""
+    """A request, copied out of Triton's memory, which does not outlive ``execute``.
 
-    sequence: int
+    Attributes:
+        sequence: id of its sequence, 64 bits or a string.
+        start, end: whether it is the first, and the last, of its sequence.
+        samples: 16 kHz audio [n]; n may be 0.
+        parameters: its request parameters, a JSON object.
+        sender: takes the answer.
+    """
+
+    sequence: SequenceId
     start: bool
     end: bool
     samples: Samples
@@ -49,9 +61,13 @@ class Request:
 
     @classmethod
     def read(cls, request: Any) -> Request:
-        """Copy it out of Triton's memory."""
+        """Copy a request out of Triton's memory.
+
+        Raises:
+            ParameterError: its sequence id is not UTF-8.
+        """
         return cls(
-            sequence=int(_input(request, "CORRID").item()),
+            sequence=_sequence_id(request),
             start=bool(_input(request, "START").item()),
             end=bool(_input(request, "END").item()),
             samples=own(_input(request, "AUDIO").reshape(-1)),
@@ -96,7 +112,7 @@ class TritonPythonModel:
         self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.encoder_batch)
         transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
         self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.busy)
-        self._sequences: dict[int, Sequence] = {}  # in the order of their last use
+        self._sequences: dict[SequenceId, Sequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
         self._thread.start()
@@ -109,8 +125,13 @@ class TritonPythonModel:
         traced = []
         with self._standstill:
             for request in requests:
+                try:
+                    taken = Request.read(request)
+                except ParameterError as error:
+                    self._refuse(request.get_response_sender(), error)
+                    continue
                 trace = request.trace()
-                serving = self._serve(Request.read(request), trace if trace.get_context() else None)
+                serving = self._serve(taken, trace if trace.get_context() else None)
                 served = asyncio.run_coroutine_threadsafe(serving, self._loop)
                 if trace.get_context():
                     traced.append(served)
@@ -133,9 +154,15 @@ class TritonPythonModel:
         try:
             response = self._response(*await self._recognise(request))
         except Exception as error:  # noqa: BLE001 (whoever waits gets an answer, whatever happens)
-            kind = pb_utils.TritonError.INVALID_ARG if isinstance(error, ParameterError) else pb_utils.TritonError.INTERNAL
-            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}", kind))
-        request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._refuse(request.sender, error)
+        else:
+            request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _refuse(self, sender: Any, error: Exception) -> None:
+        """Answer one request with its error."""
+        kind = pb_utils.TritonError.INVALID_ARG if isinstance(error, ParameterError) else pb_utils.TritonError.INTERNAL
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}", kind))
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _recognise(self, request: Request) -> tuple[Answer, str]:
         """Add a request's audio to its stream and decode what became due.
@@ -154,7 +181,7 @@ class TritonPythonModel:
             async with sequence.turn:
                 if self._sequences.get(request.sequence) is sequence:
                     return await self._decode(sequence, request)
-        raise ParameterError(f"sequence {request.sequence} is not known: it idled for too long, failed, or never started")
+        raise ParameterError(f"sequence {request.sequence!r} is not known: it idled for too long, failed, or never started")
 
     async def _decode(self, sequence: Sequence, request: Request) -> tuple[Answer, str]:
         stream, done = sequence.stream, request.end
@@ -235,6 +262,23 @@ async def _end_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def _sequence_id(request: Any) -> SequenceId:
+    """Return the id of a request's sequence, with the type that its client gave it.
+
+    ``correlation_id()`` keeps both types since python_backend 24.04 (its ``pb_stub.cc``, "correlation_id"; read up to commit
+    f9088ff of July 2026). A control input CORRID does not: ``SetControlTensors`` of Triton's ``sequence_batch_scheduler.cc``
+    writes the length and characters of a string over the end of a UINT64, and no longer string fits a tensor of a batch.
+
+    Raises:
+        ParameterError: the id is not UTF-8.
+    """
+    try:
+        sequence: SequenceId = request.correlation_id()
+    except UnicodeDecodeError as error:  # Triton's JSON parser lets any byte pass
+        raise ParameterError(f"sequence id is not UTF-8: {error.reason} at byte {error.start}") from error
+    return sequence
 
 
 def _input(request: Any, name: str) -> Any:

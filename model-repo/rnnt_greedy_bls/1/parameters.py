@@ -135,8 +135,9 @@ class Parameters:
         """Read the ``parameters`` of a model configuration.
 
         Raises:
-            ParameterError: one is missing, unknown or not allowed.
+            ParameterError: one is missing, unknown or not allowed, or the configuration asks for a ``CORRID`` control.
         """
+        _refuse_corrid(config)
         given = _Reader({name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()})
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
@@ -170,6 +171,15 @@ class Parameters:
         if any(duration < 0 for duration in parameters.durations):
             raise ParameterError(f"durations is {list(parameters.durations)}; none may be negative")
         return parameters
+
+
+def _refuse_corrid(config: Mapping[str, Any]) -> None:
+    """Raise ParameterError if Triton is to write sequence ids into an input: string ids overrun it (``model.py``)."""
+    for control_input in config.get("sequence_batching", {}).get("control_input", []):
+        if any(control.get("kind") == "CONTROL_SEQUENCE_CORRID" for control in control_input["control"]):
+            raise ParameterError(
+                f"control_input {control_input['name']} is CONTROL_SEQUENCE_CORRID, which mixes string sequence ids; remove it"
+            )
 
 
 class _Reader:

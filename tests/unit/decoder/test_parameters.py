@@ -107,6 +107,15 @@ def test_a_configuration_without_parameters_is_refused() -> None:
         Parameters.from_config({})
 
 
+def test_a_correlation_id_control_is_refused() -> None:
+    start = {"name": "START", "control": [{"kind": "CONTROL_SEQUENCE_START", "int32_false_true": [0, 1]}]}
+    corrid = {"name": "CORRID", "control": [{"kind": "CONTROL_SEQUENCE_CORRID", "data_type": "TYPE_UINT64"}]}
+    given = {"parameters": {name: {"string_value": value} for name, value in REQUIRED.items()}}
+    Parameters.from_config({**given, "sequence_batching": {"control_input": [start]}})
+    with pytest.raises(ParameterError, match=r"control_input CORRID is CONTROL_SEQUENCE_CORRID, .*; remove it$"):
+        Parameters.from_config({**given, "sequence_batching": {"control_input": [start, corrid]}})
+
+
 @pytest.mark.parametrize(("name", "low", "high"), [*INTEGER_RANGES, *NUMBER_RANGES])
 def test_ranges_include_their_ends_and_end_there(name: str, low: float, high: float) -> None:
     for value in (low, high):
