@@ -179,7 +179,11 @@ def models_list(repository: Annotated[Path, typer.Argument(help="The model repos
 def models_check(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
     """Check a model repository: files, graphs and configurations, and one utterance on the embedded Triton."""
     configure_logging(Settings(log_level="warning"))
-    names = [recogniser.name for recogniser in _recognisers(repository)]
+    found = _recognisers(repository)
+    names = [recogniser.name for recogniser in found]
+    with console.status("measuring the memory of windows"):
+        for recogniser in found:
+            _check_memory(recogniser)
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     body = (SPEECH / "jfk.flac").read_bytes()
 
@@ -190,6 +194,16 @@ def models_check(repository: Annotated[Path, typer.Argument(help="The model repo
                 typer.echo(f"{name}: {frames}, {len(answer.tokens)} tokens: {answer.text}")
 
     _main(check)
+
+
+def _check_memory(recogniser: Recogniser) -> None:
+    from amira.models.graphs import ModelError  # noqa: PLC0415 (see models_import)
+
+    try:
+        growth = recogniser.check_memory()
+    except ModelError as error:
+        _fail(str(error))
+    typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
 
 
 def _recognisers(repository: Path) -> list[Recogniser]:

@@ -122,7 +122,7 @@ async def transcribe(
     """Normalised texts of recordings as streams in windows of a geometry."""
     pieces = read_vocabulary(MODEL_REPOSITORY / "vocab.txt")
     p = replace(p, geometries={p.options.latency: geometry})
-    encoder = Encoder(networks.encode, SESSIONS, p.encoder_batch)
+    encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
     decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.busy)
 
     async def one(recording: Recording) -> str:

@@ -19,6 +19,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.engine.service import MODEL_REPOSITORY
 from amira.models.graphs import Graph, ModelError, Transducer, data_files
+from amira.models.memory import measure_growth
 from amira.models.repository import ROLES, read_config
 
 SAMPLE_RATE = 16_000
@@ -185,6 +186,7 @@ class _Writer:
                 "blank_penalty": "0",
                 "max_symbols_per_step": str(config.max_tokens_per_step),
                 "frame_samples": str(frame_samples),
+                **measure_growth(front_end, transducer.encoder.path).parameters,
                 **{f"{part}_frames": str(frames) for part, frames in window_frames.items()},
                 **{
                     name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)

@@ -11,6 +11,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, ModelError, Transducer
+from amira.models.memory import Growth, measure_growth
 from gateway.triton.endpoint import GEOMETRY_PARAMETERS
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
@@ -28,11 +29,14 @@ class Recogniser:
         name: the ensemble's name.
         decoder: name of its decoder.
         parameters: the decoder's parameters.
+        preprocessor, encoder: their graphs' files.
     """
 
     name: str
     decoder: str
     parameters: Mapping[str, str]
+    preprocessor: Path
+    encoder: Path
 
     def describe(self) -> str:
         """One line for a person."""
@@ -45,6 +49,25 @@ class Recogniser:
             for word, geometry in geometries.items()
         )
         return f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, {', '.join(windows)}"
+
+    def check_memory(self) -> Growth:
+        """Measure how the memory of a window grows, and hold the decoder's parameters against it.
+
+        Raises:
+            ModelError: the parameters do not declare the growth, or too little; the line has those that do.
+        """
+        measured = measure_growth(self.preprocessor, self.encoder)
+        declared = Growth.declared(self.parameters)
+        if declared and declared.covers(measured):
+            return measured
+        declares = f"{declared.window_bytes(60) / 1e9:.2f} GB" if declared else "nothing"
+        lines = (
+            f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in measured.parameters.items()
+        )
+        raise ModelError(
+            f"{self.decoder}/config.pbtxt declares {declares} for a window of 60 s, which takes up to "
+            f"{measured.window_bytes(60) / 1e9:.2f} GB; write into it {' '.join(lines)}"
+        )
 
 
 def look_into(repository: Path) -> list[Recogniser | ModelError]:
@@ -124,7 +147,7 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
             raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
         Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
     _check_parameters(decoder_path, parameters, transducer)
-    return Recogniser(name, decoder, parameters)
+    return Recogniser(name, decoder, parameters, preprocessor.path, encoder.path)
 
 
 def _only(path: Path, what: str, found: list[str]) -> str:

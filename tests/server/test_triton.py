@@ -163,6 +163,32 @@ async def test_a_recording_that_is_too_long_for_one_window(ensemble: Ensemble) -
         await ensemble.whole(np.zeros(61 * 16000, np.int16), context="whole")
 
 
+async def test_a_window_that_memory_does_not_allow_is_refused_at_load(tmp_path: Path) -> None:
+    """What one recording of 300 s in one window did: the kernel ended Triton's process, which had taken 14 GB."""
+    model_repository = copy_repository(tmp_path)
+    edit(
+        model_repository / "rnnt_greedy_bls" / "config.pbtxt",
+        '"max_whole_secs" value: { string_value: "60" }',
+        '"max_whole_secs" value: { string_value: "300" }',
+    )
+    refused = r"rnnt_greedy_bls failed to load: .*max_whole_secs is 300: .* GB .* which allows 65\.\d s; lower max_whole_secs"
+    with pytest.raises(EngineError, match=refused):
+        async with triton_with(model_repository):
+            pass
+
+
+async def test_recordings_of_an_equal_length_share_calls_within_the_memory(ensemble: Ensemble, triton: Ports) -> None:
+    """Four of 50 s in one call of the encoder would take 3.7 GB; of 4 s each they share calls."""
+    shares = {}
+    for secs in (50, 4):
+        before = await decoder_metric(triton, "asr_decoder_encode_calls_total")
+        quiet = np.zeros(secs * 16000, np.int16)
+        await asyncio.gather(*(ensemble.whole(quiet, context="whole") for _ in range(4)))
+        shares[secs] = await decoder_metric(triton, "asr_decoder_encode_calls_total") - before
+    assert shares[50] == 4
+    assert shares[4] < 4
+
+
 async def test_a_sequence_must_be_started(ensemble: Ensemble) -> None:
     with pytest.raises(InferenceServerException, match="START"):
         await ensemble(next(SEQUENCE_IDS), np.zeros(100, np.int16), start=False, end=False)

@@ -72,16 +72,16 @@ class Encoder:
     Args:
         encode: one call; it blocks.
         calls: how many may run at once.
-        batch: most windows in one.
+        windows_per_call: most windows of a length in samples in one.
 
     Attributes:
         waiting: how many windows no call was free for. One that has just come is not among them.
     """
 
-    def __init__(self, encode: Encode, calls: int, batch: int) -> None:
+    def __init__(self, encode: Encode, calls: int, windows_per_call: Callable[[int], int]) -> None:
         self._encode = encode
         self._calls = calls
-        self._batch = batch
+        self._windows_per_call = windows_per_call
         self._threads = ThreadPoolExecutor(calls, "encoder")
         self.waiting = 0
         self._waiting: list[_Waiting] = []  # in the order in which they are due
@@ -123,7 +123,7 @@ class Encoder:
                 break
             alike = [waiting for waiting in self._waiting if waiting.kind == first.kind]
             share = -(-len(alike) // (self._calls - self._running))  # calls side by side beat one with all
-            group = alike[: min(self._batch, share)]
+            group = alike[: min(self._windows_per_call(len(first.window.samples)), share)]
             self._waiting = [waiting for waiting in self._waiting if waiting not in group]
             self._running += 1
             self._running_recordings += not first.window.live

@@ -109,7 +109,7 @@ class TritonPythonModel:
         self._idle_secs = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])
         network = Network(parameters, self._metrics)
-        self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.encoder_batch)
+        self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.windows_per_call)
         transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
         self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.busy)
         self._sequences: dict[SequenceId, Sequence] = {}  # in the order of their last use

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -26,6 +27,66 @@ class Geometry(NamedTuple):
     left_frames: int
     chunk_frames: int
     right_frames: int
+
+
+ASSUMED_BYTES_PER_SEC = 10_000_000
+ASSUMED_BYTES_PER_SEC_SQUARED = 500_000
+"""Growth of an encoder that was not measured: more than the bundled model's, which attends over frames of 24 ms, and with the
+convolutions of a large FastConformer."""
+
+MAX_ENCODE_BYTES = 3 * 2**29
+"""Default limit for the memory of one encoder call: 1.5 GiB, of which every encoder process may keep as much."""
+
+
+@dataclass(frozen=True)
+class WindowMemory:
+    """Memory that one window takes in preprocessor and encoder, and its limit.
+
+    A window of s seconds takes ``bytes_per_sec`` s + ``bytes_per_sec_squared`` s²: attention compares all frames with all.
+
+    Attributes:
+        bytes_per_sec, bytes_per_sec_squared: measured growth, or the assumed one.
+        max_bytes: limit for one encoder call.
+        measured: whether the growth was measured.
+    """
+
+    bytes_per_sec: int = ASSUMED_BYTES_PER_SEC
+    bytes_per_sec_squared: int = ASSUMED_BYTES_PER_SEC_SQUARED
+    max_bytes: int = MAX_ENCODE_BYTES
+    measured: bool = False
+
+    def window_bytes(self, secs: float) -> float:
+        """Return how much a window of this length takes."""
+        return self.bytes_per_sec * secs + self.bytes_per_sec_squared * secs**2
+
+    @property
+    def longest_secs(self) -> float:
+        """Length of the longest window that fits into one call; infinite without growth."""
+        linear, square = self.bytes_per_sec, self.bytes_per_sec_squared
+        divisor = linear + math.sqrt(linear**2 + 4 * square * self.max_bytes)
+        return 2 * self.max_bytes / divisor if divisor else math.inf
+
+    def windows_per_call(self, secs: float) -> int | float:
+        """Return how many windows of this length fit into one call; infinite without growth."""
+        size = self.window_bytes(secs)
+        return self.max_bytes // size if size else math.inf
+
+    def check(self, name: str, value: object, secs: float) -> None:
+        """Raise ParameterError unless a window fits.
+
+        Args:
+            name: the parameter that the window's length comes from.
+            value: its value.
+            secs: the window's length.
+        """
+        if secs <= self.longest_secs:
+            return
+        remedy = "" if self.measured else "; the growth is assumed, amira models check measures it"
+        raise ParameterError(
+            f"{name} is {value}: the encoder takes {self.window_bytes(secs) / 1e9:.2f} GB for a window of {secs:g} s, but "
+            f"max_encode_bytes is {self.max_bytes}, which allows {math.floor(self.longest_secs * 10) / 10:g} s; lower {name}, "
+            f"or raise max_encode_bytes if every encoder process may take that much{remedy}"
+        )
 
 
 GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "right_frames": (0, 100_000)}
@@ -105,9 +166,10 @@ class Parameters:
         geometries: of windows, by latency; one that the model gives none for has that of ``balanced``.
         block_frames: frames scored by one call of the decoder.
         encoder_calls: calls of the encoder at once; as many as it has instances keep all of them busy.
-        encoder_batch: most windows of equal length in one call of the encoder.
+        encoder_batch: most windows of equal length in one call of the encoder, as far as ``memory`` allows.
         max_segment_secs: a segment is closed at the end of the window that reaches this length.
         max_whole_secs: longest recording with ``context=whole``.
+        memory: what a window takes.
         options: defaults of the per-stream options.
     """
 
@@ -128,6 +190,7 @@ class Parameters:
     encoder_batch: int
     max_segment_secs: float
     max_whole_secs: float
+    memory: WindowMemory
     options: Options
 
     @classmethod
@@ -157,6 +220,7 @@ class Parameters:
             encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
             max_segment_secs=given.number("max_segment_secs", 1.0, 3600.0, 20.0),
             max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0),
+            memory=given.memory(),
             options=Options(
                 max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
@@ -170,7 +234,24 @@ class Parameters:
             raise ParameterError(f"durations is {list(parameters.durations)}; a tdt needs them and an rnnt has none")
         if any(duration < 0 for duration in parameters.durations):
             raise ParameterError(f"durations is {list(parameters.durations)}; none may be negative")
+        parameters.check_windows()
         return parameters
+
+    def windows_per_call(self, samples: int) -> int:
+        """Return how many windows of this length may share a call of the encoder; at least 1."""
+        return int(max(1, min(self.encoder_batch, self.memory.windows_per_call(samples / SAMPLE_RATE))))
+
+    def check_windows(self) -> None:
+        """Raise ParameterError if a window could take more memory than one call of the encoder may.
+
+        A stream's last window is no longer than its others, and a whole recording is refused beyond ``max_whole_secs``
+        (``stream.py``), so no request can ask for more.
+        """
+        self.memory.check("max_whole_secs", f"{self.max_whole_secs:g}", self.max_whole_secs)
+        for latency, geometry in self.geometries.items():
+            name = GEOMETRY_PARAMETERS.get(latency, "left_frames + chunk_frames + right_frames")
+            frames = sum(geometry)
+            self.memory.check(name, frames, frames * self.frame_samples / SAMPLE_RATE)
 
 
 def _refuse_corrid(config: Mapping[str, Any]) -> None:
@@ -226,6 +307,16 @@ class _Reader:
                 _within(f"{name}: {part}", value, low, high)
             geometries[latency] = Geometry(*frames)
         return geometries
+
+    def memory(self) -> WindowMemory:
+        max_bytes = self.integer("max_encode_bytes", 1_000_000, 10**18, MAX_ENCODE_BYTES)
+        names = "window_bytes_per_sec", "window_bytes_per_sec_squared"
+        given = [name for name in names if self._values.get(name)]
+        if len(given) == 1:
+            raise ParameterError(f"only {given[0]} is set; {names[0]} and {names[1]} are measured together")
+        linear = self.integer(names[0], 0, 10**15, ASSUMED_BYTES_PER_SEC)
+        square = self.integer(names[1], 0, 10**15, ASSUMED_BYTES_PER_SEC_SQUARED)
+        return WindowMemory(linear, square, max_bytes, measured=bool(given))
 
     def finish(self) -> None:
         unknown = sorted(set(self._values) - self._known)

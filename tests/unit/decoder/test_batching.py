@@ -73,6 +73,11 @@ def counting(network: Step, batches: list[int]) -> Step:
     return step
 
 
+def at_most(windows: int) -> Callable[[int], int]:
+    """Let so many windows share a call, whatever their length."""
+    return lambda _samples: windows
+
+
 def nothing_comes() -> bool:
     """No row is on its way to the decoder."""
     return False
@@ -87,7 +92,7 @@ async def nothing_more(network: Network) -> None:
 
 async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=2, batch=4)
+    encoder = Encoder(network.encode, calls=2, windows_per_call=at_most(4))
     tasks = [submit(encoder, number) for number in range(2)]
     await network.wait_for_calls(2)
     assert sorted(network.calls) == [[0], [1]]
@@ -108,7 +113,7 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
 async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
     """Else a row would wait for it, though a call is free for it."""
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=1)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]
     await asyncio.sleep(0)
     assert encoder.waiting == 0
@@ -124,7 +129,7 @@ async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
 
 async def test_only_windows_of_equal_length_share_a_call() -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=8)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(8))
     tasks = [submit(encoder, 0)]
     await network.wait_for_calls(1)
     tasks += [submit(encoder, number, length) for number, length in ((1, 100), (2, 200), (3, 100), (4, 200))]
@@ -136,9 +141,25 @@ async def test_only_windows_of_equal_length_share_a_call() -> None:
     assert network.calls == [[0], [1, 3], [2, 4]]
 
 
+async def test_fewer_long_windows_share_a_call() -> None:
+    network = Network()
+    encoder = Encoder(network.encode, calls=1, windows_per_call=lambda samples: 600 // samples)
+    tasks = [submit(encoder, 0)]
+    await network.wait_for_calls(1)
+    tasks += [
+        submit(encoder, number, length) for number, length in ((1, 200), (2, 200), (3, 200), (4, 200), (5, 300), (6, 300))
+    ]
+    for call in range(4):
+        network.end(call)
+        if call < 3:
+            await network.wait_for_calls(1)
+    await asyncio.gather(*tasks)
+    assert network.calls == [[0], [1, 2, 3], [4], [5, 6]]
+
+
 async def test_live_windows_go_before_recordings() -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=1)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, 0)]
     await network.wait_for_calls(1)
     tasks += [submit(encoder, 1, RECORDING), submit(encoder, 2), submit(encoder, 3)]
@@ -153,7 +174,7 @@ async def test_live_windows_go_before_recordings() -> None:
 async def test_a_recording_that_waits_for_long_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "RECORDING_PATIENCE_SECS", 0.05)
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=1)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, 0)]
     await network.wait_for_calls(1)
     tasks.append(submit(encoder, 1, RECORDING))
@@ -169,7 +190,7 @@ async def test_a_recording_that_waits_for_long_takes_its_turn(monkeypatch: pytes
 
 async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=2, batch=1)
+    encoder = Encoder(network.encode, calls=2, windows_per_call=at_most(1))
     first = submit(encoder, 0)
     await network.wait_for_calls(1)
     network.end(0)
@@ -192,7 +213,7 @@ async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.Monke
 
 async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=2, batch=1)
+    encoder = Encoder(network.encode, calls=2, windows_per_call=at_most(1))
     for number in range(2):
         alone = submit(encoder, number)
         await network.wait_for_calls(1)
@@ -219,7 +240,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
 async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "LONE_SECS", 0.05)
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=1)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]
     for call in range(3):
         await network.wait_for_calls(1)
@@ -231,7 +252,7 @@ async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.Monk
 
 async def test_a_failed_call_fails_its_own_windows_only() -> None:
     network = Network()
-    encoder = Encoder(network.encode, calls=1, batch=2)
+    encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(2))
     tasks = [submit(encoder, number) for number in range(2)]
     await network.wait_for_calls(1)
     network.error = RuntimeError("encoder failed: out of memory")
@@ -388,7 +409,7 @@ async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
         seen.append(name.get())
         return network(*arguments)  # type: ignore[arg-type]
 
-    encoder, decoder = Encoder(encode, 1, 8), Decoder(step, network.transducer, 100, nothing_comes)  # type: ignore[arg-type]
+    encoder, decoder = Encoder(encode, 1, at_most(8)), Decoder(step, network.transducer, 100, nothing_comes)  # type: ignore[arg-type]
 
     async def serve(who: str) -> None:
         name.set(who)

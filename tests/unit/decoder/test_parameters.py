@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from parameters import GEOMETRY_PARAMETERS, Geometry, Options, ParameterError, Parameters
+from parameters import GEOMETRY_PARAMETERS, Geometry, Options, ParameterError, Parameters, WindowMemory
 
 MODELS = Path(__file__).parents[3] / "model-repo"
 
@@ -22,8 +25,10 @@ REQUIRED = {
     "left_frames": "42",
     "chunk_frames": "10",
     "right_frames": "5",
-    "max_whole_secs": "60.0",
+    "max_whole_secs": "45.0",
 }
+GROWTH = {"window_bytes_per_sec": "1000000", "window_bytes_per_sec_squared": "300000"}
+UNBOUNDED = dict.fromkeys(GROWTH, "0")
 TDT = {**REQUIRED, "kind": "tdt", "durations": "0,1, 2,3,4"}
 
 OPTION_RANGES = [
@@ -42,6 +47,11 @@ INTEGER_RANGES = [
     ("block_frames", 1, 100_000),
     ("encoder_batch", 1, 4096),
     *OPTION_RANGES,
+]
+MEMORY_RANGES = [
+    ("max_bytes", "max_encode_bytes", 1_000_000, 10**18),
+    ("bytes_per_sec", "window_bytes_per_sec", 0, 10**15),
+    ("bytes_per_sec_squared", "window_bytes_per_sec_squared", 0, 10**15),
 ]
 NUMBER_RANGES = [
     ("blank_penalty", -20.0, 20.0),
@@ -72,7 +82,7 @@ def test_defaults() -> None:
     assert parameters.encoder_model == "encoder"
     assert parameters.decoder_joint_model == "decoder_joint"
     assert (parameters.block_frames, parameters.encoder_batch) == (32, 4)
-    assert (parameters.max_segment_secs, parameters.max_whole_secs) == (20.0, 60.0)
+    assert (parameters.max_segment_secs, parameters.max_whole_secs) == (20.0, 45.0)
     assert parameters.options == Options("window", "balanced", 10, 200, 1200) == Options()
     assert parameters.geometries == dict.fromkeys(("low", "balanced", "throughput"), Geometry(42, 10, 5))
 
@@ -119,9 +129,9 @@ def test_a_correlation_id_control_is_refused() -> None:
 @pytest.mark.parametrize(("name", "low", "high"), [*INTEGER_RANGES, *NUMBER_RANGES])
 def test_ranges_include_their_ends_and_end_there(name: str, low: float, high: float) -> None:
     for value in (low, high):
-        assert value_of(read({**REQUIRED, name: str(value)}), name) == value
+        assert value_of(read({**REQUIRED, **UNBOUNDED, name: str(value)}), name) == value
     for value in (low - 1, high + 1):
-        assert_refused({**REQUIRED, name: str(value)}, f"{name} is {value}; it must be within {low} … {high}")
+        assert_refused({**REQUIRED, **UNBOUNDED, name: str(value)}, f"{name} is {value}; it must be within {low} … {high}")
 
 
 @pytest.mark.parametrize(("name", "low", "high"), INTEGER_RANGES)
@@ -156,7 +166,7 @@ def test_durations_belong_to_a_tdt() -> None:
 
 @pytest.mark.parametrize(("latency", "name"), GEOMETRY_PARAMETERS.items())
 def test_a_latency_may_have_windows_of_its_own(latency: str, name: str) -> None:
-    geometries = read({**REQUIRED, name: "0, 1,100000"}).geometries
+    geometries = read({**REQUIRED, **UNBOUNDED, name: "0, 1,100000"}).geometries
     assert geometries[latency] == Geometry(0, 1, 100_000)
     assert sorted(geometries.values()) == [Geometry(0, 1, 100_000), Geometry(42, 10, 5), Geometry(42, 10, 5)]
 
@@ -184,9 +194,69 @@ def test_an_unknown_latency_is_refused(latency: Any) -> None:
     assert str(error.value) == f"latency is {latency!r}; allowed are 'low', 'balanced' and 'throughput'"
 
 
+@pytest.mark.parametrize(("attribute", "name", "low", "high"), MEMORY_RANGES)
+def test_memory_parameters_have_ranges(attribute: str, name: str, low: int, high: int) -> None:
+    given = {**REQUIRED, **UNBOUNDED, "max_encode_bytes": str(10**18), "max_whole_secs": "1", "chunk_frames": "1"}
+    for value in (low, high):
+        assert getattr(read({**given, "right_frames": "0", "left_frames": "0", name: str(value)}).memory, attribute) == value
+    for value in (low - 1, high + 1):
+        assert_refused({**given, name: str(value)}, f"{name} is {value}; it must be within {low} … {high}")
+
+
+@pytest.mark.parametrize("missing", GROWTH)
+def test_growth_is_declared_whole(missing: str) -> None:
+    (other,) = GROWTH.keys() - {missing}
+    with pytest.raises(ParameterError, match=f"only {other} is set; .* are measured together"):
+        read({**REQUIRED, other: "1"})
+
+
+def test_a_whole_recording_is_bounded_by_the_encoders_memory() -> None:
+    assert read({**REQUIRED, **GROWTH, "max_whole_secs": "71"}).max_whole_secs == 71
+    assert_refused(
+        {**REQUIRED, **GROWTH, "max_whole_secs": "300"},
+        "max_whole_secs is 300: the encoder takes 27.30 GB for a window of 300 s, but max_encode_bytes is 1610612736, which "
+        "allows 71.6 s; lower max_whole_secs, or raise max_encode_bytes if every encoder process may take that much",
+    )
+    raised = read({**REQUIRED, **GROWTH, "max_whole_secs": "300", "max_encode_bytes": str(28 * 10**9)})
+    assert raised.max_whole_secs == 300
+
+
+def test_without_measured_growth_the_bound_is_lower() -> None:
+    assert read({**REQUIRED, "max_whole_secs": "47"}).memory.measured is False
+    with pytest.raises(ParameterError, match=r"allows 47\.6 s; .*the growth is assumed, amira models check measures it$"):
+        read({**REQUIRED, "max_whole_secs": "60"})
+
+
+@pytest.mark.parametrize("name", GEOMETRY_PARAMETERS.values())
+def test_windows_of_streams_are_bounded_by_the_encoders_memory(name: str) -> None:
+    with pytest.raises(
+        ParameterError, match=rf"^{name} is 1000: the encoder takes 2.86 GB for a window of 96 s, .*lower {name}, "
+    ):
+        read({**REQUIRED, **GROWTH, name: "100,800,100"})
+    with pytest.raises(ParameterError, match=r"^left_frames \+ chunk_frames \+ right_frames is 1000: .* allows 71\.6 s"):
+        read({**REQUIRED, **GROWTH, "left_frames": "985"})
+
+
+@given(st.integers(0, 10**8), st.integers(0, 10**7), st.integers(10**6, 10**12), st.floats(0.01, 3600))
+def test_windows_of_a_call_fit_its_memory(linear: int, square: int, max_bytes: int, secs: float) -> None:
+    memory = WindowMemory(linear, square, max_bytes)
+    windows = memory.windows_per_call(secs)
+    assert (windows >= 1) == (secs <= memory.longest_secs) or secs == pytest.approx(memory.longest_secs)
+    if windows != np.inf:
+        assert windows * memory.window_bytes(secs) <= max_bytes * (1 + 1e-9)
+        assert (windows + 1) * memory.window_bytes(secs) >= max_bytes * (1 - 1e-9)
+
+
+def test_long_windows_share_fewer_calls() -> None:
+    parameters = read({**REQUIRED, **GROWTH, "max_whole_secs": "71", "encoder_batch": "8"})
+    shares = {secs: parameters.windows_per_call(secs * 16000) for secs in (4, 20, 30, 50, 60, 71)}
+    assert shares == {4: 8, 20: 8, 30: 5, 50: 2, 60: 1, 71: 1}
+
+
 def test_unknown_parameters_are_named_with_the_known() -> None:
     with pytest.raises(
-        ParameterError, match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'right_frames'\]"
+        ParameterError,
+        match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'window_bytes_per_sec_squared'\]",
     ):
         read({**REQUIRED, "zeal": "1", "chunk_frame": "10"})
 

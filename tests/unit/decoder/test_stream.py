@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import batching
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
-from parameters import LATENCIES, Geometry, Options, Parameters
+from parameters import LATENCIES, Geometry, Options, Parameters, WindowMemory
 from stream import Answer, Samples, Stream, Window
 from tests.support.transducers import (
     DIMENSION,
@@ -59,6 +59,7 @@ def parameters(**changes: Any) -> Parameters:
         "encoder_batch": 4,
         "max_segment_secs": 3600.0,
         "max_whole_secs": 60.0,
+        "memory": WindowMemory(0, 0),
         "options": NEVER_CLOSES,
     }
     return Parameters(**{**defaults, **changes})
@@ -131,7 +132,7 @@ class RecordingEncoder(Encoder):
     """An encoder that keeps its windows."""
 
     def __init__(self, parameters: Parameters, encode: Encode, windows: list[Window]) -> None:
-        super().__init__(self._call, parameters.encoder_calls, parameters.encoder_batch)
+        super().__init__(self._call, parameters.encoder_calls, parameters.windows_per_call)
         self._frames_of = encode
         self._windows = windows
 
