@@ -56,6 +56,7 @@ class ErrorKind(Kind, Enum):
     QUOTA_EXCEEDED = Kind("quota_exceeded", "quota", 429, 4429, retryable=True)
     INTERNAL = Kind("internal", "server_error", 500, 1011)
     BACKEND_FAILED = Kind("backend_failed", "backend", 502, 4503, retryable=True)
+    BACKEND_DIED = Kind("backend_died", "backend", 502, 4503)
     NO_CAPACITY = Kind("no_capacity", "capacity", 503, 4503, retryable=True)
     NOT_READY = Kind("not_ready", "capacity", 503, 4503, retryable=True)
     DRAINING = Kind("draining", "capacity", 503, 1012, retryable=True)

@@ -48,6 +48,9 @@ REPLAYED_AUDIO = Counter("asr_replayed_audio_seconds", "Seconds of audio that we
 BREAKER_STATE = Gauge(
     "asr_circuit_breaker_state", "New streams for a Triton: 0 they go there, 1 one does as a trial, 2 none", ["endpoint"]
 )
+BACKEND_DEATHS = Counter(
+    "asr_backend_deaths", "Times that a Triton or a model's process died with requests in flight", ["endpoint"]
+)
 DRAINING = Gauge("asr_draining", "1 while the gateway drains")
 EVENT_LOOP_TASKS = Gauge("asr_event_loop_tasks", "Tasks of the gateway's event loop")
 BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the streams' audio buffers in use, 0 to 1")

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
-import grpc
 import numpy as np
 import numpy.typing as npt
 import orjson
@@ -26,6 +25,7 @@ from gateway.config.settings import Address, Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer
 from gateway.triton.breaker import Breaker
+from gateway.triton.retry import DEADLINE_EXCEEDED, UNAVAILABLE, Death, Fault, classify
 
 READY_POLL_SECS = 1.0
 UNREADY_POLL_SECS = 0.2
@@ -38,10 +38,6 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),  # 120 s by default: too long to find a Triton that is back
     ("grpc.use_local_subchannel_pool", 1),  # else a new client would be given the connection of the old one
 ]
-
-UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT = (
-    str(code) for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
-)
 
 ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 """Before each try to end a sequence on a Triton that does not answer."""
@@ -58,6 +54,8 @@ SLOW_SHARE = 0.8
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
 """Which parameter of the decoder has the windows of a latency, if the model has any; else they are those of ``balanced``."""
 
+CONNECTION_LOST = "the connection to the recogniser was lost; please retry"
+
 Samples = npt.NDArray[np.int16]
 
 T = TypeVar("T")
@@ -65,8 +63,18 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class UnreachableError(ApiError):
-    """There is no Triton to ask."""
+class TritonError(ApiError):
+    """Triton failed a request.
+
+    Attributes:
+        fault: what its error means.
+        death: the backend's death that the request was in flight at, if any.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, fault: Fault, death: Death | None = None) -> None:
+        super().__init__(kind, message)
+        self.fault = fault
+        self.death = death
 
 
 class ModelState(Enum):
@@ -169,6 +177,7 @@ class Endpoint:
         was_ready: whether some ensemble has ever been ready.
         breaker: whether new sequences may come here.
         sequences: how many of ours live here.
+        in_flight: sequences with a request that is not answered yet.
     """
 
     def __init__(self, address: Address, settings: Settings) -> None:
@@ -179,12 +188,17 @@ class Endpoint:
         self.was_ready = False
         self.breaker = Breaker()
         self.sequences = 0
+        self.in_flight: set[Sequence] = set()
         self._settings = settings
         self._connection = self._connect()
         self._left: list[Connection] = []  # while no other has shown that Triton is well
         self._recognisers: dict[str, Recogniser] = {}
         self._rejected: dict[str, str] = {}  # ensembles that are none of ours, and why
         self._doubted = asyncio.Event()
+        self._looks_begun = self._looks_done = 0
+        self._looked = asyncio.Event()  # replaced after each look
+        self._generation = 0  # of the Triton behind the address: a new one after each look that failed
+        self._death: _NoticedDeath | None = None  # of this generation
         self._background: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
@@ -208,14 +222,49 @@ class Endpoint:
         """What is known of an ensemble that is ready."""
         return self._recognisers[ensemble]
 
-    def open(self, ensemble: str, options: Mapping[str, str | int]) -> Sequence:
-        """A new sequence: the state of one stream in the decoder, made by its first request."""
-        return Sequence(self, ensemble, options, self._settings.inference_timeout_secs)
+    def open(self, ensemble: str, options: Mapping[str, str | int], *, suspect: bool = False) -> Sequence:
+        """Return a new sequence: the state of one stream in the decoder, made by its first request.
+
+        Args:
+            ensemble: its name.
+            options: request parameters of the first request.
+            suspect: whether its audio was in flight at a backend's death.
+        """
+        return Sequence(self, ensemble, options, self._settings.inference_timeout_secs, suspect=suspect)
 
     def doubt(self) -> None:
         """Take nothing for ready until the next look, which comes at once."""
         self.models = dict.fromkeys(self.models, ModelState.UNKNOWN)
         self._doubted.set()
+
+    async def find_death(self, sequence: Sequence, fault: Fault) -> Death | None:
+        """Return the backend's death that a request was in flight at, if it was one.
+
+        A broken connection is a death unless Triton is ready at the next look: a new Triton takes longer to load its models.
+        A process that died or stands still fails requests from then on; those that came afterwards are not involved.
+
+        Args:
+            sequence: its request has just failed, and is in ``in_flight`` still.
+            fault: what its error means.
+        """
+        generation = self._generation
+        if not self._death or self._death.generation != generation:
+            suspects = sum(other.suspect for other in self.in_flight)
+            self._death = _NoticedDeath(generation, time.perf_counter(), suspects)
+        death = self._death
+        if fault is Fault.DISCONNECTED and not death.confirmed:
+            await self._look_anew()
+            if generation == self._generation and any(map(self.ready, self._recognisers)):
+                if self._death is death:
+                    self._death = None
+                return None
+        if not death.confirmed:
+            death.confirmed = True
+            metrics.BACKEND_DEATHS.labels(self.address).inc()
+            log.error("backend died", endpoint=self.address, requests_in_flight=len(self.in_flight))
+        if sequence.sent_at > death.noticed_at:
+            return None
+        return Death((self.address, generation), sole=sequence.suspect and death.suspects == 1)
 
     def abandon(self, sequence: Sequence) -> None:
         """Free the decoder's state of a sequence that nobody waits for; failures don't matter, it ages out."""
@@ -228,7 +277,7 @@ class Endpoint:
         front end of Triton 2.51 may crash when a request is cancelled soon after it came.
 
         Raises:
-            UnreachableError: its connection was left, and Triton is well by another.
+            TritonError: its connection was left, and Triton is well by another.
             InferenceServerException: it failed, or took too long.
         """
         connection = self._connection
@@ -245,7 +294,7 @@ class Endpoint:
         if call.done():
             return call.result()
         if given_up.done():
-            raise UnreachableError(ErrorKind.BACKEND_FAILED, "the connection to the recogniser was lost; please retry")
+            raise TritonError(ErrorKind.BACKEND_FAILED, CONNECTION_LOST, Fault.DISCONNECTED)
         raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
 
     def _connect(self) -> Connection:
@@ -274,7 +323,24 @@ class Endpoint:
             self._doubted.clear()
             await self._look()
 
+    async def _look_anew(self) -> None:
+        """Wait for a look that begins from now on."""
+        self.doubt()
+        begun = self._looks_begun
+        while self._looks_done <= begun:
+            await self._looked.wait()
+
     async def _look(self) -> None:
+        self._looks_begun += 1
+        look = self._looks_begun
+        try:
+            await self._look_once()
+        finally:
+            self._looks_done = look
+            self._looked.set()
+            self._looked = asyncio.Event()
+
+    async def _look_once(self) -> None:
         started = time.perf_counter()
         before = self.models
         try:
@@ -286,6 +352,7 @@ class Endpoint:
             needed = {name for recogniser in self._recognisers.values() for name in recogniser.models}
             needed |= set(self._settings.models.values())
             self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
+            self._generation += self.latency_secs is None
             self.latency_secs = time.perf_counter() - started
             self.was_ready |= any(map(self.ready, self._recognisers))
             for connection in self._left:
@@ -343,11 +410,38 @@ class Endpoint:
         return config
 
 
-class Sequence:
-    """One sequence of requests to one Triton, one in flight at a time: Triton may reorder those of one sequence."""
+@dataclass(eq=False)
+class _NoticedDeath:
+    """The end of a Triton, or of one of its models' processes.
 
-    def __init__(self, endpoint: Endpoint, ensemble: str, options: Mapping[str, str | int], timeout_secs: float) -> None:
+    Attributes:
+        generation: of the Triton.
+        noticed_at: when a request first failed by it, in seconds of ``time.perf_counter``.
+        suspects: requests in flight then that had been in flight at an earlier death.
+        confirmed: whether it is sure that it was not the network.
+    """
+
+    generation: int
+    noticed_at: float
+    suspects: int
+    confirmed: bool = False
+
+
+class Sequence:
+    """One sequence of requests to one Triton, one in flight at a time: Triton may reorder those of one sequence.
+
+    Attributes:
+        endpoint: where it is.
+        suspect: whether its audio was in flight at a backend's death.
+        sent_at: when its newest request was sent, in seconds of ``time.perf_counter``.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, ensemble: str, options: Mapping[str, str | int], timeout_secs: float, *, suspect: bool
+    ) -> None:
         self.endpoint = endpoint
+        self.suspect = suspect
+        self.sent_at = 0.0
         self._ensemble = ensemble
         self._options = dict(options)
         # How long a recording takes tells of its length, and of those beside it, more than of Triton.
@@ -365,54 +459,62 @@ class Sequence:
             patience: how many times ``inference_timeout_secs`` it may take.
 
         Raises:
-            UnreachableError: Triton is gone.
-            ApiError: it failed or took too long; the sequence's state is then unknown.
+            TritonError: it is gone, failed or took too long; the sequence's state is then unknown.
         """
         start, timeout_secs = not self._alive, patience * self._timeout_secs
         self._live(True)  # from here on the decoder may hold state, whatever comes back
-        began = time.perf_counter()
+        self.sent_at = time.perf_counter()
+        self.endpoint.in_flight.add(self)
         try:
-            result = await self.endpoint.infer(
-                self._ensemble,
-                samples,
-                sequence_id=self._id,
-                sequence_start=start,
-                sequence_end=end,
-                parameters=self._options if start else None,
-                timeout_secs=timeout_secs,
-                headers=tracing.headers(),
-            )
+            with metrics.TRITON_DURATION.labels(self._ensemble).time():
+                result = await self.endpoint.infer(
+                    self._ensemble,
+                    samples,
+                    sequence_id=self._id,
+                    sequence_start=start,
+                    sequence_end=end,
+                    parameters=self._options if start else None,
+                    timeout_secs=timeout_secs,
+                    headers=tracing.headers(),
+                )
         except InferenceServerException as error:
-            log.warning(
-                "inference failed",
-                endpoint=self.endpoint.address,
-                sequence=self._id,
-                status=error.status(),
-                reason=error.message(),
-            )
-            late = error.status() == DEADLINE_EXCEEDED and self._may_be_slow
-            if error.status() != INVALID_ARGUMENT and not late:  # invalid is a sequence that Triton no longer knows
-                self.endpoint.breaker.record(success=False)
-            if error.status() == UNAVAILABLE:
-                self.endpoint.doubt()
-                raise UnreachableError(ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry") from error
-            if error.status() == INVALID_ARGUMENT and start and "restore" in self._options:
-                raise ApiError(
-                    ErrorKind.INVALID_SESSION,
-                    "the recogniser is another one than the stream began with, and can't go on with it; begin a new stream",
-                ) from error
-            if error.status() == DEADLINE_EXCEEDED:
-                raise ApiError(
-                    ErrorKind.BACKEND_TIMEOUT, f"the recogniser took longer than {timeout_secs:g} s; please retry"
-                ) from error
-            raise ApiError(ErrorKind.BACKEND_FAILED, "the recogniser failed; please retry") from error
+            fault = classify(error.status(), error.message(), restores=start and "restore" in self._options)
+            raise await self._failure(fault, error, timeout_secs) from error
         finally:
-            seconds = time.perf_counter() - began
-            metrics.TRITON_DURATION.labels(self._ensemble).observe(seconds)
+            self.endpoint.in_flight.discard(self)
+        seconds = time.perf_counter() - self.sent_at
         self.endpoint.breaker.record(success=self._may_be_slow or seconds < SLOW_SHARE * timeout_secs)
         if end:
             self._live(False)
         return _parse(result)
+
+    async def _failure(self, fault: Fault, error: InferenceServerException, timeout_secs: float) -> TritonError:
+        """Return what to raise for an error of Triton's, after telling the endpoint."""
+        log.warning(
+            "inference failed",
+            endpoint=self.endpoint.address,
+            sequence=self._id,
+            fault=fault.name.lower(),
+            status=error.status(),
+            reason=error.message(),
+        )
+        blameless = fault in (Fault.UNKNOWN_SEQUENCE, Fault.FOREIGN_STATE) or (fault is Fault.LATE and self._may_be_slow)
+        if not blameless:
+            self.endpoint.breaker.record(success=False)
+        death = None
+        if fault in (Fault.ABSENT, Fault.DISCONNECTED):
+            self.endpoint.doubt()
+        if fault in (Fault.DISCONNECTED, Fault.BACKEND_DIED):
+            death = await self.endpoint.find_death(self, fault)
+        if fault is Fault.FOREIGN_STATE:
+            message = "the recogniser is another one than the stream began with, and can't go on with it; begin a new stream"
+            return TritonError(ErrorKind.INVALID_SESSION, message, fault)
+        if fault is Fault.LATE:
+            message = f"the recogniser took longer than {timeout_secs:g} s; please retry"
+            return TritonError(ErrorKind.BACKEND_TIMEOUT, message, fault)
+        gone = fault in (Fault.ABSENT, Fault.DISCONNECTED)
+        message = "the recogniser is gone; please retry" if gone else "the recogniser failed; please retry"
+        return TritonError(ErrorKind.BACKEND_FAILED, message, fault, death)
 
     async def abandon(self) -> None:
         """Free the decoder's state, if there may be any; what can't be freed ages out."""
@@ -428,7 +530,7 @@ class Sequence:
                     sequence_end=True,
                     timeout_secs=self._timeout_secs,
                 )
-            except UnreachableError:
+            except TritonError:
                 continue
             except InferenceServerException as error:
                 if error.status() in (UNAVAILABLE, DEADLINE_EXCEEDED):

@@ -17,14 +17,16 @@ from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer
 from gateway.triton.breaker import BreakerState
-from gateway.triton.endpoint import MOST_PATIENCE, Endpoint, Recogniser, Samples, Sequence, UnreachableError, Windows
+from gateway.triton.endpoint import MOST_PATIENCE, Endpoint, Recogniser, Samples, Sequence, TritonError, Windows
+from gateway.triton.retry import Failures, Fault, RetryPolicy
 
-BATCH_ATTEMPTS = 2
-STREAM_ATTEMPTS = MOST_PATIENCE
-"""How often audio is tried; fewer than open a breaker, since audio on which the decoder fails is no endpoint's fault."""
+RECORDING_RETRIES = RetryPolicy(attempts=2, max_patience=MOST_PATIENCE, whole=True)
+STREAM_RETRIES = RetryPolicy(attempts=MOST_PATIENCE, max_patience=MOST_PATIENCE, whole=False)
 
 RETRY_PAUSE_SECS = (0.05, 0.25)
 """Between two attempts, at random: the streams of a Triton that failed should not all come back in one moment."""
+
+POISONED = "the recogniser died while it worked on this audio; the audio may be the cause, so it is not sent again"
 
 log = structlog.get_logger()
 
@@ -35,12 +37,15 @@ class Triton:
     Attributes:
         endpoints: all of them, whatever their state.
         recovery_secs: for how long work that failed is tried again.
+        isolation: held by a request that must be in flight without others under the same suspicion.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.recovery_secs = settings.recovery_timeout_secs
+        self.isolation = asyncio.Lock()
         self.endpoints = [Endpoint(address, settings) for address in settings.triton_addresses]
         for endpoint in self.endpoints:
+            metrics.BACKEND_DEATHS.labels(endpoint.address)
             metrics.BREAKER_STATE.labels(endpoint.address).set_function(partial(_told_state, endpoint))
 
     async def start(self) -> None:
@@ -59,7 +64,7 @@ class Triton:
         """What is known of an ensemble.
 
         Raises:
-            UnreachableError: no endpoint can serve it now.
+            TritonError: no endpoint can serve it now.
         """
         for endpoint in self.endpoints:
             if endpoint.ready(ensemble) and endpoint.breaker.would_allow:
@@ -70,7 +75,7 @@ class Triton:
         """The endpoint for a new sequence: of those that are well, the one with the fewest.
 
         Raises:
-            UnreachableError: there is none.
+            TritonError: there is none.
         """
         well = [endpoint for endpoint in self.endpoints if endpoint.ready(ensemble) and endpoint.breaker.would_allow]
         if not well:
@@ -81,11 +86,11 @@ class Triton:
 
     def stream(self, recogniser: Recogniser, options: Mapping[str, str | int]) -> Utterance:
         """A stream whose audio comes bit by bit."""
-        return Utterance(self, recogniser, {"save_state": 1, **options}, STREAM_ATTEMPTS)
+        return Utterance(self, recogniser, {"save_state": 1, **options}, STREAM_RETRIES)
 
     def recording(self, recogniser: Recogniser, options: Mapping[str, str | int]) -> Utterance:
         """A recording that is decoded whole, in one request."""
-        return Utterance(self, recogniser, {"context": "whole", **options}, BATCH_ATTEMPTS)
+        return Utterance(self, recogniser, {"context": "whole", **options}, RECORDING_RETRIES)
 
 
 class Utterance:
@@ -98,15 +103,14 @@ class Utterance:
         triton: where to be placed.
         recogniser: what is known of the ensemble.
         options: of the decoder.
-        attempts: how often a request is tried that Triton fails; while none is there to be asked, only the time counts.
+        retries: how often a request is sent; while no Triton is there, only the time counts.
     """
 
-    def __init__(self, triton: Triton, recogniser: Recogniser, options: Mapping[str, str | int], attempts: int) -> None:
+    def __init__(self, triton: Triton, recogniser: Recogniser, options: Mapping[str, str | int], retries: RetryPolicy) -> None:
         self._triton = triton
         self._recogniser = recogniser
         self._options = dict(options)
-        self._whole = options.get("context") == "whole"
-        self._attempts = attempts
+        self._retries = retries
         self._sequence: Sequence | None = None
         self._state = ""
         self._kept: Samples = np.empty(0, np.int16)
@@ -124,24 +128,28 @@ class Utterance:
             ApiError: no Triton answered in the time or the attempts there are.
         """
         self._kept = np.concatenate((self._kept, samples)) if len(self._kept) else samples
-        # Each attempt may take longer than the one before: when many streams come back at once their audio takes its time, and
-        # what is given up too early is decoded for nothing, and then once more. Of a recording that would be much, so all the
-        # patience is for the first, and one that is too late was one too many.
-        deadline, failures = 0.0, 0
+        deadline, failures = 0.0, Failures()
         while True:
             try:
-                answer = await self._try(samples, end, patience=MOST_PATIENCE if self._whole else 1 + failures)
-            except ApiError as error:
+                if self._retries.isolates(failures):
+                    async with self._triton.isolation:
+                        answer = await self._try(samples, end, failures)
+                else:
+                    answer = await self._try(samples, end, failures)
+            except TritonError as error:
                 now = time.monotonic()
                 deadline = deadline or now + self._triton.recovery_secs
-                failures += not isinstance(error, UnreachableError)
+                failures = failures.after(error.fault, error.death)
                 self._leave()
-                hopeless = not error.kind.retryable or (self._whole and error.kind is ErrorKind.BACKEND_TIMEOUT)
-                if self._given_up or hopeless or failures >= self._attempts or now >= deadline:
-                    if not self._given_up:  # else nobody lost anything
-                        self._count(metrics.FAILED)
+                if self._given_up:  # nobody lost anything
                     raise
-                await asyncio.sleep(random.uniform(*RETRY_PAUSE_SECS) * (1 + failures))  # noqa: S311 (it spreads load)
+                if not self._retries.retries(failures, error.fault) or now >= deadline:
+                    self._count(metrics.FAILED)
+                    if self._retries.poisoned(failures):
+                        log.error("audio given up", backend_deaths=failures.deaths)
+                        raise ApiError(ErrorKind.BACKEND_DIED, POISONED) from error
+                    raise
+                await asyncio.sleep(random.uniform(*RETRY_PAUSE_SECS) * (1 + failures.count))  # noqa: S311 (it spreads load)
             else:
                 break
         if deadline:
@@ -178,12 +186,14 @@ class Utterance:
         if self._sequence:
             await self._sequence.abandon()
 
-    async def _try(self, samples: Samples, end: bool, patience: int) -> Answer:
+    async def _try(self, samples: Samples, end: bool, failures: Failures) -> Answer:
+        patience = self._retries.patience(failures)
         if self._sequence:
+            self._sequence.suspect = False
             return await self._sequence.send(samples, end=end, patience=patience)
         options = {**self._options, "restore": self._state} if self._state else self._options
         endpoint = self._triton.place(self._recogniser.ensemble)
-        self._sequence = endpoint.open(self._recogniser.ensemble, options)
+        self._sequence = endpoint.open(self._recogniser.ensemble, options, suspect=failures.deaths > 0)
         metrics.REPLAYED_AUDIO.inc((len(self._kept) - len(samples)) / RATE)
         return await self._sequence.send(self._kept, end=end, patience=patience)
 
@@ -203,7 +213,7 @@ class Utterance:
 
     def _count(self, outcome: str) -> None:
         tracing.event("recovery", outcome=outcome)
-        if not self._whole:
+        if not self._retries.whole:
             metrics.STREAM_RECOVERIES.labels(outcome).inc()
             log.info("stream recovery", outcome=outcome)
 
@@ -216,5 +226,5 @@ def _told_state(endpoint: Endpoint) -> BreakerState:
     return BreakerState.CLOSED if endpoint.latency_secs is None else endpoint.breaker.state
 
 
-def _not_ready() -> UnreachableError:
-    return UnreachableError(ErrorKind.NOT_READY, "the recogniser is not ready; please retry")
+def _not_ready() -> TritonError:
+    return TritonError(ErrorKind.NOT_READY, "the recogniser is not ready; please retry", Fault.ABSENT)
