@@ -107,4 +107,4 @@ lock:  ## Resolve the newest packages into requirements.lock, and those of the i
 		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
+	@rm -rf $(VENV) .engine .test-cache .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*

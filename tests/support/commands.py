@@ -55,7 +55,10 @@ async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     """A Triton of a test's own."""
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     server = Triton(
-        Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-tests-2.log"
+        Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND),
+        model_repository,
+        ports,
+        ENGINE_HOME / f"triton-tests-{ports.grpc}.log",
     )
     await server.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 from gateway.server import GatewayServer
+from tests.support.cache import copied
 from tests.support.clients import decoder_metric
-from tests.support.synthetic import Kind, build
+from tests.support.synthetic import Kind
 
 Samples = npt.NDArray[np.int16]
 Recordings = dict[str, Samples]
@@ -65,7 +67,7 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 @pytest.fixture(scope="session")
 async def triton() -> AsyncIterator[Ports]:
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
-    log_path = ENGINE_HOME / "triton-tests.log"
+    log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
     server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), MODEL_REPOSITORY, ports, log_path)
     await server.start()
     yield ports
@@ -122,7 +124,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
     root = tmp_path_factory.mktemp("published")
     for kind in KINDS:
-        build(root / kind, kind, external_data=kind == "rnnt")
+        copied(kind, root / kind, external_data=kind == "rnnt")
         for part in ("encoder", "decoder_joint"):
             plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
             quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)

@@ -22,7 +22,7 @@ from amira.engine.service import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
 from amira.models.graphs import ModelError
 from amira.models.importing import import_model
 from amira.models.repository import read_config, recognisers
-from tests.support.synthetic import build
+from tests.support.cache import copied
 
 Change = Callable[[onnx.GraphProto], None]
 Edit = Callable[[pb.ModelConfig], None]
@@ -56,17 +56,10 @@ def repository(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
 
 
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("published")
-    build(directory, "tdt")
-    return directory
-
-
 @pytest.fixture
-def source(published: Path, tmp_path: Path) -> Path:
+def source(tmp_path: Path) -> Path:
     """A copy of a published model, for a test to break."""
-    return Path(shutil.copytree(published, tmp_path / "source"))
+    return copied("tdt", tmp_path / "source")
 
 
 def edit_graph(path: Path, *changes: Change) -> None:
@@ -149,9 +142,9 @@ def test_imported_models_are_taken_by_triton(
     assert written == {**written, **dims}
 
 
-def test_the_front_end_for_gpus_is_taken_by_triton(published: Path, tmp_path: Path) -> None:
-    import_model(str(published), "mine", tmp_path, None, gpu=True)
-    assert refused_by_triton(tmp_path) == []
+def test_the_front_end_for_gpus_is_taken_by_triton(source: Path, tmp_path: Path) -> None:
+    import_model(str(source), "mine", tmp_path / "models", None, gpu=True)
+    assert refused_by_triton(tmp_path / "models") == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from onnx_asr.models.nemo import NemoConformerRnnt
 
 from greedy import Floats, Predictor, Row, Step, Token, Transducer, decode
 from perf.recogniser import joint_step
+from tests.support.cache import built, copied
 from tests.support.synthetic import FRAMES_PER_SECOND, HIDDEN, SIZES, Kind, build, recordings, vocabulary
 
 UNLIMITED = 10**9
@@ -80,19 +82,15 @@ def load(kind: Kind, directory: Path) -> Model:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+def model(request: pytest.FixtureRequest) -> Model:
     kind: Kind = request.param
-    directory = tmp_path_factory.mktemp(kind)
-    build(directory, kind)
-    return load(kind, directory)
+    return load(kind, built(kind))
 
 
 @pytest.fixture(scope="module")
 def other(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The same model, built anew with its encoder's weights in a file of their own."""
-    directory = tmp_path_factory.mktemp(f"{model.kind}-external")
-    build(directory, model.kind, external_data=True)
-    return load(model.kind, directory)
+    return load(model.kind, copied(model.kind, tmp_path_factory.mktemp(model.kind), external_data=True))
 
 
 def speech() -> list[Floats]:
@@ -144,12 +142,11 @@ def test_the_directory_is_laid_out_as_models_are_published(model: Model) -> None
     assert 0.2 < sum(piece.startswith("▁") for piece in pieces) / len(pieces) < 0.6
 
 
-def test_a_build_is_repeatable(model: Model, other: Model, tmp_path: Path) -> None:
+def test_a_build_is_repeatable(model: Model, other: Model) -> None:
     for name in ("decoder_joint-model.onnx", "vocab.txt", "config.json"):
         assert (model.directory / name).read_bytes() == (other.directory / name).read_bytes()
-    assert other.recognise(speech()) == model.recognise(speech())
-    build(tmp_path, model.kind, seed=1)
-    assert load(model.kind, tmp_path).recognise(speech()) != model.recognise(speech())
+    assert other.recognise(speech()) == of_speech(model)
+    assert load(model.kind, built(model.kind, seed=1)).recognise(speech()) != of_speech(model)
 
 
 def test_the_encoders_weights_can_be_external(model: Model, other: Model) -> None:
@@ -162,7 +159,7 @@ def test_the_encoders_weights_can_be_external(model: Model, other: Model) -> Non
 
 
 def test_tokens_come_as_in_speech(model: Model) -> None:
-    recognised = model.recognise(speech())
+    recognised = of_speech(model)
     for samples, tokens in zip(speech(), recognised, strict=True):
         assert 3 <= len(tokens) / (len(samples) / SAMPLE_RATE) <= 6
     ids = [token for tokens in recognised for token, _, _ in tokens]
@@ -194,8 +191,7 @@ def test_padding_changes_nothing(model: Model) -> None:
         (alone,) = model.encode([samples])
         assert frames.shape[1] == (len(samples) // 160 - 1) // 8 + 1
         np.testing.assert_allclose(frames, alone, rtol=0, atol=1e-4)
-    batch = model.recognise(rows)
-    for samples, tokens in zip(rows, batch, strict=True):
+    for samples, tokens in zip(rows, oracle(model, 10)[0], strict=True):
         (alone_tokens,) = model.recognise([samples])
         assert [token[:2] for token in tokens] == [token[:2] for token in alone_tokens]
 
@@ -223,15 +219,25 @@ def test_the_history_matters(model: Model) -> None:
     assert np.mean([len(set(column)) for column in best.T]) > 3
 
 
+@cache
+def of_speech(model: Model) -> list[list[tuple[int, int, float]]]:
+    """Tokens that onnx-asr gives for ``speech``."""
+    return model.recognise(speech())
+
+
+@cache
+def oracle(model: Model, max_tokens_per_frame: int) -> tuple[list[list[tuple[int, int, float]]], list[Floats]]:
+    """Tokens that onnx-asr gives for ``mixed_lengths``, and the frames that it decodes."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(model.asr.config, "max_tokens_per_step", max_tokens_per_frame)
+        return model.recognise(mixed_lengths()), model.encode(mixed_lengths())
+
+
 @pytest.mark.parametrize("max_tokens_per_frame", [10, 2, 1])
 @pytest.mark.parametrize("block_frames", [1, 3, 16, 64])
-def test_our_decoder_gives_the_tokens_of_onnx_asr(
-    model: Model, block_frames: int, max_tokens_per_frame: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(model.asr.config, "max_tokens_per_step", max_tokens_per_frame)
-    expected = model.recognise(mixed_lengths())
+def test_our_decoder_gives_the_tokens_of_onnx_asr(model: Model, block_frames: int, max_tokens_per_frame: int) -> None:
+    expected, rows = oracle(model, max_tokens_per_frame)
     assert sum(map(len, expected)) > 50
-    rows = model.encode(mixed_lengths())
     for batches in [rows], [[row] for row in rows]:
         found: list[list[Token]] = []
         for batch in batches:
@@ -255,7 +261,7 @@ def test_chunks_change_nothing(model: Model, chunk_frames: int) -> None:
         decode(model.step, model.transducer, chunks, 16)
         for row_tokens, chunk in zip(found, chunks, strict=True):
             row_tokens += [token._replace(frame=token.frame + start) for token in chunk.tokens]
-    assert_same(found, model.recognise(speech()))
+    assert_same(found, of_speech(model))
 
 
 @pytest.mark.parametrize("model", ["tdt"], indirect=True)
@@ -264,7 +270,7 @@ def test_other_durations_are_ours_alone(model: Model, monkeypatch: pytest.Monkey
     durations = (0, 1, 2, 4, 8)
     rows = [Row(frames, model.fresh(), 10, UNLIMITED) for frames in model.encode(speech())]
     decode(model.step, Transducer(model.transducer.blank, durations), rows, 16)
-    untold = model.recognise(speech())
+    untold = of_speech(model)
     decode_one = model.asr._decode
 
     def told(*args: object) -> object:
