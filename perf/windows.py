@@ -104,7 +104,7 @@ class Networks:
             self._idle.put(FrontEnd(repository, threads=1))
         self.step = joint_step(open_graph(repository, "decoder_joint", 1))
 
-    def encode(self, windows: Sequence[Samples], lone: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+    def encode(self, windows: Sequence[Samples], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         """One call of preprocessor and encoder on windows of equal length."""
         front_end = self._idle.get()
         try:

@@ -195,7 +195,7 @@ class _Writer:
                 **(GPU_PARAMETERS if gpu else {}),
             }
             # An imported model has one encoder.
-            self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="lone_encoder_model")
+            self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="exclusive_encoder_model")
             self._write_python_model("detokenizer", "detokenizer", {"vocabulary": "vocab.txt"})
             shutil.copyfile(transducer.vocabulary, self._directory("detokenizer") / "vocab.txt")
             self._write_ensemble()

@@ -142,10 +142,12 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
     preprocessor.check("output", {"features": (FLOAT, (OPEN, None, OPEN)), "features_lens": (INT64, (OPEN,))})
     features = preprocessor.outputs["features"].shape[1]
     transducer = Transducer.read(encoder, decoder_joint, vocabulary, features)
-    if (lone := parameters.get("lone_encoder_model")) is not None:
-        if lone not in configs:
-            raise ModelError(f"{decoder_path}: parameter lone_encoder_model is {lone!r}; expected a model of this repository")
-        Transducer.read(_graph(repository, configs[lone]), decoder_joint, vocabulary, transducer.features)
+    if (exclusive := parameters.get("exclusive_encoder_model")) is not None:
+        if exclusive not in configs:
+            raise ModelError(
+                f"{decoder_path}: parameter exclusive_encoder_model is {exclusive!r}; expected a model of this repository"
+            )
+        Transducer.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
     _check_parameters(decoder_path, parameters, transducer)
     return Recogniser(name, decoder, parameters, preprocessor.path, encoder.path)
 

@@ -135,7 +135,7 @@ class Recogniser:
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
         callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
-        callees.add(parameters.get("lone_encoder_model", parameters["encoder_model"]))
+        callees.add(parameters.get("exclusive_encoder_model", parameters["encoder_model"]))
         return cls(
             ensemble=ensemble,
             models=(ensemble, *steps, *sorted(callees)),

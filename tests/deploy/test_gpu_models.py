@@ -56,8 +56,8 @@ def test_the_decoder_calls_one_encoder_with_many_windows(gpu_repo: Path) -> None
         {"parameters": {key: {"string_value": value} for key, value in recogniser.parameters.items()}}
     )
     assert (parameters.encoder_calls, parameters.encoder_batch, parameters.block_frames) == (1, BATCH, BLOCK)
-    assert parameters.lone_encoder_model == parameters.encoder_model
-    assert not (gpu_repo / "encoder_lone").exists()
+    assert parameters.exclusive_encoder_model == parameters.encoder_model
+    assert not (gpu_repo / "encoder_exclusive").exists()
 
 
 def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, section: str) -> None:

@@ -18,7 +18,7 @@ from tests.support.servers import Gateway, run_gateway
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
-MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "encoder_lone", "decoder_joint"}
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "encoder_exclusive", "decoder_joint"}
 
 
 async def test_health(gateway: Gateway, http: httpx.AsyncClient) -> None:

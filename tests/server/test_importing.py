@@ -508,8 +508,13 @@ def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "encoder"', "0 of its steps have a vocabulary; expected 1"),
         ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
-        ("rnnt_greedy_bls", '"encoder_lone"', '"nobody"', "parameter lone_encoder_model is 'nobody'"),
-        ("rnnt_greedy_bls", '"encoder_lone"', '"preprocessor"', "preprocessor/1/model.onnx: input audio_signal is missing"),
+        ("rnnt_greedy_bls", '"encoder_exclusive"', '"nobody"', "parameter exclusive_encoder_model is 'nobody'"),
+        (
+            "rnnt_greedy_bls",
+            '"encoder_exclusive"',
+            '"preprocessor"',
+            "preprocessor/1/model.onnx: input audio_signal is missing",
+        ),
         (
             "rnnt_greedy_bls",
             'string_value: "preprocessor"',

@@ -31,7 +31,7 @@ GATHER_SECS = 0.5
 LIVE_SECS = 2.0
 """While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
 
-LONE_SECS = 1.0
+EXCLUSIVE_AFTER_SECS = 1.0
 """A call has the encoder to itself if for so long no window has met another."""
 
 
@@ -88,7 +88,7 @@ class Encoder:
         self._running = 0
         self._running_recordings = 0
         self._last_live = -LIVE_SECS
-        self._last_met = -LONE_SECS
+        self._last_met = -EXCLUSIVE_AFTER_SECS
 
     def busy(self) -> bool:
         """Whether windows wait, whose frames are sure to come when a call is free."""
@@ -128,8 +128,8 @@ class Encoder:
             self._running += 1
             self._running_recordings += not first.window.live
             samples = [waiting.window.samples for waiting in group]
-            lone = loop.time() - self._last_met >= LONE_SECS
-            call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, lone)
+            exclusive = loop.time() - self._last_met >= EXCLUSIVE_AFTER_SECS
+            call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, exclusive)
             call.add_done_callback(partial(self._finish, group))
         self.waiting = len(self._waiting)
 

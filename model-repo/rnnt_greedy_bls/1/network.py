@@ -34,7 +34,7 @@ class Network:
         self._parameters = parameters
         self._metrics = metrics
 
-    def encode(self, windows: Sequence[Samples], lone: bool) -> list[Encoded]:
+    def encode(self, windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:
         """One call of preprocessor and encoder on windows of equal length; see ``batching.Encode``.
 
         Raises:
@@ -50,7 +50,7 @@ class Network:
         ]
         features, lengths = self._call(self._parameters.preprocessor_model, inputs, "features", "features_lens")
         inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
-        model = self._parameters.lone_encoder_model if lone else self._parameters.encoder_model
+        model = self._parameters.exclusive_encoder_model if exclusive else self._parameters.encoder_model
         frames, encoded = self._call(model, inputs, "outputs", "encoded_lengths")
         self._metrics.add("encode_calls")
         self._metrics.add("windows", len(windows))

@@ -93,6 +93,9 @@ GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "r
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
 """Which parameter has the geometry of a latency; that of ``balanced`` has one for each part."""
 
+RENAMED_PARAMETERS = {"lone_encoder_model": "exclusive_encoder_model"}
+"""New names by old ones. An old name is refused: the gateway and amira models would each have to know it too."""
+
 LATENCIES = ("low", "balanced", "throughput")
 
 
@@ -156,7 +159,7 @@ class Parameters:
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models it calls.
-        lone_encoder_model: called instead of the encoder where that has one window at a time: the same graph with more threads.
+        exclusive_encoder_model: called instead of the encoder for a window that is alone: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's outputs.
         durations: jumps of a TDT in frames.
@@ -175,7 +178,7 @@ class Parameters:
 
     preprocessor_model: str
     encoder_model: str
-    lone_encoder_model: str
+    exclusive_encoder_model: str
     decoder_joint_model: str
     kind: str
     blank: int
@@ -205,7 +208,7 @@ class Parameters:
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
             encoder_model=given.text("encoder_model"),
-            lone_encoder_model=given.text("lone_encoder_model", given.text("encoder_model")),
+            exclusive_encoder_model=given.text("exclusive_encoder_model", given.text("encoder_model")),
             decoder_joint_model=given.text("decoder_joint_model"),
             kind=given.text("kind"),
             blank=given.integer("blank", 1, 1_000_000),
@@ -319,6 +322,9 @@ class _Reader:
         return WindowMemory(linear, square, max_bytes, measured=bool(given))
 
     def finish(self) -> None:
+        for old, new in RENAMED_PARAMETERS.items():
+            if old in self._values:
+                raise ParameterError(f"parameter {old} is now called {new}; rename it")
         unknown = sorted(set(self._values) - self._known)
         if unknown:
             raise ParameterError(f"unknown parameters {unknown}; known are {sorted(self._known)}")

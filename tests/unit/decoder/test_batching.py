@@ -27,13 +27,13 @@ class Network:
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
-        self.lone: list[bool] = []
+        self.exclusive: list[bool] = []
         self.running: list[threading.Event] = []
         self.error: Exception | None = None
         self._began = threading.Semaphore(0)
 
-    def encode(self, windows: Sequence[Samples], lone: bool) -> list[Encoded]:
-        self.lone.append(lone)
+    def encode(self, windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:
+        self.exclusive.append(exclusive)
         done = threading.Event()
         self.calls.append([int(samples[0]) for samples in windows])
         self.running.append(done)
@@ -219,7 +219,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
         await network.wait_for_calls(1)
         network.end(number)
         await alone
-    assert network.lone == [True, True]
+    assert network.exclusive == [True, True]
     both = [submit(encoder, number) for number in (2, 3)]
     await network.wait_for_calls(2)
     network.end_all()
@@ -228,17 +228,17 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
     await network.wait_for_calls(1)
     network.end(4)
     await after
-    assert network.lone[2:] == [False] * 3, "others were here a moment ago"
-    monkeypatch.setattr(batching, "LONE_SECS", 0.0)
+    assert network.exclusive[2:] == [False] * 3, "others were here a moment ago"
+    monkeypatch.setattr(batching, "EXCLUSIVE_AFTER_SECS", 0.0)
     later = submit(encoder, 5)
     await network.wait_for_calls(1)
     network.end(5)
     await later
-    assert network.lone[5]
+    assert network.exclusive[5]
 
 
 async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "LONE_SECS", 0.05)
+    monkeypatch.setattr(batching, "EXCLUSIVE_AFTER_SECS", 0.05)
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]
@@ -247,7 +247,7 @@ async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.Monk
         await asyncio.sleep(0.1)
         network.end(call)
     await asyncio.gather(*tasks)
-    assert network.lone == [False, False, True]
+    assert network.exclusive == [False, False, True]
 
 
 async def test_a_failed_call_fails_its_own_windows_only() -> None:
@@ -401,7 +401,7 @@ async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
     seen: list[str] = []
     network = RandomTransducer(3)
 
-    def encode(windows: Sequence[Samples], lone: bool) -> list[Encoded]:  # noqa: ARG001 (an ``Encode``)
+    def encode(windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:  # noqa: ARG001 (an ``Encode``)
         seen.append(name.get())
         return [Encoded(random_frames(1, 5), 5) for _ in windows]
 

@@ -261,6 +261,11 @@ def test_unknown_parameters_are_named_with_the_known() -> None:
         read({**REQUIRED, "zeal": "1", "chunk_frame": "10"})
 
 
+def test_an_old_name_is_refused_with_the_new_one() -> None:
+    renamed = "parameter lone_encoder_model is now called exclusive_encoder_model; rename it"
+    assert_refused({**REQUIRED, "lone_encoder_model": "encoder_lone"}, renamed)
+
+
 def test_options_are_overridden_from_json() -> None:
     options = Options(max_symbols_per_step=5)
     assert options.override({}) == options

@@ -44,7 +44,7 @@ def parameters(**changes: Any) -> Parameters:
     defaults = {
         "preprocessor_model": "",
         "encoder_model": "",
-        "lone_encoder_model": "",
+        "exclusive_encoder_model": "",
         "decoder_joint_model": "",
         "kind": "rnnt",
         "blank": VOCABULARY,
@@ -140,7 +140,7 @@ class RecordingEncoder(Encoder):
         self._windows.append(window)
         return await super().encode(window)
 
-    def _call(self, group: Sequence[Samples], lone: bool) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+    def _call(self, group: Sequence[Samples], exclusive: bool) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         assert len({len(samples) for samples in group}) == 1
         return [Encoded(self._frames_of(samples), features_of(samples)) for samples in group]
 
