@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 
-from standstill import Standstill
+from stall_guard import StallGuard
 
 ONNX_TYPES = {
     "TYPE_BOOL": "tensor(bool)",
@@ -78,11 +78,11 @@ class TritonPythonModel:
         if unfed:
             raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt lacks the graph's inputs {sorted(unfed)}")
         self._warm_up(config.get("model_warmup", []), Path(args["model_repository"]) / "warmup")
-        self._standstill = Standstill(self._name)
+        self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Run each request by itself; one that fails gets its own error."""
-        with self._standstill:
+        with self._stall_guard:
             return [self._run(request) for request in requests]
 
     def _run(self, request: Any) -> Any:

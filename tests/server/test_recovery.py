@@ -97,7 +97,7 @@ async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech
 
 
 async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: Recordings) -> None:
-    """A Triton that stood still takes what its models answer afterwards for the answers to other requests."""
+    """A Triton that stalled takes what its models answer afterwards for the answers to other requests."""
     speech = pieces([*recordings.values()], 8, 2.0)
     once, done = asyncio.Event(), asyncio.Event()
     once.set()

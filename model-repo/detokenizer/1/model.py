@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from standstill import Standstill
+from stall_guard import StallGuard
 from words import group, join, read_vocabulary
 
 
@@ -29,11 +29,11 @@ class TritonPythonModel:
             self._vocabulary = read_vocabulary(path)
         except (OSError, ValueError) as error:
             raise pb_utils.TritonModelException(f"{self._name}: vocabulary: {error}") from error
-        self._standstill = Standstill(self._name)
+        self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request by itself."""
-        with self._standstill:
+        with self._stall_guard:
             return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:

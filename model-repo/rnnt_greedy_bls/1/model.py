@@ -26,7 +26,7 @@ from greedy import Transducer
 from metrics import Metrics
 from network import TRACE, Network, own
 from parameters import SAMPLE_RATE, ParameterError, Parameters
-from standstill import Standstill
+from stall_guard import StallGuard
 from stream import Answer, Samples, Stream
 
 REPORT_SECS = 0.5
@@ -118,12 +118,12 @@ class TritonPythonModel:
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._report(), self._loop)
         asyncio.run_coroutine_threadsafe(_trim(), self._loop)
-        self._standstill = Standstill(self._name)
+        self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; they are answered later, each by itself."""
         traced = []
-        with self._standstill:
+        with self._stall_guard:
             for request in requests:
                 try:
                     taken = Request.read(request)

@@ -211,7 +211,7 @@ def load_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     utils.triton_string_to_numpy = types.__getitem__
     monkeypatch.setitem(sys.modules, utils.__name__, utils)
     monkeypatch.setattr(os, "nice", lambda _: 0)  # the process is that of all tests
-    monkeypatch.setitem(sys.modules, "standstill", SimpleNamespace(Standstill=lambda _: None))
+    monkeypatch.setitem(sys.modules, "stall_guard", SimpleNamespace(StallGuard=lambda _: None))
     spec = importlib.util.spec_from_file_location("stand_in", ONNXRUNTIME_BACKEND / "model.py")
     assert spec
     assert spec.loader

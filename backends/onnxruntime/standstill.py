@@ -1,1 +1,0 @@
-../../model-repo/rnnt_greedy_bls/1/standstill.py

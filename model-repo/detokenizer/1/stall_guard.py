@@ -1,0 +1,1 @@
+../../rnnt_greedy_bls/1/stall_guard.py

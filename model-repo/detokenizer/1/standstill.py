@@ -1,1 +1,0 @@
-../../rnnt_greedy_bls/1/standstill.py
