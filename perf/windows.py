@@ -123,7 +123,7 @@ async def transcribe(
     pieces = read_vocabulary(MODEL_REPOSITORY / "vocab.txt")
     p = replace(p, geometries={p.options.latency: geometry})
     encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
-    decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.busy)
+    decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
 
     async def one(recording: Recording) -> str:
         stream = Stream(p, p.options)

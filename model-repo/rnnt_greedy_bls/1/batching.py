@@ -1,46 +1,35 @@
-"""How streams share the networks: windows wait for the encoder, rows of frames come and go between two calls of the decoder.
+"""How streams share the networks: windows queue for encoder calls, rows of frames join and leave between decoder calls.
 
-No stream waits for a batch to fill or to empty. A window is encoded as soon as a call is free, together with those of equal
-length that wait with it; a row joins the decoder's very next call and leaves with its own last token. So the encoder works on
-some streams while others are decoded, and a long recording holds up nobody. (Continuous batching as Orca does it for text:
-Yu et al., OSDI 2022.) Only rows of whole recordings wait for each other, when the encoder has more to do than it can.
+No stream waits for a batch to fill or to drain. A window is encoded as soon as a call is free, together with queued windows of
+equal length; a row joins the next decoder call and leaves with its own last token. So the encoder works on some streams while
+others are decoded, and a long recording delays no stream. This is continuous batching as Orca does it for text (Yu et al., OSDI
+2022). Only rows of recordings wait for each other, while the encoder has a backlog. ``scheduling.py`` has the rules.
 
-All of it runs in one event loop. Calls of the encoder block threads of their own; those of the decoder, which are short, the
-loop itself. A call runs in the context (``contextvars``) of the first of those that share it.
+Everything runs in one event loop. Encoder calls block threads of their own; decoder calls are short and block the loop. A call
+runs in the context (``contextvars``) of its first caller.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 from greedy import Floats, Row, Step, Transducer, advance
+from scheduling import GATHER_SECS, Occupancy, Queued, choose, is_exclusive, next_decoder_call
 from stream import Answer, Samples, Stream, Window
-
-RECORDING_PATIENCE_SECS = 2.0
-"""So long live windows go before a whole recording; then it takes its turn, or many streams would starve it."""
-
-GATHER_SECS = 0.5
-"""From its beginning a whole recording's row waits so long for others: a call costs little more for many."""
-
-LIVE_SECS = 2.0
-"""While the last live window is no older than this, recordings leave one call of the encoder to live windows."""
-
-EXCLUSIVE_AFTER_SECS = 1.0
-"""A call has the encoder to itself if for so long no window has met another."""
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes of a window.
+    """What the encoder makes of one window.
 
     Attributes:
         frames: encoder frames [D, T].
-        features: number of feature frames that they were made from.
+        features: number of feature frames behind them.
     """
 
     frames: Floats
@@ -48,34 +37,26 @@ class Encoded(NamedTuple):
 
 
 Encode = Callable[[Sequence[Samples], bool], Sequence[Encoded]]
-"""Encode windows of equal length, 16 kHz audio [n] each, by one call; and whether it has the encoder to itself."""
+"""Encode windows of equal length, 16 kHz audio [n] each, in one call; the flag is set if the call is exclusive."""
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """A window that waits for the encoder; ``due`` is in seconds of the event loop."""
+class _Caller(NamedTuple):
+    """Where a window's frames go, and the context of the task that waits for them."""
 
-    window: Window
-    due: float
     encoded: asyncio.Future[Encoded]
     context: contextvars.Context
-
-    @property
-    def kind(self) -> tuple[bool, int]:
-        """Only windows of one kind share a call: padding would cost more than it saves."""
-        return self.window.live, len(self.window.samples)
 
 
 class Encoder:
     """The encoder, for all streams.
 
     Args:
-        encode: one call; it blocks.
-        calls: how many may run at once.
-        windows_per_call: most windows of a length in samples in one.
+        encode: one call; blocks its thread.
+        calls: number of calls that may run at once.
+        windows_per_call: maximum number of windows in a call, by their length in samples.
 
     Attributes:
-        waiting: how many windows no call was free for. One that has just come is not among them.
+        backlog: number of windows for which no call was free. A window that has just arrived does not count.
     """
 
     def __init__(self, encode: Encode, calls: int, windows_per_call: Callable[[int], int]) -> None:
@@ -83,16 +64,16 @@ class Encoder:
         self._calls = calls
         self._windows_per_call = windows_per_call
         self._threads = ThreadPoolExecutor(calls, "encoder")
-        self.waiting = 0
-        self._waiting: list[_Waiting] = []  # in the order in which they are due
+        self.backlog = 0
+        self._queue: dict[Queued, _Caller] = {}
         self._running = 0
         self._running_recordings = 0
-        self._last_live = -LIVE_SECS
-        self._last_met = -EXCLUSIVE_AFTER_SECS
+        self._last_live_at = -math.inf
+        self._last_met_at = -math.inf
 
-    def busy(self) -> bool:
-        """Whether windows wait, whose frames are sure to come when a call is free."""
-        return self.waiting > 0
+    def is_busy(self) -> bool:
+        """Whether there is a backlog: its frames are certain to come."""
+        return self.backlog > 0
 
     async def encode(self, window: Window) -> Encoded:
         """Encode a window.
@@ -101,61 +82,55 @@ class Encoder:
             RuntimeError: the call failed.
         """
         loop = asyncio.get_running_loop()
-        now = loop.time()
         if window.live:
-            self._last_live = now
-        due = now if window.live else now + RECORDING_PATIENCE_SECS
-        waiting = _Waiting(window, due, loop.create_future(), contextvars.copy_context())
-        self._waiting.append(waiting)
-        self._waiting.sort(key=lambda waiting: waiting.due)
-        # Those that come in the same turn of the loop can share a call.
-        loop.call_soon(self._dispatch)
-        return await waiting.encoded
+            self._last_live_at = loop.time()
+        caller = _Caller(loop.create_future(), contextvars.copy_context())
+        self._queue[Queued.at(loop.time(), window)] = caller
+        loop.call_soon(self._dispatch)  # windows that arrive in the same turn of the loop can share a call
+        return await caller.encoded
 
     def _dispatch(self) -> None:
-        """Start calls for what waits, as far as there is room."""
+        """Start as many calls as may start."""
+        now = asyncio.get_running_loop().time()
+        if self._running + len(self._queue) > 1:
+            self._last_met_at = now
+        while group := choose(self._queue, self._occupancy(), now, self._windows_per_call):
+            self._start(group, exclusive=is_exclusive(self._last_met_at, now))
+        self.backlog = len(self._queue)
+
+    def _occupancy(self) -> Occupancy:
+        return Occupancy(self._calls, self._running, self._running_recordings, self._last_live_at)
+
+    def _start(self, group: Sequence[Queued], *, exclusive: bool) -> None:
+        """Take windows out of the queue and encode them."""
+        callers = [self._queue.pop(queued) for queued in group]
+        recordings = not group[0].window.live
+        self._running += 1
+        self._running_recordings += recordings
+        samples = [queued.window.samples for queued in group]
         loop = asyncio.get_running_loop()
-        if self._running + len(self._waiting) > 1:
-            self._last_met = loop.time()
-        while self._running < self._calls:
-            first = next((waiting for waiting in self._waiting if waiting.window.live or self._room_for_recording()), None)
-            if not first:
-                break
-            alike = [waiting for waiting in self._waiting if waiting.kind == first.kind]
-            share = -(-len(alike) // (self._calls - self._running))  # calls side by side beat one with all
-            group = alike[: min(self._windows_per_call(len(first.window.samples)), share)]
-            self._waiting = [waiting for waiting in self._waiting if waiting not in group]
-            self._running += 1
-            self._running_recordings += not first.window.live
-            samples = [waiting.window.samples for waiting in group]
-            exclusive = loop.time() - self._last_met >= EXCLUSIVE_AFTER_SECS
-            call = loop.run_in_executor(self._threads, first.context.run, self._encode, samples, exclusive)
-            call.add_done_callback(partial(self._finish, group))
-        self.waiting = len(self._waiting)
+        call = loop.run_in_executor(self._threads, callers[0].context.run, self._encode, samples, exclusive)
+        call.add_done_callback(partial(self._finish, callers, recordings))
 
-    def _room_for_recording(self) -> bool:
-        reserved = asyncio.get_running_loop().time() - self._last_live < LIVE_SECS
-        return self._running_recordings < max(1, self._calls - reserved)
-
-    def _finish(self, group: Sequence[_Waiting], call: asyncio.Future[Sequence[Encoded]]) -> None:
+    def _finish(self, callers: Sequence[_Caller], recordings: bool, call: asyncio.Future[Sequence[Encoded]]) -> None:
         self._running -= 1
-        self._running_recordings -= not group[0].window.live
+        self._running_recordings -= recordings
         if error := call.exception():
-            for waiting in group:
-                waiting.encoded.set_exception(error)
+            for caller in callers:
+                caller.encoded.set_exception(error)
         else:
-            for waiting, encoded in zip(group, call.result(), strict=True):
-                waiting.encoded.set_result(encoded)
+            for caller, encoded in zip(callers, call.result(), strict=True):
+                caller.encoded.set_result(encoded)
         self._dispatch()
 
 
 class _Decoding(NamedTuple):
-    """A row that is being decoded, or waits for others.
+    """A row in the decoder.
 
     Attributes:
-        done: set when it is decoded.
-        due: until then it may wait for others, in seconds of the event loop.
-        context: of its caller.
+        done: set when the row is decoded.
+        due: until when the row may wait for others, in seconds of the event loop.
+        context: of the task that waits for the row.
     """
 
     done: asyncio.Future[None]
@@ -167,17 +142,17 @@ class Decoder:
     """The predictor and joint network, for all streams.
 
     Args:
-        step: one call; it blocks, for a moment.
-        transducer: the meaning of its outputs.
-        block_frames: frames that one call scores.
-        coming: whether more rows are sure to come. While none is, nobody waits.
+        step: one call; blocks the event loop for a moment.
+        transducer: the meaning of the network's outputs.
+        block_frames: frames scored by one call.
+        rows_are_coming: whether more rows are certain to arrive; rows wait only then.
     """
 
-    def __init__(self, step: Step, transducer: Transducer, block_frames: int, coming: Callable[[], bool]) -> None:
+    def __init__(self, step: Step, transducer: Transducer, block_frames: int, rows_are_coming: Callable[[], bool]) -> None:
         self._step = step
         self._transducer = transducer
         self._block_frames = block_frames
-        self._coming = coming
+        self._rows_are_coming = rows_are_coming
         self._rows: dict[Row, _Decoding] = {}
         self._next: asyncio.TimerHandle | None = None
 
@@ -186,7 +161,7 @@ class Decoder:
 
         Args:
             row: frames of one stream.
-            patience_secs: how long it may wait for others, to share its calls with them.
+            patience_secs: how long the row may wait to share its calls with others.
 
         Raises:
             RuntimeError: a call failed.
@@ -195,28 +170,28 @@ class Decoder:
         if row.finished:
             return
         loop = asyncio.get_running_loop()
-        due = loop.time() + patience_secs
-        decoding = self._rows[row] = _Decoding(loop.create_future(), due, contextvars.copy_context())
+        decoding = _Decoding(loop.create_future(), loop.time() + patience_secs, contextvars.copy_context())
+        self._rows[row] = decoding
         self._schedule()
         await decoding.done
         if row.error:
             raise ValueError(row.error)
 
     def _schedule(self) -> None:
-        """Let the next call be when the first row has waited for long enough, and at once while no others are to come."""
+        """Set the time of the next call anew."""
         if self._next:
             self._next.cancel()
-        # Not before those whose rows have just finished have had their turn: what they decode next takes part.
-        due = min(decoding.due for decoding in self._rows.values()) if self._coming() else 0.0
-        self._next = asyncio.get_running_loop().call_at(due, self._call)
+        # At the earliest in the loop's next turn: tasks whose rows have just finished can add their next rows before.
+        at = next_decoder_call((decoding.due for decoding in self._rows.values()), self._rows_are_coming())
+        self._next = asyncio.get_running_loop().call_at(at, self._call)
 
     def _call(self) -> None:
-        """Call the network once, and let the rows that are left have their next call."""
+        """Advance all rows by one call of the network."""
         self._next = None
         rows = list(self._rows)
         try:
             self._rows[rows[0]].context.run(advance, self._step, self._transducer, rows, self._block_frames)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is the rows' and not the decoder's)
+        except Exception as error:  # noqa: BLE001 (any error is the rows', not the decoder's)
             for row in rows:
                 self._rows.pop(row).done.set_exception(error)
         else:
@@ -228,17 +203,17 @@ class Decoder:
 
 
 async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Answer:
-    """Decode what is due of a stream, and answer.
+    """Decode the windows of a stream that are due, and return its answer.
 
     Args:
-        stream: it has its new audio.
-        encoder: what its windows wait for.
-        decoder: what their frames wait for.
+        stream: has the new audio already.
+        encoder: shared by all streams.
+        decoder: shared by all streams.
         end: no more audio follows.
 
     Raises:
-        RuntimeError: a network failed.
-        ValueError: a network's outputs don't fit; in either case the stream's state is lost.
+        RuntimeError: a network failed; the stream's state is lost.
+        ValueError: a network's outputs do not fit; the stream's state is lost.
     """
     tail: Floats | None = None
     while window := stream.next_window(end):

@@ -111,7 +111,7 @@ class TritonPythonModel:
         network = Network(parameters, self._metrics)
         self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.windows_per_call)
         transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
-        self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.busy)
+        self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.is_busy)
         self._sequences: dict[SequenceId, Sequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
@@ -244,7 +244,7 @@ class TritonPythonModel:
             await asyncio.sleep(REPORT_SECS)
 
     def _report_now(self) -> None:
-        self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.waiting)
+        self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.backlog)
 
 
 async def _trim() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import batching
+import scheduling
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Row, States, Step
 from stream import Samples, Window
@@ -98,7 +98,7 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     assert sorted(network.calls) == [[0], [1]]
     tasks += [submit(encoder, number) for number in range(2, 9)]
     await nothing_more(network)
-    assert encoder.waiting == 7
+    assert encoder.backlog == 7
     network.end(0)
     await network.wait_for_calls(1)
     assert network.calls[2] == [2, 3, 4, 5], "all that waited, up to the largest batch"
@@ -107,7 +107,7 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     assert network.calls[3] == [6, 7, 8]
     network.end_all()
     assert [int((await task).frames[0, 0]) for task in tasks] == list(range(9))
-    assert encoder.waiting == 0
+    assert encoder.backlog == 0
 
 
 async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
@@ -116,13 +116,13 @@ async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]
     await asyncio.sleep(0)
-    assert encoder.waiting == 0
+    assert encoder.backlog == 0
     await network.wait_for_calls(1)
-    assert encoder.waiting == 2
+    assert encoder.backlog == 2
     for call in (1, 2):
         network.end(call - 1)
         await network.wait_for_calls(1)
-        assert encoder.waiting == 2 - call
+        assert encoder.backlog == 2 - call
     network.end_all()
     await asyncio.gather(*tasks)
 
@@ -172,7 +172,7 @@ async def test_live_windows_go_before_recordings() -> None:
 
 
 async def test_a_recording_that_waits_for_long_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "RECORDING_PATIENCE_SECS", 0.05)
+    monkeypatch.setattr(scheduling, "RECORDING_PATIENCE_SECS", 0.05)
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, 0)]
@@ -202,7 +202,7 @@ async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.Monke
     tasks.append(submit(encoder, 4))
     await network.wait_for_calls(1)
     assert network.calls[-1] == [4], "it need not wait for any recording"
-    monkeypatch.setattr(batching, "LIVE_SECS", 0.0)
+    monkeypatch.setattr(scheduling, "LIVE_SECS", 0.0)
     network.end(1)
     network.end(2)
     await network.wait_for_calls(2)
@@ -229,7 +229,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
     network.end(4)
     await after
     assert network.exclusive[2:] == [False] * 3, "others were here a moment ago"
-    monkeypatch.setattr(batching, "EXCLUSIVE_AFTER_SECS", 0.0)
+    monkeypatch.setattr(scheduling, "EXCLUSIVE_AFTER_SECS", 0.0)
     later = submit(encoder, 5)
     await network.wait_for_calls(1)
     network.end(5)
@@ -238,7 +238,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
 
 
 async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "EXCLUSIVE_AFTER_SECS", 0.05)
+    monkeypatch.setattr(scheduling, "EXCLUSIVE_AFTER_SECS", 0.05)
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]

@@ -156,7 +156,7 @@ def execute(
     async def serve() -> list[Answer]:
         parameters = requests[0].stream.parameters
         encoder = RecordingEncoder(parameters, encode, [] if windows is None else windows)
-        decoder = Decoder(network, network.transducer, parameters.block_frames, encoder.busy)
+        decoder = Decoder(network, network.transducer, parameters.block_frames, encoder.is_busy)
         for request in requests:
             request.stream.push(request.samples)
         return await asyncio.gather(*(batching.recognise(r.stream, encoder, decoder, end=r.end) for r in requests))
@@ -207,7 +207,7 @@ def test_rows_of_recordings_gather_while_windows_wait(
 
     async def serve() -> list[Answer]:
         encoder = RecordingEncoder(config, frames_of, [])
-        decoder = Decoder(step, network.transducer, config.block_frames, encoder.busy)
+        decoder = Decoder(step, network.transducer, config.block_frames, encoder.is_busy)
         streams = [Stream(config, options) for _ in range(3)]
         for number, stream in enumerate(streams):
             stream.push(audio(number, 5 * FRAME_SAMPLES))
