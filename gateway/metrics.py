@@ -48,6 +48,9 @@ REPLAYED_AUDIO = Counter("asr_replayed_audio_seconds", "Seconds of audio that we
 BREAKER_STATE = Gauge(
     "asr_circuit_breaker_state", "New streams for a Triton: 0 they go there, 1 one does as a trial, 2 none", ["endpoint"]
 )
+TRITON_READY = Gauge(
+    "asr_triton_ready", "1 while a Triton has all models of the settings loaded and recognises speech", ["endpoint"]
+)
 BACKEND_DEATHS = Counter(
     "asr_backend_deaths", "Times that a Triton or a model's process died with requests in flight", ["endpoint"]
 )

@@ -59,7 +59,7 @@ async def service(
     ports.check_free()
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, model_repository, ports, log_path, triton_options(settings))
+    triton = Triton(engine, model_repository, ports, log_path, triton_options(settings), settings.models.values())
     await triton.start(on_progress)
     keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
     try:

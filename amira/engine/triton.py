@@ -21,15 +21,19 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import structlog
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
+
+from gateway.triton.canary import Canary, ask
 
 MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
@@ -40,6 +44,17 @@ RESTART_DELAY_RANGE_SECS = (1.0, 10.0)
 """The gateway's streams wait for ``recovery_timeout_secs``, 30 s by default, in which Triton must also start."""
 
 STUB_CHECK_SECS = 0.5
+CANARY_INTERVAL_SECS = 5.0
+CANARY_TIMEOUT_SECS = 10.0
+CANARIES_TOGETHER = 2
+"""More calls of the encoder than one reach all its instances in turn, however many there are."""
+
+MAX_FAILING_SECS = 3.0
+"""How long canaries may be answered with errors before Triton is restarted."""
+
+MAX_LATE_SECS = 30.0
+"""How long canaries may get no answer before Triton is restarted, if the decoder does not work on other audio meanwhile."""
+
 POLL_SECS = 0.1
 
 log = structlog.get_logger()
@@ -200,10 +215,17 @@ class Triton:
         ports: where it listens.
         log_path: file for what it prints.
         options: more of its command line.
+        ensembles: those that must recognise speech; Triton is restarted when one of them no longer does.
     """
 
     def __init__(
-        self, engine: Engine, model_repository: Path, ports: Ports, log_path: Path, options: Sequence[str] = ()
+        self,
+        engine: Engine,
+        model_repository: Path,
+        ports: Ports,
+        log_path: Path,
+        options: Sequence[str] = (),
+        ensembles: Collection[str] = ("asr_ensemble",),
     ) -> None:
         self._engine = engine
         self._model_repository = model_repository
@@ -214,6 +236,11 @@ class Triton:
         self._process: asyncio.subprocess.Process | None = None
         self._log_mode = "wb"
         self._client: Any = None
+        self._decoder_calls: list[str] = []
+        self._canaries = [
+            Canary(partial(self._ask, ensemble), f"keeper {ensemble}", CANARY_TIMEOUT_SECS, CANARY_INTERVAL_SECS)
+            for ensemble in sorted(set(ensembles))
+        ]
 
     @property
     def pid(self) -> int | None:
@@ -245,7 +272,7 @@ class Triton:
         on_progress(len(models), len(models))
 
     async def keep_alive(self) -> None:
-        """Restart it whenever it ends, with a delay that doubles while it does not stay up; never returns."""
+        """Restart it whenever it ends or is ended here, with a delay that doubles while it does not stay up; never returns."""
         shortest, longest = RESTART_DELAY_RANGE_SECS
         delay = 0.0
         while True:
@@ -265,14 +292,52 @@ class Triton:
                 log.error("triton restart failed", reason=str(error))
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
-        """Wait until it ends; end it when one of its stubs died, which Triton goes on without and never replaces."""
-        while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(process.wait(), STUB_CHECK_SECS)
-            with contextlib.suppress(psutil.Error):
-                if any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()):
-                    log.error("triton lost a stub", pid=process.pid)
-                    os.killpg(process.pid, signal.SIGKILL)
+        """Wait until it ends; end it when one of its processes died, which Triton never replaces, or it recognises nothing."""
+        for canary in self._canaries:
+            canary.forget()
+        rounds = [asyncio.create_task(canary.run(lambda: True, lambda: CANARIES_TOGETHER)) for canary in self._canaries]
+        try:
+            while True:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    return await asyncio.wait_for(process.wait(), STUB_CHECK_SECS)
+                if any(canary.health.failures for canary in self._canaries):
+                    await self._see_progress()
+                if reason := self._trouble(process):
+                    log.error("triton killed", pid=process.pid, reason=reason)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            for task in rounds:
+                task.cancel()
+            await asyncio.gather(*rounds, return_exceptions=True)
+
+    def _trouble(self, process: asyncio.subprocess.Process) -> str | None:
+        """Return why Triton must be restarted, if it must."""
+        with contextlib.suppress(psutil.Error):
+            if any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()):
+                return "a model's process died"
+        for canary in self._canaries:
+            health, failing_secs = canary.health, canary.health.failing_secs(time.monotonic())
+            limit_secs = MAX_FAILING_SECS if health.erred else MAX_LATE_SECS
+            # An ensemble that never recognised anything is misconfigured, and would not after a restart either.
+            if canary.ever_answered and not health.well and failing_secs >= limit_secs:
+                return f"speech has not been recognised for {failing_secs:.0f} s"
+        return None
+
+    async def _see_progress(self) -> None:
+        """Tell the canaries that are late where the decoder works on other audio: Triton is slow then, not dead."""
+        url = f"http://{self._ports.host}:{self._ports.metrics}/metrics"
+        with contextlib.suppress(httpx.HTTPError):
+            async with httpx.AsyncClient(timeout=STUB_CHECK_SECS) as http:
+                lines = (await http.get(url)).text.splitlines()
+            calls = [line for line in lines if line.startswith("asr_decoder_calls_total")]
+            if calls != self._decoder_calls:
+                for canary in self._canaries:
+                    canary.see_progress()
+            self._decoder_calls = calls
+
+    async def _ask(self, ensemble: str) -> None:
+        await ask(self._client, ensemble)
 
     async def stop(self, timeout_secs: float = 20.0) -> None:
         """Let it finish what it has begun, then end it with all its children."""

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from gateway import __version__
 from gateway.service import Service
 from gateway.triton.breaker import BreakerState
+from gateway.triton.canary import Health
 from gateway.triton.endpoint import Endpoint
 
 router = APIRouter()
@@ -57,7 +58,7 @@ async def detailed(request: Request) -> Response:
         "version": __version__,
         "uptime_secs": round(time.time() - service.started_at, 1),
         "dependencies": {
-            "triton": [_describe(endpoint) for endpoint in service.triton.endpoints],
+            "triton": [_describe(endpoint, settings.models.values()) for endpoint in service.triton.endpoints],
         },
         "streams": {"active": admission.streams, "capacity": settings.max_concurrent_streams},
         "batches": {
@@ -90,7 +91,12 @@ def _well(endpoint: Endpoint, ensembles: Iterable[str]) -> bool:
     return all(map(endpoint.ready, ensembles)) and endpoint.breaker.state is BreakerState.CLOSED
 
 
-def _describe(endpoint: Endpoint) -> dict[str, Any]:
+def _recognition(health: Health) -> dict[str, Any]:
+    """Return what the canaries of one ensemble have shown."""
+    return {"ok": health.well, "last": health.last.value if health.last else None, "failures": health.failures}
+
+
+def _describe(endpoint: Endpoint, ensembles: Iterable[str]) -> dict[str, Any]:
     latency_secs = endpoint.latency_secs
     return {
         "endpoint": endpoint.address,
@@ -99,4 +105,5 @@ def _describe(endpoint: Endpoint) -> dict[str, Any]:
         "breaker": endpoint.breaker.state.name.lower(),
         "sequences": endpoint.sequences,
         "models": {name: state.value for name, state in endpoint.models.items()},
+        "recognition": {name: _recognition(endpoint.health(name)) for name in sorted(set(ensembles))},
     }

@@ -180,6 +180,8 @@ class Settings(
     """Longest wait for one answer of Triton, in seconds."""
     recovery_timeout_secs: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """Longest time in which work that Triton failed is tried again, in seconds; then it fails."""
+    canary_interval_secs: Annotated[float, Field(ge=0.5, le=3600)] = 5.0
+    """Pause between two checks that each Triton recognises speech, in seconds; a Triton that decodes audio is not checked."""
     models: Annotated[
         dict[Name, Name],
         BeforeValidator(_parse),

@@ -7,9 +7,10 @@ import contextlib
 import secrets
 import struct
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from gateway.config.settings import Address, Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer
 from gateway.triton.breaker import Breaker
+from gateway.triton.canary import MAX_FAILURES, MIN_ID, Canary, Health, ask
 from gateway.triton.retry import DEADLINE_EXCEEDED, UNAVAILABLE, Death, Fault, classify
 
 READY_POLL_SECS = 1.0
@@ -47,6 +49,13 @@ LAST_LOOK_SECS = 0.5
 
 MOST_PATIENCE = 4
 """No request takes more than so many times ``inference_timeout_secs``."""
+
+CANARY_PATIENCE = MOST_PATIENCE / MAX_FAILURES
+"""Time limit of a canary, as a multiple of ``inference_timeout_secs``. A Triton that decodes nothing for as long as the most
+patient request waits is dead to all of them."""
+
+MIN_CANARY_TIMEOUT_SECS = 2.0
+"""Shortest time limit of a canary."""
 
 SLOW_SHARE = 0.8
 """A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
@@ -115,6 +124,7 @@ class Recogniser:
         max_whole_secs: longest recording in one piece.
         max_idle_secs: after this long without a request Triton drops a sequence.
         max_sequences: how many sequences can live at once.
+        encoder_calls: how many calls of the encoder run at once.
     """
 
     ensemble: str
@@ -123,6 +133,7 @@ class Recogniser:
     max_whole_secs: float
     max_idle_secs: float
     max_sequences: int
+    encoder_calls: int = 1
 
     @classmethod
     def from_config(cls, ensemble: str, steps: Iterable[str], decoder: Mapping[str, Any]) -> Recogniser:
@@ -143,6 +154,7 @@ class Recogniser:
             max_whole_secs=float(parameters["max_whole_secs"]),
             max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
             max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
+            encoder_calls=int(parameters.get("encoder_calls", 1)),
         )
 
 
@@ -174,7 +186,6 @@ class Endpoint:
         address: its ``host:port`` for gRPC.
         models: state of every model that an ensemble needs, as of the last look.
         latency_secs: how long that look took; None if it failed.
-        was_ready: whether some ensemble has ever been ready.
         breaker: whether new sequences may come here.
         sequences: how many of ours live here.
         in_flight: sequences with a request that is not answered yet.
@@ -185,7 +196,6 @@ class Endpoint:
         self._tls = address.tls
         self.models: dict[str, ModelState] = {}
         self.latency_secs: float | None = None
-        self.was_ready = False
         self.breaker = Breaker()
         self.sequences = 0
         self.in_flight: set[Sequence] = set()
@@ -199,12 +209,26 @@ class Endpoint:
         self._looked = asyncio.Event()  # replaced after each look
         self._generation = 0  # of the Triton behind the address: a new one after each look that failed
         self._death: _NoticedDeath | None = None  # of this generation
+        timeout_secs = max(MIN_CANARY_TIMEOUT_SECS, CANARY_PATIENCE * settings.inference_timeout_secs)
+        self._canaries = {
+            ensemble: Canary(
+                partial(self._ask, ensemble), f"{self.address} {ensemble}", timeout_secs, settings.canary_interval_secs
+            )
+            for ensemble in sorted(set(settings.models.values()))
+        }
         self._background: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """Look once, and from then on in the background."""
+        """Look and send canaries once, and from then on in the background."""
         await self._look()
         self._in_background(self._poll())
+        for ensemble, canary in self._canaries.items():
+            self._in_background(canary.run(partial(self.loaded, ensemble), partial(self._encoder_calls, ensemble)))
+        judged = [asyncio.create_task(canary.judged.wait()) for name, canary in self._canaries.items() if self.loaded(name)]
+        if judged:
+            _, late = await asyncio.wait(judged, timeout=READY_TIMEOUT_SECS)
+            for task in late:
+                task.cancel()
 
     async def close(self) -> None:
         """Stop looking and close the connection."""
@@ -213,10 +237,31 @@ class Endpoint:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self._connection.client.close()
 
-    def ready(self, ensemble: str) -> bool:
-        """Whether every model that the ensemble needs was ready at the last look."""
+    def loaded(self, ensemble: str) -> bool:
+        """Return whether every model that the ensemble needs was loaded at the last look."""
         recogniser = self._recognisers.get(ensemble)
         return recogniser is not None and all(self.models.get(m) is ModelState.READY for m in recogniser.models)
+
+    def ready(self, ensemble: str) -> bool:
+        """Return whether the ensemble is loaded and recognises speech."""
+        return self.loaded(ensemble) and self._canaries[ensemble].health.well
+
+    def health(self, ensemble: str) -> Health:
+        """Return what the canaries have shown of an ensemble that the settings name."""
+        return self._canaries[ensemble].health
+
+    @property
+    def was_ready(self) -> bool:
+        """Whether some ensemble has ever recognised speech."""
+        return any(canary.ever_answered for canary in self._canaries.values())
+
+    def see_progress(self, ensemble: str) -> None:
+        """Take note that the ensemble has just decoded audio."""
+        self._canaries[ensemble].see_progress()
+
+    def suspect_failure(self, ensemble: str) -> None:
+        """Send canaries at once: a request has failed."""
+        self._canaries[ensemble].hurry()
 
     def recogniser(self, ensemble: str) -> Recogniser:
         """What is known of an ensemble that is ready."""
@@ -254,7 +299,7 @@ class Endpoint:
         death = self._death
         if fault is Fault.DISCONNECTED and not death.confirmed:
             await self._look_anew()
-            if generation == self._generation and any(map(self.ready, self._recognisers)):
+            if generation == self._generation and any(map(self.loaded, self._recognisers)):
                 if self._death is death:
                     self._death = None
                 return None
@@ -270,11 +315,25 @@ class Endpoint:
         """Free the decoder's state of a sequence that nobody waits for; failures don't matter, it ages out."""
         self._in_background(sequence.abandon())
 
-    async def infer(self, ensemble: str, samples: Samples, timeout_secs: float, **arguments: Any) -> Any:
+    async def infer(
+        self,
+        ensemble: str,
+        samples: Samples,
+        timeout_secs: float,
+        on_answer: Callable[[Any], None] = lambda _: None,
+        **arguments: Any,
+    ) -> Any:
         """Send one request with 16 kHz audio [n].
 
         One that takes too long goes on, but nobody waits for it: Triton would decode it though it were cancelled, and the gRPC
         front end of Triton 2.51 may crash when a request is cancelled soon after it came.
+
+        Args:
+            ensemble: its name.
+            samples: audio [n].
+            timeout_secs: how long to wait for the answer.
+            on_answer: called with the answer, also with one that comes too late.
+            arguments: more of the client's ``infer``.
 
         Raises:
             TritonError: its connection was left, and Triton is well by another.
@@ -284,7 +343,7 @@ class Endpoint:
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
         call = self._in_background(connection.client.infer(ensemble, [audio], **arguments))
-        call.add_done_callback(lambda call: call.cancelled() or call.exception())  # that may be nobody's concern any more
+        call.add_done_callback(partial(_report_answer, on_answer))
         given_up = asyncio.get_running_loop().create_future()
         connection.waiting.add(given_up)
         try:
@@ -296,6 +355,12 @@ class Endpoint:
         if given_up.done():
             raise TritonError(ErrorKind.BACKEND_FAILED, CONNECTION_LOST, Fault.DISCONNECTED)
         raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
+
+    async def _ask(self, ensemble: str) -> None:
+        await ask(self._connection.client, ensemble)
+
+    def _encoder_calls(self, ensemble: str) -> int:
+        return self._recognisers[ensemble].encoder_calls
 
     def _connect(self) -> Connection:
         return Connection(grpcclient.InferenceServerClient(self.address, ssl=self._tls, channel_args=CHANNEL_OPTIONS))
@@ -317,7 +382,7 @@ class Endpoint:
 
     async def _poll(self) -> None:
         while True:
-            pause_secs = READY_POLL_SECS if any(map(self.ready, self._recognisers)) else UNREADY_POLL_SECS
+            pause_secs = READY_POLL_SECS if any(map(self.loaded, self._recognisers)) else UNREADY_POLL_SECS
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._doubted.wait(), pause_secs)
             self._doubted.clear()
@@ -340,6 +405,12 @@ class Endpoint:
             self._looked.set()
             self._looked = asyncio.Event()
 
+        for ensemble, canary in self._canaries.items():
+            if not self.loaded(ensemble):
+                canary.forget()
+            elif not canary.health.answered:
+                canary.hurry()
+
     async def _look_once(self) -> None:
         started = time.perf_counter()
         before = self.models
@@ -354,7 +425,6 @@ class Endpoint:
             self.models = {name: states.get(name, ModelState.UNKNOWN) for name in sorted(needed)}
             self._generation += self.latency_secs is None
             self.latency_secs = time.perf_counter() - started
-            self.was_ready |= any(map(self.ready, self._recognisers))
             for connection in self._left:
                 if connection.waiting:
                     self._in_background(_give_up_if_lost(connection))
@@ -447,8 +517,9 @@ class Sequence:
         # How long a recording takes tells of its length, and of those beside it, more than of Triton.
         self._may_be_slow = options.get("context") == "whole"
         self._timeout_secs = timeout_secs
-        self._id = secrets.randbelow(2**63 - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
+        self._id = secrets.randbelow(MIN_ID - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
         self._alive = False
+        self._frames = 0
 
     async def send(self, samples: Samples, *, end: bool, patience: int = 1) -> Answer:
         """Send new audio and give the decoder's answer.
@@ -475,6 +546,7 @@ class Sequence:
                     sequence_end=end,
                     parameters=self._options if start else None,
                     timeout_secs=timeout_secs,
+                    on_answer=partial(self._note_progress, restored=start and "restore" in self._options),
                     headers=tracing.headers(),
                 )
         except InferenceServerException as error:
@@ -487,6 +559,13 @@ class Sequence:
         if end:
             self._live(False)
         return _parse(result)
+
+    def _note_progress(self, result: Any, *, restored: bool) -> None:
+        """Tell the endpoint where an answer shows that frames were decoded; a restored sequence counts old ones too."""
+        frames = _decoded_frames(result)
+        if frames > self._frames and not restored:
+            self.endpoint.see_progress(self._ensemble)
+        self._frames = frames
 
     async def _failure(self, fault: Fault, error: InferenceServerException, timeout_secs: float) -> TritonError:
         """Return what to raise for an error of Triton's, after telling the endpoint."""
@@ -501,6 +580,7 @@ class Sequence:
         blameless = fault in (Fault.UNKNOWN_SEQUENCE, Fault.FOREIGN_STATE) or (fault is Fault.LATE and self._may_be_slow)
         if not blameless:
             self.endpoint.breaker.record(success=False)
+            self.endpoint.suspect_failure(self._ensemble)
         death = None
         if fault in (Fault.ABSENT, Fault.DISCONNECTED):
             self.endpoint.doubt()
@@ -551,6 +631,12 @@ async def _give_up_if_lost(connection: Connection) -> None:
         connection.give_up()
 
 
+def _report_answer(on_answer: Callable[[Any], None], call: asyncio.Task[Any]) -> None:
+    """Hand over the answer of a call that may be nobody's concern any more; its error then is nobody's either."""
+    if not call.cancelled() and not call.exception():
+        on_answer(call.result())
+
+
 async def _close_later(client: grpcclient.InferenceServerClient, delay_secs: float) -> None:
     """Close a connection when the calls that it still has are over: closing cancels those, and with them who waits."""
     try:
@@ -572,6 +658,14 @@ def _read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
 
 def _model_state(state: str) -> ModelState:
     return ModelState.READY if state == "READY" else ModelState.UNAVAILABLE
+
+
+def _decoded_frames(result: Any) -> int:
+    """Return how many encoder frames an answer says were decoded since the start of its sequence."""
+    response = result.get_response()
+    index = [output.name for output in response.outputs].index("LENGTHS")
+    frames: int = struct.unpack("<3q", response.raw_output_contents[index])[2]
+    return frames
 
 
 def _parse(result: Any) -> Answer:

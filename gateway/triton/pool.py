@@ -46,6 +46,7 @@ class Triton:
         self.endpoints = [Endpoint(address, settings) for address in settings.triton_addresses]
         for endpoint in self.endpoints:
             metrics.BACKEND_DEATHS.labels(endpoint.address)
+            metrics.TRITON_READY.labels(endpoint.address).set_function(partial(_readiness, endpoint, settings))
             metrics.BREAKER_STATE.labels(endpoint.address).set_function(partial(_told_state, endpoint))
 
     async def start(self) -> None:
@@ -216,6 +217,10 @@ class Utterance:
         if not self._retries.whole:
             metrics.STREAM_RECOVERIES.labels(outcome).inc()
             log.info("stream recovery", outcome=outcome)
+
+
+def _readiness(endpoint: Endpoint, settings: Settings) -> bool:
+    return all(map(endpoint.ready, settings.models.values()))
 
 
 def _told_state(endpoint: Endpoint) -> BreakerState:

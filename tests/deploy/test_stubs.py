@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shlex
 import subprocess
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -17,8 +19,7 @@ import yaml
 from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.engine.triton import Engine, Ports, Triton, free_ports
 
-EVERYONE = "/proc/[0-9]*/stat"
-"""In a container these are Triton and what it started; here there are others, so a test looks at its own Triton's."""
+SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 
 
 class Victim(NamedTuple):
@@ -26,17 +27,32 @@ class Victim(NamedTuple):
 
     triton: Triton
     http_port: int
+    metrics_port: int
+    folder: Path
 
     @property
     def stubs(self) -> list[psutil.Process]:
         return list(psutil.Process(self.triton.pid).children())
 
-    def run(self, check: str) -> int:
-        """Exit status of a container's check, here."""
-        assert EVERYONE in check
-        check = check.replace(EVERYONE, " ".join(f"/proc/{stub.pid}/stat" for stub in self.stubs))
-        check = check.replace("localhost:8000", f"{LOOPBACK}:{self.http_port}")
-        return subprocess.run(["sh", "-c", check], check=False, stdout=subprocess.DEVNULL).returncode
+    def check(self, *options: str) -> int:
+        """Run the containers' check on this Triton, and return its exit status."""
+        assert self.triton.pid
+        pids = (self.triton.pid, *(stub.pid for stub in self.stubs))
+        environment = {
+            **os.environ,
+            "STATS": " ".join(f"/proc/{pid}/stat" for pid in pids),  # in a container there are no others
+            "URL": f"http://{LOOPBACK}:{self.http_port}",
+            "METRICS": f"http://{LOOPBACK}:{self.metrics_port}/metrics",
+            "FAILURES": str(self.folder / "failures"),
+        }
+        return subprocess.run(["sh", str(SCRIPT), *options], check=False, env=environment).returncode
+
+    async def ended(self) -> bool:
+        for _ in range(100):
+            if self.triton.pid is None:
+                return True
+            await asyncio.sleep(0.05)
+        return False
 
     async def lose_a_stub(self) -> None:
         stub = self.stubs[0]
@@ -46,58 +62,89 @@ class Victim(NamedTuple):
 
 
 @pytest.fixture
-async def victim(need: Callable[[str], str]) -> AsyncIterator[Victim]:
+async def victim(need: Callable[[str], str], tmp_path: Path) -> AsyncIterator[Victim]:
     need("curl")  # the checks call it
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-stubs.log")
     await triton.start()
-    yield Victim(triton, ports.http)
+    yield Victim(triton, ports.http, ports.metrics, tmp_path)
     await triton.stop()
 
 
-def of_compose() -> str:
+def of_compose() -> list[str]:
     triton: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["triton"]
-    shell, check = triton["healthcheck"]["test"]
-    assert shell == "CMD-SHELL"
-    assert triton["init"] is True
+    assert triton["init"] is True, "nothing in a container can kill its process 1"
     assert triton["restart"] == "unless-stopped"
-    return str(check).replace("$$", "$")
+    assert f"./{SCRIPT.relative_to(ROOT)}:/triton-health.sh:ro" in triton["volumes"]
+    how, *command = triton["healthcheck"]["test"]
+    assert how == "CMD"
+    return [str(word) for word in command]
 
 
-def of_systemd() -> str:
+def of_systemd() -> list[str]:
     unit = (ROOT / "deploy/systemd/amira-triton.service").read_text()
     (command,) = re.findall(r"^ExecStart=(.*)$", unit.replace("\\\n", " "), re.MULTILINE)
     words = shlex.split(command)
     assert "--init" in words
     assert "Restart=always" in unit
-    return words[words.index("--health-cmd") + 1].replace("$$", "$")
+    assert "/srv/amira/triton-health.sh:/triton-health.sh:ro" in words
+    return words[words.index("--health-cmd") + 1].split()
 
 
-def of_kubernetes() -> str:
+def of_kubernetes() -> list[str]:
     triton, *_ = yaml.safe_load_all((ROOT / "deploy/kubernetes/base/triton.yaml").read_text())
-    (container,) = triton["spec"]["template"]["spec"]["containers"]
-    *shell, check = container["livenessProbe"]["exec"]["command"]
-    assert shell == ["sh", "-c"]
-    return str(check)
+    pod = triton["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {"name": "health", "configMap": {"name": "amira-triton-health"}} in pod["volumes"]
+    kustomization = yaml.safe_load((SCRIPT.parent / "kustomization.yaml").read_text())
+    assert {"name": "amira-triton-health", "files": [SCRIPT.name]} in kustomization["configMapGenerator"]
+    return [str(word) for word in container["livenessProbe"]["exec"]["command"]]
 
 
-@pytest.mark.parametrize("check", [of_compose(), of_systemd()], ids=["compose", "systemd"])
-async def test_docker_ends_it(victim: Victim, check: str) -> None:
-    assert victim.run(check) == 0
-    assert victim.triton.pid
+@pytest.mark.parametrize("command", [of_compose(), of_systemd()], ids=["compose", "systemd"])
+def test_docker_runs_the_check_that_ends_triton(command: list[str]) -> None:
+    assert command == ["sh", "/triton-health.sh", "--kill"]
+
+
+def test_kubernetes_runs_the_check() -> None:
+    assert of_kubernetes() == ["sh", "/health/triton-health.sh"]
+
+
+async def test_docker_ends_a_triton_that_lost_a_process(victim: Victim) -> None:
+    assert victim.check("--kill") == 0
     await victim.lose_a_stub()
-    victim.run(check)
-    for _ in range(100):
-        if victim.triton.pid is None:
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("Triton still runs")
+    assert victim.check("--kill") == 1
+    assert await victim.ended()
+
+
+async def test_docker_ends_a_triton_after_three_failed_canaries(victim: Victim) -> None:
+    (stub,) = (stub for stub in victim.stubs if "decoder_joint_0" in " ".join(stub.cmdline()))
+    assert victim.check("--kill") == 0
+    stub.suspend()
+    assert victim.check("--kill") == 1
+    assert victim.check("--kill") == 1
+    assert victim.triton.pid, "it may only be slow"
+    assert victim.check("--kill") == 1
+    assert await victim.ended()
 
 
 async def test_kubernetes_takes_it_for_dead(victim: Victim, http: httpx.AsyncClient) -> None:
-    assert victim.run(of_kubernetes()) == 0
+    assert victim.check() == 0
     await victim.lose_a_stub()
-    assert victim.run(of_kubernetes()) == 1
+    assert victim.check() == 1
     answer = await http.get(f"http://{LOOPBACK}:{victim.http_port}/v2/health/ready")
     assert answer.status_code == 200, "this Triton tells by itself; does it need the check still?"
+
+
+async def test_check_says_nothing_of_another_ensemble(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENSEMBLE", "no_such_ensemble")
+    assert victim.check("--kill") == 0
+
+
+async def test_check_fails_without_triton_and_ends_nothing(victim: Victim) -> None:
+    """While models load Triton does not listen."""
+    nowhere = victim._replace(http_port=1)
+    for _ in range(4):
+        assert nowhere.check("--kill") == 1
+    assert victim.triton.pid
