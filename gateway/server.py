@@ -15,7 +15,8 @@ from fastapi import FastAPI
 
 from gateway.app import create_app
 from gateway.config.settings import Settings
-from gateway.protocols import Config
+from gateway.guard import Config
+from gateway.limits.connects import Guard
 
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1
@@ -43,7 +44,7 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             Config(
                 app,
-                settings.max_connects_per_address,
+                Guard(settings.max_connects_per_address, 100_000),
                 host=settings.server_host,
                 port=settings.server_port,
                 loop="uvloop",

@@ -3,7 +3,7 @@
 With the subprotocol ``amira.v2`` a client learns with every answer what it needs to go on after a lost connection.
 
 Two tasks serve a socket. The reader takes frames and puts their audio into a bounded buffer; when that is full it stops
-reading, and TCP tells the client. Audio that fits in at once does not even wake it. The pump sends what has gathered to Triton
+reading, and TCP tells the client. The pump sends what has gathered to Triton
 as soon as a window is complete, one request at a time, and the transcript back. Whatever ends the stream, the pump's last
 request is the sequence's end, so nothing stays in the decoder.
 """
@@ -31,11 +31,11 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from gateway import metrics, tracing
 from gateway.audio.files import BYTES_A_SAMPLE, RATE
 from gateway.errors import ApiError, ErrorKind
+from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.limits.access import check_key, origin_allowed
 from gateway.limits.bucket import TokenBucket
 from gateway.live.resume import Ticket, Tickets
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
-from gateway.protocols import SMALL_A_SECOND, SMALL_BYTES
 from gateway.service import BufferUsage, Service
 from gateway.transcript.transcript import Answer, Transcript
 from gateway.triton.endpoint import Recogniser
@@ -203,7 +203,6 @@ class Session:
 
     async def run(self) -> int:
         """Serve the stream; gives the code it was closed with."""
-        self._socket.state.offer_to(self._take)
         reader = asyncio.create_task(self._read(), name="stream reader")
         pump = asyncio.create_task(self._pump(), name="stream pump")
         watch = asyncio.create_task(self._watch(), name="stream watch")
@@ -272,18 +271,6 @@ class Session:
                 self._check(frame)
                 await self._buffer.put(frame)
 
-    def _take(self, frame: bytes) -> bool:
-        """Take a frame in the reader's stead if it is audio that can be taken at once, while the reader waits for one."""
-        if self._ended_at or len(frame) < BYTES_A_SAMPLE or not self._buffer.has_room(len(frame)):
-            return False
-        try:
-            self._check(frame)
-        except ApiError:
-            return False  # the reader finds the same, and ends the stream by it
-        self._waits_since = time.monotonic()
-        self._buffer.append(frame, self._waits_since)
-        return True
-
     async def _watch(self) -> None:
         """Look whether frames come, which is cheaper than a timer for each of them, and not too many.
 
@@ -297,7 +284,7 @@ class Session:
             if idle_secs >= limit:
                 raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives")
             if flooding_secs >= limit:
-                rule = f"more than {SMALL_A_SECOND} frames a second of less than {SMALL_BYTES} bytes came for {limit:g} s"
+                rule = f"more than {SMALL_FRAMES_PER_SEC} frames a second of less than {SMALL_BYTES} bytes came for {limit:g} s"
                 raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"{rule}; send larger ones")
             await asyncio.sleep(limit - max(idle_secs, flooding_secs))
 
