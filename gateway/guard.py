@@ -96,9 +96,8 @@ class Connection(asyncio.Protocol):
 
     # What the event loop calls
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of a TCP listener
         """Admit the connection, or end it, which costs a tenth of what an answer would."""
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 (of a TCP listener)
         self._transport = GuardedTransport(transport, self)
         peer = transport.get_extra_info("peername")
         self._address = str(peer[0]) if peer else ""
