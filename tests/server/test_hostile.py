@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from starlette.websockets import WebSocket
 
 from amira.engine.service import LOOPBACK
 from amira.engine.triton import Ports
-from gateway.protocols import WebSocketProtocol
 from tests.support import hostile
 from tests.support.chaos import Proxy, p95, speak
 from tests.support.clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe
@@ -79,14 +79,14 @@ async def test_a_client_that_reads_too_slowly_is_closed_and_counted(
     make_gateway: MakeGateway, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not so slowly that TCP would call it dead. Neither a partial gets through in time nor the error that ends the stream."""
-    send = WebSocketProtocol.send
+    send = WebSocket.send
 
-    async def send_slowly(protocol: WebSocketProtocol, message: Any) -> None:
+    async def send_slowly(socket: WebSocket, message: Any) -> None:
         if message["type"] == "websocket.send":
             await asyncio.sleep(60)
-        await send(protocol, message)
+        await send(socket, message)
 
-    monkeypatch.setattr(WebSocketProtocol, "send", send_slowly)
+    monkeypatch.setattr(WebSocket, "send", send_slowly)
     async with make_gateway(stream_timeout_secs=1) as gateway, open_socket(gateway.stream_url()) as socket:
         before = await gateway_metrics(gateway.url)
         for second in cut(recordings["jfk"], 16_000):

@@ -1,0 +1,158 @@
+"""ASGI middleware around every HTTP request: limits on its body, and its log event, metrics and span."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway import metrics, tracing
+from gateway.config.settings import Settings
+from gateway.errors import ApiError, ErrorKind
+from gateway.tracing import Tracing
+
+MIN_BODY_BYTES_PER_SEC = 16_000
+"""Average rate at which a body has to come after its first ``stream_timeout_secs``; half of real time for raw PCM."""
+
+BATCH_PREFIX = "/v2/decode/batch/"
+
+log = structlog.get_logger()
+
+
+class BodyLimit:
+    """Refuses a body that is too large or comes too slowly, while it comes.
+
+    Args:
+        app: the application.
+        max_bytes: largest body.
+        patience_secs: time after which the body has to keep to ``MIN_BODY_BYTES_PER_SEC``.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, patience_secs: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._patience_secs = patience_secs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "http":
+            body = _Body(scope, receive, send, self._max_bytes, self._patience_secs)
+            receive, send = body.receive, body.send
+        await self._app(scope, receive, send)
+
+
+class _Body:
+    """One request's body, as it comes."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, patience_secs: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_bytes = max_bytes
+        self._patience_secs = patience_secs
+        self._began = time.monotonic()
+        self._received_bytes = 0
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        self._declared_bytes = int(declared) if declared.isdecimal() else 0
+        self._complete = not self._declared_bytes and "transfer-encoding" not in headers
+
+    async def receive(self) -> Message:
+        """Return the next part of the body.
+
+        Raises:
+            ApiError: the body is too large, or comes too slowly.
+        """
+        if self._declared_bytes > self._max_bytes:
+            raise ApiError(
+                ErrorKind.BODY_TOO_LARGE, f"the body has {self._declared_bytes} bytes; at most {self._max_bytes} are allowed"
+            )
+        try:
+            message = await asyncio.wait_for(self._receive(), None if self._complete else self._left_secs())
+        except asyncio.TimeoutError:
+            raise ApiError(
+                ErrorKind.BODY_TOO_SLOW,
+                f"{self._received_bytes} bytes of the body came in {time.monotonic() - self._began:.1f} s; "
+                f"after the first {self._patience_secs:g} s it has to come at {MIN_BODY_BYTES_PER_SEC} bytes per second",
+            ) from None
+        self._received_bytes += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received_bytes > self._max_bytes:
+            raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {self._max_bytes} bytes, the most allowed")
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send, and have the connection closed after an answer to a body that has not come: it would be read to its end."""
+        if message["type"] == "http.response.start" and not self._complete:
+            MutableHeaders(scope=message)["Connection"] = "close"
+        await self._send(message)
+
+    def _left_secs(self) -> float:
+        return self._began + self._patience_secs + self._received_bytes / MIN_BODY_BYTES_PER_SEC - time.monotonic()
+
+
+class AccessLog:
+    """Logs, counts and traces every HTTP request.
+
+    Args:
+        app: the application.
+        settings: name the models.
+        spans: where spans go.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, spans: Tracing) -> None:
+        self._app = app
+        self._settings = settings
+        self._spans = spans
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        endpoint, model = _labels(scope["path"], self._settings)
+        if endpoint == "batch":
+            with self._spans.span(f"{scope['method']} {BATCH_PREFIX}{{model}}", Headers(scope=scope), model=model):
+                await self._serve(scope, receive, send, endpoint, model)
+        else:
+            await self._serve(scope, receive, send, endpoint, model)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, endpoint: str, model: str) -> None:
+        began = time.perf_counter()
+        seen: dict[str, Any] = {"status": ErrorKind.INTERNAL.status, "body_bytes": 0}
+
+        async def counted_receive() -> Message:
+            message = await receive()
+            seen["body_bytes"] += len(message.get("body", b""))
+            return message
+
+        async def watched_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen["status"] = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, counted_receive, watched_send)
+        except ClientDisconnect:
+            seen["status"] = metrics.CLIENT_GONE
+        finally:
+            duration_secs = time.perf_counter() - began
+            tracing.describe(**seen)
+            metrics.REQUESTS.labels(endpoint, model, str(seen["status"])).inc()
+            metrics.REQUEST_DURATION.labels(endpoint, model).observe(duration_secs)
+            log_request = log.info if endpoint in ("batch", "other") else log.debug
+            duration_ms = round(duration_secs * 1000, 1)
+            log_request("request", method=scope["method"], endpoint=endpoint, model=model, **seen, duration_ms=duration_ms)
+
+
+def _labels(path: str, settings: Settings) -> tuple[str, str]:
+    """Return a request's endpoint and model, each from a closed set."""
+    if path.startswith(BATCH_PREFIX):
+        model = path.removeprefix(BATCH_PREFIX)
+        return "batch", model if model in settings.models else metrics.UNKNOWN_MODEL
+    endpoint = path.removeprefix("/").partition("/")[0]
+    return endpoint if endpoint in ("health", "metrics") else "other", metrics.UNKNOWN_MODEL
