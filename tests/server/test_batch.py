@@ -23,7 +23,7 @@ import soxr
 from amira.engine.service import LOOPBACK, SPEECH
 from amira.engine.triton import Ports
 from gateway.api import native_rest
-from gateway.middleware import LINGER_SECS
+from gateway.guard import LINGER_SECS
 from perf.server import REPORTED_SECS
 from tests.support.clients import gateway_metrics, growth
 from tests.support.servers import Gateway, Recordings
