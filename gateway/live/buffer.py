@@ -61,6 +61,7 @@ class AudioBuffer:
 
     def __init__(self, capacity: int, usage: BufferUsage, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
+        self._soon_full = (capacity + 1) // 2  # enough, however large the window is: the writer must not run into the end
         self._usage = usage
         self._clock = clock
         self._audio = bytearray()  # of 16-bit samples: small pieces as arrays of their own would be mostly overhead
@@ -116,7 +117,7 @@ class AudioBuffer:
 
     async def gather(self, enough: int, timeout_secs: float) -> None:
         """Wait until there are ``enough`` samples, or no more can come or fit in, or the time is over."""
-        self._wanted = enough = min(enough, self._capacity // 2)
+        self._wanted = enough = min(enough, self._soon_full)
         self._filled.clear()
         if self._has(enough):
             return
@@ -137,7 +138,7 @@ class AudioBuffer:
             most: samples to take at most.
             window: samples that complete a window.
         """
-        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._capacity // 2):
+        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._soon_full):
             self._arrivals.popleft()
         arrived = self._arrivals[0][1] if self._arrivals else self._clock()
         samples = np.frombuffer(self._audio[: most * BYTES_A_SAMPLE], "<i2")
