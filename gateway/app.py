@@ -36,11 +36,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = Service(settings, spans)
         app.state.service = service
-        await service.triton.start()
+        await service.start()
         try:
             yield
         finally:
-            await service.triton.close()
+            await service.close()
             await spans.close()
 
     spans = Tracing(settings)

@@ -1,1 +1,1 @@
-"""Faces: each maps a protocol onto an engine."""
+"""The faces: each maps a protocol onto an engine."""

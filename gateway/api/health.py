@@ -21,14 +21,14 @@ router = APIRouter()
 
 @router.get("/health", summary="Is the process alive?")
 async def health(request: Request) -> dict[str, str]:
-    """Alive; never asks Triton."""
+    """Answer 200 while the process is alive; Triton is not asked."""
     service: Service = request.app.state.service
     return {"status": "healthy", "service": service.settings.service_name, "version": __version__}
 
 
 @router.get("/health/live", summary="Liveness probe")
 async def live() -> dict[str, str]:
-    """Alive; never asks Triton."""
+    """Answer 200 while the process is alive; Triton is not asked."""
     return {"status": "live"}
 
 
@@ -36,7 +36,7 @@ async def live() -> dict[str, str]:
     "/health/ready", summary="Readiness probe", responses={503: {"description": "starting, draining, or Triton is not ready"}}
 )
 async def ready(request: Request) -> Response:
-    """Whether new work can be taken; at full capacity it still can, soon."""
+    """Answer 200 if new work is taken, even at full capacity, and 503 otherwise."""
     service: Service = request.app.state.service
     status = _status(service)
     body = {
@@ -48,9 +48,9 @@ async def ready(request: Request) -> Response:
 
 @router.get("/health/detailed", summary="Every dependency", responses={503: {"description": "critical"}})
 async def detailed(request: Request) -> Response:
-    """State of Triton and each of its models, and how much is in flight."""
+    """Answer with the state of each Triton and model, and the number of streams and recordings in flight."""
     service: Service = request.app.state.service
-    admission, settings = service.admission, service.settings
+    places, settings = service.places, service.settings
     status = _status(service)
     body: dict[str, Any] = {
         "status": status,
@@ -60,9 +60,9 @@ async def detailed(request: Request) -> Response:
         "dependencies": {
             "triton": [_describe(endpoint, settings.models.values()) for endpoint in service.triton.endpoints],
         },
-        "streams": {"active": admission.streams, "capacity": settings.max_concurrent_streams},
+        "streams": {"active": places.streams, "capacity": settings.max_concurrent_streams},
         "batches": {
-            "active": admission.batches,
+            "active": places.batches,
             "capacity": settings.max_concurrent_batches,
             "queue": settings.inference_queue_size,
         },
@@ -72,13 +72,13 @@ async def detailed(request: Request) -> Response:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics_page() -> Response:
-    """All metrics of this process."""
+    """Answer with all metrics of this process."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _status(service: Service) -> str:
     endpoints = service.triton.endpoints
-    if service.admission.draining:
+    if service.places.draining:
         return "draining"
     if all(_well(endpoint, service.settings.models.values()) for endpoint in endpoints):
         return "ready"

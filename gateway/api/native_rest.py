@@ -1,11 +1,7 @@
-"""``POST /v2/decode/batch/{model}``: one recording in, one transcript out."""
+"""``POST /v2/decode/batch/{model}``: the face of the recordings' engine."""
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -15,21 +11,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from gateway import metrics
-from gateway.audio.files import OCTETS, RATE, decode_audio, is_file, pcm_from_json
+from gateway.audio.files import OCTETS, decode_audio, is_file, pcm_from_json
 from gateway.errors import ApiError, ErrorKind, openapi_responses
-from gateway.limits.access import check_key
+from gateway.limits.auth import check_key
+from gateway.limits.places import CallerGoneError
 from gateway.service import Service
 from gateway.triton.endpoint import Samples
-
-QUEUE_SECS = 30.0
-"""So long a recording waits for a place: clients have hardly more patience."""
 
 router = APIRouter()
 
 
 class Word(BaseModel):
-    """A recognised word with its time from the start of the recording."""
+    """A recognised word, timed from the start of the recording."""
 
     word: str
     start: float = Field(description="seconds")
@@ -43,11 +36,11 @@ class BatchAnswer(BaseModel):
     text: str
     tokens: list[int] = Field(description="ids in the model's vocabulary")
     audio_length_samples: int = Field(description="length at 16 kHz")
-    features_length: int = Field(description="feature frames made from the audio")
-    encoded_length: int = Field(description="encoder frames made from those")
-    confidence: float | None = Field(description="mean probability of the tokens; null where there are none")
+    features_length: int = Field(description="number of feature frames")
+    encoded_length: int = Field(description="number of encoder frames")
+    confidence: float | None = Field(description="mean probability of the tokens; null if there are none")
     words: list[Word]
-    opaque: Any = Field(default=None, description="what the JSON request carried under this name")
+    opaque: Any = Field(default=None, description="value of the same name in the JSON request")
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -87,68 +80,41 @@ REQUEST_BODY: dict[str, Any] = {
     openapi_extra={"requestBody": REQUEST_BODY},
     summary="Transcribe a recording",
     description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC or Ogg file; "
-    "as it stands, as a form's `file`, or as JSON numbers in `audio_buffer`.",
+    "as the body itself, as the `file` of a form, or as an array of bytes in the `audio_buffer` of JSON.",
 )
 async def decode_batch(request: Request, model: str) -> Response:
     """Answer one recording."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
-    ensemble = service.ensemble(model)
-    with service.admission.batch():
-        recogniser = service.triton.recogniser(ensemble)
-        max_secs = min(service.settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
-        samples, opaque = await _read_audio(request, max_secs)
-        service.quotas.spend(caller, len(samples) / RATE)
-        metrics.AUDIO_SECONDS.labels("batch", model).inc(len(samples) / RATE)
-        utterance = service.triton.recording(recogniser, service.options)
-        async with _place(request, service.admission.batch_places):
-            answer = await utterance.send(samples, end=True)
+    service.check_model(model)
+    with service.transcriber.admit(model, caller) as recording:
+        samples, opaque = await _read_audio(request, recording.max_secs)
+        try:
+            transcription = await recording.transcribe(samples, caller_gone=request.receive)
+        except CallerGoneError:
+            raise ClientDisconnect from None
+    (segment,) = transcription.segments
     body = {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "audio_length_samples": answer.samples,
-        "features_length": answer.features,
-        "encoded_length": answer.frames,
-        "confidence": None if math.isnan(answer.confidence) else round(answer.confidence, 4),
-        "words": answer.words,
+        "text": segment.text,
+        "tokens": segment.tokens,
+        "audio_length_samples": transcription.samples,
+        "features_length": transcription.features,
+        "encoded_length": transcription.frames,
+        "confidence": None if segment.confidence is None else round(segment.confidence, 4),
+        "words": segment.words,
         **opaque,
     }
     return Response(orjson.dumps(body), media_type="application/json")
 
 
-@asynccontextmanager
-async def _place(request: Request, places: asyncio.Semaphore) -> AsyncIterator[None]:
-    """Hold a place for Triton's work on a recording, unless its client leaves before there is one.
-
-    Raises:
-        ApiError: there was none for too long.
-        ClientDisconnect: the client has left.
-    """
-    if places.locked():
-        place = asyncio.create_task(places.acquire())
-        left = asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait({place, left}, timeout=QUEUE_SECS, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left.cancel()
-            place.cancel()
-        if not place.done():
-            if left.done():
-                raise ClientDisconnect
-            raise ApiError(ErrorKind.NO_CAPACITY, f"no place came free within {QUEUE_SECS:g} s; please retry")
-    else:
-        await places.acquire()
-    try:
-        yield
-    finally:
-        places.release()
-
-
 async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[str, Any]]:
-    """The request's audio at 16 kHz, and its ``opaque`` where given.
+    """Read and decode the body.
+
+    Returns:
+        16 kHz mono audio [n], and the fields that the answer repeats: ``opaque``, if the request has it.
 
     Raises:
-        ApiError: the body is no audio, or too much of it.
+        ApiError: the body is not audio, or is longer than ``max_secs``.
     """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
@@ -156,8 +122,8 @@ async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[
         body, content_type = await _read_form(request)
     else:
         body = await request.body()
-    # Off the event loop: a minute of FLAC takes tens of milliseconds, in which live streams must not stand still. Raw PCM takes
-    # no time, and the way to a thread and back would.
+    # Files are decoded off the event loop: a minute of FLAC takes tens of milliseconds, which would delay live streams. Raw PCM
+    # takes less time than the way to a thread and back.
     if media_type == "application/json":
         return await run_in_threadpool(_decode_json, body, max_secs)
     if is_file(body):
@@ -171,6 +137,7 @@ def _decode_json(body: bytes, max_secs: float) -> tuple[Samples, dict[str, Any]]
 
 
 async def _read_form(request: Request) -> tuple[bytes, str]:
+    """Return the content of the form's file, and its media type."""
     async with request.form(max_files=1, max_fields=16) as form:
         file = form.get("file")
         if not isinstance(file, UploadFile):

@@ -1,1 +1,1 @@
-"""Who may use the server, and how much of it at once."""
+"""Limits: who may use the server, how much, and in which order."""

@@ -1,4 +1,4 @@
-"""A token bucket (Turner, 1986): what may be used on average, and how much of it at once."""
+"""A token bucket (Turner, 1986): bounds an average rate and the size of a burst."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class TokenBucket:
-    """Fills at a rate, up to a size.
+    """A bucket that fills at a constant rate, up to its size.
 
     Args:
-        rate: what flows in, a second.
-        size: what it holds.
-        clock: tells seconds.
-        level: what is there at first; it is full if not given.
+        rate: tokens that flow in per second.
+        size: maximum number of tokens.
+        clock: monotonic time in seconds.
+        level: tokens at the start; full by default.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class TokenBucket:
         self._as_of = clock()
 
     def take(self, amount: float) -> None:
-        """Take something out, though it were more than there is: then the level is below 0 until it has flown in."""
+        """Take tokens, even more than there are; the level is then negative until enough have flowed in."""
         self._level = self.level - amount
 
     @property
     def level(self) -> float:
-        """What is there now."""
+        """Number of tokens now."""
         now = self._clock()
         self._level = min(self.size, self._level + (now - self._as_of) * self.rate)
         self._as_of = now

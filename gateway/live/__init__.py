@@ -1,1 +1,1 @@
-"""The engine for live streams; it knows no protocol."""
+"""The engine of live streams: audio in, events out. It knows no protocol."""

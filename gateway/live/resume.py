@@ -1,7 +1,7 @@
-"""Tickets: what a client of ``amira.v2`` holds so that its stream goes on after a lost connection, on any gateway.
+"""Session tokens: a client that holds one continues its stream after a lost connection, on any gateway.
 
-A ticket carries the decoder's state. It is signed, so that the decoder is given no state but its own, and it is not secret: it
-holds nothing but what the client's own audio made.
+A token carries the decoder's state. It is signed, so that the decoder only ever gets its own state, and it is not encrypted: it
+holds nothing but what the client's own audio produced.
 """
 
 from __future__ import annotations
@@ -10,30 +10,33 @@ import math
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.transcript.transcript import Counts
 
 MAX_AGE_SECS = 3600
+"""Maximum age of a token, in seconds."""
 
 MAX_STREAMS = 10_000
-"""Of so many the last resumption is remembered."""
+"""Maximum number of streams whose last resumption is remembered (LRU)."""
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """Where a stream is.
+class SessionToken:
+    """A position in a stream. The names are part of the signed text, which other versions of the gateway read.
 
     Attributes:
-        model: its public model name.
-        latency: which of the model's windows it has; it keeps them, whatever the settings of the gateway that goes on with it.
-        samples: audio from here on is still needed, in samples since the start of the stream.
-        state: the decoder's; empty before the first window.
-        chars, tokens, words: how much of the transcript is settled; what a later connection says comes behind it.
-        stream: tells it from others.
+        model: public name of the model.
+        latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
+        samples: position from which audio is still needed, in samples since the start of the stream.
+        state: the decoder's state; empty before the first window.
+        chars, tokens, words: length of the settled transcript; what a later connection sends follows it.
+        stream: identifies the stream.
     """
 
     model: str
@@ -45,42 +48,67 @@ class Ticket:
     words: int = 0
     stream: str = ""
 
+    @property
+    def settled(self) -> Counts:
+        """Length of the settled transcript."""
+        return Counts(self.chars, self.tokens, self.words)
 
-class Tickets:
-    """Issues and redeems tickets."""
 
-    def __init__(self, settings: Settings) -> None:
+class SessionTokens:
+    """Issues and redeems session tokens.
+
+    Args:
+        settings: the gateway's; its ``session_key`` signs.
+        clock: monotonic time in seconds.
+        wall_clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
         key = settings.session_key.get_secret_value() if settings.session_key else secrets.token_hex()
         self._serializer = URLSafeTimedSerializer(key, salt="amira.v2")
+        self._clock = clock
+        self._wall_clock = wall_clock
         self._redeemed_at: OrderedDict[str, float] = OrderedDict()  # by stream
 
-    def issue(self, ticket: Ticket) -> str:
-        """The ticket as text."""
-        text = self._serializer.dumps(asdict(ticket))
+    def issue(self, token: SessionToken) -> str:
+        """Return the signed text of a token."""
+        text = self._serializer.dumps(asdict(token))
         return text if isinstance(text, str) else text.decode()
 
-    def redeem(self, text: str, model: str) -> tuple[Ticket, float]:
-        """The ticket that the text is, and the seconds since it was issued, or since its stream last went on here.
+    def redeem(self, text: str, model: str) -> tuple[SessionToken, float]:
+        """Verify a token's text.
+
+        Args:
+            text: what the client sent.
+            model: public name of the model that the client asks for.
+
+        Returns:
+            The token, and the seconds since it was issued or since its stream last continued here, whichever is less.
 
         Raises:
-            ApiError: it is none of this service's, too old, or another model's.
+            ApiError: the text is not a token of this service, is too old, or belongs to another model.
         """
         try:
-            # Not by its own limit of age: it takes no ticket of a gateway whose clock goes a little before this one's.
+            # Its own age limit would refuse a token of a gateway whose clock is slightly ahead of this one's.
             payload, issued_at = self._serializer.loads(text, return_timestamp=True)
-            ticket = Ticket(**payload)
+            token = SessionToken(**payload)
         except (BadData, TypeError):
             raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
-        age_secs = time.time() - issued_at.timestamp()
+        age_secs = self._wall_clock() - issued_at.timestamp()
         if age_secs > MAX_AGE_SECS:
             raise ApiError(
                 ErrorKind.INVALID_SESSION, f"the session is {age_secs:.0f} s old, of at most {MAX_AGE_SECS}; begin a new stream"
             )
-        if ticket.model != model:
-            raise ApiError(ErrorKind.INVALID_SESSION, f"the session is of model {ticket.model!r}, not {model!r}")
-        now = time.monotonic()
-        since_secs = now - self._redeemed_at.pop(ticket.stream, -math.inf)
-        self._redeemed_at[ticket.stream] = now
+        if token.model != model:
+            raise ApiError(ErrorKind.INVALID_SESSION, f"the session is of model {token.model!r}, not {model!r}")
+        now = self._clock()
+        since_secs = now - self._redeemed_at.pop(token.stream, -math.inf)
+        self._redeemed_at[token.stream] = now
         if len(self._redeemed_at) > MAX_STREAMS:
             self._redeemed_at.popitem(last=False)
-        return ticket, max(0.0, min(age_secs, since_secs))
+        return token, max(0.0, min(age_secs, since_secs))

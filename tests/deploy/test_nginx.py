@@ -122,7 +122,7 @@ def service(gateway: Gateway) -> Service:
 
 
 def active(gateway: Gateway) -> int:
-    return service(gateway).admission.streams
+    return service(gateway).places.streams
 
 
 async def test_requests_and_streams_pass(proxy: Proxy, http: httpx.AsyncClient, recordings: Recordings) -> None:
@@ -186,7 +186,7 @@ async def test_a_stream_finds_the_one_gateway_that_takes_it(
         proxy = await stack.enter_async_context(run_nginx(need("nginx"), deploy, tmp_path, *addresses))
         busy = await open_socket(f"{gateways[-1].url.replace('http', 'ws', 1)}/v2/decode/stream/amira")
         for gateway in gateways[:-1]:
-            service(gateway).admission.drain()
+            service(gateway).places.drain()
         for _ in range(5):
             assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
         await busy.close()
@@ -204,7 +204,7 @@ async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
             await socket.send(frame)
     server = gateways[0].server
     server.should_exit = True
-    while not service(gateways[0]).admission.draining:
+    while not service(gateways[0]).places.draining:
         await asyncio.sleep(0.01)
     # It drains for a second: refuses new streams, which nginx brings to the other, and ends its own with a final.
     assert (await transcribe(proxy.stream_url(), recordings["jfk"])).close_code == 1000

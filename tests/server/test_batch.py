@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -22,8 +23,8 @@ import soxr
 
 from amira.engine.service import LOOPBACK, SPEECH
 from amira.engine.triton import Ports
-from gateway.api import native_rest
 from gateway.guard import LINGER_SECS
+from gateway.limits.places import Places
 from perf.server import REPORTED_SECS
 from tests.support.clients import gateway_metrics, growth
 from tests.support.servers import Gateway, Recordings
@@ -345,7 +346,7 @@ async def test_who_leaves_the_line_makes_room(
 async def test_no_recording_waits_forever(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native_rest, "QUEUE_SECS", 0.1)
+    monkeypatch.setattr("gateway.service.Places", partial(Places, max_queue_secs=0.1))
     async with make_gateway(max_concurrent_batches=1) as gateway:
         body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
         first = asyncio.create_task(http.post(gateway.batch_url(), content=body, headers=OCTETS))

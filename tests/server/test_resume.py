@@ -21,7 +21,7 @@ from amira import LiveStream, Message, StreamError
 from amira.engine.service import LOOPBACK
 from amira.engine.triton import Ports, free_ports
 from gateway.config.settings import Settings
-from gateway.live.resume import Ticket, Tickets
+from gateway.live.resume import SessionToken, SessionTokens
 from gateway.triton.breaker import BreakerState
 from tests.support.chaos import Proxy, backends, gateway_process
 from tests.support.clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
@@ -236,8 +236,8 @@ async def test_another_model_does_not_go_on(make_gateway: MakeGateway, speech: S
     """Nor does its Triton count as failing."""
     async with make_gateway(session_key="a key of one gateway") as gateway:
         endpoint = gateway.server._app.state.service.triton.endpoints[0]
-        tickets = Tickets(Settings(session_key=SecretStr("a key of one gateway")))
-        session = tickets.issue(Ticket("amira", "balanced", 16_000, '{"version": 1}'))
+        tokens = SessionTokens(Settings(session_key=SecretStr("a key of one gateway")))
+        session = tokens.issue(SessionToken("amira", "balanced", 16_000, '{"version": 1}'))
         for _ in range(5):
             resume = orjson.dumps({"type": "resume", "session": session}).decode()
             conversation = await converse(gateway.stream_url(), [resume, speech[:32_000].tobytes(), END], **V2)

@@ -1,0 +1,43 @@
+"""API keys and the origins of web pages."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+
+from gateway.config.settings import Settings
+from gateway.errors import ApiError, ErrorKind
+
+ANONYMOUS = -1
+"""The caller while the settings have no API keys."""
+
+
+def check_key(headers: Mapping[str, str], settings: Settings) -> int:
+    """Return the caller of a request by its API key.
+
+    Args:
+        headers: the request's, with case-insensitive names.
+        settings: the gateway's; without API keys in it every request is accepted.
+
+    Returns:
+        Index of the key among those of the settings, or ``ANONYMOUS``.
+
+    Raises:
+        ApiError: the key is missing or wrong.
+    """
+    if not settings.api_keys:
+        return ANONYMOUS
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    if not given:
+        raise ApiError(ErrorKind.INVALID_API_KEY, "an API key is needed: send Authorization: Bearer KEY or X-API-Key: KEY")
+    # Compare every key, each in constant time: the time taken reveals nothing.
+    matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in settings.api_keys]
+    if not any(matches):
+        raise ApiError(ErrorKind.INVALID_API_KEY, "the API key is not valid")
+    return matches.index(True)
+
+
+def origin_allowed(origin: str, settings: Settings) -> bool:
+    """Return whether web pages of this origin may connect."""
+    return "*" in settings.allowed_origins or origin in settings.allowed_origins

@@ -1,0 +1,153 @@
+"""Audio of a stream between its arrival and its decoding."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from gateway.audio.files import BYTES_A_SAMPLE
+from gateway.triton.endpoint import Samples
+
+ARRIVAL_SECS = 0.01
+"""Resolution of arrival times, in seconds: a note of each small piece would be larger than the piece."""
+
+
+@dataclass
+class BufferUsage:
+    """Use of all streams' buffers together.
+
+    Attributes:
+        capacity: samples that they can hold.
+        used: samples that they hold.
+    """
+
+    capacity: int
+    used: int = 0
+
+    def share(self) -> float:
+        """Return the part in use, 0 to 1."""
+        return self.used / self.capacity
+
+
+class Taken(NamedTuple):
+    """Audio out of the buffer.
+
+    Attributes:
+        samples: 16 kHz audio [n].
+        arrived: when the audio that completed the window arrived, or the last of it if the window is incomplete, on the clock.
+    """
+
+    samples: Samples
+    arrived: float
+
+
+class AudioBuffer:
+    """A bounded buffer with one writer and one reader.
+
+    Args:
+        capacity: samples that it holds at most.
+        usage: counts every sample that comes and goes.
+        clock: monotonic time in seconds.
+
+    Attributes:
+        closed: whether no more audio is taken.
+    """
+
+    def __init__(self, capacity: int, usage: BufferUsage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._capacity = capacity
+        self._soon_full = (capacity + 1) // 2  # enough, however large the window is: the writer must not run into the end
+        self._usage = usage
+        self._clock = clock
+        self._audio = bytearray()  # of 16-bit samples: small pieces as arrays of their own would be mostly overhead
+        # Each event is cleared only by its one waiter, just before the waiter looks: nothing after the look is missed.
+        self._filled = asyncio.Event()
+        self._wanted = 0  # samples for which the reader waits
+        self._emptied = asyncio.Event()
+        self._overflows = False  # audio waits for room
+        self._taken = 0  # samples since the start
+        self._arrivals: deque[tuple[int, float]] = deque()  # (first sample, when audio from there on arrived)
+        self.closed = False
+
+    def __len__(self) -> int:
+        """Number of samples in the buffer."""
+        return len(self._audio) // BYTES_A_SAMPLE
+
+    async def put(self, samples: Samples) -> None:
+        """Append contiguous audio [n]; wait for room while there is none. After ``close`` the audio is dropped."""
+        arrived = self._clock()
+        if len(samples) <= self._capacity - len(self):
+            self._append(samples, arrived)
+            return
+        for start in range(0, len(samples), self._capacity):
+            piece = samples[start : start + self._capacity]
+            while len(piece) > self._capacity - len(self):
+                self._emptied.clear()
+                self._overflows = True
+                self._filled.set()
+                await self._emptied.wait()
+            self._append(piece, arrived)
+
+    def _append(self, samples: Samples, arrived: float) -> None:
+        if self.closed:
+            return
+        if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
+            self._arrivals.append((self._taken + len(self), arrived))
+        self._audio.extend(samples.data)
+        self._usage.used += len(samples)
+        if len(self) >= self._wanted:
+            self._filled.set()
+
+    def close(self) -> None:
+        """Take no more audio."""
+        self.closed = True
+        self._filled.set()
+
+    def clear(self) -> None:
+        """Drop the audio, and take no more."""
+        self._usage.used -= len(self)
+        self._audio.clear()
+        self._emptied.set()
+        self.close()
+
+    async def gather(self, enough: int, timeout_secs: float) -> None:
+        """Wait until there are ``enough`` samples, or no more can come or fit in, or the time is over."""
+        self._wanted = enough = min(enough, self._soon_full)
+        self._filled.clear()
+        if self._has(enough):
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_secs
+        timer = loop.call_at(deadline, self._filled.set)
+        try:
+            while not self._has(enough) and loop.time() < deadline:
+                await self._filled.wait()
+                self._filled.clear()
+        finally:
+            timer.cancel()
+
+    def take(self, most: int, window: int) -> Taken:
+        """Take audio from the front.
+
+        Args:
+            most: samples to take at most.
+            window: samples that complete a window.
+        """
+        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._soon_full):
+            self._arrivals.popleft()
+        arrived = self._arrivals[0][1] if self._arrivals else self._clock()
+        samples = np.frombuffer(self._audio[: most * BYTES_A_SAMPLE], "<i2")
+        del self._audio[: most * BYTES_A_SAMPLE]
+        self._taken += len(samples)
+        self._usage.used -= len(samples)
+        self._overflows = False
+        self._emptied.set()
+        return Taken(samples, arrived)
+
+    def _has(self, enough: int) -> bool:
+        return len(self) >= enough or self._overflows or self.closed

@@ -1,0 +1,89 @@
+"""Events of a live session.
+
+Transcripts are those of the whole stream. A consumer that wants the current segment takes what follows ``settled``; one that
+wants text that never changes takes the first ``stable_chars``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.errors import ApiError
+from gateway.transcript.transcript import Counts
+from gateway.transcript.words import Word
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The transcript at some moment.
+
+    Attributes:
+        text: of the whole stream; after a resumption, of what follows the token.
+        tokens: ids in the model's vocabulary, those of ``text``.
+        words: of the current segment; in ``Final``, of all of ``text``. Times are seconds since the start of the stream.
+        confidence: mean probability of the tokens, 0 to 1; None where there are none.
+        stable_chars: number of leading characters of ``text`` that can no longer change.
+        samples: audio decoded for good, in samples since the start of the stream.
+        settled: how much of the transcript is of earlier segments.
+    """
+
+    text: str
+    tokens: Sequence[int]
+    words: Sequence[Word]
+    confidence: float | None
+    stable_chars: int
+    samples: int
+    settled: Counts
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The text changed."""
+
+    transcript: Snapshot
+
+
+@dataclass(frozen=True)
+class SegmentFinal:
+    """The current segment ended; its text, tokens and words can no longer change.
+
+    Attributes:
+        transcript: with the segment, which ``settled`` excludes.
+        changed: whether the text is another than in the event before.
+    """
+
+    transcript: Snapshot
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Final:
+    """The stream ended; the last event."""
+
+    transcript: Snapshot
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """A resumable stream can continue from here on another connection.
+
+    Attributes:
+        token: text of the session token.
+        samples: position from which audio is still needed, in samples since the start of the stream.
+        settled: length of the transcript that the resumed stream does not repeat, since the start of the stream.
+    """
+
+    token: str
+    samples: int
+    settled: Counts
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The session failed; the last event."""
+
+    error: ApiError
+
+
+Event = Partial | SegmentFinal | Final | Acknowledged | Failed

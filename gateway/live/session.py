@@ -1,0 +1,378 @@
+"""A live session: audio in, events out.
+
+Audio goes into a bounded buffer. The pump, one task per session, takes it as soon as it completes a window, sends it to Triton,
+one request at a time, and publishes the transcript. Every ending goes through the pump, whose last request ends the sequence at
+Triton: nothing stays in the decoder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import TracebackType
+from typing import NamedTuple
+
+import structlog
+from prometheus_client import Histogram
+
+from gateway import metrics, tracing
+from gateway.audio.files import BYTES_A_SAMPLE, RATE
+from gateway.config.settings import Settings
+from gateway.errors import ApiError, ErrorKind
+from gateway.limits.priority import Priority
+from gateway.live.buffer import AudioBuffer, BufferUsage
+from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
+from gateway.live.pace import Pace, Plan, plan
+from gateway.live.resume import SessionToken, SessionTokens
+from gateway.transcript.transcript import Answer, Counts, Transcript
+from gateway.transcript.words import Word
+from gateway.triton.endpoint import Recogniser, Samples
+from gateway.triton.pool import Utterance
+
+HEARTBEAT_SHARE = 0.5
+"""Share of Triton's idle limit after which a silent stream's sequence is sent an empty request."""
+
+log = structlog.get_logger()
+
+
+class State(Enum):
+    """Life of a session, in this order."""
+
+    CONNECTING = "nothing was taken yet; the session may be resumed"
+    OPEN = "audio is taken"
+    ENDING = "no more audio is taken; what was taken is decoded"
+    ENDED = "no more events are published"
+
+
+class Ending(Enum):
+    """Why no more audio is taken."""
+
+    CLIENT = "the client has sent all of it"
+    DRAIN = "the server shuts down"
+    ABANDONED = "nobody waits for the transcript any more"
+    FAILED = "the session failed"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all sessions of a gateway share.
+
+    Attributes:
+        running: sessions that hold something: a sequence at Triton, audio, a task.
+    """
+
+    settings: Settings
+    priority: Priority
+    tokens: SessionTokens
+    usage: BufferUsage
+    running: set[Session] = field(default_factory=set)
+
+
+class _Published(NamedTuple):
+    """An event, and the latency to observe when the consumer has it: since a time on the clock."""
+
+    event: Event
+    latency: Histogram | None = None
+    since: float = 0.0
+
+
+class Session:
+    """One live stream: a context manager, and an iterator of events.
+
+    Whatever ends the stream, leaving the context waits until the decoder's state is freed. One task appends, and one iterates.
+    An event is delivered when the next one is asked for; until then no more audio is decoded.
+
+    Args:
+        shared: what all sessions share.
+        model: public name of the model.
+        recogniser: what serves it.
+        utterance: the stream at Triton.
+        spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
+        resumable: whether to issue session tokens.
+        clock: monotonic time in seconds.
+
+    Attributes:
+        state: where in its life the session is.
+        ending: why no more audio is taken; None while it is.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        model: str,
+        recogniser: Recogniser,
+        utterance: Utterance,
+        spend: Callable[[float], None],
+        *,
+        resumable: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state = State.CONNECTING
+        self.ending: Ending | None = None
+        self._model = model
+        self._recogniser = recogniser
+        self._utterance = utterance
+        self._spend = spend
+        self._resumable = resumable
+        self._clock = clock
+        self._running = shared.running
+        self._tokens = shared.tokens
+        self._priority = shared.priority
+        self._max_audio_secs = shared.settings.max_stream_audio_secs
+        self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_A_SAMPLE, shared.usage, clock)
+        self._pace = Pace(clock=clock)
+        self._transcript = Transcript()
+        self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=secrets.token_hex(8))
+        self._received = 0  # samples on this connection
+        self._sent = 0  # samples since the start of the stream
+        self._ended_at: float | None = None  # by the client
+        self._opened = asyncio.Event()
+        self._waits_in_line = False
+        self._events: deque[_Published] = deque()
+        self._delivering: _Published | None = None
+        self._published = asyncio.Event()
+        self._delivered = asyncio.Event()
+        self._delivered.set()
+        self._pump: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Session:  # noqa: PYI034 (Self comes with Python 3.11)
+        """Start."""
+        self._member = self._priority.join()
+        self._running.add(self)
+        self._pump = asyncio.create_task(self._run(), name="live session")
+        self._pump.add_done_callback(lambda _: self._running.discard(self))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abandon the stream unless it has ended, and wait until the decoder's state is freed."""
+        self.abandon()
+        await self.wait_freed()
+
+    async def wait_freed(self) -> None:
+        """Wait until the stream has ended and the decoder's state is freed, which happens even if this wait is cancelled."""
+        if self._pump:
+            await asyncio.wait({self._pump})
+
+    @property
+    def received_secs(self) -> float:
+        """Audio received since the start of the stream, including earlier connections, in seconds."""
+        return (self._resumed.samples + self._received) / RATE
+
+    def resume(self, token: str) -> None:
+        """Continue the stream of a session token.
+
+        Raises:
+            RuntimeError: the session is not resumable, or no longer CONNECTING.
+            ApiError: the token can't be used here; the session stays as it was.
+        """
+        if not self._resumable or self.state is not State.CONNECTING:
+            raise RuntimeError(
+                f"a session can be resumed only if it is resumable and CONNECTING; this one is {self.state.name}"
+            )
+        self._resumed, age_secs = self._tokens.redeem(token, self._model)
+        self._acknowledged = self._resumed
+        # The client sends the context once more, and what was spoken since the token was issued.
+        again_secs = self._recogniser.windows[self._resumed.latency].left / RATE if self._resumed.state else 0.0
+        self._pace = Pace(again_secs + age_secs, self._clock)
+        self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
+        self._transcript = Transcript(continues=self._resumed.chars > 0)
+        self._sent = self._resumed.samples
+
+    async def append(self, samples: Samples) -> None:
+        """Take audio; wait while the buffer has no room.
+
+        The session fails if the audio exceeds the caller's quota or the maximum length. After an ending audio is dropped.
+
+        Args:
+            samples: contiguous 16 kHz mono audio [n].
+        """
+        if self.ending:
+            return
+        try:
+            self._spend(len(samples) / RATE)
+            self._received += len(samples)
+            if self.received_secs > self._max_audio_secs:
+                limit = self._max_audio_secs
+                raise ApiError(ErrorKind.AUDIO_TOO_LONG, f"the stream is longer than {limit:g} s; open another")
+        except ApiError as error:
+            self._fail(error)
+            return
+        if self.state is State.CONNECTING:
+            self._enter(State.OPEN)
+        await self._buffer.put(samples)
+
+    def end(self) -> None:
+        """Take no more audio, because the client has sent all of it; the final follows."""
+        if not self.ending:
+            self._ended_at = self._clock()
+            self._stop(Ending.CLIENT)
+
+    def drain(self) -> None:
+        """Take no more audio, because the server shuts down.
+
+        The final follows, but not if the session is resumable: its client continues on another gateway.
+        """
+        if self.state is not State.ENDED:
+            self._stop(Ending.DRAIN)
+
+    def abandon(self) -> None:
+        """Drop everything, because nobody waits for the transcript; no more events follow."""
+        if self.state is not State.ENDED:
+            self._drop(Ending.ABANDONED)
+
+    def __aiter__(self) -> Session:
+        """Iterate over the events."""
+        return self
+
+    async def __anext__(self) -> Event:
+        """Return the next event."""
+        if self._delivering and self._delivering.latency:
+            self._delivering.latency.labels(self._model).observe(self._clock() - self._delivering.since)
+        self._delivering = None
+        while not self._events:
+            self._delivered.set()
+            if self.state is State.ENDED:
+                raise StopAsyncIteration
+            self._published.clear()
+            await self._published.wait()
+        self._delivering = self._events.popleft()
+        return self._delivering.event
+
+    async def _run(self) -> None:
+        """Decode until the stream has ended, and free what it holds."""
+        try:
+            await self._decode_all()
+        except ApiError as error:
+            self._fail(error)
+        except Exception as error:
+            log.error("stream failed", exc_info=error)
+            self._fail(ApiError(ErrorKind.INTERNAL, "internal error"))
+        finally:
+            self._end_events()
+            self._buffer.clear()
+            self._priority.leave(self._member)
+            await self._utterance.abandon()
+
+    async def _decode_all(self) -> None:
+        await self._opened.wait()
+        heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
+        last = False
+        while not last:
+            await self._delivered.wait()
+            windows = self._utterance.windows
+            due = windows.due(self._sent) - self._sent
+            await self._buffer.gather(due, heartbeat_secs)
+            if self.state is State.ENDED or (self.ending is Ending.DRAIN and self._resumable):
+                return
+            planned = plan(len(self._buffer), due, windows.chunk, self._pace.spare_secs, crowded=self._priority.crowded)
+            samples, arrived = self._buffer.take(planned.samples, due)
+            last = self.ending is not None and not len(self._buffer)
+            answer = await self._decode(samples, planned, end=last)
+            self._publish(answer, arrived, last=last)
+
+    async def _decode(self, samples: Samples, planned: Plan, *, end: bool) -> Answer:
+        """Send a request to Triton when it is its turn."""
+        self._pace.spend(planned)
+        self._waits_in_line = True  # nothing of the request is at Triton
+        try:
+            async with self._priority.turn(self._member, planned.ahead_secs):
+                self._waits_in_line = False
+                answer = await self._utterance.send(samples, end=end)
+        finally:
+            self._waits_in_line = False
+        self._sent += len(samples)
+        metrics.AUDIO_SECONDS.labels("stream", self._model).inc(len(samples) / RATE)
+        return answer
+
+    def _publish(self, answer: Answer, arrived: float, *, last: bool) -> None:
+        """Publish what an answer changes."""
+        if self.state is State.ENDED:
+            return
+        lag_secs = max(0.0, self.received_secs - answer.samples / RATE)
+        in_real_time = not self._member.ahead  # a stream that is sent faster than it was spoken lags by itself
+        if in_real_time:
+            metrics.STREAM_LAG.labels(self._model).observe(lag_secs)
+        settled = self._transcript.settled
+        changed = self._transcript.update(answer)
+        latency = None
+        if last:
+            tracing.event("final", lag_secs=lag_secs)
+            if self._ended_at is not None:
+                latency, arrived = metrics.FINAL_LATENCY, self._ended_at
+            self._put(Final(self._snapshot(answer, settled, self._transcript.words)), latency, arrived)
+            self._end_events()
+            return
+        if changed:
+            tracing.event("partial", lag_secs=lag_secs)
+            latency = metrics.PARTIAL_LATENCY if in_real_time else None
+        # All words each time would make the traffic of a stream grow with the square of its length.
+        if answer.segment_final:
+            self._put(SegmentFinal(self._snapshot(answer, settled, answer.words), changed), latency, arrived)
+        elif changed:
+            self._put(Partial(self._snapshot(answer, settled, answer.words)), latency, arrived)
+        if self._resumable:
+            self._acknowledge()
+
+    def _snapshot(self, answer: Answer, settled: Counts, words: Sequence[Word]) -> Snapshot:
+        transcript = self._transcript
+        return Snapshot(
+            transcript.text,
+            tuple(transcript.tokens),
+            words,
+            transcript.confidence,
+            transcript.stable_chars,
+            answer.samples,
+            settled,
+        )
+
+    def _acknowledge(self) -> None:
+        """Publish from where the stream can be resumed, if that has changed."""
+        state, samples = self._utterance.restart
+        settled = self._resumed.settled.plus(self._transcript.settled)
+        token = replace(self._resumed, samples=samples, state=state, **settled._asdict())
+        if token != self._acknowledged:
+            self._acknowledged = token
+            self._put(Acknowledged(self._tokens.issue(token), samples, settled))
+
+    def _put(self, event: Event, latency: Histogram | None = None, since: float = 0.0) -> None:
+        self._events.append(_Published(event, latency, since))
+        self._delivered.clear()
+        self._published.set()
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._opened.set()
+
+    def _stop(self, ending: Ending) -> None:
+        self.ending = ending
+        self._enter(State.ENDING)
+        self._buffer.close()
+
+    def _fail(self, error: ApiError) -> None:
+        if self.state is not State.ENDED:
+            self._events.clear()
+            self._put(Failed(error))
+            self._drop(Ending.FAILED)
+
+    def _drop(self, ending: Ending) -> None:
+        """Decode nothing more."""
+        self.ending = ending
+        if ending is Ending.ABANDONED:
+            self._events.clear()
+        self._end_events()
+        self._buffer.clear()
+        self._utterance.give_up()
+        if self._waits_in_line and self._pump:
+            self._pump.cancel()
+
+    def _end_events(self) -> None:
+        self._enter(State.ENDED)
+        self._published.set()
+        self._delivered.set()

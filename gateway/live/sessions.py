@@ -1,0 +1,90 @@
+"""All live sessions of a gateway: admission, opening, drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from gateway import metrics
+from gateway.audio.files import BYTES_A_SAMPLE
+from gateway.config.settings import Settings
+from gateway.limits.places import Places
+from gateway.limits.priority import Priority
+from gateway.limits.quotas import Quotas
+from gateway.live.buffer import BufferUsage
+from gateway.live.resume import SessionTokens
+from gateway.live.session import Session, Shared
+from gateway.triton.pool import Triton
+
+
+class Sessions:
+    """The engine of live streams.
+
+    Args:
+        settings: the gateway's.
+        triton: what decodes.
+        places: the gateway's.
+        quotas: of its callers.
+        options: of the decoder, for every stream.
+    """
+
+    def __init__(
+        self, settings: Settings, triton: Triton, places: Places, quotas: Quotas, options: Mapping[str, str | int]
+    ) -> None:
+        self._settings = settings
+        self._options = options
+        self._triton = triton
+        self._places = places
+        self._quotas = quotas
+        usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity // BYTES_A_SAMPLE)
+        self._shared = Shared(settings, Priority(), SessionTokens(settings), usage)
+        metrics.BUFFER_USAGE.set_function(usage.share)
+
+    @contextmanager
+    def admit(self, caller: int) -> Iterator[None]:
+        """Hold a place for one stream of a caller at a time.
+
+        Raises:
+            ApiError: the caller or the gateway has none left, or the gateway drains.
+        """
+        with self._quotas.stream(caller), self._places.stream():
+            yield
+
+    def open(
+        self,
+        model: str,
+        caller: int,
+        *,
+        resumable: bool = False,
+        options: Mapping[str, str | int] | None = None,
+    ) -> Session:
+        """Return a new session; entering it as a context starts it.
+
+        Args:
+            model: public name of the model, one of the settings'.
+            caller: who is charged for the audio.
+            resumable: whether the client can resume the stream by session tokens.
+            options: of the decoder, which override those of every stream; ``latency`` names the windows.
+
+        Raises:
+            ApiError: no Triton can serve the model now.
+        """
+        recogniser = self._triton.recogniser(self._settings.models[model])
+        utterance = self._triton.stream(recogniser, {**self._options, **(options or {})})
+        spend = partial(self._quotas.spend, caller)
+        return Session(self._shared, model, recogniser, utterance, spend, resumable=resumable)
+
+    def drain(self) -> None:
+        """End every session, because the server shuts down."""
+        for session in list(self._shared.running):
+            session.drain()
+
+    async def close(self, timeout_secs: float) -> None:
+        """Abandon every session that is left, and wait until the decoder's states are freed, or until the timeout."""
+        left = list(self._shared.running)
+        for session in left:
+            session.abandon()
+        if left:
+            await asyncio.wait([asyncio.ensure_future(session.wait_freed()) for session in left], timeout=timeout_secs)
