@@ -212,8 +212,6 @@ class Connection:
                 raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives")
             if flooding_secs >= limit:
                 rule = f"more than {SMALL_FRAMES_PER_SEC} frames per second below {SMALL_BYTES} bytes came for {limit:g} s"
-                    f"more than {SMALL_FRAMES_PER_SEC} frames per second of less than {SMALL_BYTES} bytes came for {limit:g} s"
-                )
                 raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"{rule}; send larger ones")
             await asyncio.sleep(limit - max(idle_secs, flooding_secs))
 
