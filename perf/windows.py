@@ -45,7 +45,8 @@ from batching import Decoder, Encoded, Encoder, recognise
 from greedy import Transducer
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
-from words import join, read_vocabulary
+from vocabulary import continuations, read_vocabulary
+from words import text_of, words_of
 
 SESSIONS = 2
 """Encoder sessions of one thread each, as ``instance_group`` of the encoder has them."""
@@ -121,7 +122,7 @@ async def transcribe(
 ) -> list[str]:
     """Normalised texts of recordings as streams in windows of a geometry."""
     pieces = read_vocabulary(MODEL_REPOSITORY / "vocab.txt")
-    p = replace(p, geometries={p.options.latency: geometry})
+    p = replace(p, geometries={p.options.latency: geometry}, continuations=continuations(pieces[: p.blank]))
     encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
     decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
 
@@ -130,7 +131,9 @@ async def transcribe(
         stream.push(recording.samples)
         answer = await recognise(stream, encoder, decoder, end=True)
         done()
-        return normalise(join([pieces[token.id] for token in answer.tokens], leading_space=False))
+        starts, ends = zip(*answer.spans, strict=True) if answer.spans else ((), ())
+        words = words_of([pieces[token.id] for token in answer.tokens], starts, ends, [1.0] * len(starts))
+        return normalise(text_of(words, segment=0))
 
     return list(await asyncio.gather(*map(one, recordings)))
 

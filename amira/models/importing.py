@@ -39,6 +39,9 @@ LARGE_ENCODER_BYTES = 200_000_000
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
 """A GPU should compute many windows, or the frames of a whole chunk, in not much more time than one; none has measured it."""
 
+VOCABULARY = "vocab.txt"
+"""Name of the vocabulary's file in the directory of each model that reads it."""
+
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
   import nemo.collections.asr as nemo_asr; m = nemo_asr.models.ASRModel.restore_from({path!r}); m.export("model.onnx")
@@ -192,12 +195,14 @@ class _Writer:
                     name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
                     for name, secs in LATENCY_WINDOW_SECS.items()
                 },
+                "vocabulary": VOCABULARY,
                 **(GPU_PARAMETERS if gpu else {}),
             }
             # An imported model has one encoder.
             self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="exclusive_encoder_model")
-            self._write_python_model("detokenizer", "detokenizer", {"vocabulary": "vocab.txt"})
-            shutil.copyfile(transducer.vocabulary, self._directory("detokenizer") / "vocab.txt")
+            self._write_python_model("detokenizer", "detokenizer", {"vocabulary": VOCABULARY})
+            for part in ("decoder", "detokenizer"):  # Triton copies only a model's own directory from a bucket
+                shutil.copyfile(transducer.vocabulary, self._directory(part) / VOCABULARY)
             self._write_ensemble()
         except BaseException:
             for directory in self.directories:

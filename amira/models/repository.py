@@ -129,7 +129,8 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
     decoder = _only(
         path, "sequence_batching, as the decoder has", [s for s in steps if configs[s].HasField("sequence_batching")]
     )
-    detokenizer = _only(path, "a vocabulary", [s for s in steps if "vocabulary" in configs[s].parameters])
+    others = [step for step in steps if step != decoder]
+    detokenizer = _only(path, "a vocabulary", [s for s in others if "vocabulary" in configs[s].parameters])
     parameters = {key: value.string_value for key, value in configs[decoder].parameters.items()}
     decoder_path = repository / decoder / "config.pbtxt"
     for role in ROLES:
@@ -149,6 +150,7 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
             )
         Transducer.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
     _check_parameters(decoder_path, parameters, transducer)
+    _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
     return Recogniser(name, decoder, parameters, preprocessor.path, encoder.path)
 
 
@@ -173,6 +175,14 @@ def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
         path = repository / config.name / "config.pbtxt"
         raise ModelError(f"{path}: input {', '.join(sorted(missing))} is missing; {graph.path} has it")
     return graph
+
+
+def _check_same(decoders: Path, vocabulary: Path) -> None:
+    """Raise ModelError unless the decoder and the detokenizer read the same vocabulary."""
+    if not decoders.is_file():
+        raise ModelError(f"{decoders.resolve()} is missing; the decoder's parameter vocabulary names it")
+    if decoders.read_bytes() != vocabulary.read_bytes():
+        raise ModelError(f"{decoders.resolve()} differs from {vocabulary.resolve()}; decoder and detokenizer need the same one")
 
 
 def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Transducer) -> None:

@@ -126,6 +126,50 @@ async def test_one_request_equals_many(ensemble: Ensemble, recordings: Recording
         assert answer["LENGTHS"].tolist() == at_once["LENGTHS"].tolist()
 
 
+WORD_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"max_total_tokens": 5, "endpoint_silence_ms": 0},
+    {"max_total_tokens": 1, "latency": "low"},
+    {"max_total_tokens": 12, "endpoint_silence_ms": 200, "latency": "throughput"},
+    {"context": "whole"},
+]
+
+
+@pytest.mark.parametrize("options", WORD_OPTIONS)
+async def test_words_are_those_of_the_text_in_order_and_within_the_audio(
+    ensemble: Ensemble, recordings: Recordings, options: dict[str, Any]
+) -> None:
+    """Of streams whose segments end in the middle of speech, and whose last word is cut off by the end of the audio."""
+    samples = np.concatenate(list(recordings.values()))
+    lengths = (len(samples), 4 * 16000 + 5, 9 * 16000 + 700, 21 * 16000 + 1000)
+    for audio in (samples[:length] for length in lengths):
+        sequence, words, segments = next(SEQUENCE_IDS), list[dict[str, Any]](), list[dict[str, Any]]()
+        pieces = np.array_split(audio, 1 + len(audio) // 12000)
+        for i, piece in enumerate(pieces):
+            flags = {"start": i == 0, "end": i == len(pieces) - 1}
+            answer = await ensemble(sequence, piece, **flags, **(options if i == 0 else {}))
+            said = [*words, *answer["WORDS"]]
+            assert answer["TEXT"].strip() == " ".join(word["word"] for word in answer["WORDS"])
+            assert answer["TEXT"].startswith(" ") == (bool(answer["WORDS"]) and answer["SEGMENT"][0, 0] > 0)
+            assert all(word["start"] < word["end"] for word in said)
+            assert all(word["end"] <= following["start"] for word, following in itertools.pairwise(said))
+            assert not said or said[-1]["end"] <= len(audio) / 16000
+            if answer["SEGMENT"][0, 1]:
+                words = said
+                segments.append(answer)
+        assert words
+        assert_no_word_is_split(segments)
+
+
+def assert_no_word_is_split(segments: list[dict[str, Any]]) -> None:
+    """No segment begins with a piece that continues the word before, unless a pause came between."""
+    pieces = (MODEL_REPOSITORY / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    spoken = [answer for answer in segments if answer["WORDS"]]
+    for before, answer in itertools.pairwise(spoken):
+        pause = answer["WORDS"][0]["start"] - before["WORDS"][-1]["end"]
+        assert pieces[answer["TOKENS"][0, 0]].startswith("▁") or pause >= 0.5, answer["TEXT"]
+
+
 async def test_streams_in_one_batch_keep_their_own_options(ensemble: Ensemble, recordings: Recordings) -> None:
     samples = recordings["jfk"]
     options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 3
@@ -159,8 +203,9 @@ async def test_bad_options_are_named_and_disturb_nobody(
 
 
 async def test_a_recording_that_is_too_long_for_one_window(ensemble: Ensemble) -> None:
-    with pytest.raises(InferenceServerException, match=r"at most 60 s of audio; this has 61\.00 s"):
+    with pytest.raises(InferenceServerException, match=r"at most 60 s of audio; this has 61\.00 s; cut it") as raised:
         await ensemble.whole(np.zeros(61 * 16000, np.int16), context="whole")
+    assert raised.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 async def test_a_window_that_memory_does_not_allow_is_refused_at_load(tmp_path: Path) -> None:

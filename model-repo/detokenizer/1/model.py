@@ -1,4 +1,4 @@
-"""Tokens to text inside Triton."""
+"""Tokens to text and words inside Triton."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from stall_guard import StallGuard
-from words import group, join, read_vocabulary
+from vocabulary import read_vocabulary
+from words import text_of, words_of
 
 
 class TritonPythonModel:
-    """The model ``detokenizer``."""
+    """The model ``detokenizer``; keeps no state between requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the vocabulary.
 
         Raises:
-            pb_utils.TritonModelException: it is missing or malformed.
+            pb_utils.TritonModelException: the vocabulary is missing or malformed.
         """
         self._name = args["model_name"]
         parameters = json.loads(args["model_config"])["parameters"]
@@ -45,23 +46,16 @@ class TritonPythonModel:
             message = f"{self._name}: TOKENS has {tokens.max()}, but the vocabulary ends at {len(self._vocabulary) - 1}"
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
         pieces = [self._vocabulary[token] for token in tokens]
-        text = join(pieces, leading_space=segment[0] > 0)
-        stable_text = join(pieces[: stable[0]], leading_space=segment[0] > 0)
-        words = group(pieces, times[0::2].tolist(), times[1::2].tolist(), probabilities.tolist())
-        listed = [
-            {
-                "word": word.word,
-                "start": round(word.start, 3),
-                "end": round(word.end, 3),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in words
-        ]
+        columns = pieces, times[0::2].tolist(), times[1::2].tolist(), probabilities.tolist()
+        index, final = segment.tolist()
+        words = words_of(*columns, final=bool(final))
+        stable_words = words_of(*(column[: stable[0]] for column in columns), final=bool(final))
+        listed = [{**word._asdict(), "confidence": round(word.confidence, 4)} for word in words]
         return pb_utils.InferenceResponse(
             [
-                _string("TEXT", text),
+                _string("TEXT", text_of(words, index)),
                 _string("WORDS", json.dumps(listed, ensure_ascii=False)),
-                pb_utils.Tensor("STABLE_CHARS", np.array([[len(stable_text)]], np.int32)),
+                pb_utils.Tensor("STABLE_CHARS", np.array([[len(text_of(stable_words, index))]], np.int32)),
             ]
         )
 

@@ -15,7 +15,8 @@ import ctypes
 import json
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from network import TRACE, Network, own
 from parameters import SAMPLE_RATE, ParameterError, Parameters
 from stall_guard import StallGuard
 from stream import Answer, Samples, Stream
+from vocabulary import continuations, read_vocabulary
 
 REPORT_SECS = 0.5
 """So often the metrics are brought up to date."""
@@ -102,10 +104,7 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
-        try:
-            self._parameters = parameters = Parameters.from_config(config)
-        except ParameterError as error:
-            raise pb_utils.TritonModelException(f"{args['model_name']}: config.pbtxt: {error}") from error
+        self._parameters = parameters = _read_parameters(config, Path(args["model_repository"]))
         self._idle_secs = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])
         network = Network(parameters, self._metrics)
@@ -210,8 +209,7 @@ class TritonPythonModel:
 
     def _response(self, answer: Answer, state: str) -> Any:
         seconds_a_frame = self._parameters.frame_samples / SAMPLE_RATE
-        spans = [(token.frame, token.frame + token.frames) for token in answer.tokens]
-        times = np.array(spans, np.float32).reshape(-1, 2) * np.float32(seconds_a_frame)
+        times = np.array(answer.spans, np.float64).reshape(-1, 2) * seconds_a_frame
         probabilities = np.array([token.probability for token in answer.tokens], np.float32)
         tensors = {
             "TOKENS": np.array([token.id for token in answer.tokens], np.int32),
@@ -245,6 +243,23 @@ class TritonPythonModel:
 
     def _report_now(self) -> None:
         self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.backlog)
+
+
+def _read_parameters(config: dict[str, Any], directory: Path) -> Parameters:
+    """Read the parameters and, from the model's directory, the vocabulary that they name.
+
+    Raises:
+        pb_utils.TritonModelException: a parameter is missing or not allowed, or the vocabulary is missing or malformed.
+    """
+    name = config["name"]
+    try:
+        parameters = Parameters.from_config(config)
+        pieces = read_vocabulary((directory / parameters.vocabulary).resolve())
+    except ParameterError as error:
+        raise pb_utils.TritonModelException(f"{name}: config.pbtxt: {error}") from error
+    except (OSError, ValueError) as error:
+        raise pb_utils.TritonModelException(f"{name}: vocabulary: {error}") from error
+    return replace(parameters, continuations=continuations(pieces[: parameters.blank]))
 
 
 async def _trim() -> None:

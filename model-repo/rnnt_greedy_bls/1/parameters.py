@@ -173,6 +173,8 @@ class Parameters:
         max_segment_secs: a segment is closed at the end of the window that reaches this length.
         max_whole_secs: longest recording with ``context=whole``.
         memory: what a window takes.
+        vocabulary: path of the vocabulary, from the decoder's directory.
+        continuations: ids of the tokens that continue a word, by the vocabulary. A segment does not end before one of them.
         options: defaults of the per-stream options.
     """
 
@@ -194,7 +196,9 @@ class Parameters:
     max_segment_secs: float
     max_whole_secs: float
     memory: WindowMemory
+    vocabulary: str
     options: Options
+    continuations: frozenset[int] = frozenset()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Parameters:
@@ -224,6 +228,7 @@ class Parameters:
             max_segment_secs=given.number("max_segment_secs", 1.0, 3600.0, 20.0),
             max_whole_secs=given.number("max_whole_secs", 1.0, 3600.0),
             memory=given.memory(),
+            vocabulary=given.text("vocabulary"),
             options=Options(
                 max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),

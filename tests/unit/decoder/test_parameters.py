@@ -26,6 +26,7 @@ REQUIRED = {
     "chunk_frames": "10",
     "right_frames": "5",
     "max_whole_secs": "45.0",
+    "vocabulary": "../vocab.txt",
 }
 GROWTH = {"window_bytes_per_sec": "1000000", "window_bytes_per_sec_squared": "300000"}
 UNBOUNDED = dict.fromkeys(GROWTH, "0")

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import batching
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
-from parameters import LATENCIES, Geometry, Options, Parameters, WindowMemory
-from stream import Answer, Samples, Stream, Window
+from parameters import LATENCIES, Geometry, Options, ParameterError, Parameters, WindowMemory
+from stream import MAX_WORD_TOKENS, Answer, Samples, Stream, Window, token_spans
 from tests.support.transducers import (
     DIMENSION,
     HIDDEN,
@@ -60,6 +60,7 @@ def parameters(**changes: Any) -> Parameters:
         "max_segment_secs": 3600.0,
         "max_whole_secs": 60.0,
         "memory": WindowMemory(0, 0),
+        "vocabulary": "",
         "options": NEVER_CLOSES,
     }
     return Parameters(**{**defaults, **changes})
@@ -84,6 +85,14 @@ configs = st.builds(
     latencies,
     st.integers(1, 8),
 )
+
+
+spelling_configs = st.builds(
+    lambda config, continuations: replace(config, continuations=continuations),
+    configs,
+    st.sampled_from([frozenset[int](), frozenset({0, 2, 3}), frozenset(range(VOCABULARY))]),
+)
+"""Configurations in which no token, some tokens or every token continues a word."""
 
 
 closing_options = st.builds(
@@ -272,7 +281,7 @@ def test_a_partial_is_what_the_audio_of_its_windows_gives(
 
 @few_examples
 @example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
-@given(seeds, lengths, configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_the_final_tokens_do_not_depend_on_the_cuts(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject | None
 ) -> None:
@@ -286,7 +295,7 @@ def test_the_final_tokens_do_not_depend_on_the_cuts(
 
 
 @few_examples
-@given(seeds, lengths, configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_a_segments_end_loses_and_repeats_nothing(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
@@ -298,7 +307,7 @@ def test_a_segments_end_loses_and_repeats_nothing(
 
 
 @few_examples
-@given(seeds, lengths, configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_stable_tokens_stay_and_finals_are_stable(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
@@ -353,6 +362,81 @@ def test_a_segment_ends_by_silence_or_length_and_the_next_begins_afresh(
 
 
 @few_examples
+@given(seeds, lengths, spelling_configs, st.integers(1, 4), kinds)
+def test_a_full_segment_ends_between_words(
+    seed: int, length: int, config: Parameters, max_total_tokens: int, durations: tuple[int, ...]
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    options = replace(config.options, max_symbols_per_step=4, max_total_tokens=max_total_tokens)
+    config = replace(config, max_segment_secs=seconds(20))
+    finals = [answer for answer in recognise(network, config, in_chunks(samples, config, options), options) if answer.final]
+    for answer, following in pairwise(finals):
+        if following.tokens and following.tokens[0].id in config.continuations:
+            assert len(answer.tokens) >= max_total_tokens + MAX_WORD_TOKENS
+
+
+def decode_words(pieces: Sequence[tuple[int, int]], **changes: Any) -> list[list[int]]:
+    """Tokens of each segment of a stream in which these tokens are emitted on these frames; odd ones continue a word."""
+    config = parameters(continuations=frozenset({1, 3}), **{"frame_samples": 1600, "max_segment_secs": 2.0, **changes})
+    stream = Stream(config, replace(NEVER_CLOSES, max_total_tokens=1000))
+    segments: list[list[int]] = []
+    for frame in range(80):
+        stream.push(np.zeros(1600, np.int16))
+        left, frames = [token for token, at in pieces if at == frame], np.zeros((DIMENSION, 1), np.float32)
+        while frames.shape[1]:
+            row = stream.row(frames)
+            row.tokens += [Token(token, 0, 1, 0.5) for token in left[: row.max_tokens]]
+            del left[: row.max_tokens]
+            row.position = 0 if left else 1
+            frames = stream.commit(row)
+        if (answer := stream.answer(end=False)).final:
+            segments.append([token.id for token in answer.tokens])
+    return [*segments, [token.id for token in stream.answer(end=True).tokens]]
+
+
+def test_a_long_segment_ends_before_the_next_word() -> None:
+    """Frames of 0.1 s, segments of 2 s: a word that is being spoken at 2 s is completed first."""
+    assert decode_words([(0, 5), (2, 19), (1, 21), (3, 24), (2, 26), (2, 30)])[0] == [0, 2, 1, 3]
+    assert decode_words([(0, 5), (2, 19), (1, 21), (2, 21), (0, 30)])[0] == [0, 2, 1], "on one frame"
+    assert decode_words([(0, 5), (2, 19), (1, 26)])[:2] == [[0, 2], [1]], "no word has a gap of half a second"
+    assert decode_words([(0, 5), (2, 10), (0, 21)])[0] == [0, 2], "nothing is being spoken at 2 s"
+    endless = [(0, 18), *((1, frame) for frame in range(19, 60, 3))]
+    assert sum(map(len, decode_words(endless))) == len(endless)
+    assert len(decode_words(endless)[0]) == 8, "no word takes longer than 2 s"
+
+
+@few_examples
+@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
+def test_spans_are_in_order_and_within_the_audio(
+    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 2.0), audio(seed, length)
+    config = replace(config, max_segment_secs=seconds(20))
+    answers = recognise(network, config, data.draw(cuts(samples)), options)
+    for answer in answers:
+        assert len(answer.spans) == len(answer.tokens)
+        for token, (start, end) in zip(answer.tokens, answer.spans, strict=True):
+            assert token.frame <= start < end <= max(token.frame + token.frames, token.frame + 1)
+    spans = [span for answer in answers if answer.final for span in answer.spans]
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+    assert not spans or spans[-1][1] <= length / FRAME_SAMPLES
+    partial = [answer for answer in answers if not answer.final]
+    assert all(end <= start for answer in partial for (_, end), (start, _) in pairwise(answer.spans))
+
+
+def test_tokens_of_one_frame_share_it() -> None:
+    tokens = [Token(0, 3, 1, 0.5), Token(1, 3, 1, 0.5), Token(2, 4, 3, 0.5), Token(3, 9, 1, 0.5)]
+    assert token_spans(tokens, 0.0, 20.0) == [(3.0, 3.5), (3.5, 4.0), (4.0, 7.0), (9.0, 10.0)]
+    assert token_spans(tokens[1:], 3.5, 20.0)[0] == (3.5, 4.0), "the frame's first half was answered before"
+
+
+def test_tokens_behind_the_audio_belong_to_its_last_frame() -> None:
+    tokens = [Token(0, 3, 1, 0.5), Token(1, 4, 2, 0.5), Token(2, 6, 1, 0.5)]
+    assert token_spans(tokens, 0.0, 4.5) == [(3.0, 4.0), (4.0, 4.25), (4.25, 4.5)]
+    assert token_spans(tokens, 0.0, 4.0) == [(3.0, 3.0 + 1 / 3), (3.0 + 1 / 3, 3.0 + 2 / 3), (3.0 + 2 / 3, 4.0)]
+
+
+@few_examples
 @given(seeds, st.lists(st.tuples(lengths, closing_options, st.booleans()), min_size=2, max_size=4), configs, kinds, st.data())
 def test_streams_that_share_calls_do_not_touch_each_other(
     seed: int,
@@ -388,7 +472,7 @@ def test_a_whole_recording_is_one_window_at_the_end(
     network.calls = 0
     stream = Stream(config, replace(WHOLE, max_total_tokens=1, endpoint_silence_ms=1))
     for piece in data.draw(cuts(samples)):
-        assert execute(network, [Request(stream, piece, end=False)]) == [Answer([], 0, 0, False, 0, 0, 0)]
+        assert execute(network, [Request(stream, piece, end=False)]) == [Answer([], [], 0, 0, False, 0, 0, 0)]
     assert network.calls == 0
     windows: list[Window] = []
     (answer,) = execute(network, [Request(stream, samples[:0], end=True)], windows)
@@ -402,7 +486,7 @@ def test_a_whole_recording_has_a_limit() -> None:
     stream = Stream(config, WHOLE)
     stream.push(audio(0, 20_000))
     stream.push(audio(0, 12_000))
-    with pytest.raises(ValueError, match=r"context=whole takes at most 2 s of audio; this has 2\.25 s"):
+    with pytest.raises(ParameterError, match=r"context=whole takes at most 2 s of audio; this has 2\.25 s; cut it"):
         stream.push(audio(0, 4_000))
     Stream(config, NEVER_CLOSES).push(audio(0, 36_000))
 
@@ -412,7 +496,7 @@ def test_no_audio_gives_an_empty_final(options: Options) -> None:
     network = RandomTransducer(0)
     nothing = audio(0, 0)
     answers = recognise(network, parameters(), [nothing, nothing], options)
-    assert answers == [Answer([], 0, 0, False, 0, 0, 0), Answer([], 0, 0, True, 0, 0, 0)]
+    assert answers == [Answer([], [], 0, 0, False, 0, 0, 0), Answer([], [], 0, 0, True, 0, 0, 0)]
     assert network.calls == 0
 
 
@@ -473,7 +557,7 @@ def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
 
 
 @few_examples
-@given(seeds, lengths, configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
@@ -490,7 +574,8 @@ def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
             stream = Stream.restore(config, options, stream.save())
     for before, after in zip(undisturbed, disturbed, strict=True):
         assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
-        assert after[1:] == before[1:]
+        assert after.spans[: after.stable] == before.spans[: before.stable]
+        assert after[2:] == before[2:]
     assert_same(final_tokens(disturbed), final_tokens(undisturbed))
 
 

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from words import Word, group, join, read_vocabulary
+from vocabulary import continuations, read_vocabulary
+from words import Word, text_of, words_of
 
-pieces = st.sampled_from(["▁", "▁a", "▁ab", "b", "né", "'", "日", "▁😀"])
+pieces = st.sampled_from(["▁", "▁a", "▁ab", "b", "né", "'", "日", "▁😀", "a▁b", " ", "<0xE7>", "<0x8C>", "<0xAB>", "<0x20>"])
 spans = st.tuples(st.integers(0, 4), st.integers(1, 5), st.floats(0, 1))
 
 
@@ -44,60 +46,122 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, number: int, line: str, 
     assert str(error.value) == f"{path} line {number} is {line!r}; expected 'piece {index}'"
 
 
+def test_continuations_are_the_pieces_without_a_separator() -> None:
+    assert continuations(["▁he", "llo", "▁", "<0xE7>", " x", "x y"]) == {1, 3, 5}
+
+
+def words_at_once(pieces: Sequence[str], *, final: bool = True) -> list[Word]:
+    """Words of pieces that follow each other at intervals of 0.1 s."""
+    starts = [0.1 * i for i in range(len(pieces))]
+    return words_of(pieces, starts, [start + 0.1 for start in starts], [0.5] * len(pieces), final=final)
+
+
+def text(pieces: Sequence[str], segment: int = 0, *, final: bool = True) -> str:
+    return text_of(words_at_once(pieces, final=final), segment)
+
+
 @pytest.mark.parametrize(
-    ("given_pieces", "text", "with_leading_space"),
+    ("given_pieces", "expected"),
     [
-        ([], "", ""),
-        (["▁he", "ll", "o", "▁world"], "hello world", " hello world"),
-        (["ing", "▁on"], "ing on", "ing on"),
-        (["▁", "▁né", "e", "▁日", "本", "▁😀"], " née 日本 😀", "  née 日本 😀"),
+        ([], ""),
+        (["▁he", "ll", "o", "▁world"], "hello world"),
+        (["ing", "▁on"], "ing on"),
+        (["▁", "▁né", "e", "▁日", "本", "▁😀"], "née 日本 😀"),
+        (["▁in", "▁"], "in"),
+        (["▁New▁York", "▁", "er"], "New York er"),
+        (["▁a", " b", "c\nd"], "a bc d"),
     ],
 )
-def test_join(given_pieces: list[str], text: str, with_leading_space: str) -> None:
-    assert join(given_pieces, leading_space=False) == text
-    assert join(given_pieces, leading_space=True) == with_leading_space
+def test_text_is_the_words_with_spaces(given_pieces: list[str], expected: str) -> None:
+    assert text(given_pieces) == expected
 
 
-def test_words_span_their_pieces_and_are_as_sure_as_the_least_sure() -> None:
-    words = group(["▁he", "ll", "o", "▁wörld"], [0.0, 0.2, 0.3, 1.0], [0.1, 0.3, 0.4, 1.5], [0.9, 0.4, 0.8, 0.7])
+def test_a_later_segment_begins_with_a_space() -> None:
+    """Whether its first piece has one or not: a segment begins with a word."""
+    for pieces in (["▁on", "ly"], ["on", "ly"]):
+        assert (text(pieces, 0), text(pieces, 1), text(pieces, 7)) == ("only", " only", " only")
+    assert text([], 1) == text(["▁"], 1) == ""
+
+
+@pytest.mark.parametrize(
+    ("given_pieces", "final", "partial"),
+    [
+        (["▁", "<0xE7>", "<0x8C>", "<0xAB>"], "猫", "猫"),
+        (["▁", "<0xE7>", "<0x8C>"], "\ufffd", ""),
+        (["▁a", "<0xe7>"], "a\ufffd", "a"),
+        (["▁a", "<0xE7>", "<0x8C>", "<0xAB>", "b", "▁c"], "a猫b c", "a猫b c"),
+        (["▁a", "<0xE7>", "<0x8C>", "b", "▁c"], "a\ufffdb c", "a\ufffdb c"),
+        (["▁a", "<0xE7>", "▁c"], "a\ufffd c", "a\ufffd c"),
+        (["▁a", "<0xFF>", "b"], "a\ufffdb", "a\ufffdb"),
+        (["<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "<0xC3>"], "😀\ufffd", "😀"),
+        (["▁a", "<0x20>", "b", "<0x0A>", "c"], "a b c", "a b c"),
+        (["<0x41>", "<0x61>", "<0xGG>"], "Aa<0xGG>", "Aa<0xGG>"),
+    ],
+)
+def test_bytes_become_characters_when_they_are_whole(given_pieces: list[str], final: str, partial: str) -> None:
+    assert text(given_pieces, final=True) == final
+    assert text(given_pieces, final=False) == partial
+
+
+def test_words_span_their_pieces_and_are_as_certain_as_the_least_certain() -> None:
+    words = words_of(["▁he", "ll", "o", "▁wörld"], [0.0, 0.2, 0.3, 1.0], [0.1, 0.3, 0.4, 1.5], [0.9, 0.4, 0.8, 0.7])
     assert words == [Word("hello", 0.0, 0.4, 0.4), Word("wörld", 1.0, 1.5, 0.7)]
 
 
-def test_pieces_before_a_words_start_are_a_word() -> None:
-    assert group(["ing", "s", "▁on"], [1.0, 1.1, 2.0], [1.1, 1.2, 2.1], [0.5, 0.6, 0.7]) == [
+def test_pieces_before_a_word_start_are_a_word() -> None:
+    assert words_of(["ing", "s", "▁on"], [1.0, 1.1, 2.0], [1.1, 1.2, 2.1], [0.5, 0.6, 0.7]) == [
         Word("ings", 1.0, 1.2, 0.5),
         Word("on", 2.0, 2.1, 0.7),
     ]
 
 
-def test_a_start_alone_begins_the_word_of_the_next_piece_or_none() -> None:
-    assert group(["▁", "a"], [1.0, 1.5], [1.1, 2.0], [0.5, 0.6]) == [Word("a", 1.0, 2.0, 0.5)]
-    assert group(["▁", "▁a", "▁"], [1.0, 1.5, 2.5], [1.1, 2.0, 3.0], [0.5, 0.6, 0.7]) == [Word("a", 1.5, 2.0, 0.6)]
-    assert group([], [], [], []) == []
+def test_a_separator_alone_begins_the_next_word() -> None:
+    assert words_of(["▁", "a"], [1.0, 1.5], [1.1, 2.0], [0.5, 0.6]) == [Word("a", 1.0, 2.0, 0.5)]
+    assert words_of(["▁", "▁a", "▁"], [1.0, 1.5, 2.5], [1.1, 2.0, 3.0], [0.5, 0.6, 0.7]) == [Word("a", 1.5, 2.0, 0.6)]
+    assert words_of([], [], [], []) == []
 
 
-def test_a_word_ends_where_the_next_starts() -> None:
-    assert group(["▁a", "▁b", "▁c"], [1.0, 1.5, 1.5], [2.0, 1.6, 1.6], [1.0] * 3) == [
-        Word("a", 1.0, 1.5, 1.0),
-        Word("b", 1.5, 1.5, 1.0),
-        Word("c", 1.5, 1.6, 1.0),
+def test_words_of_one_piece_share_its_time() -> None:
+    assert words_of(["▁New▁York"], [1.0], [1.5], [0.5]) == [Word("New", 1.0, 1.25, 0.5), Word("York", 1.25, 1.5, 0.5)]
+
+
+def test_times_are_rounded_down_as_far_as_words_keep_a_length() -> None:
+    assert words_of(["▁a", "▁b"], [0.096, 0.1441], [0.1441, 10.9999375], [1.0] * 2) == [
+        Word("a", 0.096, 0.144, 1.0),
+        Word("b", 0.144, 10.999, 1.0),
     ]
+    short = words_of(["▁a", "▁b"], [0.5, 0.5002], [0.5002, 0.9], [1.0] * 2)
+    assert short == [Word("a", 0.5, 0.5002, 1.0), Word("b", 0.5002, 0.9, 1.0)]
 
 
 def test_every_piece_needs_its_times_and_probability() -> None:
     with pytest.raises(ValueError, match="zip"):
-        group(["▁a", "▁b"], [1.0], [2.0, 3.0], [1.0, 1.0])
+        words_of(["▁a", "▁b"], [1.0], [2.0, 3.0], [1.0, 1.0])
 
 
-@settings(deadline=None)
-@given(st.lists(st.tuples(pieces, spans), max_size=12))
-def test_words_are_those_of_the_text_and_in_order(tokens: list[tuple[str, tuple[int, int, float]]]) -> None:
+@given(st.lists(st.tuples(pieces, spans), max_size=12), st.integers(0, 2), st.booleans())
+def test_words_joined_are_the_text_in_order_and_within_the_audio(
+    tokens: list[tuple[str, tuple[int, int, float]]], segment: int, final: bool
+) -> None:
     given_pieces = [piece for piece, _ in tokens]
-    starts = [float(sum(gap for _, (gap, _, _) in tokens[: i + 1])) for i in range(len(tokens))]
-    ends = [start + length for start, (_, (_, length, _)) in zip(starts, tokens, strict=True)]
+    starts, ends, now = [], [], 0
+    for _, (gap, length, _) in tokens:
+        starts.append((now + gap) * 0.0006)
+        now += gap + length
+        ends.append(now * 0.0006)
     probabilities = [probability for _, (_, _, probability) in tokens]
-    words = group(given_pieces, starts, ends, probabilities)
-    assert [word.word for word in words] == join(given_pieces, leading_space=False).split()
-    assert all(word.start <= word.end for word in words)
+    words = words_of(given_pieces, starts, ends, probabilities, final=final)
+    assert text_of(words, segment).strip() == " ".join(word.word for word in words)
+    assert all(word.word and not word.word.isspace() for word in words)
+    assert all(word.start < word.end for word in words)
     assert all(word.end <= following.start for word, following in pairwise(words))
+    assert all(word.end <= ends[-1] + 1e-9 for word in words)
     assert all(word.confidence in probabilities for word in words)
+
+
+@given(st.lists(pieces, max_size=12), st.data())
+def test_the_text_of_leading_pieces_stays(given_pieces: list[str], data: st.DataObject) -> None:
+    """So many characters are stable as the text of the stable pieces has."""
+    stable = data.draw(st.integers(0, len(given_pieces)))
+    for final in (False, True):
+        assert text(given_pieces, 1, final=final).startswith(text(given_pieces[:stable], 1, final=False))

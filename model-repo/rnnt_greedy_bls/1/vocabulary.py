@@ -1,0 +1,1 @@
+../../detokenizer/1/vocabulary.py
