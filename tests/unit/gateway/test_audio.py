@@ -15,7 +15,8 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.audio.files import decode_audio, pcm_from_json
+from gateway.audio.files import decode_audio
+from gateway.audio.raw import unpack_json
 from gateway.errors import ApiError, ErrorKind
 
 if TYPE_CHECKING:
@@ -568,25 +569,25 @@ def test_damaged_files(file: bytes, damage: list[tuple[int, bytes]], insert: boo
 
 def test_json() -> None:
     body = orjson.dumps({"audio_buffer": list(range(256)), "description": "x", "more": 1})
-    assert pcm_from_json(body) == (bytes(range(256)), {})
-    assert pcm_from_json(b'{"audio_buffer": []}') == (b"", {})
+    assert unpack_json(body) == (bytes(range(256)), {})
+    assert unpack_json(b'{"audio_buffer": []}') == (b"", {})
 
 
 @pytest.mark.parametrize("opaque", [None, 0, "é", [1, {"a": None}], {}])
 def test_opaque_comes_back(opaque: object) -> None:
-    assert pcm_from_json(orjson.dumps({"audio_buffer": [1], "opaque": opaque})) == (b"\1", {"opaque": opaque})
+    assert unpack_json(orjson.dumps({"audio_buffer": [1], "opaque": opaque})) == (b"\1", {"opaque": opaque})
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"audio_buffer": [1,]}', b"NaN", b"[" * 5000])
 def test_malformed_json(body: bytes) -> None:
     with refused(ErrorKind.INVALID_BODY, "JSON"):
-        pcm_from_json(body)
+        unpack_json(body)
 
 
 @pytest.mark.parametrize("value", [None, 1, [1, 2], {}, {"audio": [1]}, {"audio_buffer": "AAAA"}, {"audio_buffer": {"0": 1}}])
 def test_json_without_an_audio_buffer(value: object) -> None:
     with refused(ErrorKind.INVALID_BODY, "audio_buffer"):
-        pcm_from_json(orjson.dumps(value))
+        unpack_json(orjson.dumps(value))
 
 
 @pytest.mark.parametrize(
@@ -605,5 +606,5 @@ def test_json_without_an_audio_buffer(value: object) -> None:
 )
 def test_json_with_values_that_are_no_bytes(values: list[Any], index: int, shown: str) -> None:
     with refused(ErrorKind.UNACCEPTABLE, f"audio_buffer[{index}] is", shown, "0 to 255") as caught:
-        pcm_from_json(orjson.dumps({"audio_buffer": values}))
+        unpack_json(orjson.dumps({"audio_buffer": values}))
     assert len(caught.value.message) < 200
