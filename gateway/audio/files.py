@@ -1,58 +1,56 @@
-"""Decode audio files to 16 kHz mono samples: WAV, FLAC and Ogg (Vorbis, Opus)."""
+"""Decode audio files to 16 kHz mono samples."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soundfile
 import soxr
+from numpy.typing import NDArray
 
-from gateway.audio import RATE
+from gateway.audio import RATE, codecs, ogg, wav
+from gateway.audio.errors import too_long, undecodable, unsupported
+from gateway.audio.media_types import identify_body
+from gateway.audio.mixing import Floats, Mixer, full_scale
 from gateway.audio.raw import read_pcm
-from gateway.audio.sniff import FLAC, OGG, WAV, check_raw, parse_media_type, too_long, undecodable, unsupported
+from gateway.audio.sniff import FLAC, OGG, RAW, WAV, Content
 from gateway.errors import ApiError, ErrorKind
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from numpy.typing import NDArray
-
 MIN_RATE, MAX_RATE = 8_000, 48_000
+"""Sample rates of files, in Hz."""
+
 MAX_CHANNELS = 8
-MAX_AMPLITUDE = 1e6
-"""Largest float sample, where full scale is 1; larger ones are not audio and might overflow in the resampler."""
-
-WAV_CODECS = frozenset({0x01, 0x02, 0x03, 0x06, 0x07, 0x11, 0x31, 0xFFFE})
-"""PCM, MS ADPCM, float, A-law, µ-law, IMA ADPCM, GSM 6.10, and extensible, which names its codec elsewhere."""
-WAV_STREAMED = 0x7FFF0000
-"""Sizes from this on come from writers to a pipe, which do not know the size."""
-
-OGG_FIRST_PACKET = 28
-OGG_FLAGS = 5
-OGG_LAST = 4
 
 UNKNOWN_FRAMES = 2**63 - 1
 """Number of frames that libsndfile reports for a FLAC stream of unknown length."""
 
+FLOATS = ("FLOAT", "DOUBLE")
+"""libsndfile's names of float samples."""
+
+UNSUPPORTED_ENCODING = 4
+"""libsndfile's error (SF_ERR_UNSUPPORTED_ENCODING)."""
+
 
 class _Reader(soundfile.SoundFile):  # type: ignore[misc]
-    """A file that is read once from start to end, without the seek that soundfile adds to each read."""
+    """A file that is read from start to end, without the seek that soundfile adds to each read."""
 
     def seekable(self) -> bool:
         return False
 
+    def blocks_of_a_second(self) -> Iterator[Floats]:
+        """Yield blocks [n, channels]."""
+        while len(block := self.read(self.samplerate, dtype="float32", always_2d=True)):
+            yield block
+
 
 def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:
-    """Decode a body to 16 kHz mono samples.
-
-    The content decides: a WAV, FLAC or Ogg file is decoded whatever audio type it is declared as. A body without a known
-    header must be declared as raw PCM.
+    """Decode a body to 16 kHz mono samples in this process. A server decodes files in ``pool.FilePool`` instead.
 
     Args:
         body: the whole body.
-        content_type: its media type; parameters are ignored, and an empty one means `application/octet-stream`.
+        content_type: its media type, as in ``media_types.identify_body``.
         max_secs: maximum length of the audio in seconds.
 
     Returns:
@@ -61,22 +59,67 @@ def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.
     Raises:
         ApiError: the body is not decodable audio, or is longer than allowed.
     """
-    media_type = parse_media_type(content_type)
-    if not body:
-        raise ApiError(ErrorKind.EMPTY_BODY, "The body is empty; it must hold audio.")
-    if body.startswith(WAV) and b"WAVE".startswith(body[8:12]):
-        _check_wav(body)
-        return _decode_file("WAV", body, max_secs)
-    if body.startswith(FLAC):
-        return _decode_file("FLAC", body, max_secs)
-    if body.startswith(OGG):
-        _check_ogg(body)
-        return _decode_file("Ogg", body, max_secs)
-    check_raw(body, media_type)
-    return read_pcm(body, max_secs)
+    content = identify_body(body, content_type)
+    if content.format == RAW:
+        return read_pcm(body, max_secs)
+    return np.frombuffer(b"".join(block.tobytes() for block in decode_blocks(body, content, max_secs)), np.int16)
 
 
-def _check_format(rate: int, channels: int) -> None:
+def decode_blocks(body: bytes, content: Content, max_secs: float) -> Iterator[NDArray[np.int16]]:
+    """Decode a file, block by block.
+
+    Args:
+        body: the whole body.
+        content: what it is, a decodable format.
+        max_secs: maximum length of the audio in seconds.
+
+    Yields:
+        Blocks of 16 kHz samples [n] of about a second; at least one sample in all.
+
+    Raises:
+        ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
+    """
+    name, file = content.format.name, body[content.start :] if content.start else body
+    links: Iterable[bytes] = [file]
+    if content.format == WAV:
+        payload, audio = wav.repair(file)
+        name, links = payload.value, [audio]
+    elif content.format == OGG:
+        links = ogg.split(file)
+    decoded, left_secs = 0, max_secs
+    for link in links:
+        for block in _decode(name, link, left_secs, max_secs):
+            decoded += len(block)
+            if len(block):
+                yield np.clip(np.rint(block * 0x8000), -0x8000, 0x7FFF).astype(np.int16)
+        left_secs = max_secs - decoded / RATE
+    if not decoded:
+        raise undecodable(f"The {content.format.name} file holds no audio.")
+
+
+def _decode(name: str, file: bytes, left_secs: float, max_secs: float) -> Iterator[Floats]:
+    """Yield 16 kHz mono blocks [n] of a file for libsndfile, full scale 1."""
+    try:
+        with _Reader(io.BytesIO(file)) as reader:
+            _check_format(reader)
+            scale = 1.0
+            if reader.subtype in FLOATS:
+                with _Reader(io.BytesIO(file)) as first:
+                    scale = full_scale(_limited(name, first, left_secs, max_secs)) or 0.0
+            if not scale:
+                raise undecodable(f"The {name} file holds samples that are infinite, far beyond full scale, or not a number.")
+            mix = Mixer(reader.channels, reader.samplerate).mix
+            mono = (mix(block / np.float32(scale)) for block in _limited(name, reader, left_secs, max_secs))
+            yield from mono if reader.samplerate == RATE else _resample(mono, reader.samplerate)
+    except soundfile.LibsndfileError as error:
+        codec = codecs.unsupported_codec(file)
+        if codec or error.code == UNSUPPORTED_ENCODING:
+            raise unsupported(f"The {name} file's codec{codec and f', {codec},'} isn't supported.") from error
+        raise undecodable(f"The {name} file is damaged or cut short.") from error
+
+
+def _check_format(reader: _Reader) -> None:
+    rate, channels = reader.samplerate, reader.channels
     if not MIN_RATE <= rate <= MAX_RATE:
         message = f"The sample rate is {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz."
         raise ApiError(ErrorKind.UNACCEPTABLE, message)
@@ -85,61 +128,29 @@ def _check_format(rate: int, channels: int) -> None:
         raise ApiError(ErrorKind.UNACCEPTABLE, message)
 
 
-def _decode_file(name: str, file: bytes, max_secs: float) -> NDArray[np.int16]:
-    """Decode, mix down, resample and round block by block, so that only the result takes memory."""
-    samples = bytearray()
-    try:
-        with _Reader(io.BytesIO(file)) as reader:
-            _check_format(reader.samplerate, reader.channels)
-            blocks = _mono_blocks(name, reader, max_secs)
-            if reader.samplerate != RATE:
-                blocks = _resampled(blocks, reader.samplerate)
-            for block in blocks:
-                samples += np.clip(np.rint(block * 0x8000), -0x8000, 0x7FFF).astype(np.int16).tobytes()
-    except soundfile.SoundFileError as error:
-        raise undecodable(f"The {name} file is damaged or cut short.") from error
-    if not samples:
-        raise undecodable(f"The {name} file holds no audio.")
-    return np.frombuffer(samples, np.int16)
+def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> Iterator[Floats]:
+    """Yield a file's blocks [n, channels] until they exceed the limit.
 
-
-def _mono_blocks(name: str, reader: _Reader, max_secs: float) -> Iterator[NDArray[np.float32]]:
-    """Yield a file's audio in blocks of one second, until it exceeds the limit."""
-    rate, expected, limit, frames = reader.samplerate, reader.frames, round(max_secs * reader.samplerate), 0
+    Args:
+        name: the format's, for messages.
+        reader: the file.
+        left_secs: maximum length of this file's audio.
+        max_secs: the limit, for messages.
+    """
+    rate, expected, limit, frames = reader.samplerate, reader.frames, round(left_secs * reader.samplerate), 0
     if limit < expected != UNKNOWN_FRAMES:
-        raise too_long(f"{expected / rate:.7g} s", max_secs)
-    while len(block := reader.read(rate, dtype="float32", always_2d=True)):
+        raise too_long(f"{expected / rate + max_secs - left_secs:.7g} s", max_secs)
+    for block in reader.blocks_of_a_second():
         frames += len(block)
         if frames > limit:
             raise too_long(f"more than {max_secs:g} s", max_secs)
-        if not np.abs(block).max() <= MAX_AMPLITUDE:  # not "greater", which is false for NaN
-            raise undecodable(f"The {name} file holds samples that are infinite, far beyond full scale, or not a number.")
-        yield block.mean(axis=1)
-    if name == "FLAC" and frames < expected != UNKNOWN_FRAMES:
+        yield block
+    if name == FLAC.name and frames < expected != UNKNOWN_FRAMES:
         raise undecodable(f"The FLAC file declares {expected} samples per channel, but holds {frames}.")
 
 
-def _resampled(blocks: Iterable[NDArray[np.float32]], rate: int) -> Iterator[NDArray[np.float32]]:
+def _resample(blocks: Iterable[Floats], rate: int) -> Iterator[Floats]:
     resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield resampler.resample_chunk(block)
     yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
-
-
-def _check_wav(body: bytes) -> None:
-    """Refuse a file that lacks its end, which libsndfile accepts, and name a codec that is not supported."""
-    declared = int.from_bytes(body[4:8], "little")
-    if len(body) < declared < WAV_STREAMED:  # tolerates the size of the whole file, which should be 8 less
-        raise undecodable(f"The WAV file is cut short: it declares {declared + 8} bytes, but has {len(body)}.")
-    codec = int.from_bytes(body[20:22], "little")
-    if body[12:16] == b"fmt " and codec not in WAV_CODECS:
-        raise unsupported(f"The WAV file's codec, 0x{codec:04x}, isn't supported.")
-
-
-def _check_ogg(body: bytes) -> None:
-    """Refuse other codecs, and a file without its last page (RFC 3533, section 6), which libsndfile accepts."""
-    if not body.startswith((b"\x01vorbis", b"OpusHead"), OGG_FIRST_PACKET):
-        raise unsupported("The Ogg file's codec isn't supported; it must be Vorbis or Opus.")
-    flags = body.rfind(OGG) + OGG_FLAGS
-    if flags >= len(body) or not body[flags] & OGG_LAST:
-        raise undecodable("The Ogg file is cut short: its last page is missing.")

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 
 from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.audio.sniff import too_long
+from gateway.audio.errors import too_long
 from gateway.errors import ApiError, ErrorKind
 
 if TYPE_CHECKING:
