@@ -10,12 +10,12 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from gateway.audio import RATE, codecs, ogg, wav
+from gateway.audio import RATE, codecs, headers, mp3, ogg, wav
 from gateway.audio.errors import too_long, undecodable, unsupported
 from gateway.audio.media_types import identify_body
 from gateway.audio.mixing import Floats, Mixer, full_scale
 from gateway.audio.raw import read_pcm
-from gateway.audio.sniff import FLAC, OGG, RAW, WAV, Content
+from gateway.audio.sniff import AU, CAF, FLAC, MP3, OGG, RAW, WAV, Content
 from gateway.errors import ApiError, ErrorKind
 
 MIN_RATE, MAX_RATE = 8_000, 48_000
@@ -29,6 +29,9 @@ UNKNOWN_FRAMES = 2**63 - 1
 FLOATS = ("FLOAT", "DOUBLE")
 """libsndfile's names of float samples."""
 
+REPAIRS = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
+"""What makes libsndfile read a file whole, by the format's name."""
+
 UNSUPPORTED_ENCODING = 4
 """libsndfile's error (SF_ERR_UNSUPPORTED_ENCODING)."""
 
@@ -40,8 +43,10 @@ class _Reader(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
     def blocks_of_a_second(self) -> Iterator[Floats]:
-        """Yield blocks [n, channels]."""
-        while len(block := self.read(self.samplerate, dtype="float32", always_2d=True)):
+        """Yield blocks [n, channels]. Nothing is read beyond the declared length, where tags may follow."""
+        left = self.frames
+        while len(block := self.read(min(left, self.samplerate), dtype="float32", always_2d=True)):
+            left -= len(block)
             yield block
 
 
@@ -62,7 +67,10 @@ def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.
     content = identify_body(body, content_type)
     if content.format == RAW:
         return read_pcm(body, max_secs)
-    return np.frombuffer(b"".join(block.tobytes() for block in decode_blocks(body, content, max_secs)), np.int16)
+    samples = bytearray()
+    for block in decode_blocks(body, content, max_secs):
+        samples += block.tobytes()
+    return np.frombuffer(samples, np.int16)
 
 
 def decode_blocks(body: bytes, content: Content, max_secs: float) -> Iterator[NDArray[np.int16]]:
@@ -80,12 +88,11 @@ def decode_blocks(body: bytes, content: Content, max_secs: float) -> Iterator[ND
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
     """
     name, file = content.format.name, body[content.start :] if content.start else body
-    links: Iterable[bytes] = [file]
     if content.format == WAV:
-        payload, audio = wav.repair(file)
-        name, links = payload.value, [audio]
-    elif content.format == OGG:
-        links = ogg.split(file)
+        payload, file = wav.repair(file)
+        name = payload.value
+    repair = REPAIRS.get(name)
+    links = ogg.split(file) if content.format == OGG else [repair(file) if repair else file]
     decoded, left_secs = 0, max_secs
     for link in links:
         for block in _decode(name, link, left_secs, max_secs):

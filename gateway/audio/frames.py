@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ MIN_HEADERS_ELSEWHERE = 5
 MIN_HEADERS_WHOLE = 2
 """The same where the last frame ends with the body."""
 
-SEARCHED_BYTES = 4096
+SEARCHED_BYTES = 2048
 """Beginning in which the first frame is searched."""
 
 BITRATES = {
@@ -51,8 +52,8 @@ ADTS_RATES = 13
 TS_PACKET_BYTES = 188
 
 
-def _mpeg(head: bytes, at: int) -> Frame | None:
-    """MPEG audio, layers II and III (ISO/IEC 11172-3, 2.4.1.3, and 13818-3; version 2.5 halves the rates again)."""
+def parse_mpeg(head: bytes, at: int) -> Frame | None:
+    """Parse a header of MPEG audio, layer II or III (ISO/IEC 11172-3, 2.4.1.3; 13818-3; version 2.5)."""
     _, b1, b2, b3 = head[at : at + 4]
     version, layer, bitrate, rate = b1 >> 3 & 3, b1 >> 1 & 3, b2 >> 4, b2 >> 2 & 3
     kbps_table = BITRATES.get((MPEG_1 if version == MPEG_1 else MPEG_2, layer))
@@ -102,25 +103,25 @@ class Framing(NamedTuple):
 
     Attributes:
         name: the format's.
-        sync: first byte of each frame.
+        start: pattern of a frame's first bytes, which leaves few places to look at.
         header_bytes: bytes that ``parse`` needs.
         parse: reads the header at an offset; None where there is none.
         searched: whether the first frame may start later, as in a recording that was cut from a broadcast.
     """
 
     name: str
-    sync: bytes
+    start: re.Pattern[bytes]
     header_bytes: int
     parse: Callable[[bytes, int], Frame | None]
     searched: bool = False
 
 
 FRAMINGS = (
-    Framing("MP3", b"\xff", 4, _mpeg, searched=True),
-    Framing("AAC (ADTS)", b"\xff", 6, _adts, searched=True),
-    Framing("AAC (LOAS)", b"\x56", 3, _loas),
-    Framing("AC-3", b"\x0b", 6, _ac3),
-    Framing("MPEG transport stream", b"\x47", 4, _transport),
+    Framing("MP3", re.compile(rb"\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd][\x10-\xef]"), 4, parse_mpeg, searched=True),
+    Framing("AAC (ADTS)", re.compile(rb"\xff[\xf0\xf1\xf8\xf9]"), 6, _adts, searched=True),
+    Framing("AAC (LOAS)", re.compile(rb"\x56[\xe0-\xff]"), 3, _loas),
+    Framing("AC-3", re.compile(rb"\x0b\x77"), 6, _ac3),
+    Framing("MPEG transport stream", re.compile(rb"\x47"), 4, _transport),
 )
 
 
@@ -135,24 +136,24 @@ def find_frames(head: bytes, *, complete: bool) -> tuple[str, int] | None:
         The format's name and the offset of its first frame; None where there is no chain.
     """
     for framing in FRAMINGS:
-        end = SEARCHED_BYTES if framing.searched else len(framing.sync)
-        at = head.find(framing.sync, 0, end)
-        while at >= 0:
-            if _is_chain(head, at, framing, complete=complete):
-                return framing.name, at
-            at = head.find(framing.sync, at + 1, end)
+        starts = (
+            framing.start.finditer(head, 0, SEARCHED_BYTES) if framing.searched else filter(None, [framing.start.match(head)])
+        )
+        for found in starts:
+            if _is_chain(head, found.start(), framing, complete=complete):
+                return framing.name, found.start()
     return None
 
 
 def _is_chain(head: bytes, start: int, framing: Framing, *, complete: bool) -> bool:
     """Return whether enough frames with the same key follow each other."""
     first = framing.parse(head, start) if start + framing.header_bytes <= len(head) else None
-    if not first or (start and _repeats(head, start, first.size)):
+    if not first or ((start or not framing.searched) and _repeats(head, start, first.size)):
         return False
     at, headers = start + first.size, 1
     needed = MIN_HEADERS_ELSEWHERE if start else MIN_HEADERS_AT_START
     while headers < needed and at + framing.header_bytes <= len(head):
-        frame = framing.parse(head, at) if head.startswith(framing.sync, at) else None
+        frame = framing.parse(head, at) if framing.start.match(head, at) else None
         if not frame or frame.key != first.key:
             return False
         at, headers = at + frame.size, headers + 1

@@ -35,7 +35,7 @@ class Mixer:
 
     def __init__(self, channels: int, rate: int) -> None:
         self._mean = np.full(channels, 1 / channels, np.float32)
-        self._weights = self._mean
+        self._weights: Floats | None = None
         self._ramp_samples = max(1, round(RAMP_SECS * rate))
 
     def mix(self, block: Floats) -> Floats:
@@ -44,11 +44,11 @@ class Mixer:
             return block[:, 0]
         weights = self._choose(block)
         mixed = block @ weights
-        if weights is not self._weights:
+        if self._weights is not None and weights is not self._weights:
             length = min(self._ramp_samples, len(block))
             ramp = np.linspace(0, 1, length, endpoint=False, dtype=np.float32)
             mixed[:length] = ramp * mixed[:length] + (1 - ramp) * (block[:length] @ self._weights)
-            self._weights = weights
+        self._weights = weights
         return mixed
 
     def _choose(self, block: Floats) -> Floats:
@@ -57,9 +57,10 @@ class Mixer:
         mean_power = np.square(block.mean(axis=1)).mean()
         if mean_power * block.shape[1] ** 2 >= CANCELLED**2 * powers.sum():
             return self._mean
-        current = int(self._weights.argmax())
-        if self._weights is not self._mean and powers[current] >= powers.max() / 2:
-            return self._weights  # another channel of the same speech has the opposite phase
+        if self._weights is not None and self._weights is not self._mean:
+            current = int(self._weights.argmax())
+            if powers[current] >= powers.max() / 2:
+                return self._weights  # another channel of the same speech may have the opposite phase
         weights = np.zeros_like(self._mean)
         weights[powers.argmax()] = 1
         return weights
@@ -77,11 +78,12 @@ def full_scale(blocks: Iterable[Floats]) -> float | None:
     peak, total, count = 0.0, 0.0, 0
     for block in blocks:
         amplitudes = np.abs(block)
-        peak = max(peak, float(amplitudes.max()))
+        highest = float(amplitudes.max())
+        if not highest <= OVERSHOOT * INTEGER_SCALES[-1]:  # not "greater", which is false for NaN
+            return None
+        peak = max(peak, highest)
         total += float(amplitudes.sum(dtype=np.float64))
         count += amplitudes.size
-        if not peak <= OVERSHOOT * INTEGER_SCALES[-1]:  # not "greater", which is false for NaN
-            return None
     if total <= count:  # the mean of audio is far below full scale
         return 1.0
     return next(scale for scale in INTEGER_SCALES if peak <= OVERSHOOT * scale)

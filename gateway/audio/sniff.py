@@ -150,7 +150,10 @@ HEAD_BYTES = 8192
 """Beginning of a body that is searched for frames of MP3, AAC and other formats without a signature."""
 
 
-RECHECK_GROWTH = 1.25
+MIN_STREAM_BYTES = 16
+"""Beginning of a stream that is worth a look."""
+
+RECHECK_GROWTH = 2
 """Growth of a stream's beginning after which it is looked at again, so that tiny frames do not cost a look each."""
 
 
@@ -166,7 +169,7 @@ def identify(body: bytes, *, complete: bool = True) -> Content:
     """
     start = skip_tags(body)
     for format_, parts in SIGNATURES:
-        if _matches(body, start, parts):
+        if _matches(body, start, parts, complete=complete):
             return Content(format_, start)
     if found := find_frames(body[start : start + HEAD_BYTES], complete=complete and len(body) - start <= HEAD_BYTES):
         name, at = found
@@ -190,11 +193,15 @@ def skip_tags(body: bytes) -> int:
     return start
 
 
-def _matches(body: bytes, start: int, parts: tuple[tuple[int, bytes], ...]) -> bool:
+def _matches(body: bytes, start: int, parts: tuple[tuple[int, bytes], ...], *, complete: bool) -> bool:
     (first_offset, first), *others = parts
     if not body.startswith(first, start + first_offset):
         return False
-    return all(magic.startswith(body[start + offset : start + offset + len(magic)]) for offset, magic in others)
+    for offset, magic in others:
+        there = body[start + offset : start + offset + len(magic)]
+        if not (magic.startswith(there) if complete else there == magic):
+            return False
+    return True
 
 
 class StreamStart:
@@ -213,7 +220,7 @@ class StreamStart:
         if self._checked_bytes >= HEAD_BYTES:
             return
         self._head += audio[: HEAD_BYTES - len(self._head)]
-        if len(self._head) < min(HEAD_BYTES, self._checked_bytes * RECHECK_GROWTH):
+        if len(self._head) < min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
             return
         self._checked_bytes = len(self._head)
         if (found := identify(bytes(self._head), complete=False).format) != RAW:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import string
+from unicodedata import category
 
-MIN_BYTES = 16
-"""Shorter bodies may be raw PCM although every byte is printable."""
+MIN_BYTES, MIN_HEAD_BYTES = 16, 64
+"""Size of the shortest text, of a whole body and of a body's beginning; shorter ones may be raw PCM by chance."""
 
 MIN_LEGACY_BYTES = 64
 """The same for 8-bit encodings, where more bytes are printable."""
@@ -14,18 +15,23 @@ MIN_LEGACY_BYTES = 64
 MIN_ASCII_SHARE = 0.8
 """Smallest share of ASCII in text of an 8-bit encoding."""
 
-MIN_UTF_16_CHARS, MIN_SPACE_SHARE = 32, 0.02
-"""Smallest length of UTF-16 text without a byte order mark, and its smallest share of white space.
+MIN_MARKED_CHARS = 16
+"""Length of the shortest text after a byte order mark, which is also the sample -2 or -257."""
+
+MIN_UNMARKED_CHARS, MIN_SPACE_SHARE = 32, 0.02
+"""Length of the shortest UTF-16 text without a byte order mark, and its smallest share of white space.
 
 A quiet recording with a DC offset has the same range of values as UTF-16 text, but a recording rarely takes the values of
 white space (9 to 13, and 32) while it takes no other below 32 and none above 126."""
+
+MIN_DISTINCT_CHARS = 5
+"""Smallest number of different characters in text; a square wave has up to four bytes."""
 
 HEAD_BYTES = 1024
 """Bytes that are checked before the rest is."""
 
 WHITE = b"\t\n\v\f\r"
 CONTROLS = bytes(set(range(0x20)) - set(WHITE)) + b"\x7f"
-UNPRINTABLE = frozenset(CONTROLS.decode())
 NOT_ASCII = bytes(range(0x80, 0x100))
 
 BYTE_ORDER_MARKS = (
@@ -55,8 +61,14 @@ def describe_text(body: bytes, *, complete: bool = True) -> str | None:
         body: the body, or its beginning.
         complete: whether nothing follows; else the last character may be cut.
     """
+    if len(body) < (MIN_BYTES if complete else MIN_HEAD_BYTES):
+        return None
     text = _decode(body[:HEAD_BYTES], complete=complete and len(body) <= HEAD_BYTES)
-    if text is None or (len(body) > HEAD_BYTES and _decode(body, complete=complete) is None):
+    if (
+        text is None
+        or len(set(text)) < MIN_DISTINCT_CHARS
+        or (len(body) > HEAD_BYTES and _decode(body, complete=complete) is None)
+    ):
         return None
     head = text[:HEAD_BYTES].lstrip()
     kind = next((name for pattern, name in KINDS if re.match(pattern, head, re.IGNORECASE)), None)
@@ -68,10 +80,10 @@ def describe_text(body: bytes, *, complete: bool = True) -> str | None:
 def _decode(data: bytes, *, complete: bool) -> str | None:
     """Decode text in any common encoding; None where it is not text."""
     for mark, encoding in BYTE_ORDER_MARKS:
-        if data.startswith(mark) and (text := _printable(data[len(mark) :], encoding, complete=complete)):
-            return text
-    if len(data) < MIN_BYTES:
-        return None
+        if data.startswith(mark):
+            text = _printable(data[len(mark) :], encoding, complete=complete)
+            if text and len(text) >= MIN_MARKED_CHARS:
+                return text
     if len(data.translate(None, CONTROLS)) == len(data):
         if (text := _printable(data, "utf-8", complete=complete)) is not None:
             return text
@@ -79,7 +91,7 @@ def _decode(data: bytes, *, complete: bool) -> str | None:
         return data.decode("latin-1") if len(data) >= MIN_LEGACY_BYTES and ascii_bytes >= MIN_ASCII_SHARE * len(data) else None
     for encoding in ("utf-16-le", "utf-16-be"):
         text = _printable(data, encoding, complete=complete)
-        if text and text.isascii() and len(text) >= MIN_UTF_16_CHARS:
+        if text and text.isascii() and len(text) >= MIN_UNMARKED_CHARS:
             spaces = sum(map(text.count, string.whitespace))
             if spaces >= MIN_SPACE_SHARE * len(text):
                 return text
@@ -87,11 +99,13 @@ def _decode(data: bytes, *, complete: bool) -> str | None:
 
 
 def _printable(data: bytes, encoding: str, *, complete: bool) -> str | None:
-    """Decode text without control characters; a cut last character is dropped where the text is not complete."""
+    """Decode text without control, private and unassigned characters; drop a cut last character of incomplete text."""
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         if complete or len(data) - error.start > 3:  # noqa: PLR2004 (a character has at most 4 bytes)
             return None
         text = data[: error.start].decode(encoding)
-    return text if UNPRINTABLE.isdisjoint(text) else None
+    return (
+        text if all(char.isprintable() or char in string.whitespace or category(char) == "Cf" for char in set(text)) else None
+    )

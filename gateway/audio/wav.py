@@ -136,13 +136,16 @@ def repair(file: bytes) -> tuple[Payload, bytes]:
     if len(form) < MIN_FORMAT_BYTES or not data:
         raise undecodable("The WAV file is damaged or cut short: it has no format, or no audio.")
     codec, form = _codec(form, order)
-    audio = file[data.start : _end_of_audio(file, order, chunks, data)]
+    audio = memoryview(file)[data.start : _end_of_audio(file, order, chunks, data)]
     if codec.payload is Payload.MP3:
-        return Payload.MP3, audio
+        return Payload.MP3, bytes(audio)
     fact = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fact" and not codec.samples), b"")
-    parts = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
-    body = b"".join(name + struct.pack(f"{order}I", len(part)) + part + bytes(len(part) % 2) for name, part in parts)
-    return Payload.WAV, (b"RIFX" if big else b"RIFF") + struct.pack(f"{order}I", 4 + len(body)) + b"WAVE" + body
+    parts: list[tuple[bytes, bytes | memoryview]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
+    pieces = [
+        piece for name, part in parts for piece in (name, struct.pack(f"{order}I", len(part)), part, bytes(len(part) % 2))
+    ]
+    size = struct.pack(f"{order}I", len(b"WAVE") + sum(map(len, pieces)))
+    return Payload.WAV, b"".join((b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces))
 
 
 def _chunks(file: bytes, order: str) -> list[Chunk]:
