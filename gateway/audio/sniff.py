@@ -33,6 +33,9 @@ FLAC = Format("FLAC", decodable=True)
 OGG = Format("Ogg", decodable=True)
 MP3 = Format("MP3", decodable=True)
 
+DECODABLE = {format_.name: format_ for format_ in (WAV, W64, AIFF, AU, CAF, FLAC, OGG, MP3)}
+"""The formats that ``files`` decodes, by name."""
+
 
 class Content(NamedTuple):
     """What a body is.
@@ -220,9 +223,20 @@ class StreamStart:
         if self._checked_bytes >= HEAD_BYTES:
             return
         self._head += audio[: HEAD_BYTES - len(self._head)]
-        if len(self._head) < min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
-            return
+        if len(self._head) >= min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
+            self._identify(complete=False)
+
+    def end(self) -> None:
+        """Look at a stream that ends.
+
+        Raises:
+            ApiError: as ``check``.
+        """
+        if len(self._head) > self._checked_bytes:
+            self._identify(complete=len(self._head) < HEAD_BYTES)
+
+    def _identify(self, *, complete: bool) -> None:
         self._checked_bytes = len(self._head)
-        if (found := identify(bytes(self._head), complete=False).format) != RAW:
+        if (found := identify(bytes(self._head), complete=complete).format) != RAW:
             message = f"The stream starts like {found.name}; streams must be raw PCM: s16le, 16 kHz, mono, without a header."
             raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from gateway.audio.files import decode_blocks
 from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, MAX_SAMPLES_BYTES, SAMPLES, Failure, Job
-from gateway.audio.sniff import Content, Format
+from gateway.audio.sniff import DECODABLE, Content
 from gateway.errors import ApiError, ErrorKind
 
 CRASH_SCORE = "800"
@@ -132,7 +132,7 @@ def decode(job: Job, file: int, answer: socket.socket) -> None:
     _limit(job)
     try:
         body = os.pread(file, os.fstat(file).st_size, 0)
-        for block in decode_blocks(body, Content(Format(job.format), job.start), job.max_secs):
+        for block in decode_blocks(body, Content(DECODABLE[job.format], job.start), job.max_secs):
             data = block.tobytes()
             for at in range(0, len(data), MAX_SAMPLES_BYTES):
                 answer.send(SAMPLES + data[at : at + MAX_SAMPLES_BYTES])
