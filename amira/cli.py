@@ -18,7 +18,8 @@ from amira import demo as demonstration
 from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, SPEECH, Running, service, transcribe_with_each
 from amira.engine.triton import EngineError, Ports, free_ports
 from gateway import __version__
-from gateway.config.settings import ConfigError, Settings, load_settings, to_toml, to_yaml
+from gateway.config.loading import load_settings, to_toml, to_yaml
+from gateway.config.settings import ConfigError, Settings
 from gateway.logs import configure_logging
 from gateway.server import build_server
 

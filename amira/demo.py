@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.text import Text
 from websockets.asyncio.client import connect
 
-from gateway.audio.files import RATE, decode_audio
+from gateway.audio import RATE
+from gateway.audio.files import decode_audio
 
 FRAME_SAMPLES = 1600
 SPEED = 4.0

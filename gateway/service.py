@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from gateway import metrics
+from gateway.audio.pool import FilePool
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Places
@@ -26,6 +27,7 @@ class Service:
         settings: its settings.
         triton: the Triton servers that decode.
         places: how many streams and recordings are served at once.
+        files: decodes audio files.
         sessions: the engine of live streams.
         transcriber: the engine of recordings.
         tracing: where spans go.
@@ -37,6 +39,7 @@ class Service:
         self.tracing = tracing
         self.triton = Triton(settings)
         self.places = Places(settings)
+        self.files = FilePool()
         quotas = Quotas(settings)
         options = {name: value for name in DECODER_SETTINGS if (value := getattr(settings, name)) is not None}
         self.sessions = Sessions(settings, self.triton, self.places, quotas, options)
@@ -65,6 +68,7 @@ class Service:
     async def close(self) -> None:
         """End what a drain left, and disconnect from Triton."""
         await self.sessions.close(self.settings.inference_timeout_secs)
+        await self.files.close()
         await self.triton.close()
 
     async def drain(self) -> None:

@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect
 
 from amira.engine.service import LOOPBACK, ROOT
 from amira.engine.triton import free_ports
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch
 from perf.load import closed_loop, percentiles_ms

@@ -43,7 +43,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from amira.engine.service import ENGINE_HOME, ROOT, SPEECH
 from amira.engine.triton import EngineError
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from perf.recogniser import DECODER, MODEL
 from perf.server import PerfError, Target, cpu_model, read_counters, triton_server
 from perf.speech import Samples, audio_secs, cut, read_speech

@@ -26,7 +26,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElaps
 
 from amira.engine.service import MODEL_REPOSITORY, ROOT, SPEECH
 from amira.engine.triton import EngineError
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 from perf.analyze import RESULTS

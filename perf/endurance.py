@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 
 from amira.engine.service import LOOPBACK
 from amira.engine.triton import free_ports
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.server import TRIM_SECS
 from perf.clients import GrpcClient
 from perf.processes import Meter

@@ -30,7 +30,8 @@ from websockets.asyncio.client import connect
 
 from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, service
 from amira.engine.triton import Ports, free_ports
-from gateway.audio.files import RATE, decode_audio
+from gateway.audio import RATE
+from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.audio.files import RATE, decode_audio
+from gateway.audio import RATE
+from gateway.audio.files import decode_audio
 from gateway.errors import ApiError
 from perf.server import PerfError
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from amira.engine.service import ENGINE_HOME, MODEL_REPOSITORY
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from perf import alone, endurance
 from perf.analyze import FIXED_WINDOWS, STREAM, WARM_UP, WHOLE, command, measure, prepare_tool, run, write_inputs
 from perf.clients import GrpcClient, RestClient

@@ -19,7 +19,7 @@ import orjson
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from perf.clients import GrpcClient
 from perf.recogniser import Windows
 from perf.server import PerfError

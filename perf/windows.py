@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from amira.engine.service import MODEL_REPOSITORY, ROOT
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech
 from perf.floor import FrontEnd, open_graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import orjson
@@ -11,7 +12,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from gateway.audio.files import OCTETS, decode_audio, is_file, pcm_from_json
+from gateway.audio.media_types import OCTETS
+from gateway.audio.pool import FilePool
+from gateway.audio.raw import unpack_json
 from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.limits.auth import check_key
 from gateway.limits.places import CallerGoneError
@@ -88,7 +91,7 @@ async def decode_batch(request: Request, model: str) -> Response:
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
     with service.transcriber.admit(model, caller) as recording:
-        samples, opaque = await _read_audio(request, recording.max_secs)
+        samples, opaque = await _read_audio(request, service.files, recording.max_secs)
         try:
             transcription = await recording.transcribe(samples, caller_gone=request.receive)
         except CallerGoneError:
@@ -107,7 +110,7 @@ async def decode_batch(request: Request, model: str) -> Response:
     return Response(orjson.dumps(body), media_type="application/json")
 
 
-async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[str, Any]]:
+async def _read_audio(request: Request, files: FilePool, max_secs: float) -> tuple[Samples, dict[str, Any]]:
     """Read and decode the body.
 
     Returns:
@@ -115,6 +118,7 @@ async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[
 
     Raises:
         ApiError: the body is not audio, or is longer than ``max_secs``.
+        ClientDisconnect: the client left.
     """
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
@@ -122,18 +126,29 @@ async def _read_audio(request: Request, max_secs: float) -> tuple[Samples, dict[
         body, content_type = await _read_form(request)
     else:
         body = await request.body()
-    # Files are decoded off the event loop: a minute of FLAC takes tens of milliseconds, which would delay live streams. Raw PCM
-    # takes less time than the way to a thread and back.
+    opaque: dict[str, Any] = {}
     if media_type == "application/json":
-        return await run_in_threadpool(_decode_json, body, max_secs)
-    if is_file(body):
-        return await run_in_threadpool(decode_audio, body, content_type, max_secs), {}
-    return decode_audio(body, content_type, max_secs), {}
+        body, opaque = await run_in_threadpool(unpack_json, body)  # off the event loop: parsing numbers takes long
+        content_type = OCTETS
+    return await _unless_gone(request, asyncio.ensure_future(files.decode(body, content_type, max_secs))), opaque
 
 
-def _decode_json(body: bytes, max_secs: float) -> tuple[Samples, dict[str, Any]]:
-    audio, opaque = pcm_from_json(body)
-    return decode_audio(audio, OCTETS, max_secs), opaque
+async def _unless_gone(request: Request, work: asyncio.Future[Samples]) -> Samples:
+    """Wait for work, and cancel it when the client leaves.
+
+    Raises:
+        ClientDisconnect: the client left.
+    """
+    gone = asyncio.ensure_future(request.receive())
+    both: set[asyncio.Future[Any]] = {work, gone}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        for future in both:
+            future.cancel()
 
 
 async def _read_form(request: Request) -> tuple[bytes, str]:

@@ -23,7 +23,8 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics, tracing
-from gateway.audio.files import BYTES_A_SAMPLE, RATE
+from gateway.audio import BYTES_PER_SAMPLE, RATE
+from gateway.audio.sniff import StreamStart
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
@@ -55,7 +56,7 @@ def read_frame(frame: bytes, max_bytes: int) -> Samples | Control:
         ApiError: the frame is empty, larger than ``max_bytes``, an unknown control, or not made of 16-bit samples.
     """
     size = len(frame)
-    if size > 1 and size % BYTES_A_SAMPLE == 0 and size <= max_bytes:
+    if size > 1 and size % BYTES_PER_SAMPLE == 0 and size <= max_bytes:
         return np.frombuffer(frame, "<i2")
     if not frame:
         raise ApiError(ErrorKind.EMPTY_FRAME, "the frame is empty; audio frames have at least 2 bytes")
@@ -133,6 +134,7 @@ class Connection:
         self._max_frame_bytes = settings.max_frame_bytes
         self._timeout_secs = settings.stream_timeout_secs
         self._waits_since: float | None = None  # for a frame
+        self._start: StreamStart | None = StreamStart()
 
     async def serve(self) -> int:
         """Serve the stream; return the code that closed the socket."""
@@ -174,8 +176,12 @@ class Connection:
             content = read_frame(frame, self._max_frame_bytes)
             if content is Control.END:
                 ended = True
+                if self._start:
+                    self._start.end()
                 session.end()
             elif content is not Control.KEEPALIVE:
+                if self._start:
+                    self._start.check(frame)
                 await session.append(content)
 
     def _resume(self, text: str) -> None:
@@ -184,6 +190,7 @@ class Connection:
         if self._session.state is not State.CONNECTING:
             raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio")
         self._session.resume(read_resume(text))
+        self._start = None  # the audio continues anywhere in the stream
 
     async def _write(self) -> None:
         """Send the session's events until it has ended.

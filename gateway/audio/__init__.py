@@ -1,1 +1,10 @@
-"""From audio of any kind to 16 kHz mono samples."""
+"""Turn audio of any kind into 16 kHz mono samples.
+
+``sniff`` identifies a body, ``raw`` reads raw PCM, ``files`` decodes files.
+"""
+
+RATE = 16_000
+"""Sample rate of decoded audio and of raw PCM, in Hz."""
+
+BYTES_PER_SAMPLE = 2
+"""Size of one sample of raw PCM (s16le)."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gateway.audio.files import BYTES_A_SAMPLE
+from gateway.audio import BYTES_PER_SAMPLE
 from gateway.triton.endpoint import Samples
 
 ARRIVAL_SECS = 0.01
@@ -76,7 +76,7 @@ class AudioBuffer:
 
     def __len__(self) -> int:
         """Number of samples in the buffer."""
-        return len(self._audio) // BYTES_A_SAMPLE
+        return len(self._audio) // BYTES_PER_SAMPLE
 
     async def put(self, samples: Samples) -> None:
         """Append contiguous audio [n]; wait for room while there is none. After ``close`` the audio is dropped."""
@@ -141,8 +141,8 @@ class AudioBuffer:
         while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._soon_full):
             self._arrivals.popleft()
         arrived = self._arrivals[0][1] if self._arrivals else self._clock()
-        samples = np.frombuffer(self._audio[: most * BYTES_A_SAMPLE], "<i2")
-        del self._audio[: most * BYTES_A_SAMPLE]
+        samples = np.frombuffer(self._audio[: most * BYTES_PER_SAMPLE], "<i2")
+        del self._audio[: most * BYTES_PER_SAMPLE]
         self._taken += len(samples)
         self._usage.used -= len(samples)
         self._overflows = False

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.limits.bucket import TokenBucket
 
 MAX_WINDOWS = 4

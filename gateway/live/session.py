@@ -21,7 +21,7 @@ import structlog
 from prometheus_client import Histogram
 
 from gateway import metrics, tracing
-from gateway.audio.files import BYTES_A_SAMPLE, RATE
+from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.priority import Priority
@@ -124,7 +124,7 @@ class Session:
         self._tokens = shared.tokens
         self._priority = shared.priority
         self._max_audio_secs = shared.settings.max_stream_audio_secs
-        self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_A_SAMPLE, shared.usage, clock)
+        self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_PER_SAMPLE, shared.usage, clock)
         self._pace = Pace(clock=clock)
         self._transcript = Transcript()
         self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=secrets.token_hex(8))

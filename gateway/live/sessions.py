@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from gateway import metrics
-from gateway.audio.files import BYTES_A_SAMPLE
+from gateway.audio import BYTES_PER_SAMPLE
 from gateway.config.settings import Settings
 from gateway.limits.places import Places
 from gateway.limits.priority import Priority
@@ -38,7 +38,7 @@ class Sessions:
         self._triton = triton
         self._places = places
         self._quotas = quotas
-        usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity // BYTES_A_SAMPLE)
+        usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity // BYTES_PER_SAMPLE)
         self._shared = Shared(settings, Priority(), SessionTokens(settings), usage)
         metrics.BUFFER_USAGE.set_function(usage.share)
 

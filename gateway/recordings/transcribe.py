@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from gateway import metrics
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.limits.places import Places
 from gateway.limits.quotas import Quotas

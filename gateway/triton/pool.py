@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from gateway import metrics, tracing
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer

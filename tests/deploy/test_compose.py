@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from amira.engine.service import ROOT
-from gateway.config.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
+from gateway.config.loading import OWN_VARIABLES, load_settings
+from gateway.config.settings import DEFAULT_TRITON_PORT, Settings
 
 COMPOSE = Path(sys.executable).with_name("docker-compose")
 if sys.version_info < (3, 11) and not COMPOSE.exists():

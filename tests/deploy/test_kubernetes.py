@@ -12,7 +12,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from gateway.config.settings import OWN_VARIABLES, Settings, load_settings
+from gateway.config.loading import OWN_VARIABLES, load_settings
+from gateway.config.settings import Settings
 
 Need = Callable[[str], str]
 Manifest = dict[str, Any]

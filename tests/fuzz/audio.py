@@ -12,8 +12,10 @@ from pathlib import Path
 import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-with atheris.instrument_imports(include=["gateway.audio.files", "soundfile"]):
-    from gateway.audio.files import RATE, decode_audio, pcm_from_json
+with atheris.instrument_imports(include=["gateway.audio", "soundfile"]):
+    from gateway.audio import RATE
+    from gateway.audio.files import decode_audio
+    from gateway.audio.raw import unpack_json
 from gateway.errors import ApiError
 from tests.fuzz.guided import main
 from tests.fuzz.recordings import files, pcm
@@ -30,7 +32,7 @@ def fuzz(data: bytes) -> None:
     content_type, body = CONTENT_TYPES[data[0] % len(CONTENT_TYPES)] if data else "", data[1:]
     try:
         if content_type == JSON:
-            body, opaque = pcm_from_json(body)
+            body, opaque = unpack_json(body)
             assert set(opaque) <= {"opaque"}
             content_type = CONTENT_TYPES[0]
         samples = decode_audio(body, content_type, MAX_SECS)

@@ -140,7 +140,7 @@ FLAC = encode((np.random.default_rng(0).normal(size=32000) * 3000).astype(np.int
         (b"\0" * 1001, "application/octet-stream", 400, "odd_length"),
         (WAV[:-1000], "application/octet-stream", 400, "undecodable_audio"),
         (FLAC[: len(FLAC) // 2], "audio/flac", 400, "undecodable_audio"),
-        (b"please transcribe this for me", "application/octet-stream", 400, "undecodable_audio"),
+        (b"please transcribe this for me", "application/octet-stream", 415, "unsupported_media"),
         (b"hello", "text/plain", 415, "unsupported_media"),
         (_zip(), "application/octet-stream", 415, "unsupported_media"),
         (_zip(), "application/zip", 415, "unsupported_media"),

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from amira.engine.service import LOOPBACK
 from amira.engine.triton import Ports
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Places

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.audio.files import decode_audio, pcm_from_json
+from gateway.audio.files import decode_audio
+from gateway.audio.raw import unpack_json
 from gateway.errors import ApiError, ErrorKind
 
 if TYPE_CHECKING:
@@ -144,11 +146,14 @@ def flac_with_total(file: bytes, total: int) -> bytes:
 
 
 LOSSLESS = [
+    ("AIFF", "PCM_16"), ("AIFF", "PCM_24"), ("AIFF", "FLOAT"), ("AU", "PCM_16"), ("AU", "PCM_24"), ("AU", "FLOAT"),
+    ("CAF", "PCM_16"), ("CAF", "PCM_24"), ("CAF", "DOUBLE"), ("CAF", "ALAC_16"), ("W64", "PCM_16"), ("W64", "FLOAT"),
     ("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("WAVEX", "PCM_16"),
     ("WAVEX", "FLOAT"), ("RF64", "PCM_16"), ("RF64", "PCM_24"), ("FLAC", "PCM_16"), ("FLAC", "PCM_24"),
 ]  # fmt: skip
-LOSSY = [("WAV", "PCM_U8"), ("WAV", "ULAW"), ("WAV", "ALAW"), ("OGG", "VORBIS")]
-BLOCKWISE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610")]
+LOSSY = [("WAV", "PCM_U8"), ("WAV", "ULAW"), ("WAV", "ALAW"), ("OGG", "VORBIS"), ("AIFF", "ULAW"), ("AU", "ALAW")]
+BLOCKWISE = [("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("WAV", "NMS_ADPCM_32"), ("WAV", "G721_32"),
+             ("W64", "MS_ADPCM"), ("AIFF", "IMA_ADPCM")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("container", "subtype"), LOSSLESS)
@@ -228,14 +233,71 @@ def test_full_scale_on_all_channels_stays_full_scale(value: int) -> None:
     assert set(decode(encode(np.full((RATE, 8), value, np.int16), "WAV", "PCM_16")).tolist()) == {value}
 
 
-def test_opposite_channels_cancel() -> None:
-    audio = tone(RATE)
-    assert not decode(encode(np.stack([audio, -audio], axis=1), "WAV", "FLOAT")).any()
+@pytest.mark.parametrize("gain", [1.0, 0.9, 0.75])
+def test_opposite_channels_give_the_loudest(gain: float) -> None:
+    audio = tone(RATE, secs=3.5)
+    samples = decode(encode(np.stack([audio, -gain * audio], axis=1), "WAV", "FLOAT"))
+    np.testing.assert_array_equal(samples, np.rint(audio * 0x8000))
+
+
+def test_opposite_channels_among_silent_ones_do_not_cancel() -> None:
+    audio, silence = tone(RATE), np.zeros(RATE * 3 // 2)
+    samples = decode(encode(np.stack([silence, audio, -audio, silence], axis=1), "WAV", "PCM_16"))
+    assert correlation(samples, audio) > 0.999
+    assert np.abs(samples).max() == pytest.approx(0x4000, rel=0.01)
+
+
+def test_channels_that_cancel_for_a_while_are_mixed_without_a_click() -> None:
+    audio = 0.5 * np.sin(2 * np.pi * 100 * np.arange(6 * RATE) / RATE)
+    other = audio.copy()
+    other[2 * RATE : 4 * RATE] *= -1  # where the sine is zero
+    samples = decode(encode(np.stack([audio, other], axis=1), "WAV", "FLOAT")).astype(float) / 0x8000
+    assert np.abs(np.diff(samples)).max() < 1.5 * np.abs(np.diff(audio)).max()
+    levels = np.sqrt(np.square(samples.reshape(-1, RATE // 2)).mean(axis=1))
+    assert levels.min() > 0.9 * np.sqrt(np.square(audio).mean())
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+@pytest.mark.parametrize("inverted", [0, 1])
+def test_speech_with_one_inverted_channel_stays_speech(inverted: int, rate: int) -> None:
+    audio, _ = soundfile.read(SPEECH[0])
+    audio = soxr.resample(audio, RATE, rate)
+    both = np.stack([audio, audio], axis=1)
+    both[:, inverted] *= -0.95
+    assert abs(correlation(decode(encode(both, "FLAC", "PCM_16", rate)), decode(encode(audio, "FLAC", "PCM_16", rate)))) > 0.99
+
+
+@pytest.mark.parametrize("channels", [2, 3, 8])
+def test_one_active_channel_is_averaged(channels: int) -> None:
+    audio = noise().astype(float)
+    mixed = np.zeros((len(audio), channels), np.int16)
+    mixed[:, -1] = audio
+    assert np.abs(decode(encode(mixed, "WAV", "PCM_16")) - audio / channels).max() <= 1
 
 
 def test_float_beyond_full_scale_is_clipped_not_wrapped() -> None:
-    audio = np.array([1.0, 1.5, -1.0, -1.5, 100.0, 0.0], np.float32)
-    assert decode(encode(audio, "WAV", "FLOAT")).tolist() == [0x7FFF, 0x7FFF, -0x8000, -0x8000, 0x7FFF, 0]
+    audio = 3 * tone(RATE)
+    audio[:6] = [1.0, 1.5, -1.0, -1.5, 100.0, 0.0]
+    samples = decode(encode(audio, "WAV", "FLOAT"))
+    assert samples[:6].tolist() == [0x7FFF, 0x7FFF, -0x8000, -0x8000, 0x7FFF, 0]
+    np.testing.assert_array_equal(samples, np.clip(np.rint(audio.astype(np.float32) * 0x8000), -0x8000, 0x7FFF))
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("WAV", "FLOAT"), ("WAV", "DOUBLE"), ("AIFF", "FLOAT"), ("AU", "FLOAT"), ("CAF", "DOUBLE"), ("W64", "FLOAT")],
+)
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_float_with_integer_scale_is_scaled(bits: int, container: str, subtype: str) -> None:
+    audio = soundfile.read(SPEECH[0], dtype="int16")[0].astype(float)
+    audio *= 0x7FFF / np.abs(audio).max()
+    samples = decode(encode(audio * 2.0 ** (bits - 16), container, subtype))
+    assert np.abs(samples - audio).max() <= 1
+
+
+def test_float_with_integer_scale_is_scaled_after_silence() -> None:
+    audio = np.concatenate([np.zeros(5 * RATE), 300 * tone(RATE, secs=0.5), np.zeros(5 * RATE)])
+    assert np.abs(decode(encode(audio, "WAV", "FLOAT")) - audio).max() <= 1
 
 
 def test_overshoot_of_the_resampler_is_clipped_not_wrapped() -> None:
@@ -257,7 +319,7 @@ def test_raw_pcm_is_not_copied() -> None:
     body = noise(5 * RATE).tobytes()
     tracemalloc.start()
     decode(body)
-    assert tracemalloc.get_traced_memory()[1] < 10_000
+    assert tracemalloc.get_traced_memory()[1] < 50_000
     tracemalloc.stop()
 
 
@@ -284,7 +346,7 @@ def test_other_types_are_refused(content_type: str) -> None:
 @pytest.mark.parametrize("subtype", ["mpeg", "mp4", "webm", "aac", "basic", "L16; rate=16000", "amr", "x-unknown", ""])
 def test_types_that_mean_another_encoding_are_refused(subtype: str) -> None:
     name = f"audio/{subtype}".partition(";")[0].lower()
-    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "WAV, FLAC or Ogg"):
+    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "Ogg (Vorbis, Opus)"):
         decode(noise().tobytes(), f"audio/{subtype}")
 
 
@@ -292,20 +354,6 @@ def test_types_that_mean_another_encoding_are_refused(subtype: str) -> None:
 def test_types_of_containers_need_one(subtype: str) -> None:
     with refused(ErrorKind.UNDECODABLE_AUDIO, f"audio/{subtype}".partition(";")[0].lower()):
         decode(noise().tobytes(), f"audio/{subtype}")
-
-
-FOREIGN = [
-    (b"ID3\4\0\0\0\0\0\0", "MP3"), (b"\0\0\0\x20ftypM4A ", "MP4"), (b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81", "WebM"),
-    (b"FORM\0\0\0\0AIFF", "AIFF"), (b"RIFF\0\0\0\0AVI ", "RIFF other than WAV"), (b"#!AMR\n", "AMR"), (b"PK\3\4", "ZIP"),
-    (b"\x1f\x8b\x08\0", "gzip"), (b"%PDF-1.7", "PDF"), (b"\x89PNG\r\n\x1a\n", "PNG"), (b"\xff\xd8\xff\xe0", "JPEG"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("content_type", [OCTETS, "audio/wav", "audio/mpeg", "audio/pcm"])
-@pytest.mark.parametrize(("magic", "name"), FOREIGN, ids=[name for _, name in FOREIGN])
-def test_foreign_formats_are_named(magic: bytes, name: str, content_type: str) -> None:
-    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "WAV, FLAC or Ogg"):
-        decode(magic + noise().tobytes(), content_type)
 
 
 @pytest.mark.parametrize("content_type", ["", OCTETS, "audio/wav", "audio/mpeg"])
@@ -318,13 +366,6 @@ def test_empty_body(content_type: str) -> None:
 def test_odd_length(length: int) -> None:
     with refused(ErrorKind.ODD_LENGTH, length):
         decode(noise().tobytes()[:length])
-
-
-@pytest.mark.parametrize("body", [b"@recording.wav\r\n\r\n", b'{"audio_buffer": [1, 2, 3, 4]}', b"\t0 1 2 3\n" * 1000])
-def test_text_is_not_audio(body: bytes) -> None:
-    with refused(ErrorKind.UNDECODABLE_AUDIO, "text, not audio"):
-        decode(body)
-    assert len(decode(body[: len(body) // 2 * 2] + b"\0\1")) == len(body) // 2 + 1
 
 
 # --- Limits ---
@@ -423,17 +464,55 @@ def test_other_chunks_are_not_audio() -> None:
         decode(wav(b"", before=chunks, after=chunks))
 
 
-def test_size_of_the_whole_file_in_the_header_is_tolerated() -> None:
+@pytest.mark.parametrize("riff_size", [0, 1, 36, 36 + 2 * RATE, 44 + 2 * RATE, 45 + 2 * RATE, 1000 + 2 * RATE, 10**6, 10**9])
+def test_only_the_audio_decides_whether_a_wav_is_whole(riff_size: int) -> None:
     audio = noise()
-    np.testing.assert_array_equal(decode(wav(audio.tobytes(), riff_size=44 + 2 * len(audio))), audio)
-    with refused(ErrorKind.UNDECODABLE_AUDIO, 53 + 2 * len(audio), 44 + 2 * len(audio)):
-        decode(wav(audio.tobytes(), riff_size=45 + 2 * len(audio)))
+    np.testing.assert_array_equal(decode(wav(audio.tobytes(), riff_size)), audio)
 
 
-@pytest.mark.parametrize("cut", [9, 10, 1000, 31_998])
+@pytest.mark.parametrize("excess", [1, 2, 8, 36, 44])
+def test_wav_whose_sizes_count_its_header_in(excess: int) -> None:
+    audio = noise()
+    np.testing.assert_array_equal(decode(wav(audio.tobytes(), 44 + 2 * RATE, 2 * RATE + excess)), audio)
+
+
+@pytest.mark.parametrize("riff_size", [0, 36, 36 + 2 * RATE])
+def test_wav_whose_audio_alone_is_declared_too_long(riff_size: int) -> None:
+    audio = noise()
+    np.testing.assert_array_equal(decode(wav(audio.tobytes(), riff_size, 10**6)), audio)
+
+
+@pytest.mark.parametrize("cut", [45, 46, 1000, 31_998])
 def test_wav_cut_short(cut: int) -> None:
     with refused(ErrorKind.UNDECODABLE_AUDIO, "cut short", 44 + 2 * RATE, 44 + 2 * RATE - cut):
         decode(wav(noise().tobytes())[:-cut], "audio/wav")
+
+
+@pytest.mark.parametrize("riff_size", [0, 4, 36, 0xFFFFFFFF, 36 + 2 * RATE])
+@pytest.mark.parametrize("before", [b"", b"LIST\4\0\0\0INFO", b"fact\4\0\0\0\0\0\0\0"])
+@pytest.mark.parametrize("lead", [b"", bytes(1000), b"LIST"])
+def test_wav_of_an_unfinished_recording(lead: bytes, before: bytes, riff_size: int) -> None:
+    audio = lead + noise().tobytes()
+    assert decode(wav(audio, riff_size, 0, before=before)).tobytes() == audio
+
+
+@pytest.mark.parametrize(
+    ("container", "mark", "offset", "size"),
+    [
+        ("AIFF", b"SSND", 4, bytes(4)),
+        ("AU", b".snd", 8, b"\xff" * 4),
+        ("AU", b".snd", 8, bytes(4)),
+        ("CAF", b"data", 4, b"\xff" * 8),
+        ("CAF", b"data", 4, bytes(8)),
+        ("W64", b"data", 16, bytes(8)),
+    ],
+)
+def test_other_files_of_unfinished_recordings(container: str, mark: bytes, offset: int, size: bytes) -> None:
+    audio = noise()
+    file = bytearray(encode(audio, container, "PCM_16"))
+    at = file.index(mark) + offset
+    file[at : at + len(size)] = size
+    np.testing.assert_array_equal(decode(bytes(file)), audio)
 
 
 def test_format_of_odd_size_in_wav() -> None:
@@ -450,16 +529,140 @@ def test_wav_cut_within_its_header(length: int, riff_size: int | None) -> None:
         decode(wav(noise().tobytes(), riff_size, riff_size)[:length], "audio/wav")
 
 
+GUID_TAIL = bytes.fromhex("00001000800000aa00389b71")
+
+
+def extensible(codec: int, tail: bytes = GUID_TAIL, bits: int = 16) -> bytes:
+    """The format chunk of WAVE_FORMAT_EXTENSIBLE."""
+    size = bits // 8
+    return struct.pack("<HHIIHHHHII", 0xFFFE, 1, RATE, size * RATE, size, bits, 22, bits, 4, codec) + tail
+
+
 @pytest.mark.parametrize(
     ("form", "name"),
     [
-        (struct.pack("<HHIIHH", 0x0055, 1, RATE, 2000, 1, 0), "0x0055"),
         (struct.pack("<HHIIHH", 0x1234, 1, RATE, 2 * RATE, 2, 16), "0x1234"),
+        (struct.pack("<HHIIHH", 0x0161, 1, RATE, 2000, 1, 0), "0x0161 (WMA 2)"),
+        (struct.pack("<HHIIHH", 0x0000, 1, RATE, 2 * RATE, 2, 16), "0x0000"),
+        (extensible(0x00FF), "0x00ff (AAC)"),
+        (extensible(0x0092), "0x0092 (AC-3)"),
+        (extensible(0x4321), "0x4321"),
+        (extensible(1, bytes(range(12))), "000102030405060708090a0b"),
     ],
 )
 def test_unknown_codec_in_wav(form: bytes, name: str) -> None:
-    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "WAV, FLAC or Ogg"):
+    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "Ogg (Vorbis, Opus)"):
         decode(wav(noise().tobytes(), form=form))
+
+
+@pytest.mark.parametrize("tail", [GUID_TAIL, bytes.fromhex("2107d3118644c8c1ca000000")])
+def test_extensible_pcm(tail: bytes) -> None:
+    audio = noise()
+    np.testing.assert_array_equal(decode(wav(audio.tobytes(), form=extensible(1, tail))), audio)
+
+
+def test_extensible_codecs_that_plain_wav_has() -> None:
+    for subtype, codec in (("ULAW", 7), ("ALAW", 6)):
+        file = encode(tone(RATE), "WAV", subtype)
+        data = file[file.index(b"data") + 8 :]
+        np.testing.assert_array_equal(decode(wav(data, form=extensible(codec, bits=8))), decode(file))
+
+
+def test_extensible_that_names_no_codec() -> None:
+    with refused(ErrorKind.UNDECODABLE_AUDIO, "names no codec"):
+        decode(wav(noise().tobytes(), form=extensible(1)[:18]))
+
+
+def test_big_endian_wav() -> None:
+    audio = noise()
+    form = struct.pack(">HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
+    for size in (2 * len(audio), 0, 0xFFFFFFFF):
+        chunks = b"WAVE" + struct.pack(">4sI", b"fmt ", 16) + form + struct.pack(">4sI", b"data", size)
+        file = struct.pack(">4sI", b"RIFX", len(chunks) + 2 * len(audio)) + chunks + audio.astype(">i2").tobytes()
+        np.testing.assert_array_equal(decode(file), audio)
+
+
+def test_bw64() -> None:
+    audio = noise()
+    np.testing.assert_array_equal(decode(rf64(audio.tobytes(), 2 * len(audio)).replace(b"RF64", b"BW64", 1)), audio)
+
+
+def test_mp3_within_wav() -> None:
+    mp3 = encode(tone(RATE), "MP3", "MPEG_LAYER_III")
+    file = wav(mp3, form=struct.pack("<HHIIHHHHIHHH", 0x55, 1, RATE, 4000, 1, 0, 12, 1, 2, 144, 1, 0))
+    np.testing.assert_array_equal(decode(file), decode(mp3))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (encode(noise(), "AIFF", "ULAW").replace(b"ulaw", b"QDM2"), "AIFF file's codec, 'QDM2'"),
+        (encode(noise(), "CAF", "PCM_16").replace(b"lpcm", b"aac "), "CAF file's codec, 'aac '"),
+        (encode(noise(), "AU", "PCM_16").replace(b"\0\0\0\3", b"\0\0\0\x18", 1), "AU file's codec, encoding 24"),
+    ],
+    ids=["AIFF", "CAF", "AU"],
+)
+def test_unknown_codec_in_other_files(file: bytes, name: str) -> None:
+    with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "Ogg (Vorbis, Opus)"):
+        decode(file)
+
+
+def id3(size: int, footer: bool = False) -> bytes:
+    """An ID3v2.4 tag with a picture."""
+    lengths = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
+    tag = b"ID3\4\0" + bytes([0x10 if footer else 0]) + lengths + noise(size // 2 + 2).tobytes()[:size]
+    return tag + b"3DI\4\0\x10" + lengths if footer else tag
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("FLAC", "PCM_16"), ("WAV", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III"), ("AIFF", "PCM_16")],
+)
+@pytest.mark.parametrize("tags", [id3(0), id3(300), id3(100_000), id3(20, footer=True), id3(10) + id3(300)])
+def test_tags_before_a_file(tags: bytes, container: str, subtype: str) -> None:
+    file = encode(tone(RATE), container, subtype)
+    np.testing.assert_array_equal(decode(tags + file), decode(file))
+
+
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), b"APETAGEX" + bytes(24), b"\0" * 1000, b"OggS"])
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("FLAC", "PCM_16"), ("WAV", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("AIFF", "PCM_16"), ("CAF", "PCM_16")],
+)
+def test_tags_after_a_file(tail: bytes, container: str, subtype: str) -> None:
+    file = encode(tone(RATE), container, subtype)
+    np.testing.assert_array_equal(decode(file + tail), decode(file))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000])
+def test_mp3(rate: int, channels: int) -> None:
+    file = encode(tone(rate, 3, channels=channels), "MP3", "MPEG_LAYER_III", rate)
+    for body in (file, file[file.index(b"\xff", 500) :]):  # with the encoder's own frame, and cut from a broadcast
+        samples = decode(body)
+        assert 2.5 * RATE < len(samples) < 3.3 * RATE
+        assert np.abs(np.fft.rfft(samples[RATE : 2 * RATE])).argmax() == 440
+    assert abs(len(decode(file)) - 3 * RATE) <= 1
+
+
+def test_joined_mp3_files_are_decoded_whole() -> None:
+    first, second = (encode(tone(RATE, 2, hz), "MP3", "MPEG_LAYER_III") for hz in (440, 660))
+    for body in (first + second, id3(300) + first + id3(300) + second, first + b"TAG" + bytes(125) + second):
+        samples = decode(body)
+        assert 4 * RATE <= len(samples) < 4.4 * RATE
+        assert np.abs(np.fft.rfft(samples[:RATE])).argmax() == 440
+        assert np.abs(np.fft.rfft(samples[-2 * RATE : -RATE])).argmax() == 660
+
+
+def test_mp3_cut_short_is_decoded_as_far_as_it_goes() -> None:
+    file = encode(tone(RATE, 10), "MP3", "MPEG_LAYER_III")
+    assert 4.5 * RATE < len(decode(file[: len(file) // 2])) < 5.5 * RATE
+
+
+def test_mp3_longer_than_allowed() -> None:
+    file = encode(tone(RATE, 10), "MP3", "MPEG_LAYER_III")
+    with refused(ErrorKind.AUDIO_TOO_LONG, "at most 5 s"):
+        decode(file, max_secs=5)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, 1e30])
@@ -516,9 +719,79 @@ class TestOgg:
             decode(b"".join(pages[:-1]))
 
 
-@pytest.mark.parametrize("packet", [b"Speex   1.2rc1", b"\x7fFLAC\1\0\0\1fLaC", b"\x80theora"])
-def test_unknown_codec_in_ogg(packet: bytes) -> None:
-    with refused(ErrorKind.UNSUPPORTED_MEDIA, "codec isn't supported", "Ogg (Vorbis, Opus)"):
+def chain(*files: bytes) -> bytes:
+    return b"".join(files)
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_chained_ogg_is_decoded_whole(number: int) -> None:
+    kinds = [("VORBIS", 44_100, 2), ("OPUS", 48_000, 1), ("VORBIS", 16_000, 1), ("OPUS", 16_000, 2), ("OPUS", 48_000, 1)]
+    files = [
+        encode(tone(rate, 0.5 + 0.1 * link, 300 + 20 * link, channels), "OGG", subtype, rate)
+        for link, (subtype, rate, channels) in zip(range(number), kinds * 2, strict=False)
+    ]
+    np.testing.assert_array_equal(decode(chain(*files)), np.concatenate([decode(file) for file in files]))
+
+
+def test_chained_ogg_with_a_link_that_does_not_end() -> None:
+    first = split_ogg(encode(tone(48_000, 3), "OGG", "OPUS", 48_000))
+    second = encode(tone(48_000, 2, 600), "OGG", "OPUS", 48_000)
+    samples = decode(b"".join(first[:-1]) + second)
+    assert len(samples) > 4 * RATE
+    np.testing.assert_array_equal(samples[-2 * RATE :], decode(second))
+
+
+def test_chained_ogg_cut_short() -> None:
+    file = encode(tone(RATE), "OGG", "VORBIS")
+    with refused(ErrorKind.UNDECODABLE_AUDIO, "last page is missing"):
+        decode(file + file[:-10])
+
+
+def test_chained_ogg_longer_than_allowed() -> None:
+    file = encode(tone(RATE, 2), "OGG", "OPUS")
+    assert len(decode(file * 3, max_secs=6.1)) >= 6 * RATE
+    with refused(ErrorKind.AUDIO_TOO_LONG, "6 s", "at most 5 s"):
+        decode(file * 3, max_secs=5)
+
+
+def test_ogg_with_two_streams_at_once() -> None:
+    audio = encode(tone(48_000, 3), "OGG", "OPUS", 48_000)
+    first, *pages = split_ogg(audio)
+    other = ogg_page([b"fishead\0" + bytes(56)], 0, flags=2, serial=99)
+    between = [ogg_page([b"other"], number, serial=99) for number in range(1, len(pages) + 1)]
+    mixed = (
+        other
+        + first
+        + b"".join(page for pair in zip(between, pages, strict=True) for page in pair)
+        + ogg_page([b""], 99, flags=4, serial=99)
+    )
+    np.testing.assert_array_equal(decode(mixed), decode(audio))
+
+
+def test_junk_between_pages_is_skipped() -> None:
+    file = encode(tone(48_000, 3), "OGG", "OPUS", 48_000)
+    first, *pages = split_ogg(file)
+    np.testing.assert_array_equal(decode(first + b"".join(b"junk OggS\0 junk" + page for page in pages)), decode(file))
+
+
+@pytest.mark.parametrize(
+    "filling", [b"OggS", b"OggS\0", b"OggS\0\0" + bytes(20) + b"\xff" * 256, b"OggS\0" + bytes(22), ogg_page([], 5), b"\0"]
+)
+@pytest.mark.parametrize("head", [b"", encode(tone(RATE), "OGG", "VORBIS")[:58], encode(tone(RATE), "OGG", "OPUS"), b"OggS"])
+def test_time_of_a_damaged_ogg_is_linear(head: bytes, filling: bytes) -> None:
+    body = (head or filling) + filling * (5_000_000 // len(filling)) + b"\0\4"
+    began = time.process_time()
+    with suppress(ApiError):
+        decode(body, "audio/ogg")
+    assert time.process_time() - began < 10  # it was minutes
+
+
+@pytest.mark.parametrize(
+    ("packet", "name"),
+    [(b"Speex   1.2rc1", "Speex"), (b"\x7fFLAC\1\0\0\1fLaC", "FLAC"), (b"\x80theora", "Theora"), (b"\1\2\3", "unknown")],
+)
+def test_unknown_codec_in_ogg(packet: bytes, name: str) -> None:
+    with refused(ErrorKind.UNSUPPORTED_MEDIA, "codec isn't supported", name, "Ogg (Vorbis, Opus)"):
         decode(ogg_page([packet + bytes(64)], 0, flags=2) + ogg_page([bytes(9)], 1, flags=4), "audio/ogg")
 
 
@@ -531,7 +804,8 @@ VALID = [
     for rate, channels in ((RATE, 1), (48_000, 2))
 ]
 MAGICS = [b"", b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0", b"RF64\xff\xff\xff\xffWAVEds64", b"fLaC\0\0\0\x22", b"OggS\0\2",
-          b"RIFF", *(magic for magic, _ in FOREIGN)]  # fmt: skip
+          b"RIFF", b"ID3\4\0\0\0\0\0\0", b"FORM\0\0\0\0AIFF", b"caff\0\1\0\0desc", b".snd\0\0\0\x18", b"\xff\xfb\x90\0",
+          b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"]  # fmt: skip
 TYPES = ["", OCTETS, "audio/wav", "audio/mpeg", "audio/pcm", "text/html", ";;", "audio/\u00ff"]
 
 
@@ -568,25 +842,25 @@ def test_damaged_files(file: bytes, damage: list[tuple[int, bytes]], insert: boo
 
 def test_json() -> None:
     body = orjson.dumps({"audio_buffer": list(range(256)), "description": "x", "more": 1})
-    assert pcm_from_json(body) == (bytes(range(256)), {})
-    assert pcm_from_json(b'{"audio_buffer": []}') == (b"", {})
+    assert unpack_json(body) == (bytes(range(256)), {})
+    assert unpack_json(b'{"audio_buffer": []}') == (b"", {})
 
 
 @pytest.mark.parametrize("opaque", [None, 0, "é", [1, {"a": None}], {}])
 def test_opaque_comes_back(opaque: object) -> None:
-    assert pcm_from_json(orjson.dumps({"audio_buffer": [1], "opaque": opaque})) == (b"\1", {"opaque": opaque})
+    assert unpack_json(orjson.dumps({"audio_buffer": [1], "opaque": opaque})) == (b"\1", {"opaque": opaque})
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"audio_buffer": [1,]}', b"NaN", b"[" * 5000])
 def test_malformed_json(body: bytes) -> None:
     with refused(ErrorKind.INVALID_BODY, "JSON"):
-        pcm_from_json(body)
+        unpack_json(body)
 
 
 @pytest.mark.parametrize("value", [None, 1, [1, 2], {}, {"audio": [1]}, {"audio_buffer": "AAAA"}, {"audio_buffer": {"0": 1}}])
 def test_json_without_an_audio_buffer(value: object) -> None:
     with refused(ErrorKind.INVALID_BODY, "audio_buffer"):
-        pcm_from_json(orjson.dumps(value))
+        unpack_json(orjson.dumps(value))
 
 
 @pytest.mark.parametrize(
@@ -605,5 +879,5 @@ def test_json_without_an_audio_buffer(value: object) -> None:
 )
 def test_json_with_values_that_are_no_bytes(values: list[Any], index: int, shown: str) -> None:
     with refused(ErrorKind.UNACCEPTABLE, f"audio_buffer[{index}] is", shown, "0 to 255") as caught:
-        pcm_from_json(orjson.dumps({"audio_buffer": values}))
+        unpack_json(orjson.dumps({"audio_buffer": values}))
     assert len(caught.value.message) < 200

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.audio.files import RATE
+from gateway.audio import RATE
 from gateway.live.pace import LEAD_SECS, MAX_BACKLOG_SECS, MAX_LEAD_SECS, MAX_WINDOWS, Pace, plan
 
 CHUNK = 15_360

@@ -8,16 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gateway.config.settings import (
-    KEYS_WITHOUT_EFFECT,
-    LAUNCHER_VARIABLES,
-    SECRETS,
-    ConfigError,
-    Settings,
-    load_settings,
-    to_toml,
-    to_yaml,
-)
+from gateway.config.loading import KEYS_WITHOUT_EFFECT, LAUNCHER_VARIABLES, load_settings, to_toml, to_yaml
+from gateway.config.settings import SECRETS, ConfigError, Settings
 
 SHIPPED = Path(__file__).parents[3] / "config.toml"
 
@@ -348,11 +340,11 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ("server_prot = 1", "server_prot (from config.toml): is no setting; did you mean server_port?"),
-            ("encoder_pool = 1", "encoder_pool (from config.toml): is no setting; did you mean encoder_pool_size?"),
-            ("api_key = 'secret'", "api_key (from config.toml): is no setting; did you mean api_keys?"),
-            ("zzz = 1", "zzz (from config.toml): is no setting"),
-            ("[server]\nport = 1", "server (from config.toml): is no setting; did you mean server_port?"),
+            ("server_prot = 1", "server_prot (from config.toml): is not a setting; did you mean server_port?"),
+            ("encoder_pool = 1", "encoder_pool (from config.toml): is not a setting; did you mean encoder_pool_size?"),
+            ("api_key = 'secret'", "api_key (from config.toml): is not a setting; did you mean api_keys?"),
+            ("zzz = 1", "zzz (from config.toml): is not a setting"),
+            ("[server]\nport = 1", "server (from config.toml): is not a setting; did you mean server_port?"),
         ],
     )
     def test_unknown_key(self, config: str, message: str, tmp_path: Path) -> None:
@@ -360,23 +352,23 @@ class TestBadFiles:
 
     def test_not_toml(self, tmp_path: Path) -> None:
         message = error(tmp_path, "log_level = 'info'\nserver_port = ")
-        assert re.fullmatch(r"config\.toml: is no valid TOML: .* \(at .*\)", message)
+        assert re.fullmatch(r"config\.toml: is not valid TOML: .* \(at .*\)", message)
 
     def test_not_text(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
-        assert error(tmp_path).startswith("config.toml: is no valid TOML: 'utf-8' codec can't decode")
+        assert error(tmp_path).startswith("config.toml: is not valid TOML: 'utf-8' codec can't decode")
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
             (
                 "api_keys: secret: secret",
-                "is no valid YAML: mapping values are not allowed here (at line 1, column 17)",
+                "is not valid YAML: mapping values are not allowed here (at line 1, column 17)",
             ),
-            ("server_host: \0", "is no valid YAML: unacceptable character #x0000: special characters are not allowed"),
+            ("server_host: \0", "is not valid YAML: unacceptable character #x0000: special characters are not allowed"),
             ("- server_port", "must be a table of keys and values"),
             ("server_port", "must be a table of keys and values"),
-            ("1: 2", "1 (from config.yaml): is no setting"),
+            ("1: 2", "1 (from config.yaml): is not a setting"),
         ],
     )
     def test_bad_yaml(self, content: str, message: str, tmp_path: Path) -> None:
@@ -390,12 +382,12 @@ class TestBadFiles:
         for name in ("mine.json", "mine"):
             message = f"AMIRA_CONFIG_FILE = '{name}': must be a .toml or .yaml or .yml file"
             assert error(tmp_path, AMIRA_CONFIG_FILE=name) == message
-        message = "AMIRA_CONFIG_FILE = 'mine.toml': can't be read: No such file or directory"
+        message = "AMIRA_CONFIG_FILE = 'mine.toml': is not readable: No such file or directory"
         assert error(tmp_path, AMIRA_CONFIG_FILE="mine.toml") == message
 
     def test_a_directory(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").mkdir()
-        assert error(tmp_path) == "config.toml: can't be read: Is a directory"
+        assert error(tmp_path) == "config.toml: is not readable: Is a directory"
 
     @pytest.mark.parametrize("content", ["", "# nothing"])
     @pytest.mark.parametrize("name", ["config.toml", "config.yaml"])
@@ -411,15 +403,15 @@ class TestNotices:
         assert loaded.notices == [
             "vocabulary_path (from AMIRA_VOCABULARY_PATH) has no effect: the vocabulary is part of the model repository",
             "enable_numa (from AMIRA_ENABLE_NUMA) has no effect: the operating system places memory",
-            "encoder_pool_size (from config.toml) has no effect: tensors are Triton's",
+            "encoder_pool_size (from config.toml) has no effect: Triton manages the tensors",
         ]
         assert loaded.settings == Settings()
 
     def test_unknown_variables(self, tmp_path: Path) -> None:
         environ = {"AMIRA_SERVER_PROT": "1", "AMIRA_ZZZ": "1", "SERVER_PROT": "1", "RUST_LOG": "debug"}
         assert load_settings(environ, tmp_path).notices == [
-            "AMIRA_SERVER_PROT has no effect: it is no setting; did you mean AMIRA_SERVER_PORT?",
-            "AMIRA_ZZZ has no effect: it is no setting",
+            "AMIRA_SERVER_PROT has no effect: it is not a setting; did you mean AMIRA_SERVER_PORT?",
+            "AMIRA_ZZZ has no effect: it is not a setting",
         ]
 
     @pytest.mark.parametrize("name", sorted(LAUNCHER_VARIABLES))

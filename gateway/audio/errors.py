@@ -1,0 +1,23 @@
+"""The errors of audio that is not decodable."""
+
+from __future__ import annotations
+
+from gateway.errors import ApiError, ErrorKind
+
+SUPPORTED = "WAV, W64, AIFF, AU, CAF, FLAC, Ogg (Vorbis, Opus) or MP3"
+"""The formats that are decoded, for messages."""
+
+
+def unsupported(message: str) -> ApiError:
+    """Return the error for a format or codec that is not supported; its message ends with those that are."""
+    return ApiError(ErrorKind.UNSUPPORTED_MEDIA, f"{message} Send raw PCM or a {SUPPORTED} file.")
+
+
+def undecodable(message: str) -> ApiError:
+    """Return the error for a file that is damaged, or costs too much to decode."""
+    return ApiError(ErrorKind.UNDECODABLE_AUDIO, message)
+
+
+def too_long(length: str, max_secs: float) -> ApiError:
+    """Return the error for audio over the limit."""
+    return ApiError(ErrorKind.AUDIO_TOO_LONG, f"The audio lasts {length}; at most {max_secs:g} s are allowed.")

@@ -1,0 +1,63 @@
+"""Hold what a body is against the media type (RFC 6838) that it is declared as."""
+
+from __future__ import annotations
+
+from gateway.audio.errors import SUPPORTED
+from gateway.audio.sniff import RAW, Content, Format, identify
+from gateway.errors import ApiError, ErrorKind
+
+OCTETS = "application/octet-stream"
+RAW_TYPES = frozenset({OCTETS, "audio/pcm", "audio/x-pcm", "audio/raw", "audio/x-raw"})
+"""Types that allow raw PCM. `audio/L16` does not: it is big-endian by definition and little-endian in many clients."""
+
+FILE_TYPES = frozenset(f"audio/{name}" for name in ("wav", "x-wav", "wave", "vnd.wave", "flac", "x-flac", "ogg", "opus"))
+"""Types that need a file."""
+
+ALLOWED = (
+    f"Send 16 kHz mono s16le PCM as {OCTETS} or audio/pcm, a {SUPPORTED} file as {OCTETS} or audio/*, "
+    "one file as multipart/form-data, or an audio_buffer as application/json."
+)
+
+
+def identify_body(body: bytes, content_type: str) -> Content:
+    """Identify a body that must be audio.
+
+    The content decides: a file is taken whatever audio type it is declared as. Raw PCM must be declared as such.
+
+    Args:
+        body: the whole body.
+        content_type: its media type; parameters are ignored, and an empty one means `application/octet-stream`.
+
+    Returns:
+        A format that is decodable, or ``RAW``.
+
+    Raises:
+        ApiError: the body is empty, or neither a supported file nor raw PCM.
+    """
+    media_type = content_type.partition(";")[0].strip().lower() or OCTETS
+    shown = repr(media_type[:80])
+    if media_type != OCTETS and not media_type.startswith("audio/"):
+        raise _unsupported(f"Content type {shown} isn't supported.", "Content-Type")
+    if not body:
+        raise ApiError(ErrorKind.EMPTY_BODY, "The body is empty; it must hold audio.")
+    content = identify(body)
+    if content.format.decodable:
+        return content
+    if content.format != RAW:
+        raise _unsupported(_describe(content.format))
+    if media_type in FILE_TYPES:
+        message = f"The body was sent as {media_type}, but doesn't begin like a {SUPPORTED} file."
+        raise ApiError(ErrorKind.UNDECODABLE_AUDIO, message)
+    if media_type not in RAW_TYPES:
+        raise _unsupported(f"Content type {shown} isn't supported.", "Content-Type")
+    return content
+
+
+def _describe(found: Format) -> str:
+    if found.name.endswith("text"):
+        return f"The body is {found.name}, not audio."
+    return f"The body looks like {found.name}, which isn't supported."
+
+
+def _unsupported(message: str, param: str | None = None) -> ApiError:
+    return ApiError(ErrorKind.UNSUPPORTED_MEDIA, f"{message} {ALLOWED}", param)

@@ -1,0 +1,219 @@
+"""Repair WAV headers: RIFF, RIFX, RF64 and BW64 with sizes that are missing or wrong, as players do.
+
+A WAV file is a list of chunks (Multimedia Programming Interface and Data Specifications 1.0, 1991). Recorders that write to a
+pipe, or that crash, leave sizes of 0 or of the maximum. libsndfile relies on the sizes, so it gets a new minimal header with
+the right ones before the audio.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import Enum
+
+from gateway.audio.errors import undecodable, unsupported
+
+STREAMED = 0x7FFF0000
+"""Sizes from this on come from writers that did not know the size."""
+
+RIFF_HEADER_BYTES, CHUNK_HEADER_BYTES = 12, 8
+MIN_FORMAT_BYTES = 16
+DS64_DATA_SIZE = slice(8, 16)
+"""Where a ds64 chunk has the data's size (EBU Tech 3306)."""
+
+EXTENSIBLE, EXTENSIBLE_BYTES = 0xFFFE, 40
+GUID = slice(24, 40)
+GUID_TAILS = (bytes.fromhex("0000 1000 8000 00aa00389b71"), bytes.fromhex("2107 d311 8644 c8c1ca000000"))
+"""Last 12 bytes of a codec's GUID (KSDATAFORMAT_SUBTYPE, and ambisonics); the codec's number is before."""
+
+
+class Payload(Enum):
+    """What decodes the audio of a WAV file."""
+
+    WAV = "WAV"
+    MP3 = "MP3"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """An audio codec of WAV files.
+
+    Attributes:
+        name: the codec's.
+        payload: what decodes it; None where nothing does.
+        samples: whether it is a sequence of plain samples, which need no more than the first 16 bytes of the format.
+    """
+
+    name: str
+    payload: Payload | None = None
+    samples: bool = False
+
+
+CODECS = {
+    0x0001: Codec("PCM", Payload.WAV, samples=True),
+    0x0002: Codec("MS ADPCM", Payload.WAV),
+    0x0003: Codec("float", Payload.WAV, samples=True),
+    0x0006: Codec("A-law", Payload.WAV, samples=True),
+    0x0007: Codec("µ-law", Payload.WAV, samples=True),
+    0x0011: Codec("IMA ADPCM", Payload.WAV),
+    0x0031: Codec("GSM 6.10", Payload.WAV),
+    0x0038: Codec("NMS ADPCM", Payload.WAV),
+    0x0040: Codec("G.721 ADPCM", Payload.WAV),
+    0x0050: Codec("MPEG", Payload.MP3),
+    0x0055: Codec("MP3", Payload.MP3),
+    0x0014: Codec("G.723 ADPCM"),
+    0x0017: Codec("Dialogic ADPCM"),
+    0x0022: Codec("TrueSpeech"),
+    0x0042: Codec("G.723.1"),
+    0x0045: Codec("G.726 ADPCM"),
+    0x0064: Codec("G.726 ADPCM"),
+    0x0065: Codec("G.722 ADPCM"),
+    0x0083: Codec("G.729"),
+    0x0092: Codec("AC-3"),
+    0x00FF: Codec("AAC"),
+    0x0130: Codec("ACELP"),
+    0x0160: Codec("WMA"),
+    0x0161: Codec("WMA 2"),
+    0x0162: Codec("WMA Pro"),
+    0x0163: Codec("WMA lossless"),
+    0x0270: Codec("ATRAC3"),
+    0x1600: Codec("AAC (ADTS)"),
+    0x1602: Codec("AAC (LOAS)"),
+    0x1610: Codec("HE-AAC"),
+    0x2000: Codec("AC-3"),
+    0x2001: Codec("DTS"),
+    0x566F: Codec("Vorbis"),
+    0x674F: Codec("Vorbis"),
+    0x704F: Codec("Opus"),
+    0xA109: Codec("Speex"),
+    0xF1AC: Codec("FLAC"),
+}
+"""Codecs by their number (RFC 2361, and Microsoft's mmreg.h)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a WAV file.
+
+    Attributes:
+        name: four characters.
+        start: offset of its content.
+        size: declared size of its content, in bytes.
+    """
+
+    name: bytes
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Offset after its content."""
+        return self.start + self.size
+
+    @property
+    def next(self) -> int:
+        """Offset of the next chunk; a content of odd size is padded."""
+        return self.end + self.size % 2
+
+
+def repair(file: bytes) -> tuple[Payload, bytes]:
+    """Return a WAV file's audio as something that libsndfile reads whole.
+
+    Args:
+        file: from the file's first byte.
+
+    Returns:
+        What decodes it, and a WAV file with a minimal header, or the MP3 stream that the file carries.
+
+    Raises:
+        ApiError: the file is damaged or cut short, or its codec is not supported.
+    """
+    big = file.startswith(b"RIFX")
+    order = ">" if big else "<"
+    chunks = _chunks(file, order)
+    form = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fmt "), b"")
+    data = next((chunk for chunk in chunks if chunk.name == b"data"), None)
+    if len(form) < MIN_FORMAT_BYTES or not data:
+        raise undecodable("The WAV file is damaged or cut short: it has no format, or no audio.")
+    codec, form = _codec(form, order)
+    audio = memoryview(file)[data.start : _end_of_audio(file, order, chunks, data)]
+    if codec.payload is Payload.MP3:
+        return Payload.MP3, bytes(audio)
+    fact = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fact" and not codec.samples), b"")
+    parts: list[tuple[bytes, bytes | memoryview]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
+    pieces = [
+        piece for name, part in parts for piece in (name, struct.pack(f"{order}I", len(part)), part, bytes(len(part) % 2))
+    ]
+    size = struct.pack(f"{order}I", len(b"WAVE") + sum(map(len, pieces)))
+    return Payload.WAV, b"".join((b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces))
+
+
+def _chunks(file: bytes, order: str) -> list[Chunk]:
+    """List the chunks up to the audio."""
+    chunks: list[Chunk] = []
+    at = RIFF_HEADER_BYTES
+    while at + CHUNK_HEADER_BYTES <= len(file):
+        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        chunk = Chunk(name, at + CHUNK_HEADER_BYTES, size)
+        chunks.append(chunk)
+        if name == b"data":
+            break
+        at = chunk.next
+    return chunks
+
+
+def _end_of_audio(file: bytes, order: str, chunks: list[Chunk], data: Chunk) -> int:
+    """Return the offset after the last byte of audio.
+
+    Raises:
+        ApiError: the file is cut short: all its sizes agree that more belongs to it.
+    """
+    (riff_size,) = struct.unpack_from(f"{order}I", file, 4)
+    size = data.size
+    if file[:4] in (b"RF64", b"BW64"):
+        ds64 = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"ds64"), b"")
+        if size == 2**32 - 1 and len(ds64) >= DS64_DATA_SIZE.stop:
+            size = int.from_bytes(ds64[DS64_DATA_SIZE], "little")
+            riff_size = int.from_bytes(ds64[:8], "little")
+    if size == 0 and not _are_chunks(file, order, data.start):
+        return len(file)  # the recorder did not come to write the size
+    declared_end = data.start + size
+    if declared_end <= len(file) or size >= STREAMED:
+        return min(declared_end, len(file))
+    # The header itself is often counted in; a file that really lacks its end says so twice.
+    if declared_end > len(file) + data.start and riff_size + CHUNK_HEADER_BYTES > len(file):
+        raise undecodable(f"The WAV file is cut short: it declares {declared_end} bytes, but has {len(file)}.")
+    return len(file)
+
+
+def _are_chunks(file: bytes, order: str, at: int) -> bool:
+    """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
+    while at + CHUNK_HEADER_BYTES <= len(file):
+        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        if not name.isascii() or not name.decode("ascii").isprintable():
+            return False
+        at = Chunk(name, at + CHUNK_HEADER_BYTES, size).next
+    return at in (len(file), len(file) + 1)
+
+
+def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
+    """Return the codec that a format names, and the format without the extensible form.
+
+    Raises:
+        ApiError: the codec is not supported.
+    """
+    (number,) = struct.unpack_from(f"{order}H", form)
+    if number == EXTENSIBLE:
+        if len(form) < EXTENSIBLE_BYTES:
+            raise undecodable("The WAV file is damaged: its format is extensible, but names no codec.")
+        guid = form[GUID]
+        (number,) = struct.unpack_from(f"{order}I", guid)
+        if guid[4:] not in GUID_TAILS:
+            raise unsupported(f"The WAV file's codec, GUID {guid.hex()}, isn't supported.")
+    codec = CODECS.get(number)
+    if not codec or not codec.payload:
+        named = f" ({codec.name})" if codec else ""
+        raise unsupported(f"The WAV file's codec, 0x{number:04x}{named}, isn't supported.")
+    if codec.samples:
+        form = struct.pack(f"{order}H", number) + form[2:MIN_FORMAT_BYTES]
+    return codec, form

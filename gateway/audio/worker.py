@@ -1,0 +1,171 @@
+"""Decode each file in a process of its own: ``python -m gateway.audio.worker DESCRIPTOR``.
+
+``pool.FilePool`` starts one such server, which loads the decoders once and forks for each file. A fork takes a millisecond
+or two, so each file has its own limits of CPU time and memory, its process ends as soon as nobody waits for it, and a file that
+crashes the decoder crashes nothing else.
+
+The descriptor is a Unix socket of type SEQPACKET. Each message on it is a ``Job`` as JSON, with two descriptors: the file, and
+a socket of the same type for the answer. The answer is any number of messages ``SAMPLES`` and one ``DONE``, ``FAILED`` or
+``DIED``. The job ends when the other end of its socket is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+from gateway.audio.files import decode_blocks
+from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, MAX_SAMPLES_BYTES, SAMPLES, Failure, Job
+from gateway.audio.sniff import DECODABLE, Content
+from gateway.errors import ApiError, ErrorKind
+
+CRASH_SCORE = "800"
+"""oom_score_adj (proc(5)): where memory runs out, the kernel ends a decoding process and not the gateway or Triton."""
+
+
+class Server:
+    """Forks for each job until the other end of its socket is closed.
+
+    Args:
+        control: takes the jobs.
+    """
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._children: dict[int, socket.socket] = {}
+        self._woken, self._wake = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        """Serve."""
+        for end in (self._woken, self._wake):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # without a handler nothing is written to the wakeup descriptor
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which then closes the socket
+        self._selector.register(self._control, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._woken:
+                    self._reap()
+                elif key.fileobj is not self._control:
+                    self._end(key.data)
+                elif not self._accept():
+                    for pid in self._children:
+                        os.kill(pid, signal.SIGKILL)
+                    return
+
+    def _accept(self) -> bool:
+        """Start the next job; return whether there was one."""
+        message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
+        if not message:
+            return False
+        file, answer = descriptors[0], socket.socket(fileno=descriptors[1])
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become_child()
+                decode(Job(**json.loads(message)), file, answer)
+            except BrokenPipeError:
+                os._exit(0)  # nobody waits for the answer
+            except BaseException:  # noqa: BLE001 (whatever it is, this process must not go on as a server)
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        os.close(file)
+        self._children[pid] = answer
+        self._selector.register(answer, selectors.EVENT_READ, pid)
+        return True
+
+    def _become_child(self) -> None:
+        """Let go of what is the server's: other jobs must be seen to end, and signals must end this process."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._selector.close()
+        for end in (self._control, self._woken, self._wake, *self._children.values()):
+            end.close()
+
+    def _end(self, pid: int) -> None:
+        """End a job: the other end of its socket was closed."""
+        if answer := self._children.get(pid):
+            self._selector.unregister(answer)
+            os.kill(pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Report jobs that have ended in another way than they should."""
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(MAX_MESSAGE_BYTES)
+        while self._children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            answer = self._children.pop(pid)
+            with contextlib.suppress(KeyError):  # ended by us
+                self._selector.unregister(answer)
+            with answer, contextlib.suppress(OSError):  # nobody waits for the answer, or nobody has read what was before
+                if code := os.waitstatus_to_exitcode(status):
+                    answer.send(DIED + str(code).encode(), socket.MSG_DONTWAIT)
+
+
+def decode(job: Job, file: int, answer: socket.socket) -> None:
+    """Decode a file within the job's limits.
+
+    Args:
+        job: what to do.
+        file: descriptor of the file.
+        answer: gets the messages.
+
+    Raises:
+        BrokenPipeError: the other end of the socket was closed.
+    """
+    _limit(job)
+    try:
+        body = os.pread(file, os.fstat(file).st_size, 0)
+        for block in decode_blocks(body, Content(DECODABLE[job.format], job.start), job.max_secs):
+            data = block.tobytes()
+            for at in range(0, len(data), MAX_SAMPLES_BYTES):
+                answer.send(SAMPLES + data[at : at + MAX_SAMPLES_BYTES])
+    except ApiError as error:
+        failure = Failure(error.kind.name, error.message, error.param)
+    except MemoryError:
+        message = f"The {job.format} file needs more than {job.memory_bytes >> 20} MiB of memory to decode."
+        failure = Failure(ErrorKind.UNDECODABLE_AUDIO.name, message)
+    else:
+        answer.send(DONE)
+        return
+    answer.send(FAILED + json.dumps(asdict(failure)).encode())
+
+
+def _limit(job: Job) -> None:
+    """Set the limits of this process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(CRASH_SCORE, encoding="ascii")
+    own_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    memory_bytes = own_bytes + job.memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_secs, job.cpu_secs + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    """Serve on the socket whose descriptor is the only argument."""
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        server = Server(control)
+        gc.collect()
+        gc.freeze()  # or each child's first collection would copy the server's memory
+        server.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Files of all kinds through the gateway, Triton and the decoder, and files that are made to stop it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Any
+
+import httpx
+import jiwer
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pytest
+import soundfile
+import soxr
+from websockets.asyncio.client import connect
+
+from gateway.audio import RATE
+from tests.support.servers import Gateway, Recordings
+
+MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
+
+OCTETS = {"Content-Type": "application/octet-stream"}
+JFK = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
+ATTACKERS = 45
+HONEST_SECS = 20.0
+"""More than an honest recording takes on a machine that is busy with other tests; with decoding stopped it took minutes."""
+
+pytestmark = pytest.mark.usefixtures("no_sequence_left")
+
+
+def encode(samples: npt.NDArray[Any], rate: int = RATE, **form: Any) -> bytes:
+    file = io.BytesIO()
+    audio = samples if rate == RATE else soxr.resample(samples, RATE, rate)
+    soundfile.write(file, audio, rate, **form)
+    return file.getvalue()
+
+
+def unfinished(samples: npt.NDArray[np.int16]) -> bytes:
+    """A WAV file whose recorder did not come to write the sizes."""
+    file = bytearray(encode(samples, format="WAV"))
+    file[4:8] = file[40:44] = bytes(4)
+    return bytes(file)
+
+
+def too_large(samples: npt.NDArray[np.int16]) -> bytes:
+    """A WAV file whose sizes count the header in."""
+    file = bytearray(encode(samples, format="WAV"))
+    file[4:8], file[40:44] = (len(file).to_bytes(4, "little") for _ in range(2))
+    return bytes(file)
+
+
+def opposite(samples: npt.NDArray[np.int16]) -> bytes:
+    half = samples // 2
+    return encode(np.stack([half, -half], axis=1), format="WAV")
+
+
+LOSSLESS: dict[str, Callable[[npt.NDArray[np.int16]], bytes]] = {
+    "unfinished wav": unfinished,
+    "wav with sizes too large": too_large,
+    "float wav with integer scale": lambda samples: encode(samples.astype(np.float32), format="WAV", subtype="FLOAT"),
+    "flac after a tag": lambda samples: b"ID3\4\0\0\0\0\2\0" + bytes(256) + encode(samples, format="FLAC"),
+    "aiff": lambda samples: encode(samples, format="AIFF"),
+    "au": lambda samples: encode(samples, format="AU"),
+    "caf": lambda samples: encode(samples, format="CAF"),
+    "w64": lambda samples: encode(samples, format="W64"),
+}
+LOSSY: dict[str, Callable[[npt.NDArray[np.int16]], bytes]] = {
+    "mp3": lambda samples: encode(samples / 0x8000, format="MP3"),
+    "mp3 without its first frames": lambda samples: encode(samples / 0x8000, 44_100, format="MP3")[700:],
+    "opposite channels": opposite,
+    "opposite channels at 48 kHz": lambda samples: encode(
+        np.stack([samples, -0.9 * samples], axis=1) / 0x10000, 48_000, format="OGG", subtype="VORBIS"
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LOSSLESS)
+async def test_every_lossless_form_gives_the_text_of_raw_pcm(
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, form: str
+) -> None:
+    samples = recordings["jfk"]
+    raw = await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
+    answer = await http.post(gateway.batch_url(), content=LOSSLESS[form](samples), headers=OCTETS)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == raw.json()
+
+
+@pytest.mark.parametrize("form", LOSSY)
+async def test_every_lossy_form_gives_the_words(
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, form: str
+) -> None:
+    answer = await http.post(gateway.batch_url(), content=LOSSY[form](recordings["jfk"]), headers=OCTETS)
+    assert answer.status_code == 200, answer.text
+    assert jiwer.wer(JFK, answer.json()["text"]) < 0.25
+
+
+async def test_chained_ogg_gives_the_words_of_every_link(
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
+) -> None:
+    link = encode(recordings["jfk"] / 0x8000, 48_000, format="OGG", subtype="OPUS")
+    answer = await http.post(gateway.batch_url(), content=link + link, headers=OCTETS)
+    assert answer.json()["audio_length_samples"] == pytest.approx(2 * len(recordings["jfk"]), abs=4)
+    assert jiwer.wer(f"{JFK} {JFK}", answer.json()["text"]) < 0.25
+
+
+async def test_a_file_as_json(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
+    flac = encode(recordings["jfk"], format="FLAC")
+    answer = await http.post(gateway.batch_url(), json={"audio_buffer": list(flac), "opaque": 7})
+    assert answer.json()["audio_length_samples"] == len(recordings["jfk"])
+    assert answer.json()["opaque"] == 7
+
+
+NOISE = np.random.default_rng(0).integers(-0x8000, 0x8000, 20_000, dtype=np.int16)
+FOREIGN = {
+    "WebM": b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81" + NOISE.tobytes(),
+    "MP4": b"\0\0\0\x20ftypM4A " + NOISE.tobytes(),
+    "AMR": b"#!AMR\n" + NOISE.tobytes(),
+    "FLV": b"FLV\1\5" + NOISE.tobytes(),
+    "AVI": b"RIFF\0\0\0\0AVI LIST" + NOISE.tobytes(),
+    "ASF": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + NOISE.tobytes(),
+    "JSON": orjson.dumps({"audio": "x" * 1000}),
+    "WebVTT": "WEBVTT\n\n00:00.000 --> 00:02.000\nask not\n".encode("utf-16") * 9,
+    "HTML": b"<html><body>502 Bad Gateway</body></html>" * 9,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+async def test_what_is_not_supported_is_refused_by_name(gateway: Gateway, http: httpx.AsyncClient, name: str) -> None:
+    answer = await http.post(gateway.batch_url(), content=FOREIGN[name], headers=OCTETS)
+    assert answer.status_code == 415
+    assert answer.json()["error"]["code"] == "unsupported_media"
+    assert name in answer.json()["error"]["message"]
+
+
+STREAMED = {
+    **FOREIGN,
+    "MP3": encode(NOISE / 0x8000, format="MP3"),
+    "Ogg": encode(NOISE / 0x8000, format="OGG", subtype="OPUS"),
+    "FLAC": encode(NOISE, format="FLAC"),
+}
+
+
+@pytest.mark.parametrize("frame_bytes", [320, 3200])
+@pytest.mark.parametrize("name", STREAMED)
+async def test_a_stream_that_is_not_pcm_is_refused_by_name(gateway: Gateway, name: str, frame_bytes: int) -> None:
+    body = STREAMED[name]
+    async with connect(gateway.stream_url()) as socket:
+        for at in range(0, len(body) - frame_bytes, frame_bytes):
+            await socket.send(body[at : at + frame_bytes])
+        await socket.send(b"\0")
+        messages = [orjson.loads(message) async for message in socket]
+    assert [message["type"] for message in messages] == ["error"]
+    assert messages[0]["error"]["code"] == "unsupported_media"
+    assert name in messages[0]["error"]["message"]
+    assert socket.close_code == messages[0]["close_code"] == 1003
+
+
+def vorbis_head() -> bytes:
+    return encode(np.zeros(RATE), format="OGG", subtype="VORBIS")[:58]
+
+
+SLOW = {
+    "words that are no pages": lambda: vorbis_head() + b"OggS" * 500_000 + b"\0\4",
+    "pages with wrong checksums": lambda: vorbis_head() + (b"OggS" + bytes(22) + b"\xff" * 256) * 7_000,
+    "links without audio": lambda: encode(np.zeros(1), format="OGG", subtype="OPUS") * 12_000,
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+async def test_files_that_are_slow_to_decode_end_with_their_clients(
+    make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, kind: str
+) -> None:
+    """The bodies are small, and their clients leave; what is honest is served at once."""
+    flac, body = encode(recordings["jfk"], format="FLAC"), SLOW[kind]()
+
+    async def attack(url: str) -> None:
+        async with httpx.AsyncClient(timeout=2) as client:
+            with suppress(httpx.TimeoutException):
+                await client.post(url, content=body)
+
+    async with make_gateway() as gateway:
+        attackers = [asyncio.create_task(attack(gateway.batch_url())) for _ in range(ATTACKERS)]
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)
+        assert answer.status_code == 200
+        assert time.monotonic() - began < HONEST_SECS
+        await asyncio.gather(*attackers)
+        began = time.monotonic()
+        answer = await http.post(gateway.batch_url(), content=flac, headers=OCTETS)
+        assert answer.status_code == 200
+        assert time.monotonic() - began < HONEST_SECS
