@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from amira.engine.triton import Engine, EngineError, Ports, Triton, check_free
+from amira import paths
+from amira.engine.errors import EngineError
+from amira.engine.triton import Engine, Ports, Triton, check_free
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.errors import ApiError
@@ -18,12 +20,13 @@ from gateway.tracing import triton_options
 from gateway.transcript.transcript import Answer
 from gateway.triton.pool import Triton as TritonClient
 
-ROOT = Path(__file__).resolve().parents[2]
-ENGINE_HOME = ROOT / ".engine"
-ONNXRUNTIME_BACKEND = ROOT / "backends" / "onnxruntime"
-MODEL_REPOSITORY = ROOT / "model-repo"
-SPEECH = ROOT / "tests" / "speech"
-
+ROOT, ENGINE_HOME, ONNXRUNTIME_BACKEND, MODEL_REPOSITORY, SPEECH = (
+    paths.ROOT,
+    paths.ENGINE_HOME,
+    paths.ONNXRUNTIME_BACKEND,
+    paths.MODEL_REPOSITORY,
+    paths.SPEECH,
+)
 LOOPBACK = "127.0.0.1"
 
 

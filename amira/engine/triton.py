@@ -34,6 +34,7 @@ from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from gateway.triton.canary import Canary, ask
+from amira.engine.errors import EngineError
 
 MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
@@ -58,10 +59,6 @@ MAX_LATE_SECS = 30.0
 POLL_SECS = 0.1
 
 log = structlog.get_logger()
-
-
-class EngineError(RuntimeError):
-    """Triton can't be prepared, started or kept ready; one line, with what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ class Engine:
         try:
             wheel = importlib.metadata.distribution("nvidia-pytriton")
         except importlib.metadata.PackageNotFoundError:
-            raise EngineError("nvidia-pytriton is not installed; run make setup") from None
+            raise EngineError("nvidia-pytriton is not installed; pip install 'amira-asr[engine]' installs it") from None
         server = Path(str(wheel.locate_file("pytriton/tritonserver")))
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         python_backend = home / "backends" / "python"

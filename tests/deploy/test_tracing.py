@@ -392,5 +392,5 @@ def test_opentelemetrys_own_variables_count() -> None:
 
 def test_missing_packages_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"amira-asr-server\[tracing\]"):
+    with pytest.raises(ConfigError, match=r"amira-asr\[tracing\]"):
         Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))

@@ -22,8 +22,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
 
 from amira.cli import app
+from amira.engine.errors import EngineError
 from amira.engine.service import LOOPBACK, MODEL_REPOSITORY
-from amira.engine.triton import EngineError, free_ports
+from amira.engine.triton import free_ports
 from amira.models.graphs import ModelError
 from amira.models.importing import import_model
 from amira.models.repository import ROLES, read_config, recognisers

@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 import amira.engine.service
 from amira.cli import app
 from amira.engine import triton as engine
+from amira.engine.errors import EngineError
 from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
-from amira.engine.triton import Engine, EngineError, Ports, Triton, free_ports
+from amira.engine.triton import Engine, Ports, Triton, free_ports
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
 from tests.support.servers import run_gateway
