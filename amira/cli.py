@@ -16,6 +16,7 @@ from rich.console import Console
 from amira.client.rest import API_KEY_VARIABLE, BASE_URL_VARIABLE, DEFAULT_BASE_URL, DEFAULT_MODEL, Client
 from amira.client.types import RequestError
 from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
 
 if TYPE_CHECKING:
     from amira.engine.service import Running
@@ -31,8 +32,6 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "models": ("huggingface_hub", "onnx", "onnx_asr", "onnxruntime"),
 }
 """Modules by which an installed extra of the package is recognised."""
-
-LOOPBACK = "127.0.0.1"
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition: server and client."
@@ -91,7 +90,6 @@ def run(
     """Start an embedded Triton and the gateway; Ctrl-C stops both."""
     _require("server", "engine")
     from amira.engine.service import service
-    from amira.engine.triton import Ports
 
     settings = _settings()
     ports = Ports(triton_host, triton_http_port, triton_grpc_port, triton_metrics_port)
@@ -119,6 +117,7 @@ def serve() -> None:
     settings = _settings()
 
     async def serve() -> None:
+        check_free([gateway_listener(settings.server_host, settings.server_port)])
         await build_server(settings).serve()
 
     _main(serve())
@@ -136,7 +135,6 @@ def demo(
     _require("server", "engine")
     from amira import demo as demonstration
     from amira.engine.service import service
-    from amira.engine.triton import Ports, free_ports
     from gateway.logs import configure_logging
 
     gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
@@ -229,7 +227,6 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     """Check a model repository: files, graphs and configurations, and one recording on the embedded Triton."""
     _require("engine")
     from amira.engine.service import transcribe_with_each
-    from amira.engine.triton import Ports, free_ports
     from gateway.config.settings import Settings
     from gateway.logs import configure_logging
 
@@ -252,7 +249,7 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
 
 
 def _check_memory(recogniser: Recogniser) -> None:
-    from amira.models.graphs import ModelError  # noqa: PLC0415 (see models_import)
+    from amira.models.graphs import ModelError
 
     try:
         growth = recogniser.check_memory()
@@ -310,7 +307,7 @@ def _main(coroutine: Coroutine[Any, Any, None]) -> None:
 
     try:
         uvloop.run(coroutine)
-    except (EngineError, ConfigError, OSError) as error:
+    except (EngineError, PortError, ConfigError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         pass

@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from amira.engine.errors import EngineError
-from amira.engine.service import ENGINE_HOME, ROOT, SPEECH
+from amira.paths import ENGINE_HOME, ROOT, SPEECH
 from gateway.audio.files import RATE
 from perf.recogniser import DECODER, MODEL
 from perf.server import PerfError, Target, cpu_model, read_counters, triton_server

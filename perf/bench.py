@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
 from amira.engine.errors import EngineError
-from amira.engine.service import MODEL_REPOSITORY, ROOT, SPEECH
+from amira.paths import MODEL_REPOSITORY, ROOT, SPEECH
 from gateway.audio.files import RATE
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging

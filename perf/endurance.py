@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from websockets.asyncio.client import connect
 
-from amira.engine.service import LOOPBACK
-from amira.engine.triton import free_ports
+from amira.ports import LOOPBACK, free_ports
 from gateway.audio.files import RATE
 from gateway.server import TRIM_SECS
 from perf.clients import GrpcClient

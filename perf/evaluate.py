@@ -28,8 +28,9 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
-from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, service
-from amira.engine.triton import Ports, free_ports
+from amira.engine.service import service
+from amira.paths import MODEL_REPOSITORY
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.audio.files import RATE, decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging

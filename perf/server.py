@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.triton import Engine, Triton
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"

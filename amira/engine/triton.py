@@ -11,12 +11,10 @@ import contextlib
 import ctypes
 import filecmp
 import importlib.metadata
-import ipaddress
 import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -33,8 +31,9 @@ import structlog
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from gateway.triton.canary import Canary, ask
 from amira.engine.errors import EngineError
+from amira.ports import Ports
+from gateway.triton.canary import Canary, ask
 
 MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
@@ -59,51 +58,6 @@ MAX_LATE_SECS = 30.0
 POLL_SECS = 0.1
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Triton's ports, all on one address."""
-
-    host: str
-    http: int
-    grpc: int
-    metrics: int
-
-    def check_free(self) -> None:
-        """Raise EngineError where one is taken, or the address is none."""
-        try:
-            ipaddress.IPv4Address(self.host)
-        except ValueError:
-            raise EngineError(f"AMIRA_TRITON_HOST is {self.host!r}; it must be an IPv4 address") from None
-        for name in ("http", "grpc", "metrics"):
-            check_free(self.host, getattr(self, name), f"AMIRA_TRITON_{name.upper()}_PORT")
-
-
-def check_free(host: str, port: int, setting: str) -> None:
-    """Raise EngineError unless this process could listen on the port.
-
-    Args:
-        host: address to listen on.
-        port: port number; 0 is always free.
-        setting: the environment variable that moves it elsewhere.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EngineError(f"can't listen on {host}:{port}: {error.strerror}; set {setting} to another port") from None
-
-
-def free_ports(host: str, count: int) -> list[int]:
-    """Ports that nothing listens on at this moment."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 from gateway.config.settings import DEFAULT_TRITON_PORT, OWN_VARIABLES, Settings, load_settings
 
 COMPOSE = Path(sys.executable).with_name("docker-compose")

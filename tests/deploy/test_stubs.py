@@ -16,8 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.triton import Engine, Triton
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 

@@ -22,7 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
-from amira.engine.service import LOOPBACK, SPEECH
+from amira.paths import SPEECH
+from amira.ports import LOOPBACK
 from gateway.config.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak

@@ -26,8 +26,9 @@ import amira.engine.service
 from amira.cli import app
 from amira.engine import triton as engine
 from amira.engine.errors import EngineError
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.triton import Engine, Triton
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
+from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
 from tests.support.servers import run_gateway
@@ -128,18 +129,29 @@ async def test_demo_transcribes_the_bundled_recordings() -> None:
     assert output.count("final ") == 3
 
 
-async def test_a_port_in_use_is_named() -> None:
+async def test_all_ports_in_use_are_named_in_one_line() -> None:
+    with socket.socket() as first, socket.socket() as second:
+        for taken in (first, second):
+            taken.bind((LOOPBACK, 0))
+            taken.listen()
+        ports = [taken.getsockname()[1] for taken in (first, second)]
+        code, _, errors = await run_amira("run", server_port=ports[0], triton_grpc_port=ports[1])
+        assert code == 2
+        taken_ports = ", ".join(f"{LOOPBACK}:{port} (Address already in use)" for port in ports)
+        settings = "AMIRA_SERVER_PORT and AMIRA_TRITON_GRPC_PORT"
+        assert errors == f"amira: can't listen on {taken_ports}; set {settings} to other ports\n"
+
+
+async def test_port_of_serve_in_use_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for setting in ("server_port", "triton_grpc_port"):
-            code, _, errors = await run_amira("run", **{setting: port})
-            assert code == 2
-            last = errors.strip().splitlines()[-1]
-            assert f"{LOOPBACK}:{port}" in last
-            assert f"AMIRA_{setting.upper()}" in last
-            assert "Traceback" not in errors
+        code, output, errors = await run_amira("serve", server_port=port)
+    assert (code, output) == (2, "")
+    assert (
+        errors == f"amira: can't listen on {LOOPBACK}:{port} (Address already in use); set AMIRA_SERVER_PORT to other ports\n"
+    )
 
 
 @pytest.mark.parametrize(

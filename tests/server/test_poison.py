@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from amira.engine import triton as engine
-from amira.engine.service import MODEL_REPOSITORY
+from amira.paths import MODEL_REPOSITORY
 from tests.support.chaos import Backend
 from tests.support.clients import gateway_metrics, growth, transcribe
 from tests.support.commands import edit

@@ -18,8 +18,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
 from amira import LiveStream, Message, StreamError, Word
-from amira.engine.service import LOOPBACK
-from amira.engine.triton import Ports, free_ports
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from gateway.live.resume import SessionToken, SessionTokens
 from gateway.triton.breaker import BreakerState

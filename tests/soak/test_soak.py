@@ -21,8 +21,8 @@ import soundfile
 from websockets.exceptions import InvalidStatus
 
 from amira import LiveStream
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import Ports, free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 from perf.server import cpu_model
 from tests.support.chaos import RATE, Proxy, backends, gateway_process, pieces, speak
 from tests.support.clients import END, converse, cut, open_socket, transcribe

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.triton import Engine, Triton
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 AMIRA = Path(sys.executable).with_name("amira")
 
