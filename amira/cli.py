@@ -44,9 +44,12 @@ console = Console(stderr=True)
 
 ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="Models to serve.")]
 TritonHost = Annotated[str, typer.Option(envvar="AMIRA_TRITON_HOST", help="IPv4 address of the embedded Triton.")]
-HttpPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port.")]
 GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", min=1, max=65535, help="Its gRPC port.")]
 MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", min=1, max=65535, help="Its metrics port.")]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port; by default it has none."),
+]
 
 
 class Format(str, Enum):
@@ -83,16 +86,16 @@ def transcribe(
 def run(
     model_repository: ModelRepository = MODEL_REPOSITORY,
     triton_host: TritonHost = LOOPBACK,
-    triton_http_port: HttpPort = 8000,
     triton_grpc_port: GrpcPort = 8001,
     triton_metrics_port: MetricsPort = 8002,
+    triton_http_port: HttpPort = None,
 ) -> None:
     """Start an embedded Triton and the gateway; Ctrl-C stops both."""
     _require("server", "engine")
     from amira.engine.service import service
 
     settings = _settings()
-    ports = Ports(triton_host, triton_http_port, triton_grpc_port, triton_metrics_port)
+    ports = Ports(triton_host, triton_grpc_port, triton_metrics_port, triton_http_port)
 
     async def serve() -> None:
         with console.status("starting Triton") as status:
@@ -137,7 +140,7 @@ def demo(
     from amira.engine.service import service
     from gateway.logs import configure_logging
 
-    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
     settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
     configure_logging(settings)
     key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
@@ -236,7 +239,7 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     with console.status("measuring the memory of windows"):
         for recogniser in found:
             _check_memory(recogniser)
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     body = (SPEECH / "jfk.flac").read_bytes()
 
     async def check() -> None:
@@ -319,6 +322,8 @@ def _fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
 
 
 def _print_welcome(running: Running, settings: Settings) -> None:
+    ports = running.ports
+    http = f", HTTP {ports.host}:{ports.http}" if ports.http else ""
     model = next(iter(settings.models))
     recording = SPEECH / "jfk.flac"
     shown = recording.relative_to(Path.cwd()) if recording.is_relative_to(Path.cwd()) else recording
@@ -329,8 +334,8 @@ ready
   REST       {running.url}/v2/decode/batch/{model}
   WebSocket  {running.url.replace("http", "ws", 1)}/v2/decode/stream/{model}
   API        {running.url}/docs
-  metrics    {running.url}/metrics, Triton's http://{running.ports.host}:{running.ports.metrics}/metrics
-  Triton     gRPC {running.ports.host}:{running.ports.grpc}, HTTP {running.ports.host}:{running.ports.http}
+  metrics    {running.url}/metrics, Triton's http://{ports.host}:{ports.metrics}/metrics
+  Triton     gRPC {ports.host}:{ports.grpc}{http}
              log {running.log_path}
 
 try

@@ -21,15 +21,15 @@ class Ports:
 
     Attributes:
         host: IPv4 address.
-        http: port number.
         grpc: port number.
         metrics: port number.
+        http: port number; None for no HTTP listener, which nothing here uses.
     """
 
     host: str
-    http: int
     grpc: int
     metrics: int
+    http: int | None = None
 
     def listeners(self) -> list[Listener]:
         """Return what Triton will listen on.
@@ -41,7 +41,7 @@ class Ports:
             ipaddress.IPv4Address(self.host)
         except ValueError:
             raise PortError(f"AMIRA_TRITON_HOST is {self.host!r}; it must be an IPv4 address") from None
-        ports = {"HTTP": self.http, "GRPC": self.grpc, "METRICS": self.metrics}
+        ports = {"GRPC": self.grpc, "METRICS": self.metrics, **({"HTTP": self.http} if self.http else {})}
         return [Listener(self.host, port, f"AMIRA_TRITON_{name}_PORT") for name, port in ports.items()]
 
 

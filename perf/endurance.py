@@ -125,8 +125,8 @@ async def start_secs(times: int) -> float:
 
 
 async def _start_secs() -> float:
-    ports: Sequence[int] = free_ports(LOOPBACK, 3)
-    variables = dict(zip(("triton_http_port", "triton_grpc_port", "triton_metrics_port"), ports, strict=True))
+    ports: Sequence[int] = free_ports(LOOPBACK, 2)
+    variables = dict(zip(("triton_grpc_port", "triton_metrics_port"), ports, strict=True))
     began = time.perf_counter()
     async with amira("run", **variables):
         return time.perf_counter() - began

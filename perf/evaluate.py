@@ -97,7 +97,7 @@ async def server(url: str | None) -> AsyncIterator[str]:
     if url:
         yield url
         return
-    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
     settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning")
     configure_logging(settings)
     async with service(settings, MODEL_REPOSITORY, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):

@@ -58,7 +58,7 @@ async def triton_server(given: Target | None, repository: Path = MODEL_REPOSITOR
     if given:
         yield given
         return
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, repository, ports, ENGINE_HOME / "triton-perf.log")
     await triton.start()

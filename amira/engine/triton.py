@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import filecmp
 import importlib.metadata
 import os
@@ -31,6 +30,7 @@ import structlog
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from amira.engine.confinement import confine
 from amira.engine.errors import EngineError
 from amira.ports import Ports
 from gateway.triton.canary import Canary, ask
@@ -42,6 +42,11 @@ PYTHONS = ("3.10", "3.11", "3.12")
 CONTAINER_HINT = "use the Triton container instead (docs/Operations.md)"
 RESTART_DELAY_RANGE_SECS = (1.0, 10.0)
 """The gateway's streams wait for ``recovery_timeout_secs``, 30 s by default, in which Triton must also start."""
+
+RESTRICTED = "shared-memory,logging,trace:Nobody=may"
+"""gRPC protocols that nobody may use. Triton asks for a header ``triton-grpc-protocol-Nobody``, which can't be sent: HTTP/2 has
+no capitals in names of headers (RFC 9113, 8.2.1), and gRPC refuses a request that has some. A secret would not do: other users
+can read it in the command line."""
 
 STUB_CHECK_SECS = 0.5
 CANARY_INTERVAL_SECS = 5.0
@@ -317,10 +322,12 @@ class Triton:
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--exit-on-error=false",  # so that the index can tell which model failed, and why
             "--disable-auto-complete-config",  # every config.pbtxt is complete, and asking costs a process for each model
-            *(f"--{service}-address={ports.host}" for service in ("http", "grpc", "metrics")),
-            f"--http-port={ports.http}",
+            f"--grpc-restricted-protocol={RESTRICTED}",
+            f"--grpc-address={ports.host}",
             f"--grpc-port={ports.grpc}",
+            f"--metrics-address={ports.host}",
             f"--metrics-port={ports.metrics}",
+            *([f"--http-address={ports.host}", f"--http-port={ports.http}"] if ports.http else ["--allow-http=false"]),
             *self._options,
         ]
         with self._log_path.open(self._log_mode) as output:
@@ -332,7 +339,7 @@ class Triton:
                 stderr=subprocess.STDOUT,
                 env=self._engine.environment,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the launcher, which stops Triton last
-                preexec_fn=_die_with_parent,
+                preexec_fn=confine,
             )
 
     async def _ready_models(self) -> int:
@@ -370,12 +377,6 @@ class Triton:
         # Those about CUDA are harmless.
         errors = [line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()]
         return f"{how}, {_one_line(errors[-1]) if errors else 'no error printed'}"
-
-
-def _die_with_parent() -> None:
-    """In the child: ask the kernel for SIGTERM when the launcher dies, however it dies (prctl(2))."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _copy_if_changed(source: Path, target: Path) -> None:

@@ -69,6 +69,7 @@ async def victim(need: Callable[[str], str], tmp_path: Path) -> AsyncIterator[Vi
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-stubs.log")
     await triton.start()
+    assert ports.http
     yield Victim(triton, ports.http, ports.metrics, tmp_path)
     await triton.stop()
 

@@ -144,9 +144,9 @@ def test_server_extra_serves(server: Path, folder: Path) -> None:
 def test_run_and_demo_work_in_an_empty_folder(engine: Path, folder: Path) -> None:
     """With the engine in the user's cache; nothing is written to the folder or beside the packages."""
     installed = files(site_packages(engine))
-    gateway_port, *triton_ports = map(str, free_ports(LOOPBACK, 4))
+    gateway_port, *triton_ports = map(str, free_ports(LOOPBACK, 3))
     variables = {"AMIRA_SERVER_HOST": LOOPBACK, "AMIRA_SERVER_PORT": gateway_port}
-    names = [f"AMIRA_TRITON_{name}_PORT" for name in ("HTTP", "GRPC", "METRICS")]
+    names = [f"AMIRA_TRITON_{name}_PORT" for name in ("GRPC", "METRICS")]
     amira, speech = engine / "bin" / "amira", site_packages(engine) / "amira" / "data" / "speech"
     with started([amira, "run"], folder, **variables, **dict(zip(names, triton_ports, strict=True))) as process:
         assert process.stderr

@@ -126,7 +126,7 @@ async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway:
     async with make_gateway(max_concurrent_streams=4) as gateway:
         plain = (await transcribe(gateway.stream_url(), speech)).final
         port = gateway.server.port
-        proxy = Proxy(Ports(LOOPBACK, 0, port, 0))
+        proxy = Proxy(Ports(LOOPBACK, port, 0))
         async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
             talking = asyncio.create_task(talk(stream, speech))
             for _ in range(3):
@@ -199,7 +199,7 @@ async def test_the_client_leaves_a_connection_on_which_nothing_comes(
     monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.2))
     monkeypatch.setattr("amira.client.live.SILENCE_SECS", 1.0)
     plain = (await transcribe(gateway.stream_url(), speech)).final
-    proxy = Proxy(Ports(LOOPBACK, 0, gateway.server.port, 0))
+    proxy = Proxy(Ports(LOOPBACK, gateway.server.port, 0))
     async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
         await asyncio.sleep(2.5)
         assert stream.reconnects == 0, "it left a server that answers pings"
@@ -213,7 +213,7 @@ async def test_the_client_leaves_a_connection_on_which_nothing_comes(
 
 
 async def test_time_on_a_silent_connection_is_not_time_without_a_server(gateway: Gateway, speech: Samples) -> None:
-    proxy = Proxy(Ports(LOOPBACK, 0, gateway.server.port, 0))
+    proxy = Proxy(Ports(LOOPBACK, gateway.server.port, 0))
     async with proxy.running():
         url = f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira"
         async with LiveStream(url, reconnect_secs=1) as stream:

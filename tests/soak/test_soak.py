@@ -121,7 +121,7 @@ class Load:
 
     async def _goes_on(self) -> None:
         samples, text = self._saying()
-        proxy = Proxy(Ports(LOOPBACK, 0, self._port, 0))
+        proxy = Proxy(Ports(LOOPBACK, self._port, 0))
         async with proxy.running(), LiveStream(self.stream_url.replace(str(self._port), str(proxy.port))) as stream:
             for number, frame in enumerate(cut(samples, RATE // 10)):
                 await stream.send(frame)
