@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amira.engine.errors import EngineError
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND
 from amira.ports import LOOPBACK, Ports, check_free, gateway_listener
 from gateway.audio.files import decode_audio

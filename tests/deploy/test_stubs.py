@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 

@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 import amira.engine.service
 from amira.cli import app
-from amira.engine import triton as engine
+from amira.engine import process, wheel
 from amira.engine.errors import EngineError
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
@@ -260,7 +261,7 @@ async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
 
 async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the log keeps what every try left. The program is missing at first, and then a stand-in that ends at once."""
-    monkeypatch.setattr(engine, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
+    monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
     program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
     prepared = Engine(program, tmp_path, dict(os.environ))
     triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
@@ -396,16 +397,16 @@ async def _none_left(ports: Ports) -> bool:
 def test_unsupported_platforms_are_told_of_the_container(
     monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
 ) -> None:
-    monkeypatch.setattr(f"amira.engine.triton.{attribute}", lambda: value)
+    monkeypatch.setattr(f"amira.engine.wheel.{attribute}", lambda: value)
     with pytest.raises(EngineError, match=re.escape(named)) as raised:
-        engine.check_platform()
+        wheel.check_platform()
     assert "container" in str(raised.value)
 
 
 def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.find_libpython().is_file()
-    monkeypatch.setattr("amira.engine.triton.Path.exists", lambda _: False)
+    assert wheel.find_libpython().is_file()
+    monkeypatch.setattr("amira.engine.wheel.Path.exists", lambda _: False)
     with pytest.raises(
         EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"
     ):
-        engine.find_libpython()
+        wheel.find_libpython()

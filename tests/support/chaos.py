@@ -19,7 +19,8 @@ import orjson
 import psutil
 from websockets.exceptions import ConnectionClosed
 
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, open_socket

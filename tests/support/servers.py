@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from amira.engine.triton import Engine, Triton
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.app import create_app
