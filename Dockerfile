@@ -4,10 +4,15 @@ WORKDIR /src
 RUN python -m venv /opt/amira
 COPY deploy/requirements.lock deploy/
 RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --require-hashes -r deploy/requirements.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY gateway gateway
 COPY amira amira
+COPY model-repo model-repo
+COPY backends backends
+COPY tests/speech tests/speech
+# The wheel's models and recordings are for the embedded engine, which the image does not have.
 RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
+    && rm -r /opt/amira/lib/python3.*/site-packages/amira/data \
     && /opt/amira/bin/pip uninstall --yes pip
 
 FROM python:3.12.11-slim-bookworm

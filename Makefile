@@ -1,18 +1,20 @@
-# Everything happens in this checkout: .venv holds the packages, .engine the embedded Triton.
+# Everything happens in this checkout: .venv has the packages, .engine the embedded Triton.
 VENV := .venv
 BIN := $(VENV)/bin
+SUPPORTED := 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 # The first Python that the embedded Triton can run with; make PYTHON=… chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+	$$p -c $(SUPPORTED) 2>/dev/null && echo $$p && break; done)
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
 SOURCES := gateway amira model-repo backends training tests perf deploy
-# What requirements.lock holds; training is left out, since torch is larger than all the rest.
-LOCKED := engine models perf tracing fuzz build dev
+# What requirements.lock has: these extras and groups. Training is left out, since torch is larger than all the rest.
+LOCKED := --extra engine --extra models --extra tracing --group perf --group fuzz --group build --group dev
+LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock clean
+.PHONY: help setup run demo test test-full lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -22,6 +24,7 @@ setup: $(VENV)/installed  ## Install the locked packages into .venv
 $(VENV)/installed: requirements.lock pyproject.toml
 	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Operations.md)" >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 is needed and none was found; install one, or make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "make: PYTHON=$(PYTHON) is no Python 3.10, 3.11 or 3.12, which the embedded Triton needs; make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing packages into $(VENV) (the first time takes a minute)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
@@ -34,9 +37,13 @@ run: setup  ## Serve on an embedded Triton until Ctrl-C
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
-test: setup  ## Run all tests, on a real Triton with the bundled model
+test: setup  ## Run the tests, on a real Triton with the bundled model
 	@tools/system-packages
 	@$(BIN)/pytest --cov --cov-report=term
+
+test-full: setup  ## Run the tests with the slow ones, such as an installation from PyPI
+	@tools/system-packages
+	@$(BIN)/pytest -m "" --cov --cov-report=term
 
 lint: setup  ## Check style and types
 	@$(BIN)/ruff check $(SOURCES)
@@ -57,21 +64,16 @@ eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (rec
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)
 
-$(VENV)/perf-installed: $(VENV)/installed
-	@echo "installing what the benchmark needs into $(VENV)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[perf]'
-	@touch $@
-
-bench: $(VENV)/perf-installed  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
+bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
-windows: $(VENV)/perf-installed  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1]
+windows: setup  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make windows SPEECH=dir" >&2; exit 1; }
 	@$(BIN)/python -m perf.windows $(SPEECH) $(if $(QUICK),--quick)
 
 $(VENV)/training-installed: $(VENV)/installed
 	@echo "installing what the training needs into $(VENV)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --group training
 	@touch $@
 
 data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [CHOOSE=dir]
@@ -101,10 +103,12 @@ soak: setup  ## Load a server in every way and look whether anything grows: make
 
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
-	@$(BIN)/uv pip compile pyproject.toml $(LOCKED:%=--extra %) --universal --generate-hashes --no-header \
-		--python-version 3.10 --quiet --upgrade --output-file requirements.lock
-	@$(BIN)/uv pip compile pyproject.toml --extra tracing --extra build --universal --generate-hashes --no-header --no-annotate \
-		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
+	@$(BIN)/uv $(LOCK) $(LOCKED) --output-file requirements.lock
+	@$(BIN)/uv $(LOCK) --extra server --extra tracing --group build --no-annotate --constraint requirements.lock \
+		--output-file deploy/requirements.lock
+
+wheel: setup  ## Build the wheel and the source distribution into dist/
+	@$(BIN)/hatchling build
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .test-cache .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
+	@rm -rf $(VENV) .engine .test-cache .training dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*

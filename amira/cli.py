@@ -1,46 +1,55 @@
-"""The ``amira`` command."""
+"""The ``amira`` command. Each command imports what it needs: the base package has neither server nor engine."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Coroutine, Mapping
 from enum import Enum
+from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import structlog
 import typer
-import uvloop
 from rich.console import Console
 
-from amira import demo as demonstration
-from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, SPEECH, Running, service, transcribe_with_each
-from amira.engine.triton import EngineError, Ports, free_ports
-from gateway import __version__
-from gateway.config.loading import load_settings, to_toml, to_yaml
-from gateway.config.settings import ConfigError, Settings
-from gateway.logs import configure_logging
-from gateway.server import build_server
+from amira.client.rest import API_KEY_VARIABLE, BASE_URL_VARIABLE, DEFAULT_BASE_URL, DEFAULT_MODEL, Client
+from amira.client.types import RequestError
+from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
 
 if TYPE_CHECKING:
+    from amira.engine.service import Running
     from amira.models.repository import Recogniser
+    from gateway.config.settings import Settings
 
-USAGE_ERROR = 2
+FAILURE, USAGE_ERROR = 1, 2
+"""Exit codes: a server did not do what it was asked; the command can't begin as it was given."""
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition server.")
-config = typer.Typer(no_args_is_help=True, help="The gateway's configuration.")
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "server": ("fastapi", "orjson", "pydantic", "soundfile", "soxr", "structlog", "tritonclient", "uvicorn", "uvloop"),
+    "engine": ("onnxruntime", "psutil", "pytriton"),
+    "models": ("huggingface_hub", "onnx", "onnx_asr", "onnxruntime"),
+}
+"""Modules by which an installed extra of the package is recognised."""
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition: server and client."
+)
+config = typer.Typer(no_args_is_help=True, help="Show the gateway's configuration.")
 app.add_typer(config, name="config")
 models = typer.Typer(no_args_is_help=True)
 app.add_typer(models, name="models")
 console = Console(stderr=True)
-log = structlog.get_logger()
 
-ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="The models to serve.")]
-TritonHost = Annotated[str, typer.Option(envvar="AMIRA_TRITON_HOST", help="Address that the embedded Triton listens on.")]
-HttpPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port.")]
+ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="Models to serve.")]
+TritonHost = Annotated[str, typer.Option(envvar="AMIRA_TRITON_HOST", help="IPv4 address of the embedded Triton.")]
 GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", min=1, max=65535, help="Its gRPC port.")]
 MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", min=1, max=65535, help="Its metrics port.")]
+HttpPort = Annotated[
+    int | None,
+    typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port; by default it has none."),
+]
 
 
 class Format(str, Enum):
@@ -51,16 +60,42 @@ class Format(str, Enum):
 
 
 @app.command()
+def transcribe(
+    recordings: Annotated[
+        list[Path],
+        typer.Argument(help="Recordings: WAV, FLAC, Ogg or raw PCM.", exists=True, dir_okay=False, show_default=False),
+    ],
+    url: Annotated[str, typer.Option(envvar=BASE_URL_VARIABLE, help="Base URL of the server.")] = DEFAULT_BASE_URL,
+    api_key: Annotated[
+        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="API key, where the server needs one.", show_default=False)
+    ] = None,
+    model: Annotated[str, typer.Option(help="Public name of the model.")] = DEFAULT_MODEL,
+) -> None:
+    """Transcribe recordings on a running server; print one transcript per line."""
+    try:
+        with Client(url, api_key=api_key) as client:
+            for recording in recordings:
+                typer.echo(client.transcribe(recording, model=model).text)
+    except RequestError as error:
+        _fail(str(error), FAILURE)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
 def run(
     model_repository: ModelRepository = MODEL_REPOSITORY,
     triton_host: TritonHost = LOOPBACK,
-    triton_http_port: HttpPort = 8000,
     triton_grpc_port: GrpcPort = 8001,
     triton_metrics_port: MetricsPort = 8002,
+    triton_http_port: HttpPort = None,
 ) -> None:
-    """Serve on an embedded Triton: starts it and the gateway, and stops both on Ctrl-C."""
+    """Start an embedded Triton and the gateway; Ctrl-C stops both."""
+    _require("server", "engine")
+    from amira.engine.service import service
+
     settings = _settings()
-    ports = Ports(triton_host, triton_http_port, triton_grpc_port, triton_metrics_port)
+    ports = Ports(triton_host, triton_grpc_port, triton_metrics_port, triton_http_port)
 
     async def serve() -> None:
         with console.status("starting Triton") as status:
@@ -73,14 +108,22 @@ def run(
                 _print_welcome(running, settings)
                 await asyncio.shield(serving)
 
-    _main(serve)
+    _main(serve())
 
 
 @app.command()
 def serve() -> None:
-    """Serve in front of a Triton that runs elsewhere (triton_endpoint)."""
+    """Start the gateway in front of a Triton that runs elsewhere (triton_endpoint)."""
+    _require("server")
+    from gateway.server import build_server
+
     settings = _settings()
-    _main(lambda: build_server(settings).serve())
+
+    async def serve() -> None:
+        check_free([gateway_listener(settings.server_host, settings.server_port)])
+        await build_server(settings).serve()
+
+    _main(serve())
 
 
 @app.command()
@@ -91,39 +134,45 @@ def demo(
     ] = None,
     model_repository: ModelRepository = MODEL_REPOSITORY,
 ) -> None:
-    """Start a server on free ports, transcribe recordings by batch and by live stream, and exit."""
-    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    """Start a server on free ports, transcribe recordings as files and as live streams, and exit."""
+    _require("server", "engine")
+    from amira import demo as demonstration
+    from amira.engine.service import service
+    from gateway.logs import configure_logging
+
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
     settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
     configure_logging(settings)
-    recorded = [(file.name, file.read_bytes()) for file in recordings or sorted(SPEECH.glob("*.flac"))]
+    key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
+    bodies = {file.name: file.read_bytes() for file in recordings or sorted(SPEECH.glob("*.flac"))}
 
     async def show() -> None:
+        ports = Ports(LOOPBACK, *triton_ports)
         with console.status("starting the server") as status:
-            async with service(settings, model_repository.resolve(), Ports(LOOPBACK, *triton_ports), lambda *_: None) as (
-                running,
-                _,
-            ):
+            async with service(settings, model_repository.resolve(), ports, lambda *_: None) as (running, _):
                 status.stop()
-                for name, body in recorded:
-                    await demonstration.show(running.url, next(iter(settings.models)), name, body, settings.api_keys)
+                for name, body in bodies.items():
+                    await demonstration.show(running.url, next(iter(settings.models)), name, body, key)
 
-    _main(show)
+    _main(show())
 
 
 @config.command("show")
 def config_show(
     output: Annotated[Format, typer.Option("--format", help="Format to print.")] = Format.toml,
 ) -> None:
-    """Print the configuration in force; keys are left out."""
+    """Print the configuration in force, without keys."""
+    _require("server")
+    from gateway.config.loading import to_toml, to_yaml
+
     settings = _settings()
     typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
 
 
 @models.callback()
-def models_need_their_packages() -> None:
-    """Models: bring your own, check a repository."""
-    if missing := [name for name in ("huggingface_hub", "onnx", "onnx_asr", "onnxruntime") if not find_spec(name)]:
-        _fail(f"{', '.join(missing)} not found; pip install '.[models]' in the checkout brings what amira models needs")
+def models_group() -> None:
+    """Import, list and check models."""
+    _require("server", "models")
 
 
 @models.command("import")
@@ -132,13 +181,13 @@ def models_import(
     name: Annotated[
         str | None, typer.Option(help="Name of the new ensemble; by default the source's.", show_default=False)
     ] = None,
-    into: Annotated[Path, typer.Option(help="The model repository to write to.")] = MODEL_REPOSITORY,
+    into: Annotated[Path, typer.Option(help="Model repository to write to.")] = Path("models"),
     quantization: Annotated[str | None, typer.Option(help="Variant of the graphs, such as int8.", show_default=False)] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run its graphs on a GPU.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run the graphs on a GPU.")] = False,
 ) -> None:
     """Add a transducer in NeMo's ONNX export to a model repository."""
-    from amira.models.graphs import ModelError  # noqa: PLC0415 (brings onnx, which the server has no use for)
-    from amira.models.importing import import_model  # noqa: PLC0415
+    from amira.models.graphs import ModelError
+    from amira.models.importing import import_model
 
     chosen = name or Path(source).absolute().name
     try:
@@ -158,13 +207,13 @@ def models_import(
 
 
 @models.command("list")
-def models_list(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
-    """List the ensembles of a model repository, and what is wrong with those that can't be used."""
-    from amira.models.graphs import ModelError  # noqa: PLC0415 (see models_import)
-    from amira.models.repository import look_into  # noqa: PLC0415
+def models_list(repository: Annotated[Path, typer.Argument(help="Model repository.")] = MODEL_REPOSITORY) -> None:
+    """List the ensembles of a model repository, and say what is wrong with those that can't be used."""
+    from amira.models.graphs import ModelError
+    from amira.models.repository import inspect_repository
 
     try:
-        found = look_into(repository)
+        found = inspect_repository(repository)
     except ModelError as error:
         _fail(str(error))
     for recogniser in found:
@@ -177,15 +226,20 @@ def models_list(repository: Annotated[Path, typer.Argument(help="The model repos
 
 
 @models.command("check")
-def models_check(repository: Annotated[Path, typer.Argument(help="The model repository.")] = MODEL_REPOSITORY) -> None:
-    """Check a model repository: files, graphs and configurations, and one utterance on the embedded Triton."""
+def models_check(repository: Annotated[Path, typer.Argument(help="Model repository.")] = MODEL_REPOSITORY) -> None:
+    """Check a model repository: files, graphs and configurations, and one recording on the embedded Triton."""
+    _require("engine")
+    from amira.engine.service import transcribe_with_each
+    from gateway.config.settings import Settings
+    from gateway.logs import configure_logging
+
     configure_logging(Settings(log_level="warning"))
     found = _recognisers(repository)
     names = [recogniser.name for recogniser in found]
     with console.status("measuring the memory of windows"):
         for recogniser in found:
             _check_memory(recogniser)
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     body = (SPEECH / "jfk.flac").read_bytes()
 
     async def check() -> None:
@@ -194,11 +248,11 @@ def models_check(repository: Annotated[Path, typer.Argument(help="The model repo
                 frames = f"{answer.samples} samples, {answer.features} feature frames, {answer.frames} encoder frames"
                 typer.echo(f"{name}: {frames}, {len(answer.tokens)} tokens: {answer.text}")
 
-    _main(check)
+    _main(check())
 
 
 def _check_memory(recogniser: Recogniser) -> None:
-    from amira.models.graphs import ModelError  # noqa: PLC0415 (see models_import)
+    from amira.models.graphs import ModelError
 
     try:
         growth = recogniser.check_memory()
@@ -208,8 +262,8 @@ def _check_memory(recogniser: Recogniser) -> None:
 
 
 def _recognisers(repository: Path) -> list[Recogniser]:
-    from amira.models.graphs import ModelError  # noqa: PLC0415 (see models_import)
-    from amira.models.repository import recognisers  # noqa: PLC0415
+    from amira.models.graphs import ModelError
+    from amira.models.repository import recognisers
 
     try:
         return recognisers(repository)
@@ -220,36 +274,57 @@ def _recognisers(repository: Path) -> list[Recogniser]:
 @app.command()
 def version() -> None:
     """Print the version."""
-    typer.echo(__version__)
+    typer.echo(installed_version("amira-asr"))
+
+
+def _require(*extras: str) -> None:
+    """End the command with one line unless these extras of the package are installed."""
+    missing = [module for extra in extras for module in MODULES[extra] if not find_spec(module)]
+    if missing:
+        _fail(f"{missing[0]} is not installed; this command needs pip install 'amira-asr[{','.join(extras)}]'")
 
 
 def _settings() -> Settings:
-    """The configuration, logging set up by it; a bad value ends the command with one line."""
+    """Return the configuration, with logging set up by it; a bad value ends the command with one line."""
+    import structlog
+
+    from gateway.config.loading import load_settings
+    from gateway.config.settings import ConfigError
+    from gateway.logs import configure_logging
+
     try:
         loaded = load_settings()
     except ConfigError as error:
         _fail(str(error))
     configure_logging(loaded.settings)
     for notice in loaded.notices:
-        log.warning("configuration", notice=notice)
+        structlog.get_logger(__name__).warning("configuration", notice=notice)
     return loaded.settings
 
 
-def _main(serve: Callable[[], object]) -> None:
+def _main(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a command's coroutine; what keeps it from starting ends the command with one line."""
+    import uvloop
+
+    from amira.engine.errors import EngineError
+    from gateway.config.settings import ConfigError
+
     try:
-        uvloop.run(serve())  # type: ignore[arg-type]
-    except (EngineError, ConfigError, OSError) as error:
+        uvloop.run(coroutine)
+    except (EngineError, PortError, ConfigError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         pass
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
     typer.echo(f"amira: {message}", err=True)
-    raise typer.Exit(USAGE_ERROR)
+    raise typer.Exit(code)
 
 
 def _print_welcome(running: Running, settings: Settings) -> None:
+    ports = running.ports
+    http = f", HTTP {ports.host}:{ports.http}" if ports.http else ""
     model = next(iter(settings.models))
     recording = SPEECH / "jfk.flac"
     shown = recording.relative_to(Path.cwd()) if recording.is_relative_to(Path.cwd()) else recording
@@ -260,8 +335,8 @@ ready
   REST       {running.url}/v2/decode/batch/{model}
   WebSocket  {running.url.replace("http", "ws", 1)}/v2/decode/stream/{model}
   API        {running.url}/docs
-  metrics    {running.url}/metrics, Triton's http://{running.ports.host}:{running.ports.metrics}/metrics
-  Triton     gRPC {running.ports.host}:{running.ports.grpc}, HTTP {running.ports.host}:{running.ports.http}
+  metrics    {running.url}/metrics, Triton's http://{ports.host}:{ports.metrics}/metrics
+  Triton     gRPC {ports.host}:{ports.grpc}{http}
              log {running.log_path}
 
 try

@@ -2,4 +2,4 @@
 
 from importlib.metadata import version
 
-__version__ = version("amira-asr-server")
+__version__ = version("amira-asr")

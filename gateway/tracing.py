@@ -56,7 +56,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
             from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
         except ImportError:
-            raise ConfigError("traces are wanted, but not installed: pip install 'amira-asr-server[tracing]'") from None
+            raise ConfigError("traces are wanted, but not installed: pip install 'amira-asr[tracing]'") from None
         attributes = {"service.version": __version__}
         if not environ.get("OTEL_SERVICE_NAME"):
             attributes["service.name"] = settings.service_name

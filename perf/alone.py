@@ -15,8 +15,8 @@ from typing import NamedTuple
 import orjson
 from websockets.asyncio.client import connect
 
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, free_ports
 from gateway.audio import RATE
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch

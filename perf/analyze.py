@@ -41,8 +41,8 @@ import orjson
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-from amira.engine.service import ENGINE_HOME, ROOT, SPEECH
-from amira.engine.triton import EngineError
+from amira.engine.errors import EngineError
+from amira.paths import ENGINE_HOME, ROOT, SPEECH
 from gateway.audio import RATE
 from perf.recogniser import DECODER, MODEL
 from perf.server import PerfError, Target, cpu_model, read_counters, triton_server

@@ -24,8 +24,8 @@ import uvloop
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
 
-from amira.engine.service import MODEL_REPOSITORY, ROOT, SPEECH
-from amira.engine.triton import EngineError
+from amira.engine.errors import EngineError
+from amira.paths import MODEL_REPOSITORY, ROOT, SPEECH
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from websockets.asyncio.client import connect
 
-from amira.engine.service import LOOPBACK
-from amira.engine.triton import free_ports
+from amira.ports import LOOPBACK, free_ports
 from gateway.audio import RATE
 from gateway.server import TRIM_SECS
 from perf.clients import GrpcClient
@@ -126,8 +125,8 @@ async def start_secs(times: int) -> float:
 
 
 async def _start_secs() -> float:
-    ports: Sequence[int] = free_ports(LOOPBACK, 3)
-    variables = dict(zip(("triton_http_port", "triton_grpc_port", "triton_metrics_port"), ports, strict=True))
+    ports: Sequence[int] = free_ports(LOOPBACK, 2)
+    variables = dict(zip(("triton_grpc_port", "triton_metrics_port"), ports, strict=True))
     began = time.perf_counter()
     async with amira("run", **variables):
         return time.perf_counter() - began

@@ -28,8 +28,9 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
-from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, service
-from amira.engine.triton import Ports, free_ports
+from amira.engine.service import service
+from amira.paths import MODEL_REPOSITORY
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.audio import RATE
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
@@ -97,7 +98,7 @@ async def server(url: str | None) -> AsyncIterator[str]:
     if url:
         yield url
         return
-    gateway_port, *triton_ports = free_ports(LOOPBACK, 4)
+    gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
     settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning")
     configure_logging(settings)
     async with service(settings, MODEL_REPOSITORY, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):

@@ -12,7 +12,7 @@ from typing import Any
 
 from onnx_asr.models.nemo import NemoConformerRnnt
 
-from amira.engine.service import MODEL_REPOSITORY, ROOT
+from amira.paths import MODEL_REPOSITORY, ROOT
 from perf.floor import Floats, FrontEnd, to_waveforms
 from perf.speech import Samples
 

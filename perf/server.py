@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
@@ -57,7 +59,7 @@ async def triton_server(given: Target | None, repository: Path = MODEL_REPOSITOR
     if given:
         yield given
         return
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, repository, ports, ENGINE_HOME / "triton-perf.log")
     await triton.start()

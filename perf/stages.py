@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from amira.engine.service import ENGINE_HOME, MODEL_REPOSITORY
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY
 from gateway.audio import RATE
 from perf import alone, endurance
 from perf.analyze import FIXED_WINDOWS, STREAM, WARM_UP, WHOLE, command, measure, prepare_tool, run, write_inputs

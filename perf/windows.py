@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from amira.engine.service import MODEL_REPOSITORY, ROOT
+from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech

@@ -1,1 +1,1 @@
-"""Client for the REST and WebSocket API."""
+"""Clients of the REST and WebSocket API; they need httpx and websockets alone."""

@@ -1,4 +1,4 @@
-"""A live stream over ``amira.v2``: what the server has not acknowledged is kept, and sent again after a lost connection."""
+"""Stream live audio over ``amira.v2``; audio that the server has not acknowledged is sent again after a lost connection."""
 
 from __future__ import annotations
 
@@ -9,106 +9,104 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from typing_extensions import Self
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
+from amira.client.types import StreamError, Word
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 PROTOCOL = Subprotocol("amira.v2")
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
-BYTES_A_SAMPLE = 2
+BYTES_PER_SAMPLE = 2
 FRAME_BYTES = 32_000
-"""Largest frame that is sent: one second."""
+"""Largest frame sent, in bytes: one second of audio."""
 
 KEEPALIVE_SECS = 10.0
+"""Time without audio after which a keepalive is sent, below the server's shortest sensible ``stream_timeout_secs``."""
+
 PAUSE_RANGE_SECS = (0.1, 2.0)
-"""Between tries to connect; doubles from the one to the other."""
+"""First and longest pause between tries to connect, in seconds; it doubles."""
 
 SILENCE_SECS = 60.0
-"""A connection on which nothing comes for so long is left. Pings go out every 20 s; a gateway whose buffer is full answers none
-while Triton fails, for up to 50 s with its defaults."""
+"""Longest time without a byte from the server; then the connection counts as lost. Pings go out every 20 s, and a gateway whose
+buffer is full answers none while Triton fails, for up to 50 s with its defaults."""
 
 REFUSALS = frozenset((400, 401, 403, 404, 413, 422))
-"""Statuses that no second try changes."""
-
-
-class StreamError(RuntimeError):
-    """The server ended the stream with an error, or could not be reached for too long.
-
-    Attributes:
-        code: as docs/API.md lists them; ``refused`` where the server answered the upgrade so, ``unreachable`` where none
-            answered, ``closed`` where the stream was left before its final.
-    """
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
+"""HTTP statuses that another try does not change."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What was understood so far, of the whole stream.
+    """The transcript of the stream so far.
 
     Attributes:
-        text: the transcript.
-        words: its words with their times in seconds, of the final segments and, in a partial, of the current one.
-        tokens: its token ids.
-        final: whether this is all of it.
-        audio_processed_ms: audio that can no longer change it.
+        text: the whole transcript.
+        words: its words: those of segments that are final and, in a partial, of the current segment.
+        tokens: ids in the model's vocabulary.
+        final: whether the stream is complete.
+        audio_processed_ms: milliseconds of audio whose text can no longer change.
+        stable_chars: number of leading characters of the text that can no longer change.
     """
 
     text: str
-    words: list[dict[str, Any]]
-    tokens: list[int]
+    words: tuple[Word, ...]
+    tokens: tuple[int, ...]
     final: bool
     audio_processed_ms: int
+    stable_chars: int
 
 
-class _Heard(NamedTuple):
-    """A transcript, or the part of it that is settled."""
+class _Transcript(NamedTuple):
+    """A transcript, or the settled part of one."""
 
     text: str
-    words: list[dict[str, Any]]
-    tokens: list[int]
+    words: tuple[Word, ...]
+    tokens: tuple[int, ...]
 
 
-_NOTHING = _Heard("", [], [])
+_EMPTY = _Transcript("", (), ())
 
 
 class _Connection(ClientConnection):
-    """A connection that ends when nothing comes any more, not even answers to pings."""
+    """A connection that ends when the server sends nothing any more, not even answers to pings."""
 
-    # A limit for each answer would cut off a slow server, which answers a ping when it has read the audio before it. Holding
-    # audio back until the server acknowledges could last forever: only that knows how much a window of its model needs.
-    _end: asyncio.TimerHandle
+    # A limit for each pong would cut off a slow server, which answers a ping after it has read the audio before it. Sending no
+    # more audio than the server acknowledges could deadlock: only the server knows how much audio a window of its model needs.
+    _abort: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._end = self.loop.call_later(SILENCE_SECS, self.transport.abort)
+        self._abort = self.loop.call_later(SILENCE_SECS, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        self._end.cancel()
-        self._end = self.loop.call_later(SILENCE_SECS, self.transport.abort)
+        self._abort.cancel()
+        self._abort = self.loop.call_later(SILENCE_SECS, self.transport.abort)
         super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end.cancel()
+        self._abort.cancel()
         super().connection_lost(exc)
 
 
 class LiveStream:
-    """A live stream, as an asynchronous context: send audio, iterate over messages, finish.
+    """A live stream: an asynchronous context in which audio is sent and messages are read.
 
         async with LiveStream("ws://localhost:8057/v2/decode/stream/amira") as stream:
             await stream.send(pcm)
             final = await stream.finish()
 
     Args:
-        url: of the stream.
-        headers: for the upgrade, such as ``Authorization``.
-        reconnect_secs: for how long a lost connection is tried again, from its loss on.
+        url: the stream's, ``ws://…/v2/decode/stream/{model}``.
+        headers: of the upgrade request, such as ``Authorization``.
+        reconnect_secs: longest time without a connection; then the stream fails.
+
+    Attributes:
+        reconnects: number of connections that were lost and opened again.
     """
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = 60.0) -> None:
@@ -119,64 +117,67 @@ class LiveStream:
         self._kept_from = 0
         self._sent_to = 0  # samples
         self._ended = False
-        self._news = asyncio.Event()  # there is audio to send, or the end
+        self._to_send = asyncio.Event()  # set when there is audio to send, or the end
         self._session: str | None = None
-        self._before = _NOTHING  # settled when this connection began; what it says comes behind
-        self._settled = _NOTHING  # settled by now, for the next connection
-        self._latest = _NOTHING
-        self._unread: Message | None = None  # the newest; each holds the whole text, so that all of them would be too much
-        self._told = asyncio.Event()  # there is a message to read, or the stream is over
-        self._heard = False  # on this connection, what shows that the stream goes on
+        self._before = _EMPTY  # settled when this connection began; its messages continue from here
+        self._settled = _EMPTY  # settled by now; the next connection's messages continue from here
+        self._latest = _EMPTY
+        self._unread: Message | None = None  # the newest message; each has the whole text, so older ones are of no use
+        self._to_read = asyncio.Event()  # set when there is a message to read, or the stream is over
+        self._progressed = False  # whether this connection brought a message or an acknowledgement
         self._final: Message | None = None
         self._task: asyncio.Task[None] | None = None
         self.reconnects = 0
 
     async def __aenter__(self) -> Self:
-        """Begin to connect."""
+        """Start to connect."""
         self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(lambda _: self._told.set())
+        self._task.add_done_callback(lambda _: self._to_read.set())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Leave the stream, finished or not."""
+        """Close the stream, finished or not."""
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def send(self, pcm: bytes) -> None:
-        """Add audio: 16-bit little-endian samples, 16 kHz, mono.
+        """Send audio; returns at once, the audio is kept until the server acknowledges it.
+
+        Args:
+            pcm: 16-bit little-endian samples, 16 kHz, mono.
 
         Raises:
-            StreamError: the stream has failed, or was left.
-            ValueError: it is no whole number of samples.
+            StreamError: the stream has failed or was closed.
+            ValueError: the bytes are not a whole number of samples.
         """
-        if len(pcm) % BYTES_A_SAMPLE:
-            raise ValueError(f"{len(pcm)} bytes are no whole number of 16-bit samples")
+        if len(pcm) % BYTES_PER_SAMPLE:
+            raise ValueError(f"{len(pcm)} bytes are not a whole number of 16-bit samples")
         if self._task and self._task.done():
             self._outcome()
         self._audio += pcm
-        self._news.set()
+        self._to_send.set()
 
     async def finish(self) -> Message:
-        """Say that no audio follows, and wait for the final transcript.
+        """End the audio and return the final message.
 
         Raises:
-            StreamError: the stream has failed, or was left.
+            StreamError: the stream has failed or was closed.
         """
         self._ended = True
-        self._news.set()
+        self._to_send.set()
         if self._task:
             await asyncio.wait({self._task})
         return self._outcome()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        """Give the messages as they come, up to the final one; who is slow gets the newest next, and not those before it.
+        """Iterate over the messages up to the final one; a slow reader skips partials, each of which has the whole text.
 
         Raises:
-            StreamError: the stream has failed, or was left before its final.
+            StreamError: the stream has failed, or was closed before its final message.
         """
         while True:
-            await self._told.wait()
+            await self._to_read.wait()
             if message := self._unread:
                 self._unread = None
                 yield message
@@ -184,13 +185,13 @@ class LiveStream:
                 self._outcome()
                 return
             else:
-                self._told.clear()
+                self._to_read.clear()
 
     def _outcome(self) -> Message:
-        """The final of a stream that is over.
+        """Return the final message of a stream that is over.
 
         Raises:
-            StreamError: there is none.
+            StreamError: the stream has failed, or was closed before its final message.
         """
         if self._task and not self._task.cancelled():
             self._task.result()
@@ -199,11 +200,11 @@ class LiveStream:
         return self._final
 
     async def _run(self) -> None:
-        """Connect, and connect again, until the final is there."""
+        """Connect, and connect again, until the final message has come."""
         shortest, longest = PAUSE_RANGE_SECS
         pause, lost_at = shortest, time.monotonic()
         while self._final is None:
-            self._heard, opened_at = False, math.inf
+            self._progressed, opened_at = False, math.inf
             try:
                 async with connect(
                     self._url,
@@ -224,8 +225,9 @@ class LiveStream:
                 reason = str(error)
             else:
                 reason = f"the connection was closed with code {socket.close_code}"
-            # A silent stream hears nothing; but a server that drops each connection at once is not to be tried forever.
-            if self._heard or time.monotonic() - opened_at > longest:
+            # A stream of silence brings no messages, so a connection that lasted counts too; but a server that drops each
+            # connection at once is not tried forever.
+            if self._progressed or time.monotonic() - opened_at > longest:
                 pause, lost_at = shortest, time.monotonic()
             elif time.monotonic() - lost_at > self._reconnect_secs:
                 raise StreamError("unreachable", f"no server for {self._reconnect_secs:g} s; the last one said: {reason}")
@@ -235,16 +237,16 @@ class LiveStream:
                 pause = min(2 * pause, longest)
 
     async def _converse(self, socket: ClientConnection) -> None:
-        """Send and listen until the connection ends.
+        """Send and receive until the connection ends.
 
         Raises:
-            ConnectionError: the server ends it with an error that another connection may not have.
-            StreamError: the server refuses to go on.
+            ConnectionError: the server ended it with a retryable error.
+            StreamError: the server ended it with another error.
         """
         if self._session:
             await socket.send(json.dumps({"type": "resume", "session": self._session}))
         self._sent_to, self._before = self._kept_from, self._settled
-        sender = asyncio.create_task(self._send_on(socket))
+        sender = asyncio.create_task(self._send_audio(socket))
         try:
             async for text in socket:
                 self._take(json.loads(text))
@@ -254,27 +256,27 @@ class LiveStream:
             sender.cancel()
             await asyncio.gather(sender, return_exceptions=True)
 
-    async def _send_on(self, socket: ClientConnection) -> None:
+    async def _send_audio(self, socket: ClientConnection) -> None:
         with contextlib.suppress(ConnectionClosed):
             while True:
-                self._news.clear()
+                self._to_send.clear()
                 while part := self._unsent():
-                    self._sent_to += len(part) // BYTES_A_SAMPLE
+                    self._sent_to += len(part) // BYTES_PER_SAMPLE
                     await socket.send(part)
                 if self._ended:
                     await socket.send(END_OF_STREAM)
                     return
                 try:
-                    await asyncio.wait_for(self._news.wait(), KEEPALIVE_SECS)
+                    await asyncio.wait_for(self._to_send.wait(), KEEPALIVE_SECS)
                 except asyncio.TimeoutError:
                     await socket.send(KEEPALIVE)
 
     def _unsent(self) -> bytes:
-        start = (self._sent_to - self._kept_from) * BYTES_A_SAMPLE
+        start = (self._sent_to - self._kept_from) * BYTES_PER_SAMPLE
         return bytes(self._audio[start : start + FRAME_BYTES])
 
     def _take(self, message: dict[str, Any]) -> None:
-        """Take a message.
+        """Take a message of the server.
 
         Raises:
             ConnectionError, StreamError: as ``_converse`` does.
@@ -284,24 +286,27 @@ class LiveStream:
             if error["retryable"]:
                 raise ConnectionError(error["message"])
             raise StreamError(error["code"], error["message"])
-        self._heard = True
+        self._progressed = True
         if message["type"] == "ack":
             self._acknowledge(message)
             return
         final = message["type"] == "final"
+        text = self._before.text + message["text"]
         # A partial has the words of its segment only, a final all since the connection began.
         words_before = self._before.words if final else self._settled.words
-        self._latest = _Heard(
-            self._before.text + message["text"], words_before + message["words"], self._before.tokens + message["tokens"]
-        )
-        self._unread = Message(*self._latest, final, message["audio_processed_ms"])
+        words = words_before + tuple(map(Word.read, message["words"]))
+        self._latest = _Transcript(text, words, self._before.tokens + tuple(message["tokens"]))
+        stable_chars = len(text) if final else len(self._before.text) + message["stable_chars"]
+        self._unread = Message(*self._latest, final, message["audio_processed_ms"], stable_chars)
         self._final = self._unread if final else None
-        self._told.set()
+        self._to_read.set()
 
     def _acknowledge(self, ack: dict[str, Any]) -> None:
-        """Forget audio that is no longer needed, and remember with what a later connection goes on."""
+        """Drop the audio that is no longer needed, and keep what a later connection continues from."""
         self._session = ack["session"]
-        del self._audio[: (ack["samples"] - self._kept_from) * BYTES_A_SAMPLE]
+        del self._audio[: (ack["samples"] - self._kept_from) * BYTES_PER_SAMPLE]
         self._kept_from = ack["samples"]
-        counts, heard = ack["settled"], self._latest
-        self._settled = _Heard(heard.text[: counts["chars"]], heard.words[: counts["words"]], heard.tokens[: counts["tokens"]])
+        counts, latest = ack["settled"], self._latest
+        self._settled = _Transcript(
+            latest.text[: counts["chars"]], latest.words[: counts["words"]], latest.tokens[: counts["tokens"]]
+        )

@@ -9,7 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from amira.engine.triton import Engine, EngineError, Ports, Triton, check_free
+from amira.engine.errors import EngineError
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND
+from amira.ports import LOOPBACK, Ports, check_free, gateway_listener
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.errors import ApiError
@@ -17,14 +21,6 @@ from gateway.server import build_server
 from gateway.tracing import triton_options
 from gateway.transcript.transcript import Answer
 from gateway.triton.pool import Triton as TritonClient
-
-ROOT = Path(__file__).resolve().parents[2]
-ENGINE_HOME = ROOT / ".engine"
-ONNXRUNTIME_BACKEND = ROOT / "backends" / "onnxruntime"
-MODEL_REPOSITORY = ROOT / "model-repo"
-SPEECH = ROOT / "tests" / "speech"
-
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,10 @@ async def service(
         The service and the task that ends when the gateway has stopped.
 
     Raises:
-        EngineError: a port is taken, or Triton or a model can't start.
+        PortError: a port is taken.
+        EngineError: Triton or a model can't start.
     """
-    if settings.server_port:
-        check_free(settings.server_host, settings.server_port, "AMIRA_SERVER_PORT")
-    ports.check_free()
+    check_free([gateway_listener(settings.server_host, settings.server_port), *ports.listeners()])
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, model_repository, ports, log_path, triton_options(settings), settings.models.values())

@@ -70,7 +70,7 @@ class Recogniser:
         )
 
 
-def look_into(repository: Path) -> list[Recogniser | ModelError]:
+def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
     """The ensembles of a repository, or of one whose parts are missing or do not fit each other, what is wrong with it.
 
     Raises:
@@ -97,7 +97,7 @@ def recognisers(repository: Path) -> list[Recogniser]:
         ModelError: one of them, or all of it, can't be used.
     """
     found = []
-    for recogniser in look_into(repository):
+    for recogniser in inspect_repository(repository):
         if isinstance(recogniser, ModelError):
             raise recogniser
         found.append(recogniser)

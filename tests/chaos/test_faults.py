@@ -12,8 +12,8 @@ from datetime import datetime, timezone
 import pytest
 
 from amira import LiveStream
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, free_ports
 from perf.server import cpu_model
 from tests.support.chaos import (
     RATE,

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, free_ports
 from perf.server import cpu_model
 from tests.support import hostile
 from tests.support.chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak

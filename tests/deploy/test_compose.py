@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 from gateway.config.loading import OWN_VARIABLES, load_settings
 from gateway.config.settings import DEFAULT_TRITON_PORT, Settings
 

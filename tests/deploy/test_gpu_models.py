@@ -13,9 +13,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.engine.service import MODEL_REPOSITORY, ROOT
 from amira.models.importing import GPU_PARAMETERS
 from amira.models.repository import ROLES, read_config, recognisers
+from amira.paths import MODEL_REPOSITORY, ROOT
 from parameters import Parameters
 
 BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))

@@ -12,7 +12,7 @@ import yaml
 from typer.main import get_command
 
 from amira.cli import app
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 from gateway.config.settings import Settings
 
 PINNED = re.compile(r"python:3\.\d+\.\d+-slim-\w+")
@@ -45,7 +45,7 @@ def test_the_image() -> None:
             assert set(sources) <= kept
             assert all((ROOT / source).exists() for source in sources)
     copied = {sources[0] for keyword, (*sources, _) in instructions if keyword == "COPY"}
-    (packaged,) = re.findall(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (packaged,) = re.findall(r"^only-include = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[:1]
     assert set(yaml.safe_load(packaged)) <= copied
     (entry,) = (words for keyword, words in instructions if keyword == "ENTRYPOINT")
     (command,) = (words for keyword, words in instructions if keyword == "CMD")

@@ -17,8 +17,8 @@ import pytest
 from websockets.exceptions import InvalidStatus
 
 from amira import LiveStream
-from amira.engine.service import LOOPBACK, SPEECH
-from amira.engine.triton import Ports, free_ports
+from amira.paths import SPEECH
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from gateway.service import Service
 from tests.support.chaos import gateway_process

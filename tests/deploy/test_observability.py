@@ -23,8 +23,8 @@ import yaml
 from tritonclient.utils import InferenceServerException
 from websockets.exceptions import InvalidStatus
 
-from amira.engine.service import LOOPBACK, MODEL_REPOSITORY, SPEECH
-from amira.engine.triton import Ports, free_ports
+from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.errors import ErrorKind
 from perf.clients import GrpcClient
 from tests.support.chaos import Backend, speak, stop_for

@@ -16,8 +16,10 @@ import psutil
 import pytest
 import yaml
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 
@@ -68,6 +70,7 @@ async def victim(need: Callable[[str], str], tmp_path: Path) -> AsyncIterator[Vi
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-stubs.log")
     await triton.start()
+    assert ports.http
     yield Victim(triton, ports.http, ports.metrics, tmp_path)
     await triton.stop()
 

@@ -22,7 +22,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
-from amira.engine.service import LOOPBACK, SPEECH
+from amira.paths import SPEECH
+from amira.ports import LOOPBACK
 from gateway.config.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak
@@ -392,5 +393,5 @@ def test_opentelemetrys_own_variables_count() -> None:
 
 def test_missing_packages_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"amira-asr-server\[tracing\]"):
+    with pytest.raises(ConfigError, match=r"amira-asr\[tracing\]"):
         Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["gateway.api.native_websocket", "gateway.live.resume", "itsdangerous"]):
     from gateway.api.native_websocket import KEEPALIVE, Session
     from gateway.live.resume import Ticket, Tickets
+from gateway.limits.access import Admission
+
 from gateway.config.settings import Settings
 from gateway.errors import ApiError
-from gateway.limits.access import Admission
 from gateway.service import BufferUsage
 from gateway.triton.endpoint import Recogniser, Windows
 from gateway.triton.pool import Utterance

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, free_ports
 from gateway.config.settings import Settings
 from tests.support.chaos import Backend, backends, gateway_process
 from tests.support.clients import decoder_metric

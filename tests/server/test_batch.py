@@ -21,8 +21,8 @@ import pytest
 import soundfile
 import soxr
 
-from amira.engine.service import LOOPBACK, SPEECH
-from amira.engine.triton import Ports
+from amira.paths import SPEECH
+from amira.ports import LOOPBACK, Ports
 from gateway.guard import LINGER_SECS
 from gateway.limits.places import Places
 from perf.server import REPORTED_SECS

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
-from amira.engine.triton import Ports
+from amira.ports import Ports
 from tests.support.chaos import Backend
 from tests.support.clients import decoder_metric, gateway_metrics, open_socket, transcribe
 from tests.support.commands import until

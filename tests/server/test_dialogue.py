@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 from gateway.config.settings import Settings
 from tests.support.dialogue import Server, converse, transcriber
 from tests.support.servers import Gateway, Recordings

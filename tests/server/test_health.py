@@ -10,8 +10,8 @@ from contextlib import AbstractAsyncContextManager
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from amira.engine.service import ROOT
-from amira.engine.triton import Ports, free_ports
+from amira.paths import ROOT
+from amira.ports import Ports, free_ports
 from gateway import __version__
 from tests.support.clients import gateway_metrics, open_socket
 from tests.support.servers import Gateway, run_gateway

@@ -16,8 +16,7 @@ import psutil
 import pytest
 from starlette.websockets import WebSocket
 
-from amira.engine.service import LOOPBACK
-from amira.engine.triton import Ports
+from amira.ports import LOOPBACK, Ports
 from tests.support import hostile
 from tests.support.chaos import Proxy, p95, speak
 from tests.support.clients import END, KEEPALIVE, converse, cut, gateway_metrics, growth, open_socket, transcribe

@@ -22,11 +22,12 @@ from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
 
 from amira.cli import app
-from amira.engine.service import LOOPBACK, MODEL_REPOSITORY
-from amira.engine.triton import EngineError, free_ports
+from amira.engine.errors import EngineError
 from amira.models.graphs import ModelError
 from amira.models.importing import import_model
 from amira.models.repository import ROLES, read_config, recognisers
+from amira.paths import MODEL_REPOSITORY
+from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import edit, run_amira, triton_with
 from tests.support.servers import KINDS
 
@@ -77,11 +78,11 @@ async def test_a_broken_ensemble_does_not_hide_the_others(sources: dict[str, Pat
     assert errors == f"amira: {tmp_path}/b_encoder/1/model.onnx is missing\n"
 
 
-def test_without_the_packages_for_models_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_for_models_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = CliRunner().invoke(app, ["models", "list"])
     assert result.exit_code == 2
-    assert result.stderr == "amira: onnx not found; pip install '.[models]' in the checkout brings what amira models needs\n"
+    assert result.stderr == "amira: onnx is not installed; this command needs pip install 'amira-asr[server,models]'\n"
 
 
 async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:

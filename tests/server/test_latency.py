@@ -12,8 +12,8 @@ import numpy as np
 import orjson
 import pytest
 
-from amira.engine.service import MODEL_REPOSITORY
 from amira.models.repository import recognisers
+from amira.paths import MODEL_REPOSITORY
 from tests.support.clients import END, converse, cut, listen, open_socket, transcribe
 from tests.support.servers import Gateway, Recordings, Samples
 

@@ -24,9 +24,12 @@ from typer.testing import CliRunner
 
 import amira.engine.service
 from amira.cli import app
-from amira.engine import triton as engine
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
-from amira.engine.triton import Engine, EngineError, Ports, Triton, free_ports
+from amira.engine import process, wheel
+from amira.engine.errors import EngineError
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
+from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
 from tests.support.servers import run_gateway
@@ -95,6 +98,61 @@ def _shared_memory(pid: int) -> list[Path]:
     return [*Path("/dev/shm").glob(f"amira_{pid}_*")]  # noqa: S108
 
 
+async def test_embedded_triton_exposes_what_is_used_only() -> None:
+    async with triton_with(MODEL_REPOSITORY) as ports:
+        children = psutil.Process().children()
+        (process,) = (child for child in children if f"--grpc-port={ports.grpc}" in child.cmdline())
+        assert {connection.laddr.port for connection in process.net_connections() if connection.status == "LISTEN"} == {
+            ports.grpc,
+            ports.metrics,
+        }
+        async with grpcclient.InferenceServerClient(f"{ports.host}:{ports.grpc}") as client:
+            for call in (
+                client.get_system_shared_memory_status(),
+                client.register_system_shared_memory("region", "/region", 16),
+                client.get_cuda_shared_memory_status(),
+                client.get_log_settings(),
+                client.update_log_settings({"log_verbose_level": 9}),
+                client.get_trace_settings(),
+                client.update_trace_settings(settings={"trace_level": "TIMESTAMPS"}),
+            ):
+                with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+                    await call
+        # Nor by the header that Triton asks for, whose name no gRPC library sends.
+        for name, part in ((b"triton-grpc-protocol-nobody", b"restricted"), (b"triton-grpc-protocol-Nobody", b"")):
+            answer = await ask_log_settings(ports, (name, b"may"))
+            assert part in answer
+            assert b"log_verbose_level" not in answer
+        shared = [path for path in _shared_memory(os.getpid()) if f"_{ports.grpc}_" in path.name]
+        assert {path.stat().st_mode & 0o777 for path in shared} == {0o600}
+
+
+async def ask_log_settings(ports: Ports, header: tuple[bytes, bytes]) -> bytes:
+    """The bytes of the answer to a call by plain HTTP/2 (RFC 9113), with a header that is sent as it stands."""
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+    headers = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/inference.GRPCInferenceService/LogSettings",
+        b":authority": b"localhost",
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+        **dict([header]),
+    }
+    # Literals without indexing (RFC 7541, 6.2.2); then a message of no bytes.
+    block = b"".join(b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in headers.items())
+    reader, writer = await asyncio.open_connection(ports.host, ports.grpc)
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5)))
+    answer = b""
+    while b"grpc-status" not in answer:
+        answer += await asyncio.wait_for(reader.read(4096), 10)
+    writer.close()
+    return answer
+
+
 async def test_sigterm_stops_both_and_a_second_one_ends_the_drain() -> None:
     env = environment(drain_timeout_secs=60)
     process = await asyncio.create_subprocess_exec(AMIRA, "run", env=env, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
@@ -127,18 +185,29 @@ async def test_demo_transcribes_the_bundled_recordings() -> None:
     assert output.count("final ") == 3
 
 
-async def test_a_port_in_use_is_named() -> None:
+async def test_all_ports_in_use_are_named_in_one_line() -> None:
+    with socket.socket() as first, socket.socket() as second:
+        for taken in (first, second):
+            taken.bind((LOOPBACK, 0))
+            taken.listen()
+        ports = [taken.getsockname()[1] for taken in (first, second)]
+        code, _, errors = await run_amira("run", server_port=ports[0], triton_grpc_port=ports[1])
+        assert code == 2
+        taken_ports = ", ".join(f"{LOOPBACK}:{port} (Address already in use)" for port in ports)
+        settings = "AMIRA_SERVER_PORT and AMIRA_TRITON_GRPC_PORT"
+        assert errors == f"amira: can't listen on {taken_ports}; set {settings} to other ports\n"
+
+
+async def test_port_of_serve_in_use_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        for setting in ("server_port", "triton_grpc_port"):
-            code, _, errors = await run_amira("run", **{setting: port})
-            assert code == 2
-            last = errors.strip().splitlines()[-1]
-            assert f"{LOOPBACK}:{port}" in last
-            assert f"AMIRA_{setting.upper()}" in last
-            assert "Traceback" not in errors
+        code, output, errors = await run_amira("serve", server_port=port)
+    assert (code, output) == (2, "")
+    assert (
+        errors == f"amira: can't listen on {LOOPBACK}:{port} (Address already in use); set AMIRA_SERVER_PORT to other ports\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,19 +238,19 @@ async def test_a_model_that_fails_to_load_is_named(
 
 
 async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
-    def triton_at(http: int, grpc: int, metrics: int) -> Triton:
+    def triton_at(grpc: int, metrics: int) -> Triton:
         prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, http, grpc, metrics), tmp_path / "triton.log")
+        return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
 
     with socket.socket() as taken:
         taken.bind((LOOPBACK, 0))
         taken.listen()
         grpc = taken.getsockname()[1]
-        http, metrics = free_ports(LOOPBACK, 2)
+        (metrics,) = free_ports(LOOPBACK, 1)
         with pytest.raises(EngineError, match=rf"ended while it started: exit code 1, .*{grpc}"):
-            await triton_at(http, grpc, metrics).start()
+            await triton_at(grpc, metrics).start()
 
-    killed = triton_at(*free_ports(LOOPBACK, 3))
+    killed = triton_at(*free_ports(LOOPBACK, 2))
     starting = asyncio.create_task(killed.start())
     await until(lambda: killed.pid)
     assert killed.pid
@@ -192,10 +261,10 @@ async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
 
 async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the log keeps what every try left. The program is missing at first, and then a stand-in that ends at once."""
-    monkeypatch.setattr(engine, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
+    monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
     program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
     prepared = Engine(program, tmp_path, dict(os.environ))
-    triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 3)), log_path)
+    triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
     keeper = asyncio.create_task(triton.keep_alive())
     await asyncio.sleep(0.3)
     program.write_text("#!/bin/sh\necho tried\n")
@@ -328,16 +397,16 @@ async def _none_left(ports: Ports) -> bool:
 def test_unsupported_platforms_are_told_of_the_container(
     monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
 ) -> None:
-    monkeypatch.setattr(f"amira.engine.triton.{attribute}", lambda: value)
+    monkeypatch.setattr(f"amira.engine.wheel.{attribute}", lambda: value)
     with pytest.raises(EngineError, match=re.escape(named)) as raised:
-        engine.check_platform()
+        wheel.check_platform()
     assert "container" in str(raised.value)
 
 
 def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine.find_libpython().is_file()
-    monkeypatch.setattr("amira.engine.triton.Path.exists", lambda _: False)
+    assert wheel.find_libpython().is_file()
+    monkeypatch.setattr("amira.engine.wheel.Path.exists", lambda _: False)
     with pytest.raises(
         EngineError, match=r"libpython3\.\d+\.so\.1\.0 is missing; install it \(Debian, Ubuntu: apt-get install libpython3"
     ):
-        engine.find_libpython()
+        wheel.find_libpython()

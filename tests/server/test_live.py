@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from pydantic import SecretStr
 
-from amira.engine.service import LOOPBACK
-from amira.engine.triton import Ports
+from amira.ports import LOOPBACK, Ports
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind

@@ -12,7 +12,7 @@ import orjson
 import pytest
 import structlog
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 from tests.support.clients import transcribe

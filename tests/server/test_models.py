@@ -16,9 +16,9 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 
-from amira.engine.service import MODEL_REPOSITORY
 from amira.models.importing import import_model
 from amira.models.repository import ROLES, read_config, recognisers
+from amira.paths import MODEL_REPOSITORY
 from tests.support.clients import END, converse, cut
 from tests.support.commands import edit, triton_with
 from tests.support.servers import KINDS, Gateway, Recordings, Samples, run_gateway

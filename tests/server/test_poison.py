@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from amira.engine import triton as engine
-from amira.engine.service import MODEL_REPOSITORY
+from amira.engine import process
+from amira.paths import MODEL_REPOSITORY
 from tests.support.chaos import Backend
 from tests.support.clients import gateway_metrics, growth, transcribe
 from tests.support.commands import edit
@@ -56,7 +56,7 @@ class Trap:
 async def trap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trap]:
     trap = Trap(tmp_path_factory.mktemp("poison"), request.param)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(engine, "RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
+        monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
         await trap.backend.start()
         yield trap
         await trap.backend.stop()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from amira.engine.triton import Ports
+from amira.ports import Ports
 from tests.support.chaos import speak
 from tests.support.clients import (
     END,

@@ -20,8 +20,9 @@ from tritonclient.grpc import aio as grpcclient
 from tritonclient.http import aio as httpclient
 from tritonclient.utils import InferenceServerException
 
-from amira.engine.service import MODEL_REPOSITORY
-from amira.engine.triton import EngineError, Ports
+from amira.engine.errors import EngineError
+from amira.paths import MODEL_REPOSITORY
+from amira.ports import Ports
 from tests.support.clients import decoder_metric
 from tests.support.commands import edit, triton_with
 from tests.support.servers import Recordings, Samples

@@ -21,8 +21,8 @@ import soundfile
 from websockets.exceptions import InvalidStatus
 
 from amira import LiveStream
-from amira.engine.service import LOOPBACK, ROOT
-from amira.engine.triton import Ports, free_ports
+from amira.paths import ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 from perf.server import cpu_model
 from tests.support.chaos import RATE, Proxy, backends, gateway_process, pieces, speak
 from tests.support.clients import END, converse, cut, open_socket, transcribe
@@ -121,7 +121,7 @@ class Load:
 
     async def _goes_on(self) -> None:
         samples, text = self._saying()
-        proxy = Proxy(Ports(LOOPBACK, 0, self._port, 0))
+        proxy = Proxy(Ports(LOOPBACK, self._port, 0))
         async with proxy.running(), LiveStream(self.stream_url.replace(str(self._port), str(proxy.port))) as stream:
             for number, frame in enumerate(cut(samples, RATE // 10)):
                 await stream.send(frame)

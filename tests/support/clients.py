@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from amira.engine.triton import Ports
+from amira.ports import Ports
 from perf.server import REPORTED_SECS
 
 MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

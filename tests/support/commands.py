@@ -10,19 +10,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, ONNXRUNTIME_BACKEND, ROOT
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
+from amira.ports import LOOPBACK, Ports, free_ports
 
 AMIRA = Path(sys.executable).with_name("amira")
 
 
 def environment(**settings: Any) -> dict[str, str]:
     """Environment of a command: free ports, and these settings."""
-    gateway, http, grpc, metrics = free_ports(LOOPBACK, 4)
+    gateway, grpc, metrics = free_ports(LOOPBACK, 3)
     ports = {
         "server_host": LOOPBACK,
         "server_port": gateway,
-        "triton_http_port": http,
         "triton_grpc_port": grpc,
         "triton_metrics_port": metrics,
     }
@@ -53,7 +54,7 @@ async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
 @asynccontextmanager
 async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     """A Triton of a test's own."""
-    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     server = Triton(
         Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND),
         model_repository,

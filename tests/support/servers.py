@@ -16,8 +16,10 @@ import numpy.typing as npt
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from amira.engine.service import ENGINE_HOME, LOOPBACK, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
-from amira.engine.triton import Engine, Ports, Triton, free_ports
+from amira.engine.process import Triton
+from amira.engine.wheel import Engine
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.app import create_app
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings

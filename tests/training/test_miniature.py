@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from rich.progress import Progress
 
-from amira.engine.service import MODEL_REPOSITORY
+from amira.paths import MODEL_REPOSITORY
 from greedy import Predictor, Row, Transducer, decode
 from perf.recogniser import joint_step
 from training import config as configuration

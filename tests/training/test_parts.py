@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from amira.engine.service import MODEL_REPOSITORY
 from amira.models.repository import read_config
+from amira.paths import MODEL_REPOSITORY
 from training import config as configuration
 from training import moonshine, start
 from training.config import Config

@@ -16,7 +16,7 @@ import uvloop
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from amira.engine.service import LOOPBACK
+from amira.ports import LOOPBACK
 from gateway import guard
 from gateway.framing import MAX_HEAD_BYTES, PIECE_BYTES, SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.guard import Config

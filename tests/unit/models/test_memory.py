@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amira.engine.service import MODEL_REPOSITORY
 from amira.models.graphs import ModelError
 from amira.models.importing import import_model
 from amira.models.memory import MARGIN, Growth, measure_growth
 from amira.models.repository import recognisers
+from amira.paths import MODEL_REPOSITORY
 from tests.support.synthetic import build
 
 SECS = (15.0, 30.0, 60.0, 60.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amira.engine.service import MODEL_REPOSITORY, SPEECH
+from amira.paths import MODEL_REPOSITORY, SPEECH
 from perf.endurance import Watch
 from perf.evaluate import rates, read_speech
 from perf.load import percentiles_ms

@@ -1,0 +1,140 @@
+"""What the clients return and raise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SAMPLE_RATE = 16_000
+"""Samples per second in which the server counts audio."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A recognised word.
+
+    Attributes:
+        text: the word.
+        start: seconds from the start of the audio.
+        end: seconds from the start of the audio.
+        confidence: probability, 0 to 1.
+    """
+
+    text: str
+    start: float
+    end: float
+    confidence: float
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Word:
+        """Read a word of the server's JSON."""
+        return cls(body["word"], body["start"], body["end"], body["confidence"])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a transcript.
+
+    Attributes:
+        text: the transcript of the part.
+        start: seconds from the start of the audio.
+        end: seconds from the start of the audio.
+        words: the words of the part.
+        confidence: mean probability of the tokens, 0 to 1; None where there are none.
+    """
+
+    text: str
+    start: float
+    end: float
+    words: tuple[Word, ...]
+    confidence: float | None
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Segment:
+        """Read a segment of the server's JSON."""
+        words = tuple(map(Word.read, body["words"]))
+        return cls(body["text"], body["start"], body["end"], words, body["confidence"])
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """The transcript of a recording.
+
+    Attributes:
+        text: the whole transcript.
+        segments: its parts in order; one where the server does not divide it, none where there is no speech.
+        words: all words in order.
+        tokens: ids in the model's vocabulary.
+        confidence: mean probability of the tokens, 0 to 1; None where there are none.
+        duration: seconds of audio.
+        request_id: the server's id of the request, for its logs.
+    """
+
+    text: str
+    segments: tuple[Segment, ...]
+    words: tuple[Word, ...]
+    tokens: tuple[int, ...]
+    confidence: float | None
+    duration: float
+    request_id: str | None
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any], request_id: str | None) -> Transcript:
+        """Read an answer of ``POST /v2/decode/batch/{model}``."""
+        words = tuple(map(Word.read, body["words"]))
+        if "segments" in body:
+            segments = tuple(map(Segment.read, body["segments"]))
+        elif words:
+            segments = (Segment(body["text"], words[0].start, words[-1].end, words, body["confidence"]),)
+        else:
+            segments = ()
+        duration = body["audio_length_samples"] / SAMPLE_RATE
+        return cls(body["text"], segments, words, tuple(body["tokens"]), body["confidence"], duration, request_id)
+
+
+class AmiraError(RuntimeError):
+    """The server can't be reached or does not do what it is asked.
+
+    Attributes:
+        code: one of the API's error codes, or one that a subclass names.
+        retryable: whether the same call may succeed later.
+    """
+
+    def __init__(self, code: str, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+class RequestError(AmiraError):
+    """A request failed.
+
+    Attributes:
+        code: one of the API's error codes; ``unreachable`` where no server answered, ``timeout`` where it took too long,
+            ``http`` where something other than the server answered, such as a proxy.
+        status: HTTP status; None where nothing answered.
+        request_id: the server's id of the request, for its logs.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        status: int | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(code, message, retryable=retryable)
+        self.status = status
+        self.request_id = request_id
+
+
+class StreamError(AmiraError):
+    """The server ended the stream with an error, or could not be reached for too long.
+
+    Attributes:
+        code: one of the API's error codes; ``refused`` where the server refused the upgrade, ``unreachable`` where no server
+            answered, ``closed`` where the stream was left before its final message.
+    """
