@@ -7,12 +7,12 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway amira model-repo backends training tests perf deploy
+SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
 # What requirements.lock holds; training is left out, since torch is larger than all the rest.
-LOCKED := engine models perf tracing fuzz build dev
+LOCKED := engine models perf tracing fuzz docs build dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock clean
+.PHONY: help setup run demo test lint docs format eval perf bench windows data train export peers test-training chaos fuzz soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -20,7 +20,7 @@ help:  ## Show this
 setup: $(VENV)/installed  ## Install the locked packages into .venv
 
 $(VENV)/installed: requirements.lock pyproject.toml
-	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Operations.md)" >&2; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Deployment.md)" >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 is needed and none was found; install one, or make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "installing packages into $(VENV) (the first time takes a minute)"
 	@$(PYTHON) -m venv $(VENV)
@@ -38,13 +38,16 @@ test: setup  ## Run all tests, on a real Triton with the bundled model
 	@tools/system-packages
 	@$(BIN)/pytest --cov --cov-report=term
 
-lint: setup  ## Check style and types
+lint: setup docs  ## Check style, types and the documentation's links
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@MYPYPATH=model-repo/detokenizer/1 $(BIN)/mypy model-repo/detokenizer/1/model.py
 	@$(BIN)/mypy backends/onnxruntime/model.py
 	@$(BIN)/mypy perf/model-repo/frame_synchronous/1/model.py
+
+docs: setup  ## Build the documentation into site/; a broken link is an error
+	@nice $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . site
 
 format: setup  ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
@@ -107,4 +110,4 @@ lock:  ## Resolve the newest packages into requirements.lock, and those of the i
 		--python-version 3.10 --quiet --upgrade --constraint requirements.lock --output-file deploy/requirements.lock
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .test-cache .training .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
+	@rm -rf $(VENV) .engine .test-cache .training site .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
