@@ -39,7 +39,7 @@ MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
 """CPythons for which the wheel has a stub and numpy 1, which the stub was built against, has wheels."""
 
-CONTAINER_HINT = "use the Triton container instead (docs/Operations.md)"
+CONTAINER_HINT = "use the Triton container instead (docs/Deployment.md)"
 RESTART_DELAY_RANGE_SECS = (1.0, 10.0)
 """The gateway's streams wait for ``recovery_timeout_secs``, 30 s by default, in which Triton must also start."""
 
