@@ -1,4 +1,4 @@
-# The gateway. Triton is a container of its own: see docker-compose.yml.
+# The gateway. Triton runs in its own container: docker-compose.yml.
 FROM python:3.12.11-slim-bookworm AS build
 WORKDIR /src
 RUN python -m venv /opt/amira
@@ -25,7 +25,7 @@ ENV PATH=/opt/amira/bin:$PATH \
 WORKDIR /etc/amira
 USER 10001
 EXPOSE 8057
-# Alive, not ready: a gateway whose Triton is away must not be restarted.
+# Liveness, not readiness: a gateway without Triton must not be restarted.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s --retries=3 CMD \
   ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:%(AMIRA_SERVER_PORT)s/health/live' % os.environ)"]
 ENTRYPOINT ["amira"]

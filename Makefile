@@ -8,13 +8,13 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
-SOURCES := gateway amira model-repo backends training tests perf deploy
+SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
 # What requirements.lock has: these extras and groups. Training is left out, since torch is larger than all the rest.
-LOCKED := --extra engine --extra models --extra tracing --group perf --group fuzz --group build --group dev
+LOCKED := --extra engine --extra models --extra tracing --group perf --group docs --group fuzz --group build --group dev
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
+.PHONY: help setup run demo test test-full lint docs format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -22,7 +22,7 @@ help:  ## Show this
 setup: $(VENV)/installed  ## Install the locked packages into .venv
 
 $(VENV)/installed: requirements.lock pyproject.toml
-	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Operations.md)" >&2; exit 1; }
+	@test "$$(uname -sm)" = "Linux x86_64" || { echo "make: the embedded Triton needs x86-64 Linux, this is $$(uname -sm); use the Triton container instead (docs/Deployment.md)" >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 is needed and none was found; install one, or make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c $(SUPPORTED) 2>/dev/null || { echo "make: PYTHON=$(PYTHON) is no Python 3.10, 3.11 or 3.12, which the embedded Triton needs; make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "installing packages into $(VENV) (the first time takes a minute)"
@@ -45,13 +45,16 @@ test-full: setup  ## Run the tests with the slow ones, such as an installation f
 	@tools/system-packages
 	@$(BIN)/pytest -m "" --cov --cov-report=term
 
-lint: setup  ## Check style and types
+lint: setup docs  ## Check style, types and the documentation's links
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@MYPYPATH=model-repo/detokenizer/1 $(BIN)/mypy model-repo/detokenizer/1/model.py
 	@$(BIN)/mypy backends/onnxruntime/model.py
 	@$(BIN)/mypy perf/model-repo/frame_synchronous/1/model.py
+
+docs: setup  ## Build the documentation into site/; a broken link is an error
+	@nice $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . site
 
 format: setup  ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
@@ -111,4 +114,4 @@ wheel: setup  ## Build the wheel and the source distribution into dist/
 	@$(BIN)/hatchling build
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .test-cache .training dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
+	@rm -rf $(VENV) .engine .test-cache .training dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*

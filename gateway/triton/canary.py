@@ -172,9 +172,10 @@ class Canary:
         self.health = before.after(outcome, self._clock())
         if outcome is not Outcome.ANSWERED:
             log.warning("canary failed", name=self._name, outcome=outcome.value, failures=self.health.failures, reason=reason)
-        if before.well != self.health.well:
-            report = log.info if self.health.well else log.error
-            report("recognition restored" if self.health.well else "recognition lost", name=self._name)
+        if before.well and not self.health.well:
+            log.error("recognition lost", name=self._name)
+        elif self.health.well and not before.well:
+            log.info("recognition restored", name=self._name)
 
     @property
     def _undisturbed(self) -> bool:

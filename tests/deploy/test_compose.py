@@ -111,7 +111,7 @@ def test_variables_are_settings_and_documented() -> None:
     (slots,) = re.findall(r"max_candidate_sequences: (\d+)", (ROOT / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text())
     assert BY_NAME["gateway"]["scale"] * (settings.max_concurrent_streams + settings.max_concurrent_batches) <= int(slots)
     _, *listed = compose("--variables").splitlines()
-    operations = (ROOT / "docs/Operations.md").read_text()
+    operations = (ROOT / "docs/Deployment.md").read_text()
     (table,) = re.findall(r"^\| variable of `docker-compose.yml`.*\n((?:\|.*\n)+)", operations, re.MULTILINE)
     assert {line.split()[0] for line in listed} == set(re.findall(r"`([A-Z_]+)`", table))
 
@@ -123,7 +123,7 @@ def test_triton_is_reached_by_the_gateways_alone() -> None:
     assert int(triton["shm_size"]) >= 2**30
     (release,) = re.findall(r"tritonserver:(\d\d)\.\d\d-py3", triton["image"])
     assert int(release) >= 26
-    for document in ("README.md", "docs/Operations.md"):
+    for document in ("README.md", "docs/Deployment.md"):
         assert set(re.findall(r"nvcr\.io/nvidia/tritonserver:[\w.-]+", (ROOT / document).read_text())) == {triton["image"]}
 
 
@@ -154,7 +154,7 @@ def test_nobody_serves_as_root(service: str) -> None:
 
 def test_gateways_can_be_replaced_and_drain() -> None:
     assert not {"container_name", "ports", "hostname"} & set(BY_NAME["gateway"])
-    (during,) = re.findall(r"--no-recreate --scale gateway=(\d+) gateway", (ROOT / "docs/Operations.md").read_text())
+    (during,) = re.findall(r"--no-recreate --scale gateway=(\d+) gateway", (ROOT / "docs/Deployment.md").read_text())
     assert int(during) == 2 * BY_NAME["gateway"]["scale"]
     defaults = Settings()
     needed = defaults.drain_timeout_secs + 2 * defaults.inference_timeout_secs + 30

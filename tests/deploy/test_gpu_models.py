@@ -1,4 +1,4 @@
-"""The model repository that docs/Operations.md makes for a GPU, by the commands that stand there."""
+"""The model repository that docs/Deployment.md makes for a GPU, by the commands that stand there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUMPY = {pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
 def section() -> str:
     """What the documentation says of it."""
     (found,) = re.findall(
-        r"^### Models for a GPU\n(.*?)^### ", (ROOT / "docs/Operations.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^### Models for a GPU\n(.*?)^### ", (ROOT / "docs/Deployment.md").read_text(), re.MULTILINE | re.DOTALL
     )
     return str(found)
 

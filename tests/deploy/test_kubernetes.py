@@ -189,9 +189,9 @@ def test_tritons_grow_with_the_streams_and_a_zone_of_three_may_fail(
     config = (deploy.parent / "model-repo/rnnt_greedy_bls/config.pbtxt").read_text()
     slots = int(re.findall(r"max_candidate_sequences: (\d+)", config)[0])
     assert streams <= 2 / 3 * tritons["maxReplicas"] * slots * 0.9, "recordings need some"
-    scaling = (deploy.parent / "docs/Scaling.md").read_text()
+    scaling = " ".join((deploy.parent / "docs/Deployment.md").read_text().split())
     assert f"at most {tritons['maxReplicas']} Tritons and {gateways['maxReplicas']} gateways" in scaling
-    assert f" | {streams} |" in scaling
+    assert f"{streams} streams at 60 % load, {streams // tritons['maxReplicas']} per Triton" in scaling
 
 
 def test_a_full_gateway_fits_into_its_memory(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
@@ -234,7 +234,7 @@ def test_the_commands_bring_keys_and_models(manifests: dict[tuple[str, str], Man
     tritons = pod(manifests["StatefulSet", "amira-triton"])["volumes"]
     claims = {claim["claimName"] for volume in tritons if (claim := volume.get("persistentVolumeClaim"))}
     assert claims == {volume["persistentVolumeClaim"]["claimName"]}
-    commands = (deploy.parent / "docs/Operations.md").read_text().replace("\\\n", "")
+    commands = (deploy.parent / "docs/Deployment.md").read_text().replace("\\\n", "")
     name = filler["metadata"]["name"]
     assert re.search(rf"-C gpu-repo -c \. \| kubectl -n amira exec -i {name} -- tar -x -C {mount['mountPath']}\n", commands)
     (secret, given) = re.findall(r"create secret generic (\S+)(.*)", commands)[0]

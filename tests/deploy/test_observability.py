@@ -67,7 +67,7 @@ class Query(NamedTuple):
 
     @property
     def row(self) -> str:
-        """In docs/Dashboards.md, up to the value."""
+        """In docs/history/Dashboards.md, up to the value."""
         return f"| {self.panel} | `{self.expression.replace('|', chr(92) + '|')}` |"
 
 
@@ -89,7 +89,7 @@ def test_rules_pass_promtool(need: Need, deploy: Path) -> None:
 
 
 def test_every_alert_has_its_runbook_and_its_unit_test(deploy: Path) -> None:
-    operations = (deploy.parent / "docs" / "Operations.md").read_text()
+    operations = (deploy.parent / "docs" / "Monitoring.md").read_text()
     titles = re.findall(r"^#+ (.+)$", operations, re.MULTILINE)
     anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     tested = {
@@ -102,7 +102,7 @@ def test_every_alert_has_its_runbook_and_its_unit_test(deploy: Path) -> None:
     for rule in group["rules"]:
         assert rule["labels"]["severity"] in ("warning", "critical")
         page, _, anchor = rule["annotations"]["runbook_url"].partition("#")
-        assert page == "docs/Operations.md"
+        assert page == "docs/Monitoring.md"
         assert anchor in anchors
         assert rule["alert"] in tested
 
@@ -126,14 +126,14 @@ def test_the_limit_of_memory_is_that_of_the_manifests(deploy: Path) -> None:
 
 
 def test_the_address_is_put_before_runbooks(deploy: Path, tmp_path: Path) -> None:
-    (line,) = re.findall(r"^\$ (sed .*runbook_url.*)$", (deploy.parent / "docs" / "Operations.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^\$ (sed .*runbook_url.*)$", (deploy.parent / "docs" / "Monitoring.md").read_text(), re.MULTILINE)
     copy = tmp_path / "deploy" / "prometheus" / "rules" / "alerts.yml"
     copy.parent.mkdir(parents=True)
     copy.write_text((deploy / "prometheus" / "rules" / "alerts.yml").read_text())
     subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
     (group,) = yaml.safe_load(copy.read_text())["groups"]
     for rule in group["rules"]:
-        assert re.fullmatch(r"https://[\w./-]+/docs/Operations\.md#[a-z-]+", rule["annotations"]["runbook_url"])
+        assert re.fullmatch(r"https://[\w./-]+/docs/Monitoring\.md#[a-z-]+", rule["annotations"]["runbook_url"])
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
@@ -147,7 +147,7 @@ def test_dashboards_are_what_the_code_makes() -> None:
 
 
 def test_every_panel_is_documented(deploy: Path) -> None:
-    page = (deploy.parent / "docs" / "Dashboards.md").read_text()
+    page = (deploy.parent / "docs" / "history" / "Dashboards.md").read_text()
     _, *sections = re.split(r"^## ", page, flags=re.MULTILINE)
     documented = {
         (section.split("\n")[0].lower(), row)
@@ -353,8 +353,8 @@ async def test_every_panel_has_data(
 async def test_an_alert_reaches_people(
     need: Need, deploy: Path, tmp_path: Path, gateway: Gateway, victim: Backend, http: httpx.AsyncClient
 ) -> None:
-    """Prometheus with the lines that docs/Operations.md gives for it, and Alertmanager with a receiver; Triton is stopped."""
-    operations = (deploy.parent / "docs" / "Operations.md").read_text()
+    """Prometheus with the lines that docs/Monitoring.md gives for it, and Alertmanager with a receiver; Triton is stopped."""
+    operations = (deploy.parent / "docs" / "Monitoring.md").read_text()
     (alerting,) = re.findall(r"^```yaml\n(alerting:\n.*?)^```$", operations, re.MULTILINE | re.DOTALL)
     received: list[dict[str, Any]] = []
 

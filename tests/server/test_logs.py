@@ -42,7 +42,7 @@ async def test_a_line_an_event_and_nothing_of_what_was_said(
 
 def test_every_event_is_documented() -> None:
     """With its fields, but for those whose names are a model's."""
-    (table,) = re.findall(r"^\| `event` .*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/Operations.md").read_text(), re.MULTILINE)
+    (table,) = re.findall(r"^\| `event` .*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/Monitoring.md").read_text(), re.MULTILINE)
     rows = {event: row for row in table.splitlines() for event in re.findall(r"`([^`]+)`", row.split("|")[1])}
     logged = set()
     for path in (*(ROOT / "gateway").rglob("*.py"), *(ROOT / "amira").rglob("*.py")):
