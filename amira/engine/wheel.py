@@ -21,7 +21,7 @@ MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
 """CPythons for which the wheel has a stub, and numpy 1 has wheels: the stub was built against numpy 1."""
 
-CONTAINER_HINT = "use the Triton container instead (docs/Operations.md)"
+CONTAINER_HINT = "use the Triton container instead (docs/Deployment.md)"
 
 
 @dataclass(frozen=True)

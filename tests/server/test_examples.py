@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from amira.engine.triton import Ports
 
-from amira.engine.service import ROOT
-from gateway.audio.files import RATE
+from amira.paths import ROOT
+from gateway.audio import RATE
 from tests.support.servers import Gateway, Recordings
 
 
