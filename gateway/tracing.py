@@ -1,8 +1,8 @@
 """OpenTelemetry traces: one span for each recording and each stream, with Triton's spans below it.
 
 Tracing is off unless the settings or OpenTelemetry's environment variables name an endpoint. While it is off, the SDK is not
-imported, and each call costs one look at a context variable. OpenTelemetry's packages read its other variables (headers, sampling,
-resource attributes) themselves.
+imported, and each call costs one look at a context variable. OpenTelemetry's packages read its other variables (headers,
+sampling, resource attributes) themselves.
 """
 
 from __future__ import annotations
