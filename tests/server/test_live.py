@@ -398,9 +398,7 @@ async def test_stream_that_is_too_long_fails(triton: Ports, speech: Samples) -> 
         assert error_of(await collecting) is ErrorKind.AUDIO_TOO_LONG
 
 
-async def test_fault_of_ours_is_an_internal_error(
-    sessions: Sessions, speech: Samples, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_fault_of_ours_is_an_internal_error(sessions: Sessions, speech: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     async with sessions.open("amira", CALLER) as session:
         monkeypatch.setattr(session._transcript, "update", lambda _: 1 / 0)
         events = await say(session, speech[: 2 * RATE])
