@@ -1,4 +1,4 @@
-"""Every error that the API can give: one catalogue for HTTP and WebSocket, one body for both."""
+"""The errors of the API: one catalogue and one body for HTTP and WebSocket."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 RETRY_AFTER_RANGE_SECS = (1.0, 5.0)
-"""Retries are asked for at a random moment in this range, so that refused clients don't return all at once."""
+"""Range of the random delay after which refused clients are asked to retry, in seconds: they must not all return at once."""
 
 
 class Kind(NamedTuple):
-    """What is fixed for one kind of error.
+    """An entry of the catalogue.
 
     Attributes:
-        code: its name in the body; stable, for programs.
-        type: the group it belongs to.
+        code: stable name for programs.
+        type: group of codes.
         status: HTTP status.
         close_code: WebSocket close code.
         retryable: whether the same request may succeed later.
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 class ErrorKind(Kind, Enum):
-    """The catalogue."""
+    """The catalogue of errors."""
 
     EMPTY_BODY = Kind("empty_body", "invalid_request", 400, 1007)
     ODD_LENGTH = Kind("odd_length", "invalid_request", 400, 1007)
@@ -64,7 +64,7 @@ class ErrorKind(Kind, Enum):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """An error."""
 
     message: str
     type: str
@@ -76,13 +76,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is an error."""
+    """Body of every error answer."""
 
     error: ErrorDetail
 
 
 def openapi_responses() -> dict[int | str, dict[str, Any]]:
-    """The catalogue as OpenAPI has it: a body for every status, and the codes that it comes with."""
+    """Return the catalogue as OpenAPI responses: for each status the body and the codes."""
     codes: dict[int, list[str]] = {}
     for kind in ErrorKind:
         codes.setdefault(kind.status, []).append(kind.code)
@@ -90,12 +90,15 @@ def openapi_responses() -> dict[int | str, dict[str, Any]]:
 
 
 class ApiError(Exception):
-    """An error meant for the client.
+    """An error for the client.
 
     Args:
         kind: its entry in the catalogue.
-        message: one or two sentences for a person; names the bad value and what is allowed, and nothing internal.
+        message: one or two sentences for a person: what is wrong, the value, what is allowed. Nothing internal.
         param: name of the parameter at fault.
+
+    Attributes:
+        retry_after_secs: delay before a retry; None where a retry is not asked for.
     """
 
     def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:
@@ -108,7 +111,7 @@ class ApiError(Exception):
             self.retry_after_secs = random.uniform(*RETRY_AFTER_RANGE_SECS)  # noqa: S311
 
     def body(self, request_id: str | None) -> dict[str, Any]:
-        """The HTTP body."""
+        """Return the HTTP body."""
         return {
             "error": {
                 "message": self.message,
@@ -122,11 +125,11 @@ class ApiError(Exception):
         }
 
     def frame(self, request_id: str | None) -> dict[str, Any]:
-        """The WebSocket's error frame."""
+        """Return the WebSocket error frame."""
         return {"type": "error", "close_code": self.kind.close_code, **self.body(request_id)}
 
     def headers(self) -> dict[str, str]:
-        """HTTP headers that belong to the error."""
+        """Return the HTTP headers of the error."""
         headers: dict[str, str] = {}
         if self.retry_after_secs is not None:
             headers["Retry-After"] = str(round(self.retry_after_secs))

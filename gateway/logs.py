@@ -1,4 +1,4 @@
-"""Structured logs: one line an event, JSON or for a console; never a transcript, audio or a key."""
+"""Structured logs: one line per event, as JSON or for a console; never a transcript, audio or a key."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ REQUEST_ID_HEADER = "X-Request-ID"
 
 
 def current_request_id() -> str | None:
-    """Id of the request or stream that this task serves."""
+    """Return the id of the request or stream that the current task serves."""
     return correlation_id.get()
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send this process's logs, and the libraries' warnings, to standard error in the form that the settings name."""
+    """Write the logs of this process, and the warnings of libraries, to standard error as the settings say."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -46,7 +46,7 @@ def configure_logging(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     level = getattr(logging, settings.log_level.upper())
-    root.setLevel(max(level, logging.WARNING))  # libraries' lines may hold what ours never do: headers with keys, say
+    root.setLevel(max(level, logging.WARNING))  # lines of libraries may contain API keys, as part of headers
     for ours in ("gateway", "amira"):
         logging.getLogger(ours).setLevel(level)
     logging.getLogger("uvicorn.error").addFilter(_is_no_denial)
@@ -62,7 +62,7 @@ def configure_logging(settings: Settings) -> None:
 
 
 def _is_no_denial(record: logging.LogRecord) -> bool:
-    """False for what uvicorn takes for a fault: a WebSocket refused by an HTTP response, which is as it should be."""
+    """Return False for uvicorn's complaint about a WebSocket that was refused by an HTTP response, which is no fault."""
     return record.getMessage() != "ASGI callable returned without completing handshake."
 
 

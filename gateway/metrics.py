@@ -1,4 +1,4 @@
-"""The gateway's Prometheus metrics. Labels come from closed sets, and every set of labels exists at 0 from the start."""
+"""Prometheus metrics of the gateway. Labels come from closed sets, and every label set exists at 0 from the start."""
 
 from __future__ import annotations
 
@@ -11,69 +11,71 @@ from gateway import __version__
 from gateway.errors import ErrorKind
 
 UNKNOWN_MODEL = "unknown"
-"""Label of every model name that the configuration does not have."""
+"""Label for all model names that are not in the settings."""
 
 SHORT_SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0)
 BEHIND_SECS = (*SHORT_SECS, 20.0, 30.0, 60.0)
 LONG_SECS = (*SHORT_SECS, 30.0, 60.0, 300.0, 1800.0, 7200.0)
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # one series more for each counter and histogram, of no use
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series per counter and histogram, without use
 
-REQUESTS = Counter("asr_requests", "HTTP requests and streams by their HTTP status", ["endpoint", "model", "status"])
+REQUESTS = Counter("asr_requests", "HTTP requests and streams by HTTP status", ["endpoint", "model", "status"])
 REQUEST_DURATION = Histogram(
-    "asr_request_duration_seconds", "Time to answer a request", ["endpoint", "model"], buckets=LONG_SECS
+    "asr_request_duration_seconds", "Duration of a request or stream", ["endpoint", "model"], buckets=LONG_SECS
 )
 ACTIVE_CONNECTIONS = Gauge("asr_active_connections", "Live streams")
 ACTIVE_BATCHES = Gauge("asr_active_batches", "Batch requests being answered or waiting for a place")
-STREAM_CAPACITY = Gauge("asr_stream_capacity", "Most live streams at once")
-TRITON_DURATION = Histogram("triton_inference_duration_seconds", "Time of a request to Triton", ["model"], buckets=SHORT_SECS)
+STREAM_CAPACITY = Gauge("asr_stream_capacity", "Maximum number of live streams")
+TRITON_DURATION = Histogram(
+    "triton_inference_duration_seconds", "Duration of a request to Triton", ["model"], buckets=SHORT_SECS
+)
 PARTIAL_LATENCY = Histogram(
     "asr_partial_latency_seconds",
-    "From the arrival of the audio that completed a window to its partial, of streams not faster than speech",
+    "Time from the arrival of the audio that completes a window to its partial, for streams in real time",
     ["model"],
     buckets=BEHIND_SECS,
 )
-FINAL_LATENCY = Histogram("asr_final_latency_seconds", "From the end of a stream to its final", ["model"], buckets=SHORT_SECS)
+FINAL_LATENCY = Histogram(
+    "asr_final_latency_seconds", "Time from the end of a stream to its final", ["model"], buckets=SHORT_SECS
+)
 STREAM_LAG = Histogram(
     "asr_stream_lag_seconds",
-    "Audio received but not yet decoded for good, at each answer, of streams not faster than speech",
+    "Audio received and not yet decoded for good, at each answer, for streams in real time",
     ["model"],
     buckets=BEHIND_SECS,
 )
 AUDIO_SECONDS = Counter("asr_audio_seconds", "Seconds of audio received", ["endpoint", "model"])
-REJECTIONS = Counter("asr_rejections", "Requests and streams refused or failed, by error code", ["reason"])
+REJECTIONS = Counter("asr_rejections", "Refused or failed requests and streams by error code", ["reason"])
 CLOSES = Counter("asr_websocket_closes", "WebSocket closes by code", ["code"])
-STREAM_RECOVERIES = Counter("asr_stream_recoveries", "Streams that Triton failed, by whether they went on", ["outcome"])
-REPLAYED_AUDIO = Counter("asr_replayed_audio_seconds", "Seconds of audio that were sent to Triton once more")
-BREAKER_STATE = Gauge(
-    "asr_circuit_breaker_state", "New streams for a Triton: 0 they go there, 1 one does as a trial, 2 none", ["endpoint"]
-)
+STREAM_RECOVERIES = Counter("asr_stream_recoveries", "Streams that Triton failed, by outcome of the recovery", ["outcome"])
+REPLAYED_AUDIO = Counter("asr_replayed_audio_seconds", "Seconds of audio sent to Triton again")
+BREAKER_STATE = Gauge("asr_circuit_breaker_state", "Circuit breaker of a Triton: 0 closed, 1 half-open, 2 open", ["endpoint"])
 TRITON_READY = Gauge(
-    "asr_triton_ready", "1 while a Triton has all models of the settings loaded and recognises speech", ["endpoint"]
+    "asr_triton_ready", "1 while a Triton has all models of the settings loaded and recognises speech, else 0", ["endpoint"]
 )
 BACKEND_DEATHS = Counter(
-    "asr_backend_deaths", "Times that a Triton or a model's process died with requests in flight", ["endpoint"]
+    "asr_backend_deaths", "Deaths of a Triton or of a model's process with requests in flight", ["endpoint"]
 )
-DRAINING = Gauge("asr_draining", "1 while the gateway drains")
-EVENT_LOOP_TASKS = Gauge("asr_event_loop_tasks", "Tasks of the gateway's event loop")
-BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the streams' audio buffers in use, 0 to 1")
+DRAINING = Gauge("asr_draining", "1 while the gateway drains, else 0")
+EVENT_LOOP_TASKS = Gauge("asr_event_loop_tasks", "Tasks in the event loop of the gateway")
+BUFFER_USAGE = Gauge("memory_pool_usage", "Share of the audio buffers in use, 0 to 1")
 BUILD_INFO = Gauge("asr_build_info", "Always 1", ["version"])
 
 RECOVERED, FAILED = "recovered", "failed"
 
 CLIENT_GONE = 499
-"""The status of a request whose client vanished while it sent it; nginx counts it so."""
+"""Status of a request whose client disconnected before it was answered, as nginx counts it."""
 
 DISCONNECTED = 1006
-"""Code of a close without a close frame: the client disappeared."""
+"""Code of a connection that ended without a close frame (RFC 6455, 7.4.1)."""
 
 PEER_CLOSES = {1000, 1001, 1009, 1012}
-"""Other codes of streams that were left: the client was done with it, or with its page; a frame was far too large; the server
-was stopped without a drain."""
+"""Other close codes of streams that the server did not end: the client is done, or leaves its page; a frame is far too large;
+the server stops without a drain."""
 
 
 def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity: int) -> None:
-    """Make every set of labels, so that rates start from 0."""
+    """Create every label set, so that rates start at 0."""
     names = (*models, UNKNOWN_MODEL)
     statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, CLIENT_GONE, *(kind.status for kind in ErrorKind)}
     for model in names:

@@ -1,8 +1,8 @@
-"""Traces by OpenTelemetry: a span for each recording and each stream, handed on to Triton.
+"""OpenTelemetry traces: one span for each recording and each stream, with Triton's spans below it.
 
-They are off unless the settings or OpenTelemetry's own variables say where to send them: then none of its SDK is imported, and
-each hook costs one look at a context variable. What OpenTelemetry's variables may say beyond that (headers, sampling, resource
-attributes) is read by its own packages.
+Tracing is off unless the settings or OpenTelemetry's environment variables name an endpoint. While it is off, the SDK is not
+imported, and each call costs one look at a context variable. OpenTelemetry's packages read its other variables (headers,
+sampling, resource attributes) themselves.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ OTLP_PATH = "/v1/traces"
 JAEGER_THRIFT_PATH = "/api/traces"
 
 CONVENTIONAL = {"status": "http.response.status_code", "body_bytes": "http.request.body.size"}
-"""Attributes that OpenTelemetry's conventions have a name for; the others are ours, below ``asr``."""
+"""Attributes with a name in OpenTelemetry's semantic conventions; all others get the prefix ``asr``."""
 
 _span: ContextVar[Span | None] = ContextVar("span", default=None)
 
 
 class Tracing:
-    """Where a gateway's spans go.
+    """The destination of a gateway's spans.
 
     Args:
         settings: the gateway's.
         environ: environment variables.
 
     Raises:
-        ConfigError: traces are wanted and the packages for them are missing.
+        ConfigError: an endpoint is set, and the packages for tracing are missing.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
@@ -56,7 +56,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
             from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
         except ImportError:
-            raise ConfigError("traces are wanted, but not installed: pip install 'amira-asr[tracing]'") from None
+            raise ConfigError("tracing is on, but not installed: pip install 'amira-asr[tracing]'") from None
         attributes = {"service.version": __version__}
         if not environ.get("OTEL_SERVICE_NAME"):
             attributes["service.name"] = settings.service_name
@@ -66,7 +66,7 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str], **attributes: str) -> Iterator[None]:
-        """A span around what is served to a client, below the client's own if its headers name one (W3C ``traceparent``)."""
+        """Hold a span, a child of the client's own if the headers have one (W3C ``traceparent``)."""
         if self._provider is None:
             yield
             return
@@ -86,25 +86,25 @@ class Tracing:
             span.end()
 
     async def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         if self._provider:
             await asyncio.to_thread(self._provider.shutdown)
 
 
 def event(name: str, **attributes: str | float) -> None:
-    """Note on the current span that something happened."""
+    """Add an event to the current span."""
     if span := _span.get():
         span.add_event(name, _named(attributes))
 
 
 def describe(**attributes: str | float) -> None:
-    """Say more of the current span."""
+    """Add attributes to the current span."""
     if span := _span.get():
         span.set_attributes(_named(attributes))
 
 
 def fail(kind: ErrorKind) -> None:
-    """Note on the current span what the client is told; what is no fault of ours does not mark it as an error."""
+    """Add an error to the current span; only a server error sets the status of the span."""
     if span := _span.get():
         from opentelemetry.trace import StatusCode  # noqa: PLC0415
 
@@ -114,9 +114,9 @@ def fail(kind: ErrorKind) -> None:
 
 
 def headers() -> dict[str, str] | None:
-    """What a request to Triton carries, so that its spans hang below the current one."""
+    """Return the headers that make Triton's spans children of the current one; None if it is not sampled."""
     span = _span.get()
-    if not span or not span.get_span_context().trace_flags.sampled:  # Triton would trace it all the same
+    if not span or not span.get_span_context().trace_flags.sampled:  # Triton traces even what is marked as not sampled
         return None
     context = span.get_span_context()
     given = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
@@ -124,13 +124,13 @@ def headers() -> dict[str, str] | None:
 
 
 def trace_id() -> str | None:
-    """Of the current span, for the logs."""
+    """Return the trace id of the current span, for the logs."""
     span = _span.get()
     return f"{span.get_span_context().trace_id:032x}" if span else None
 
 
 def otlp_url(endpoint: str) -> str:
-    """Where OTLP over HTTP goes; the address of Jaeger's older Thrift collector becomes that of its OTLP port."""
+    """Return the URL for OTLP over HTTP; the URL of Jaeger's older Thrift collector becomes that of its OTLP port."""
     url = urlsplit(endpoint)
     if url.path == JAEGER_THRIFT_PATH:
         return f"{url.scheme}://{url.hostname}:{OTLP_HTTP_PORT}{OTLP_PATH}"
@@ -138,7 +138,7 @@ def otlp_url(endpoint: str) -> str:
 
 
 def triton_options(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Options with which a Triton traces the requests that carry a trace, and no others, to where the gateway's spans go."""
+    """Return Triton's options to trace requests that carry a trace, and no others, to the gateway's destination."""
     if not _wanted(settings, environ):
         return []
     general = environ.get(ENDPOINT, "").rstrip("/") + OTLP_PATH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -61,10 +62,11 @@ class AudioBuffer:
 
     def __init__(self, capacity: int, usage: BufferUsage, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
-        self._soon_full = (capacity + 1) // 2  # enough, however large the window is: the writer must not run into the end
+        self._half = (capacity + 1) // 2  # enough for any reader, however large its window: the writer must not have to wait
         self._usage = usage
         self._clock = clock
-        self._audio = bytearray()  # of 16-bit samples: small pieces as arrays of their own would be mostly overhead
+        self._audio = bytearray()  # small pieces as arrays of their own would be mostly overhead
+        self._size = 0  # samples in it
         # Each event is cleared only by its one waiter, just before the waiter looks: nothing after the look is missed.
         self._filled = asyncio.Event()
         self._wanted = 0  # samples for which the reader waits
@@ -72,21 +74,26 @@ class AudioBuffer:
         self._overflows = False  # audio waits for room
         self._taken = 0  # samples since the start
         self._arrivals: deque[tuple[int, float]] = deque()  # (first sample, when audio from there on arrived)
+        self._note_from = -math.inf  # when the next arrival is noted
         self.closed = False
 
     def __len__(self) -> int:
         """Number of samples in the buffer."""
-        return len(self._audio) // BYTES_PER_SAMPLE
+        return self._size
+
+    def offer(self, samples: Samples) -> bool:
+        """Append contiguous audio [n] if there is room for it; return whether there was. After ``close`` it is dropped."""
+        if self._size + len(samples) > self._capacity:
+            return False
+        self._append(samples, self._clock())
+        return True
 
     async def put(self, samples: Samples) -> None:
-        """Append contiguous audio [n]; wait for room while there is none. After ``close`` the audio is dropped."""
+        """Append contiguous audio [n], once there is room for it. After ``close`` it is dropped."""
         arrived = self._clock()
-        if len(samples) <= self._capacity - len(self):
-            self._append(samples, arrived)
-            return
         for start in range(0, len(samples), self._capacity):
             piece = samples[start : start + self._capacity]
-            while len(piece) > self._capacity - len(self):
+            while self._size + len(piece) > self._capacity:
                 self._emptied.clear()
                 self._overflows = True
                 self._filled.set()
@@ -96,11 +103,13 @@ class AudioBuffer:
     def _append(self, samples: Samples, arrived: float) -> None:
         if self.closed:
             return
-        if not self._arrivals or arrived >= self._arrivals[-1][1] + ARRIVAL_SECS:
-            self._arrivals.append((self._taken + len(self), arrived))
+        if arrived >= self._note_from:
+            self._arrivals.append((self._taken + self._size, arrived))
+            self._note_from = arrived + ARRIVAL_SECS
         self._audio.extend(samples.data)
         self._usage.used += len(samples)
-        if len(self) >= self._wanted:
+        self._size += len(samples)
+        if self._size >= self._wanted:
             self._filled.set()
 
     def close(self) -> None:
@@ -110,14 +119,15 @@ class AudioBuffer:
 
     def clear(self) -> None:
         """Drop the audio, and take no more."""
-        self._usage.used -= len(self)
+        self._usage.used -= self._size
+        self._size = 0
         self._audio.clear()
         self._emptied.set()
         self.close()
 
     async def gather(self, enough: int, timeout_secs: float) -> None:
         """Wait until there are ``enough`` samples, or no more can come or fit in, or the time is over."""
-        self._wanted = enough = min(enough, self._soon_full)
+        self._wanted = enough = min(enough, self._half)
         self._filled.clear()
         if self._has(enough):
             return
@@ -138,16 +148,17 @@ class AudioBuffer:
             most: samples to take at most.
             window: samples that complete a window.
         """
-        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._soon_full):
+        while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._half):
             self._arrivals.popleft()
         arrived = self._arrivals[0][1] if self._arrivals else self._clock()
         samples = np.frombuffer(self._audio[: most * BYTES_PER_SAMPLE], "<i2")
         del self._audio[: most * BYTES_PER_SAMPLE]
         self._taken += len(samples)
+        self._size -= len(samples)
         self._usage.used -= len(samples)
         self._overflows = False
         self._emptied.set()
         return Taken(samples, arrived)
 
     def _has(self, enough: int) -> bool:
-        return len(self) >= enough or self._overflows or self.closed
+        return self._size >= enough or self._overflows or self.closed

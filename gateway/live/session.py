@@ -123,7 +123,7 @@ class Session:
         self._running = shared.running
         self._tokens = shared.tokens
         self._priority = shared.priority
-        self._max_audio_secs = shared.settings.max_stream_audio_secs
+        self._max_samples = shared.settings.max_stream_audio_secs * RATE
         self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_PER_SAMPLE, shared.usage, clock)
         self._pace = Pace(clock=clock)
         self._transcript = Transcript()
@@ -198,15 +198,16 @@ class Session:
         try:
             self._spend(len(samples) / RATE)
             self._received += len(samples)
-            if self.received_secs > self._max_audio_secs:
-                limit = self._max_audio_secs
-                raise ApiError(ErrorKind.AUDIO_TOO_LONG, f"the stream is longer than {limit:g} s; open another")
+            if self._resumed.samples + self._received > self._max_samples:
+                limit_secs = self._max_samples / RATE
+                raise ApiError(ErrorKind.AUDIO_TOO_LONG, f"the stream is longer than {limit_secs:g} s; open another")
         except ApiError as error:
             self._fail(error)
             return
         if self.state is State.CONNECTING:
             self._enter(State.OPEN)
-        await self._buffer.put(samples)
+        if not self._buffer.offer(samples):
+            await self._buffer.put(samples)
 
     def end(self) -> None:
         """Take no more audio, because the client has sent all of it; the final follows."""

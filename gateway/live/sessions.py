@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 
 from gateway import metrics
@@ -42,7 +42,7 @@ class Sessions:
         self._shared = Shared(settings, Priority(), SessionTokens(settings), usage)
         metrics.BUFFER_USAGE.set_function(usage.share)
 
-    @contextmanager
+    @contextlib.contextmanager
     def admit(self, caller: int) -> Iterator[None]:
         """Hold a place for one stream of a caller at a time.
 
@@ -86,5 +86,5 @@ class Sessions:
         left = list(self._shared.running)
         for session in left:
             session.abandon()
-        if left:
-            await asyncio.wait([asyncio.ensure_future(session.wait_freed()) for session in left], timeout=timeout_secs)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(session.wait_freed() for session in left)), timeout_secs)

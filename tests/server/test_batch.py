@@ -1,4 +1,4 @@
-"""Recordings in one piece through the gateway, Triton and the decoder."""
+"""Recordings through the gateway, Triton and the decoder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
 def encode(samples: npt.NDArray[Any], rate: int = 16000, channels: int = 1, **form: Any) -> bytes:
-    """The samples as a file of some form."""
+    """Return the samples as a file."""
     audio = soxr.resample(samples.astype(np.float32) / 32768, 16000, rate) if rate != 16000 else samples
     file = io.BytesIO()
     soundfile.write(file, np.repeat(audio[:, None], channels, axis=1), rate, **form)
@@ -60,13 +60,13 @@ FORMS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
 
 @pytest.fixture(scope="session")
 async def reference(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> dict[str, Any]:
-    """The answer to jfk as raw PCM."""
+    """The answer to jfk, sent as raw PCM."""
     answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)
     body: dict[str, Any] = answer.raise_for_status().json()
     return body
 
 
-async def test_answer_has_the_documented_form(reference: dict[str, Any], recordings: Recordings) -> None:
+async def test_answer_has_the_documented_fields(reference: dict[str, Any], recordings: Recordings) -> None:
     assert set(reference) == {
         "text", "tokens", "audio_length_samples", "features_length", "encoded_length", "confidence", "words",
     }  # fmt: skip
@@ -82,7 +82,7 @@ async def test_answer_has_the_documented_form(reference: dict[str, Any], recordi
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_forms_of_audio(
+async def test_audio_formats(
     gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, reference: dict[str, Any], form: str
 ) -> None:
     answer = await http.post(gateway.batch_url(), content=FORMS[form](recordings["jfk"]), headers=OCTETS)
@@ -90,13 +90,13 @@ async def test_forms_of_audio(
     text = answer.json()["text"]
     if form in ("raw", "wav 16 kHz", "flac", "wav 24 bit", "wav float"):
         assert text == reference["text"]
-    # What a telephone's bandwidth and Opus cost this small model is words, not the line of the sentence.
+    # Telephone bandwidth and Opus cost this small model some words.
     assert jiwer.wer(JFK, text) < (0.8 if form == "wav 8 kHz" else 0.5)
     assert answer.json()["audio_length_samples"] == pytest.approx(len(recordings["jfk"]), abs=400)
 
 
 @pytest.mark.parametrize("content_type", ["audio/flac", "audio/x-flac", "application/octet-stream"])
-async def test_the_bundled_file_as_it_is(gateway: Gateway, http: httpx.AsyncClient, content_type: str) -> None:
+async def test_bundled_file(gateway: Gateway, http: httpx.AsyncClient, content_type: str) -> None:
     """44.1 kHz stereo FLAC, as the README's curl sends it."""
     body = (SPEECH / "jfk.flac").read_bytes()
     answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": content_type})
@@ -154,7 +154,7 @@ FLAC = encode((np.random.default_rng(0).normal(size=32000) * 3000).astype(np.int
         (b'{"audio_buffer": [1, 256]}', "application/json", 422, "unacceptable"),
     ],
 )
-async def test_refused_bodies(
+async def test_invalid_bodies_are_refused(
     gateway: Gateway, http: httpx.AsyncClient, body: bytes, content_type: str, status: int, code: str
 ) -> None:
     answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": content_type})
@@ -164,10 +164,10 @@ async def test_refused_bodies(
     assert set(error) == {"message", "type", "code", "param", "request_id", "retryable", "retry_after_ms"}
     assert error["request_id"] == answer.headers["X-Request-ID"]
     assert error["retryable"] is False
-    assert "/" not in error["message"] or "application/" in error["message"], "a path got out"
+    assert "/" not in error["message"] or "application/" in error["message"], "the message has a path"
 
 
-async def test_thirty_seconds_are_taken(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_thirty_seconds_are_accepted(gateway: Gateway, http: httpx.AsyncClient) -> None:
     answer = await http.post(gateway.batch_url(), content=bytes(30 * 32000), headers=OCTETS)
     assert answer.status_code == 200
     assert answer.json()["text"] == ""
@@ -181,7 +181,7 @@ async def test_very_short_audio(gateway: Gateway, http: httpx.AsyncClient, sampl
     assert answer.json()["audio_length_samples"] == samples
 
 
-async def test_a_body_of_100_mb(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_oversized_body_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield bytes(10**6)
@@ -193,7 +193,7 @@ async def test_a_body_of_100_mb(gateway: Gateway, http: httpx.AsyncClient) -> No
         assert "10485760" in answer.json()["error"]["message"]
 
 
-async def test_a_body_without_end_is_cut_off(gateway: Gateway) -> None:
+async def test_endless_body_is_cut_off(gateway: Gateway) -> None:
     reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
     writer.write(b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 
@@ -213,7 +213,9 @@ async def test_a_body_without_end_is_cut_off(gateway: Gateway) -> None:
     writer.close()
 
 
-async def test_many_at_once_equal_their_solo_runs(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
+async def test_concurrent_recordings_equal_their_solo_runs(
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
+) -> None:
     bodies = [samples[:length].tobytes() for samples in recordings.values() for length in (16000, 40001, 60000)]
 
     async def ask(body: bytes) -> Any:
@@ -225,8 +227,8 @@ async def test_many_at_once_equal_their_solo_runs(gateway: Gateway, http: httpx.
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 2, 7, 100, 1000, 100_000])
-async def test_an_offer_of_http2_is_ignored(gateway: Gateway, recordings: Recordings, piece_bytes: int) -> None:
-    """Java's HttpClient makes one with every request; a network may cut a request anywhere."""
+async def test_http2_upgrade_offer_is_ignored(gateway: Gateway, recordings: Recordings, piece_bytes: int) -> None:
+    """Java's HttpClient sends it with every request; a network may cut a request anywhere."""
     body = recordings["jfk"][:32000].tobytes()
     head = (
         f"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
@@ -247,7 +249,7 @@ async def test_an_offer_of_http2_is_ignored(gateway: Gateway, recordings: Record
     writer.close()
 
 
-async def test_a_client_that_vanishes_is_no_fault_of_ours(gateway: Gateway) -> None:
+async def test_lost_client_counts_as_499(gateway: Gateway) -> None:
     before = await gateway_metrics(gateway.url)
     _, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
     writer.write(b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + bytes(5000))
@@ -262,7 +264,7 @@ async def test_a_client_that_vanishes_is_no_fault_of_ours(gateway: Gateway) -> N
     assert grown("asr_rejections_total", reason="internal") == 0
 
 
-async def test_what_is_too_deep_to_be_given_back(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_deeply_nested_opaque_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
     body = b'{"audio_buffer":[0,0],"opaque":' + b"[" * 300 + b"]" * 300 + b"}"
     answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "opaque")
@@ -304,7 +306,7 @@ async def test_keys(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
         assert (await http.get(f"{gateway.url}/health")).status_code == 200
 
 
-async def test_more_than_can_wait_is_refused(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+async def test_full_queue_is_refused(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async with make_gateway(max_concurrent_batches=1, inference_queue_size=1) as gateway:
         posts = [http.post(gateway.batch_url(), content=bytes(640000), headers=OCTETS) for _ in range(6)]
         answers = await asyncio.gather(*posts)
@@ -319,7 +321,7 @@ async def test_more_than_can_wait_is_refused(make_gateway: MakeGateway, http: ht
         assert 1000 <= error["retry_after_ms"] <= 5000
 
 
-async def test_who_leaves_the_line_makes_room(
+async def test_leaving_the_queue_frees_a_place(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings
 ) -> None:
     async with make_gateway(max_concurrent_batches=1, inference_queue_size=1) as gateway:
@@ -343,7 +345,7 @@ async def test_who_leaves_the_line_makes_room(
     assert grown("asr_requests_total", endpoint="batch", model="amira", status="499") == 1
 
 
-async def test_no_recording_waits_forever(
+async def test_wait_for_a_place_is_bounded(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.service.Places", partial(Places, max_queue_secs=0.1))
@@ -358,10 +360,10 @@ async def test_no_recording_waits_forever(
         assert (await http.post(gateway.batch_url(), content=body[:32_000], headers=OCTETS)).status_code == 200
 
 
-async def test_many_recordings_are_no_fault_of_triton(
+async def test_many_recordings_open_no_breaker(
     make_gateway: MakeGateway, gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
 ) -> None:
-    """Together they take longer than a piece of a stream may, and live streams still begin."""
+    """Together they take longer than a request of a stream may, and the breaker stays closed."""
     body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
 
     async def post_all(url: str) -> list[int]:
@@ -382,7 +384,7 @@ async def test_many_recordings_are_no_fault_of_triton(
         assert states == {"closed"}
 
 
-async def test_a_connection_is_kept_for_longer_than_proxies_keep_theirs(gateway: Gateway) -> None:
+async def test_keep_alive_is_longer_than_that_of_proxies(gateway: Gateway) -> None:
     assert gateway.server.config.timeout_keep_alive > 60
 
 
@@ -421,6 +423,6 @@ async def test_requests_are_counted(gateway: Gateway, http: httpx.AsyncClient, t
     assert (did["windows"], did["encode_calls"], did["segments"]) == (1, 1, 1)
     assert did["tokens"] == len(answer.json()["tokens"])
     assert did["audio_seconds"] == pytest.approx(11.0)
-    assert 20 <= did["calls"] <= 40, "about a call a token"
-    assert did["rows"] == did["calls"], "there was nothing to share them with"
+    assert 20 <= did["calls"] <= 40, "about one call per token"
+    assert did["rows"] == did["calls"], "no other stream could share a call"
     assert 0 < did["decode_seconds"] < did["encode_seconds"] < did["decode_seconds"] + did["encode_seconds"] < took_secs

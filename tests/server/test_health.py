@@ -28,13 +28,13 @@ async def test_health(gateway: Gateway, http: httpx.AsyncClient) -> None:
     assert (await http.get(f"{gateway.url}/health/live")).status_code == 200
 
 
-async def test_ready_names_the_models(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_ready_lists_the_models(gateway: Gateway, http: httpx.AsyncClient) -> None:
     answer = await http.get(f"{gateway.url}/health/ready")
     assert answer.status_code == 200
     assert answer.json() == {"status": "ready", "models": {"amira": True}}
 
 
-async def test_detailed_tells_every_model_and_what_is_in_flight(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_detailed_lists_models_and_work_in_flight(gateway: Gateway, http: httpx.AsyncClient) -> None:
     async with open_socket(gateway.stream_url()):
         body = (await http.get(f"{gateway.url}/health/detailed")).json()
     assert body["status"] == "ready"
@@ -47,7 +47,7 @@ async def test_detailed_tells_every_model_and_what_is_in_flight(gateway: Gateway
     assert body["batches"]["active"] == 0
 
 
-async def test_without_triton_it_lives_but_is_not_ready(http: httpx.AsyncClient) -> None:
+async def test_gateway_without_triton_is_alive_but_not_ready(http: httpx.AsyncClient) -> None:
     async with run_gateway(triton_endpoint=f"localhost:{free_ports('127.0.0.1', 1)[0]}") as gateway:
         assert (await http.get(f"{gateway.url}/health")).status_code == 200
         assert (await http.get(f"{gateway.url}/health/live")).status_code == 200
@@ -62,7 +62,7 @@ async def test_without_triton_it_lives_but_is_not_ready(http: httpx.AsyncClient)
         assert body["dependencies"]["triton"][0]["reachable"] is False
 
 
-async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+async def test_unknown_ensemble_degrades_readiness(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async with make_gateway(models={"amira": "asr_ensemble", "other": "no_such_ensemble"}) as gateway:
         answer = await http.get(f"{gateway.url}/health/ready")
         assert answer.json() == {"status": "degraded", "models": {"amira": True, "other": False}}
@@ -71,7 +71,7 @@ async def test_a_wrong_ensemble_is_named(make_gateway: MakeGateway, http: httpx.
         assert body["dependencies"]["triton"][0]["models"]["no_such_ensemble"] == "unknown"
 
 
-async def test_a_model_that_is_no_recogniser_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+async def test_model_without_decoder_is_not_ready(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async with make_gateway(models={"amira": "encoder"}) as gateway:
         assert (await http.get(f"{gateway.url}/health/ready")).status_code == 503
         assert (await http.get(f"{gateway.url}/health/detailed")).json()["status"] == "initializing"
@@ -90,8 +90,8 @@ async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.Asyn
         assert (await gateway_metrics(gateway.url))["asr_draining", ()] == 1
 
 
-async def test_metrics_are_those_that_the_documentation_lists(gateway: Gateway, triton: Ports, http: httpx.AsyncClient) -> None:
-    """From the start, and none besides but Python's and Triton's own."""
+async def test_metrics_equal_the_documented_ones(gateway: Gateway, triton: Ports, http: httpx.AsyncClient) -> None:
+    """All from the start, and no others except those of Python and Triton."""
     _, _, section = (ROOT / "docs" / "API.md").read_text().partition("## Metrics\n")
     section, _, _ = section.partition("\n## ")
     documented = {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}

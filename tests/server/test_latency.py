@@ -42,13 +42,13 @@ def chunk_and_right_ms(latency: str) -> tuple[int, int]:
     return chunk, right
 
 
-def test_latencies_are_what_they_are_called() -> None:
+def test_latencies_are_in_order() -> None:
     waits = [sum(chunk_and_right_ms(latency)) for latency in ("low", "balanced", "throughput")]
     assert waits == sorted(set(waits))
 
 
 @pytest.mark.parametrize("latency", ["low", "balanced", "throughput"])
-async def test_a_latency_has_windows_of_its_own(make_gateway: MakeGateway, speech: Samples, latency: str) -> None:
+async def test_each_latency_has_its_own_windows(make_gateway: MakeGateway, speech: Samples, latency: str) -> None:
     chunk_ms, right_ms = chunk_and_right_ms(latency)
     async with make_gateway(latency=latency, max_frame_bytes=2 * len(speech)) as gateway:
         url = gateway.stream_url()
@@ -56,14 +56,14 @@ async def test_a_latency_has_windows_of_its_own(make_gateway: MakeGateway, speec
         others = [(await transcribe(url, speech, size)).final for size in (1234, 7001, len(speech))]
     processed = [partial["audio_processed_ms"] for partial in partials]
     assert all(ms % chunk_ms == 0 for ms in processed)
-    # What comes is decoded chunk by chunk, and so shown but for chunks without a change.
+    # Audio is decoded chunk by chunk, and each chunk that changes the text gives a partial.
     assert min(after - before for before, after in pairwise(processed)) == chunk_ms
     assert processed[-1] <= len(speech) // 16 - right_ms
     for other in others:
         assert other == final
 
 
-async def test_latencies_are_told_apart_by_what_they_give(make_gateway: MakeGateway, speech: Samples) -> None:
+async def test_latencies_give_different_texts(make_gateway: MakeGateway, speech: Samples) -> None:
     finals = {}
     for latency in ("low", "balanced", "throughput"):
         async with make_gateway(latency=latency) as gateway:
@@ -72,7 +72,7 @@ async def test_latencies_are_told_apart_by_what_they_give(make_gateway: MakeGate
     assert max(jiwer.wer(finals["balanced"], text) for text in finals.values()) < 0.5
 
 
-async def test_a_stream_keeps_its_windows_at_a_gateway_of_another_latency(make_gateway: MakeGateway, speech: Samples) -> None:
+async def test_resumed_stream_keeps_its_latency(make_gateway: MakeGateway, speech: Samples) -> None:
     async with (
         make_gateway(latency="low", session_key=SESSION_KEY) as first,
         make_gateway(session_key=SESSION_KEY) as second,
@@ -89,7 +89,7 @@ async def test_a_stream_keeps_its_windows_at_a_gateway_of_another_latency(make_g
     assert rest["audio_processed_ms"] == whole.final["audio_processed_ms"]
 
 
-async def test_recordings_have_no_latency(make_gateway: MakeGateway, http: httpx.AsyncClient, speech: Samples) -> None:
+async def test_latency_does_not_change_recordings(make_gateway: MakeGateway, http: httpx.AsyncClient, speech: Samples) -> None:
     texts = set()
     for latency in ("low", "throughput"):
         async with make_gateway(latency=latency) as gateway:

@@ -1,4 +1,4 @@
-"""``amira.v2``: a stream goes on after its connection, or its gateway, is lost."""
+"""Resumption: a stream continues after its connection, or its gateway, is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ V2: dict[str, Any] = {"subprotocols": ["amira.v2"]}
 
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
-    """Long enough for several segments; the first ends with words of which at last only times and scores change."""
+    """Several segments; at the end of the first only times and scores of words change."""
     pause = np.zeros(40_000, np.int16)
     spoken = [recordings["jfk"][: 8 * 16_000], pause, *(part for samples in recordings.values() for part in (samples, pause))]
     everything: Samples = np.concatenate(spoken)
@@ -55,7 +55,7 @@ async def drain(messages: AsyncIterable[Message]) -> None:
         pass
 
 
-async def test_acks_tell_what_is_no_longer_needed(gateway: Gateway, speech: Samples) -> None:
+async def test_acks_advance_with_the_audio(gateway: Gateway, speech: Samples) -> None:
     plain = (await transcribe(gateway.stream_url(), speech)).final
     conversation = await converse(gateway.stream_url(), [*cut(speech, 1600), END], pause_secs=0.01, **V2)
     acks = [message for message in conversation.messages if message["type"] == "ack"]
@@ -66,7 +66,7 @@ async def test_acks_tell_what_is_no_longer_needed(gateway: Gateway, speech: Samp
     assert conversation.final == plain
 
 
-async def test_every_ack_can_be_gone_on_from(make_gateway: MakeGateway, speech: Samples) -> None:
+async def test_stream_resumes_from_every_ack(make_gateway: MakeGateway, speech: Samples) -> None:
     async with (
         make_gateway(session_key="one for all gateways") as first,
         make_gateway(session_key="one for all gateways") as second,
@@ -105,14 +105,14 @@ async def test_every_ack_can_be_gone_on_from(make_gateway: MakeGateway, speech: 
         ('{"type":"resume","session":"forged"}', "invalid_session"),
     ],
 )
-async def test_what_is_no_session_is_refused(gateway: Gateway, text: str, code: str) -> None:
+async def test_invalid_resume_is_refused(gateway: Gateway, text: str, code: str) -> None:
     async with open_socket(gateway.stream_url(), **V2) as socket:
         await socket.send(text)
         conversation = await listen(socket)
     assert conversation.error["code"] == code
 
 
-async def test_another_services_session_is_refused(make_gateway: MakeGateway, speech: Samples) -> None:
+async def test_token_of_another_service_is_refused(make_gateway: MakeGateway, speech: Samples) -> None:
     async with make_gateway() as first, make_gateway() as second:
         messages = (await transcribe(first.stream_url(), speech[: 16_000 * 8], **V2)).messages
         session = next(message["session"] for message in messages if message["type"] == "ack")
@@ -121,7 +121,7 @@ async def test_another_services_session_is_refused(make_gateway: MakeGateway, sp
             assert (await listen(socket)).error["code"] == "invalid_session"
 
 
-async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway: MakeGateway, speech: Samples) -> None:
+async def test_client_resumes_after_every_lost_connection(triton: Ports, make_gateway: MakeGateway, speech: Samples) -> None:
     assert triton
     async with make_gateway(max_concurrent_streams=4) as gateway:
         plain = (await transcribe(gateway.stream_url(), speech)).final
@@ -135,20 +135,20 @@ async def test_the_client_goes_on_after_every_break(triton: Ports, make_gateway:
             await talking
             final = await asyncio.wait_for(stream.finish(), 60)
             assert stream.reconnects >= 3
-            assert [message async for message in stream] == [final], "what nobody reads is kept"
+            assert [message async for message in stream] == [final], "the final was lost"
         assert (await gateway_metrics(gateway.url))["asr_active_connections", ()] == 0
     assert same(final, plain)
 
 
 @pytest.fixture(scope="module")
 async def own_triton() -> AsyncIterator[Ports]:
-    """A killed gateway leaves sequences behind until they idle for too long; they are not to be other tests'."""
+    """A Triton for this module: a killed gateway leaves sequences behind until they time out."""
     async with backends(1) as (backend,):
         yield backend.ports
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_the_client_goes_on_at_the_next_gateway(
+async def test_client_resumes_at_the_next_gateway(
     own_triton: Ports, gateway: Gateway, speech: Samples, number: signal.Signals
 ) -> None:
     plain = (await transcribe(gateway.stream_url(), speech)).final
@@ -165,7 +165,7 @@ async def test_the_client_goes_on_at_the_next_gateway(
     assert same(final, plain)
 
 
-async def test_who_reads_slowly_gets_the_newest_message(gateway: Gateway, speech: Samples) -> None:
+async def test_slow_consumer_gets_the_newest_message(gateway: Gateway, speech: Samples) -> None:
     async with LiveStream(gateway.stream_url()) as stream:
         messages = aiter(stream)
         await talk(stream, speech[: 16_000 * 10])
@@ -179,10 +179,10 @@ async def test_who_reads_slowly_gets_the_newest_message(gateway: Gateway, speech
         assert [message async for message in stream] == []
 
 
-async def test_the_client_waits_for_a_server_that_is_slow(
+async def test_client_waits_for_a_slow_server(
     make_gateway: MakeGateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its pings are answered when the audio before them has been read; the kernels hold most of that."""
+    """Pings are answered after the audio before them has been read; the kernels buffer most of it."""
     monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.1, ping_timeout=0.5))
     async with make_gateway(max_frame_bytes=32_000, audio_buffer_capacity=32_000) as gateway:
         plain = (await transcribe(gateway.stream_url(), speech)).final
@@ -193,16 +193,14 @@ async def test_the_client_waits_for_a_server_that_is_slow(
     assert same(final, plain)
 
 
-async def test_the_client_leaves_a_connection_on_which_nothing_comes(
-    gateway: Gateway, speech: Samples, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_client_leaves_a_silent_connection(gateway: Gateway, speech: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.2))
     monkeypatch.setattr("amira.client.live.SILENCE_SECS", 1.0)
     plain = (await transcribe(gateway.stream_url(), speech)).final
     proxy = Proxy(Ports(LOOPBACK, gateway.server.port, 0))
     async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
         await asyncio.sleep(2.5)
-        assert stream.reconnects == 0, "it left a server that answers pings"
+        assert stream.reconnects == 0, "the client left a server that answers pings"
         talking = asyncio.create_task(talk(stream, speech))
         await asyncio.sleep(2)
         proxy.forget()
@@ -212,7 +210,7 @@ async def test_the_client_leaves_a_connection_on_which_nothing_comes(
     assert same(final, plain)
 
 
-async def test_time_on_a_silent_connection_is_not_time_without_a_server(gateway: Gateway, speech: Samples) -> None:
+async def test_silence_does_not_count_as_time_without_a_server(gateway: Gateway, speech: Samples) -> None:
     proxy = Proxy(Ports(LOOPBACK, gateway.server.port, 0))
     async with proxy.running():
         url = f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira"
@@ -224,7 +222,7 @@ async def test_time_on_a_silent_connection_is_not_time_without_a_server(gateway:
             assert stream.reconnects == 1
 
 
-async def test_a_server_that_drops_every_connection_is_not_tried_forever() -> None:
+async def test_client_gives_up_on_a_server_that_drops_connections() -> None:
     async def drop(socket: ServerConnection) -> None:
         socket.transport.abort()
 
@@ -236,8 +234,8 @@ async def test_a_server_that_drops_every_connection_is_not_tried_forever() -> No
             assert stream.reconnects > 1
 
 
-async def test_another_model_does_not_go_on(make_gateway: MakeGateway, speech: Samples) -> None:
-    """Nor does its Triton count as failing."""
+async def test_state_of_another_model_is_refused(make_gateway: MakeGateway, speech: Samples) -> None:
+    """And the Triton does not count as failing."""
     async with make_gateway(session_key="a key of one gateway") as gateway:
         endpoint = gateway.server._app.state.service.triton.endpoints[0]
         tokens = SessionTokens(Settings(session_key=SecretStr("a key of one gateway")))
@@ -250,8 +248,8 @@ async def test_another_model_does_not_go_on(make_gateway: MakeGateway, speech: S
         assert endpoint.breaker.state is BreakerState.CLOSED
 
 
-async def test_an_error_behind_a_long_silence_is_tried_again() -> None:
-    """The time in which nothing was to be heard is none without a server."""
+async def test_error_after_a_long_silence_is_retried() -> None:
+    """Time without messages does not count as time without a server."""
     error = {"type": "backend", "code": "backend_failed", "message": "the recogniser failed", "retryable": True}
     final = {"type": "final", "text": "", "tokens": [], "words": [], "audio_processed_ms": 0}
     connections = 0
@@ -270,9 +268,7 @@ async def test_an_error_behind_a_long_silence_is_tried_again() -> None:
             assert stream.reconnects == 1
 
 
-async def test_an_iteration_tells_that_there_will_be_no_final(
-    make_gateway: MakeGateway, gateway: Gateway, speech: Samples
-) -> None:
+async def test_iteration_raises_where_no_final_comes(make_gateway: MakeGateway, gateway: Gateway, speech: Samples) -> None:
     async with make_gateway(max_stream_audio_secs=5) as strict, LiveStream(strict.stream_url()) as stream:
         messages = aiter(stream)
         await talk(stream, speech[: 16_000 * 5])
@@ -292,7 +288,7 @@ async def test_an_iteration_tells_that_there_will_be_no_final(
         assert left.value.code == "closed"
 
 
-async def test_the_client_tells_what_it_can_not_mend(make_gateway: MakeGateway) -> None:
+async def test_client_raises_permanent_errors(make_gateway: MakeGateway) -> None:
     async with make_gateway(api_keys=["key"]) as gateway, LiveStream(gateway.stream_url()) as stream:
         with pytest.raises(StreamError, match="401") as refused:
             await stream.finish()

@@ -37,14 +37,14 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 JFK = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
 
 
-async def test_final_is_the_speech(gateway: Gateway, recordings: Recordings) -> None:
+async def test_final_is_the_spoken_text(gateway: Gateway, recordings: Recordings) -> None:
     conversation = await transcribe(gateway.stream_url(), recordings["jfk"])
     assert conversation.close_code == 1000
     assert jiwer.wer(JFK, conversation.final["text"]) < 0.5
     assert "country" in conversation.final["text"]
 
 
-async def test_messages_have_the_documented_form(gateway: Gateway, recordings: Recordings) -> None:
+async def test_messages_have_the_documented_fields(gateway: Gateway, recordings: Recordings) -> None:
     samples = recordings["jfk"]
     conversation = await converse(gateway.stream_url(), [*cut(samples, 1600), END], pause_secs=0.02)
     *partials, final = conversation.messages
@@ -77,7 +77,7 @@ async def test_stable_text_never_changes(gateway: Gateway, recordings: Recording
 
 
 @pytest.mark.parametrize("name", ["20 ms", "100 ms", "1 s", "random", "at once"])
-async def test_cutting_never_changes_the_final(make_gateway: MakeGateway, recordings: Recordings, name: str) -> None:
+async def test_frame_size_does_not_change_the_final(make_gateway: MakeGateway, recordings: Recordings, name: str) -> None:
     samples = np.concatenate([*recordings.values()])[: 16000 * 16]
     rng = np.random.default_rng(7)
     sizes: Any = {
@@ -94,7 +94,7 @@ async def test_cutting_never_changes_the_final(make_gateway: MakeGateway, record
     assert final["words"] == reference["words"]
 
 
-async def test_thirty_two_streams_under_load_equal_their_solo_runs(
+async def test_32_streams_under_load_equal_their_solo_runs(
     gateway: Gateway, triton: Ports, recordings: Recordings, http: httpx.AsyncClient
 ) -> None:
     everything = np.concatenate([*recordings.values()])
@@ -106,7 +106,7 @@ async def test_thirty_two_streams_under_load_equal_their_solo_runs(
     solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
 
     async def paced(samples: Samples) -> list[int]:
-        """In real time: of those that are sent faster, only one at a time is decoded."""
+        """Speak in real time: of streams that are sent faster, only one at a time is decoded."""
         frame_samples = int(rng.integers(160, 3200))
         frames = [*cut(samples, frame_samples), END]
         final = (await converse(gateway.stream_url(), frames, pause_secs=frame_samples / 16000)).final
@@ -128,12 +128,12 @@ async def test_thirty_two_streams_under_load_equal_their_solo_runs(
         task.cancel()
     await asyncio.gather(*loading, return_exceptions=True)
     assert together == solo
-    assert any(solo), "silence would prove nothing"
-    assert rows / calls > 1.2, "none of them shared a call of the decoder"
+    assert any(solo), "no stream had speech"
+    assert rows / calls > 1.2, "no two streams shared a decoder call"
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 1536, 15360])
-async def test_no_audio_or_no_speech_gives_an_empty_final(gateway: Gateway, samples: int) -> None:
+async def test_silence_gives_an_empty_final(gateway: Gateway, samples: int) -> None:
     conversation = await transcribe(gateway.stream_url(), np.zeros(samples, np.int16))
     assert conversation.close_code == 1000
     assert conversation.final["text"] == ""
@@ -149,7 +149,7 @@ async def test_keepalives_are_no_audio(gateway: Gateway, recordings: Recordings)
     assert (await converse(gateway.stream_url(), [*frames, KEEPALIVE, END])).final == plain
 
 
-async def test_audio_after_the_end_changes_nothing(gateway: Gateway, recordings: Recordings) -> None:
+async def test_audio_after_the_end_is_ignored(gateway: Gateway, recordings: Recordings) -> None:
     samples = next(iter(recordings.values()))
     plain = (await transcribe(gateway.stream_url(), samples)).final
     conversation = await converse(gateway.stream_url(), [*cut(samples, 1600), END, *cut(samples, 1600), b"\x07", "text"])
@@ -167,7 +167,7 @@ async def test_audio_after_the_end_changes_nothing(gateway: Gateway, recordings:
         (bytes(300_000), 1009, "frame_too_large", "262144"),
     ],
 )
-async def test_frames_against_the_protocol(
+async def test_invalid_frames_close_the_stream(
     gateway: Gateway, recordings: Recordings, frame: bytes | str, close_code: int, code: str, named: str
 ) -> None:
     audio = cut(next(iter(recordings.values())), 16000)
@@ -179,12 +179,12 @@ async def test_frames_against_the_protocol(
     assert conversation.error["retryable"] is False
 
 
-async def test_a_frame_far_over_the_limit_is_cut_off(gateway: Gateway) -> None:
+async def test_oversized_frame_closes_1009(gateway: Gateway) -> None:
     conversation = await converse(gateway.stream_url(), [bytes(10_000_000)])
     assert conversation.close_code == 1009
 
 
-async def test_a_client_that_vanishes_frees_everything(gateway: Gateway, triton: Ports, recordings: Recordings) -> None:
+async def test_lost_client_frees_everything(gateway: Gateway, triton: Ports, recordings: Recordings) -> None:
     sockets = [await open_socket(gateway.stream_url()) for _ in range(5)]
     for socket in sockets:
         for frame in cut(recordings["jfk"], 16000)[:4]:
@@ -197,7 +197,7 @@ async def test_a_client_that_vanishes_frees_everything(gateway: Gateway, triton:
         await asyncio.sleep(0.02)
 
 
-async def test_a_client_that_vanishes_after_its_end(gateway: Gateway, recordings: Recordings) -> None:
+async def test_client_lost_after_its_end_frees_everything(gateway: Gateway, recordings: Recordings) -> None:
     socket = await open_socket(gateway.stream_url())
     await socket.send(recordings["jfk"][: 16000 * 8].tobytes())
     await socket.send(END)
@@ -205,7 +205,7 @@ async def test_a_client_that_vanishes_after_its_end(gateway: Gateway, recordings
     await asyncio.sleep(0.3)
 
 
-async def test_idle_streams_are_closed(make_gateway: MakeGateway) -> None:
+async def test_idle_stream_closes_4408(make_gateway: MakeGateway) -> None:
     async with make_gateway(stream_timeout_secs=0.5) as gateway:
         conversation = await converse(gateway.stream_url(), [bytes(32000)])
     assert conversation.close_code == 4408
@@ -213,7 +213,7 @@ async def test_idle_streams_are_closed(make_gateway: MakeGateway) -> None:
     assert "0.5 s" in conversation.error["message"]
 
 
-async def test_keepalives_hold_a_stream_open(make_gateway: MakeGateway, recordings: Recordings) -> None:
+async def test_keepalives_keep_a_stream_open(make_gateway: MakeGateway, recordings: Recordings) -> None:
     samples = next(iter(recordings.values()))
     async with make_gateway(stream_timeout_secs=0.5) as gateway:
         frames = [*cut(samples, 16000)[:2], *[KEEPALIVE] * 8, END]
@@ -222,15 +222,15 @@ async def test_keepalives_hold_a_stream_open(make_gateway: MakeGateway, recordin
         assert conversation.final == (await transcribe(gateway.stream_url(), samples[:32000])).final
 
 
-async def test_streams_that_are_too_long(make_gateway: MakeGateway) -> None:
+async def test_too_long_stream_closes_4413(make_gateway: MakeGateway) -> None:
     async with make_gateway(max_stream_audio_secs=2) as gateway:
         conversation = await transcribe(gateway.stream_url(), np.zeros(16000 * 3, np.int16))
     assert conversation.close_code == 4413
     assert conversation.error["code"] == "audio_too_long"
 
 
-async def test_a_small_buffer_loses_nothing(make_gateway: MakeGateway, recordings: Recordings) -> None:
-    """The socket is not read while the buffer is full; the client only waits."""
+async def test_small_buffer_loses_nothing(make_gateway: MakeGateway, recordings: Recordings) -> None:
+    """The socket is not read while the buffer is full, and the client waits."""
     samples = recordings["jfk"]
     async with make_gateway(audio_buffer_capacity=8000, max_frame_bytes=8000) as gateway:
         small = (await transcribe(gateway.stream_url(), samples, 2000)).final
@@ -238,8 +238,8 @@ async def test_a_small_buffer_loses_nothing(make_gateway: MakeGateway, recording
         assert small == (await transcribe(gateway.stream_url(), samples, 2000)).final
 
 
-async def test_silence_ends_a_segment_and_the_next_begins_afresh(gateway: Gateway, recordings: Recordings) -> None:
-    """Behind a silence longer than the left context, on the same place of the grid of windows, only the times differ."""
+async def test_silence_ends_a_segment(gateway: Gateway, recordings: Recordings) -> None:
+    """After a silence longer than the left context, at the same phase of the window grid, only the times differ."""
     chunk = 15360
     silence = np.zeros(5 * chunk, np.int16)
     samples = next(iter(recordings.values()))
@@ -255,7 +255,7 @@ async def test_silence_ends_a_segment_and_the_next_begins_afresh(gateway: Gatewa
         assert second["start"] == pytest.approx(first["start"] + shift, abs=2e-3)
 
 
-async def test_unknown_models_are_refused_before_the_upgrade(gateway: Gateway) -> None:
+async def test_unknown_model_is_refused_before_the_upgrade(gateway: Gateway) -> None:
     with pytest.raises(InvalidStatus) as refused:
         await converse(gateway.stream_url("nobody"), [])
     response = refused.value.response
@@ -265,7 +265,7 @@ async def test_unknown_models_are_refused_before_the_upgrade(gateway: Gateway) -
     assert response.headers["X-Request-ID"]
 
 
-async def test_unknown_paths_are_refused_like_any_other(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_unknown_path_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
     with pytest.raises(InvalidStatus) as refused:
         await converse(gateway.stream_url().replace("decode", "encode"), [])
     assert refused.value.response.status_code == 404
@@ -273,7 +273,7 @@ async def test_unknown_paths_are_refused_like_any_other(gateway: Gateway, http: 
     assert (await http.get(f"{gateway.url}/v2/decode/stream/amira")).status_code == 404
 
 
-async def test_the_upgrade_names_the_request(gateway: Gateway) -> None:
+async def test_upgrade_has_the_request_id(gateway: Gateway) -> None:
     async with open_socket(gateway.stream_url(), additional_headers={"X-Request-ID": "mine"}) as socket:
         assert socket.response
         assert socket.response.headers["X-Request-ID"] == "mine"
@@ -281,9 +281,9 @@ async def test_the_upgrade_names_the_request(gateway: Gateway) -> None:
         assert (await listen(socket)).error["request_id"] == "mine"
 
 
-async def test_browsers_get_the_error_as_a_frame(make_gateway: MakeGateway) -> None:
+async def test_browser_gets_the_error_as_a_frame(make_gateway: MakeGateway) -> None:
     async with make_gateway(allowed_origins=["https://app.example"]) as gateway:
-        # They leave a connection that takes none of the protocols which they offer.
+        # Browsers close a connection on which none of their subprotocols is accepted.
         async with open_socket(gateway.stream_url("nobody"), origin="https://app.example", subprotocols=["amira.v2"]) as socket:
             assert socket.subprotocol == "amira.v2"
             assert socket.response
@@ -309,7 +309,7 @@ async def test_keys(make_gateway: MakeGateway) -> None:
             assert (await converse(gateway.stream_url(), [END], additional_headers=headers)).close_code == 1000
 
 
-async def test_streams_over_capacity_are_refused(make_gateway: MakeGateway) -> None:
+async def test_stream_over_capacity_is_refused(make_gateway: MakeGateway) -> None:
     async with make_gateway(max_concurrent_streams=1) as gateway, open_socket(gateway.stream_url()) as socket:
         with pytest.raises(InvalidStatus) as refused:
             await converse(gateway.stream_url(), [])
@@ -322,7 +322,7 @@ async def test_streams_over_capacity_are_refused(make_gateway: MakeGateway) -> N
         assert (await converse(gateway.stream_url(), [END])).close_code == 1000
 
 
-async def test_a_drain_ends_live_streams_with_their_final(make_gateway: MakeGateway, recordings: Recordings) -> None:
+async def test_drain_ends_live_streams_with_their_final(make_gateway: MakeGateway, recordings: Recordings) -> None:
     samples = next(iter(recordings.values()))
     async with make_gateway(drain_timeout_secs=0.5) as gateway:
         socket = await open_socket(gateway.stream_url())
@@ -335,7 +335,7 @@ async def test_a_drain_ends_live_streams_with_their_final(make_gateway: MakeGate
     assert conversation.close_code == 1012
 
 
-async def test_the_socket_counts_and_measures(gateway: Gateway, recordings: Recordings) -> None:
+async def test_streams_are_counted_and_measured(gateway: Gateway, recordings: Recordings) -> None:
     samples = next(iter(recordings.values()))
     before = await gateway_metrics(gateway.url)
     await transcribe(gateway.stream_url(), samples)
@@ -352,8 +352,8 @@ async def test_the_socket_counts_and_measures(gateway: Gateway, recordings: Reco
     assert grown("triton_inference_duration_seconds_count", model="asr_ensemble") >= 2
 
 
-async def test_only_what_is_spoken_can_be_late(gateway: Gateway, recordings: Recordings) -> None:
-    """A recording that is sent faster than it was spoken lags by itself, and its words come late: that is no overload."""
+async def test_latency_is_measured_in_real_time_only(gateway: Gateway, recordings: Recordings) -> None:
+    """A recording that is sent faster than real time lags, and its words are late; this is not overload."""
     samples = next(iter(recordings.values()))
     for how, seen in ((transcribe, 0), (speak, 1)):
         before = await gateway_metrics(gateway.url)
@@ -364,7 +364,7 @@ async def test_only_what_is_spoken_can_be_late(gateway: Gateway, recordings: Rec
         assert grown("asr_audio_seconds_total", endpoint="stream", model="amira") == pytest.approx(len(samples) / 16000)
 
 
-async def test_a_keys_quota(make_gateway: MakeGateway, recordings: Recordings) -> None:
+async def test_quota_of_a_key(make_gateway: MakeGateway, recordings: Recordings) -> None:
     samples = recordings["jfk"]
     key: dict[str, Any] = {"additional_headers": {"X-API-Key": "first"}}
     async with make_gateway(api_keys=["first", "second"], max_streams_per_key=1, max_audio_rate_per_key=0.1) as gateway:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]  # chosen by the platform
+class _Selector(selectors.DefaultSelector):
     """Never waits; counts the time that it would have waited."""
 
     waited_secs = 0.0

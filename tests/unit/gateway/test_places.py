@@ -108,7 +108,6 @@ def test_a_cancelled_wait_loses_no_place(*, place_comes_first: bool) -> None:
 
     async def scenario() -> None:
         limited = places(max_concurrent_batches=1)
-        loop = asyncio.get_running_loop()
         waiting: asyncio.Task[float] | None = None
 
         async def first() -> None:
@@ -116,7 +115,7 @@ def test_a_cancelled_wait_loses_no_place(*, place_comes_first: bool) -> None:
                 await asyncio.sleep(1)
             if place_comes_first:
                 assert waiting
-                loop.call_soon(loop.call_soon, waiting.cancel)
+                waiting.get_loop().call_soon(waiting.cancel)
 
         holder = asyncio.create_task(first())
         await asyncio.sleep(0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine
-from typing import Any
 
 import pytest
 
@@ -133,7 +131,7 @@ def test_a_failed_request_gives_its_turn_back() -> None:
         streams = Streams()
         streams.priority.join()
 
-        async def fail(ahead_secs: float) -> Coroutine[Any, Any, None]:
+        async def fail(ahead_secs: float) -> None:
             async with streams.priority.turn(streams.priority.join(), ahead_secs):
                 raise ZeroDivisionError
 
