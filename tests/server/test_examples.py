@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from amira.engine.triton import Ports
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
+from amira.ports import Ports
 from gateway.audio.files import RATE
 from tests.support.servers import Gateway, Recordings
 
