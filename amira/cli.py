@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Coroutine, Mapping
 from enum import Enum
 from importlib.metadata import version as installed_version
@@ -21,7 +22,7 @@ from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gate
 if TYPE_CHECKING:
     from amira.engine.service import Running
     from amira.models.repository import Recogniser
-    from gateway.config.settings import Settings
+    from gateway.config.settings import Loaded, Settings
 
 FAILURE, USAGE_ERROR = 1, 2
 """Exit codes: a server did not do what it was asked; the command can't begin as it was given."""
@@ -161,12 +162,16 @@ def demo(
 def config_show(
     output: Annotated[Format, typer.Option("--format", help="Format to print.")] = Format.toml,
 ) -> None:
-    """Print the configuration in force, without keys."""
+    """Print the configuration in force, without keys, and where each value comes from."""
     _require("server")
     from gateway.config.loading import to_toml, to_yaml
 
-    settings = _settings()
-    typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
+    loaded = _load()
+    shown = to_toml(loaded.settings) if output is Format.toml else to_yaml(loaded.settings)
+    for line in shown.splitlines():
+        key = re.match(r"\[?(\w+)", line)  # a table's or a nested value's line begins with a bracket or a space
+        source = loaded.sources.pop(key[1], None) if key else None  # once: a model may be called as a setting is
+        typer.echo(f"{line}  # {source}" if source else line)
 
 
 @models.callback()
@@ -186,7 +191,7 @@ def models_import(
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graphs on a GPU.")] = False,
 ) -> None:
     """Add a transducer in NeMo's ONNX export to a model repository."""
-    from amira.models.graphs import ModelError
+    from amira.models.configs import ModelError
     from amira.models.importing import import_model
 
     chosen = name or Path(source).absolute().name
@@ -209,7 +214,7 @@ def models_import(
 @models.command("list")
 def models_list(repository: Annotated[Path, typer.Argument(help="Model repository.")] = MODEL_REPOSITORY) -> None:
     """List the ensembles of a model repository, and say what is wrong with those that can't be used."""
-    from amira.models.graphs import ModelError
+    from amira.models.configs import ModelError
     from amira.models.repository import inspect_repository
 
     try:
@@ -252,7 +257,7 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
 
 
 def _check_memory(recogniser: Recogniser) -> None:
-    from amira.models.graphs import ModelError
+    from amira.models.configs import ModelError
 
     try:
         growth = recogniser.check_memory()
@@ -262,7 +267,7 @@ def _check_memory(recogniser: Recogniser) -> None:
 
 
 def _recognisers(repository: Path) -> list[Recogniser]:
-    from amira.models.graphs import ModelError
+    from amira.models.configs import ModelError
     from amira.models.repository import recognisers
 
     try:
@@ -285,6 +290,10 @@ def _require(*extras: str) -> None:
 
 
 def _settings() -> Settings:
+    return _load().settings
+
+
+def _load() -> Loaded:
     """Return the configuration, with logging set up by it; a bad value ends the command with one line."""
     import structlog
 
@@ -299,7 +308,7 @@ def _settings() -> Settings:
     configure_logging(loaded.settings)
     for notice in loaded.notices:
         structlog.get_logger(__name__).warning("configuration", notice=notice)
-    return loaded.settings
+    return loaded
 
 
 def _main(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -307,11 +316,12 @@ def _main(coroutine: Coroutine[Any, Any, None]) -> None:
     import uvloop
 
     from amira.engine.errors import EngineError
+    from amira.models.configs import ModelError
     from gateway.config.settings import ConfigError
 
     try:
         uvloop.run(coroutine)
-    except (EngineError, PortError, ConfigError, OSError) as error:
+    except (EngineError, ModelError, PortError, ConfigError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         pass

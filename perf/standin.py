@@ -20,7 +20,7 @@ import orjson
 import uvloop
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from amira.models.repository import read_config
+from amira.models.configs import read_config
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK
 from perf.recogniser import MODEL, Windows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -48,10 +49,29 @@ MAX_FAILING_SECS = 3.0
 MAX_LATE_SECS = 30.0
 """Time of canaries without an answer after which Triton is restarted, in seconds; not while the decoder does other work."""
 
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+MIN_SHARED_MEMORY_BYTES = 128 * 2**20
+"""Shared memory that must be free: eight recordings of half a minute at once took 74 MB (2026-11-27)."""
+
 POLL_SECS = 0.1
 """Interval between looks at the models while Triton starts, in seconds."""
 
 log = structlog.get_logger()
+
+
+def check_shared_memory() -> None:
+    """Check that there is enough shared memory, through which tensors pass between Triton and its models.
+
+    Raises:
+        EngineError: there isn't.
+    """
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_frsize * status.f_bavail
+    if free < MIN_SHARED_MEMORY_BYTES:
+        raise EngineError(
+            f"{SHARED_MEMORY} has {free >> 20} MB free; Triton needs {MIN_SHARED_MEMORY_BYTES >> 20} MB: enlarge it "
+            f"(docker run --shm-size 1g, or mount -o remount,size=1g {SHARED_MEMORY})"
+        )
 
 
 class Triton:
@@ -104,10 +124,10 @@ class Triton:
         Raises:
             EngineError: Triton ended, or a model failed to load; the line names the model and the reason.
         """
-        if not self._model_repository.is_dir():
-            raise EngineError(f"model repository {self._model_repository} is no directory")
+        models = [path.parent.name for path in self._model_repository.glob("*/config.pbtxt")]
+        if not models:
+            raise EngineError(f"model repository {self._model_repository} has no models")
         await self._spawn()
-        models = [path.name for path in self._model_repository.iterdir() if (path / "config.pbtxt").is_file()]
         try:
             while (ready := await self._ready_models()) < len(models):
                 on_progress(ready, len(models))
@@ -251,25 +271,36 @@ class Triton:
             index = (await self._client.get_model_repository_index(client_timeout=1.0)).models
         except InferenceServerException:
             return 0
-        failed = [model for model in index if model.state == "UNAVAILABLE"]
-        # An ensemble fails because of its parts, so its own reason says least.
-        for model in sorted(failed, key=lambda model: "depends on" in model.reason):
-            raise EngineError(f"model {model.name} failed to load: {_one_line(model.reason)}")
+        # Triton is live when it has tried to load all. A model whose configuration it could not read has no state.
+        failed = {
+            model.name: model.reason or self._refusal(model.name) for model in index if model.state in ("UNAVAILABLE", "")
+        }
+        # An ensemble fails because of its parts, and has no reason of its own, or one that says least.
+        for name in sorted(failed, key=lambda name: not failed[name] or "depends on" in failed[name]):
+            raise EngineError(f"model {name} failed to load: {_one_line(failed[name]) or f'see {self._log_path}'}")
         return sum(model.state == "READY" for model in index)
+
+    def _refusal(self, model: str) -> str:
+        """Return why Triton did not read a model's configuration, as its log has it; empty where it has nothing."""
+        found = re.findall(rf"Poll failed for model directory '{re.escape(model)}': (.*?)\"?$", self._log(), re.MULTILINE)
+        return found[-1] if found else ""
+
+    def _log(self) -> str:
+        return self._log_path.read_text(errors="replace")
 
     def _clean_up(self) -> None:
         """Remove what a dead Triton left: stubs and their shared memory."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        for path in Path("/dev/shm").glob(f"{self._shm_prefix}*"):  # noqa: S108
+        for path in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             path.unlink(missing_ok=True)
 
     def _ending(self) -> str:
         """Return how Triton ended, and the last error that it printed."""
         code = self._process.returncode if self._process else None
         how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
-        lines = self._log_path.read_text(errors="replace").splitlines()
+        lines = self._log().splitlines()
         # Those about CUDA are harmless.
         errors = [line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()]
         return f"{how}, {_one_line(errors[-1]) if errors else 'no error printed'}"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amira.engine.errors import EngineError
-from amira.engine.process import Triton
+from amira.engine.process import Triton, check_shared_memory
 from amira.engine.wheel import Engine
+from amira.models.configs import check_ensembles
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND
 from amira.ports import LOOPBACK, Ports, check_free, gateway_listener
 from gateway.audio.files import decode_audio
@@ -49,9 +50,12 @@ async def service(
 
     Raises:
         PortError: a port is taken.
+        ModelError: the model repository can't be served with these settings.
         EngineError: Triton or a model can't start.
     """
     check_free([gateway_listener(settings.server_host, settings.server_port), *ports.listeners()])
+    check_ensembles(model_repository, settings.models.values())
+    check_shared_memory()
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     triton = Triton(engine, model_repository, ports, log_path, triton_options(settings), settings.models.values())

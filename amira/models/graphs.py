@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from amira.models.configs import ModelError
+
 Shape = tuple[int | None, ...]
 
 OPEN = -1
@@ -21,10 +23,6 @@ FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.Tenso
 LFS_POINTER = b"version https://git-lfs"
 MAX_DURATIONS = 16
 """More outputs than this beyond the vocabulary are a vocabulary that is too short; published TDTs have 5."""
-
-
-class ModelError(ValueError):
-    """A model can't be used; one line that names the file, the tensor, what was found and what is expected."""
 
 
 @dataclass(frozen=True)

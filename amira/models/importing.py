@@ -17,9 +17,10 @@ from google.protobuf import text_format
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.models.graphs import Graph, ModelError, Transducer, data_files
+from amira.models.configs import ModelError, read_config
+from amira.models.graphs import Graph, Transducer, data_files
 from amira.models.memory import measure_growth
-from amira.models.repository import ROLES, read_config
+from amira.models.repository import ROLES
 from amira.paths import MODEL_REPOSITORY
 
 SAMPLE_RATE = 16_000

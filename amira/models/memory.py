@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from amira.models.graphs import ModelError
+from amira.models.configs import ModelError
 
 SAMPLE_RATE = 16_000
 WINDOW_SECS = (15, 30, 60, 60)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, ModelError, Transducer
+from amira.models.configs import ModelError, read_configs
+from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, Transducer
 from amira.models.memory import Growth, measure_growth
 from gateway.triton.endpoint import GEOMETRY_PARAMETERS
 
@@ -76,9 +76,7 @@ def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
     Raises:
         ModelError: it has no ensemble, or a configuration can't be read.
     """
-    if not repository.is_dir():
-        raise ModelError(f"{repository} is no directory")
-    configs = {path.parent.name: read_config(path) for path in sorted(repository.glob("*/config.pbtxt"))}
+    configs = read_configs(repository)
     found: list[Recogniser | ModelError] = []
     for name in (name for name, config in configs.items() if config.HasField("ensemble_scheduling")):
         try:
@@ -86,7 +84,7 @@ def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
         except ModelError as error:
             found.append(error)
     if not found:
-        raise ModelError(f"{repository} has no ensemble")
+        raise ModelError(f"model repository {repository} has no ensemble")
     return found
 
 
@@ -102,22 +100,6 @@ def recognisers(repository: Path) -> list[Recogniser]:
             raise recogniser
         found.append(recogniser)
     return found
-
-
-def read_config(path: Path) -> pb.ModelConfig:
-    """A ``config.pbtxt``.
-
-    Raises:
-        ModelError: it is missing or malformed.
-    """
-    config = pb.ModelConfig()
-    try:
-        text_format.Parse(path.read_text(encoding="utf-8"), config)
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from error
-    except (UnicodeDecodeError, text_format.ParseError) as error:
-        raise ModelError(f"{path}: {error}") from error
-    return config
 
 
 def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -> Recogniser:

@@ -13,8 +13,9 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from amira.models.configs import read_config
 from amira.models.importing import GPU_PARAMETERS
-from amira.models.repository import ROLES, read_config, recognisers
+from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY, ROOT
 from parameters import Parameters
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from amira.engine.triton import Ports
 
 from amira.paths import ROOT
+from amira.ports import Ports
 from gateway.audio import RATE
 from tests.support.servers import Gateway, Recordings
 

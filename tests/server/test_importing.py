@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from amira.cli import app
 from amira.engine.errors import EngineError
-from amira.models.graphs import ModelError
+from amira.models.configs import ModelError, read_config
 from amira.models.importing import import_model
-from amira.models.repository import ROLES, read_config, recognisers
+from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import edit, run_amira, triton_with

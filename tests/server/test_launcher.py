@@ -30,6 +30,7 @@ from amira.engine.process import Triton
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
+from gateway.config.settings import load_settings
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
 from tests.support.servers import run_gateway
@@ -223,12 +224,16 @@ async def test_port_of_serve_in_use_is_one_line() -> None:
             ["encoder", "warm-up", "audio_signal", "[1, 384]"],
         ),
         ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
+        ("vocab.txt", None, "", ["detokenizer", "vocab.txt is empty"]),
     ],
 )
 async def test_a_model_that_fails_to_load_is_named(
-    model_repository: Path, file: str, old: str, new: str, named: list[str]
+    model_repository: Path, file: str, old: str | None, new: str, named: list[str]
 ) -> None:
-    edit(model_repository / file, old, new)
+    if old is None:
+        (model_repository / file).write_text(new)
+    else:
+        edit(model_repository / file, old, new)
     code, _, errors = await run_amira("run", model_repository=model_repository)
     assert code == 2
     last = errors.strip().splitlines()[-1]
@@ -292,10 +297,43 @@ async def test_a_missing_recording_is_named() -> None:
     assert "Traceback" not in errors
 
 
-async def test_a_missing_repository_is_named(tmp_path: Path) -> None:
-    code, _, errors = await run_amira("run", model_repository=tmp_path / "none")
-    assert code == 2
-    assert str(tmp_path / "none") in errors
+async def test_unusable_repository_is_one_line(model_repository: Path, tmp_path: Path) -> None:
+    """What Triton takes for no fault: without these checks it would be waited for, or be ready with nothing to serve."""
+
+    async def refusal(repository: Path, **settings: Any) -> str:
+        code, output, errors = await run_amira("run", model_repository=repository, **settings)
+        assert (code, output) == (2, "")
+        (line,) = errors.splitlines()
+        return line
+
+    (tmp_path / "empty").mkdir()
+    assert await refusal(tmp_path / "none") == f"amira: model repository {tmp_path}/none is no directory"
+    assert (await refusal(tmp_path / "empty")).startswith(f"amira: model repository {tmp_path}/empty has no models")
+    assert await refusal(model_repository, models='{"mine": "mine"}') == (
+        f"amira: AMIRA_MODELS names mine; model repository {model_repository} has the ensembles asr_ensemble"
+    )
+    config = model_repository / "encoder" / "config.pbtxt"
+    edit(config, "max_batch_size: 0", "max_batch_size 0")
+    assert (await refusal(model_repository)).startswith(f"amira: {config}: 4:16 : ")
+    edit(config, "max_batch_size 0", "max_batch_size: 0")
+    edit(config, 'name: "encoder"', 'name: "coder"')
+    expected = f"{config}: name is 'coder'; expected 'encoder', as its directory is called"
+    assert await refusal(model_repository) == f"amira: {expected}"
+
+
+async def test_model_that_triton_did_not_read_is_named(model_repository: Path) -> None:
+    """Triton goes on without it and gives it no state."""
+    edit(model_repository / "encoder" / "config.pbtxt", "max_batch_size: 0", "max_batch_size 0")
+    reason = r"failed to read text proto from .*encoder/config\.pbtxt"
+    with pytest.raises(EngineError, match=f"model encoder failed to load: {reason}"):
+        async with triton_with(model_repository):
+            pass
+
+
+async def test_small_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "MIN_SHARED_MEMORY_BYTES", 2**60)
+    with pytest.raises(EngineError, match=r"has \d+ MB free; Triton needs 1099511627776 MB: enlarge it"):
+        process.check_shared_memory()
 
 
 async def test_bad_ports_and_addresses_are_named() -> None:
@@ -315,14 +353,32 @@ async def test_a_bad_setting_is_one_line() -> None:
     )
 
 
-async def test_config_show() -> None:
+async def test_config_show_names_sources(tmp_path: Path) -> None:
+    """And what it shows is a configuration."""
     code, output, _ = await run_amira("config", "show", "--format", "toml", max_concurrent_streams=77, api_keys="secret")
     assert code == 0
-    assert "max_concurrent_streams = 77" in output
+    lines = output.splitlines()
+    assert "max_concurrent_streams = 77  # AMIRA_MAX_CONCURRENT_STREAMS" in lines
+    assert "max_concurrent_batches = 8  # config.toml" in lines
     assert "secret" not in output
-    code, output, _ = await run_amira("config", "show", "--format", "yaml")
+    (tmp_path / "shown.toml").write_text(output)
+    assert load_settings({"AMIRA_CONFIG_FILE": str(tmp_path / "shown.toml")}).settings.max_concurrent_streams == 77
+    models = '{"amira": "asr_ensemble", "latency": "other"}'
+    code, output, _ = await run_amira("config", "show", "--format", "yaml", models=models)
     assert code == 0
-    assert "max_concurrent_streams: 10" in output
+    lines = output.splitlines()
+    assert "max_concurrent_streams: 10  # config.toml" in lines
+    assert "models:  # AMIRA_MODELS" in lines
+    assert "  latency: other" in lines
+    (tmp_path / "shown.yaml").write_text(output)
+    shown = load_settings({"AMIRA_CONFIG_FILE": str(tmp_path / "shown.yaml")}).settings
+    assert shown.models == {"amira": "asr_ensemble", "latency": "other"}
+
+
+async def test_config_show_marks_defaults(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(AMIRA, "config", "show", cwd=tmp_path, stdout=asyncio.subprocess.PIPE)
+    output, _ = await process.communicate()
+    assert b"max_concurrent_streams = 10  # default\n" in output
 
 
 async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) -> None:

@@ -16,8 +16,9 @@ import onnxruntime
 import pytest
 from google.protobuf import text_format
 
+from amira.models.configs import read_config
 from amira.models.importing import import_model
-from amira.models.repository import ROLES, read_config, recognisers
+from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY
 from tests.support.clients import END, converse, cut
 from tests.support.commands import edit, triton_with

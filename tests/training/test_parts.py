@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from amira.models.repository import read_config
+from amira.models.configs import read_config
 from amira.paths import MODEL_REPOSITORY
 from training import config as configuration
 from training import moonshine, start

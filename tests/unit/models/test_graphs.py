@@ -18,9 +18,9 @@ import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.models.graphs import ModelError
+from amira.models.configs import ModelError, read_config
 from amira.models.importing import import_model
-from amira.models.repository import read_config, recognisers
+from amira.models.repository import recognisers
 from amira.paths import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
 from tests.support.cache import copied
 

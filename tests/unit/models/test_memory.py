@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amira.models.graphs import ModelError
+from amira.models.configs import ModelError
 from amira.models.importing import import_model
 from amira.models.memory import MARGIN, Growth, measure_growth
 from amira.models.repository import recognisers
