@@ -30,7 +30,7 @@ from amira.engine.process import Triton
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
-from gateway.config.settings import load_settings
+from gateway.config.loading import load_settings
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
 from tests.support.servers import run_gateway

@@ -9,7 +9,8 @@ from pathlib import Path
 from prometheus_client.metrics import MetricWrapperBase
 
 from gateway import metrics
-from gateway.config.settings import KEYS_WITHOUT_EFFECT, LAUNCHER_VARIABLES, LEGACY_VARIABLES, Settings
+from gateway.config.loading import KEYS_WITHOUT_EFFECT, LAUNCHER_VARIABLES, LEGACY_VARIABLES
+from gateway.config.settings import Settings
 from gateway.errors import ErrorKind
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
