@@ -166,6 +166,7 @@ class FrameMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._allowance = TokenBucket(SMALL_FRAMES_PER_SEC, SMALL_FRAMES_PER_SEC, clock)
+        self._limited = False  # small frames came within the last second
         self._flooded_since: float | None = None
         self._payload_left = 0
 
@@ -201,16 +202,20 @@ class FrameMeter:
             position = min(payload + length, len(data))
             self._payload_left = payload + length - position
         if small:
+            self._limited = True
             self._allowance.take(small)
         return position
 
     def wait_secs(self) -> float:
         """Return how long the next piece has to wait; at most 0 if it need not."""
+        if not self._limited:
+            return 0.0
         left = self._allowance.level
         if left < 0:
             self._flooded_since = self._flooded_since or self._clock()
         elif left == self._allowance.size:  # a second without small frames
             self._flooded_since = None
+            self._limited = False
         return -left / self._allowance.rate
 
     def flooding_secs(self) -> float:
