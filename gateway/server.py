@@ -1,12 +1,12 @@
-"""The gateway as a process: uvicorn around the application, with a drain before its shutdown."""
+"""Run the application in uvicorn, with a drain before the shutdown."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -17,26 +17,24 @@ from gateway.app import create_app
 from gateway.config.settings import Settings
 from gateway.guard import Config
 from gateway.limits.connects import Guard
+from gateway.process import max_connections, raise_descriptor_limit, trim_heap, tune_garbage_collection
 
 LISTEN_BACKLOG = 2048
 FORCE_EXIT_POLL_SECS = 0.1
 
 KEEP_ALIVE_SECS = 75
-"""A connection without a request stays open for longer than proxies keep theirs, 60 s as a rule: where the gateway closed it
-just when a proxy sends a recording on it, the client would get 502."""
+"""Keep-alive timeout; longer than that of proxies, usually 60 s. If the gateway closed a connection just when a proxy sends a
+recording on it, the client would get 502."""
 
 TICK_SECS = 0.1
-"""Of uvicorn's main loop."""
-
-GARBAGE_OBJECTS = 10_000
-"""When there are so many more objects than at the last look, it is time for another; Python's default is 700."""
+"""Interval of uvicorn's main loop."""
 
 TRIM_SECS = 5.0
-"""So often memory that was freed goes back to the system."""
+"""Interval at which freed memory is returned to the system."""
 
 
 class GatewayServer(uvicorn.Server):
-    """Uvicorn that drains first: left to itself it closes every WebSocket at once when it is told to stop."""
+    """uvicorn with a drain before its shutdown, which would close every WebSocket at once."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app = app
@@ -44,14 +42,14 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             Config(
                 app,
-                Guard(settings.max_connects_per_address, 100_000),
+                Guard(settings.max_connects_per_address, max_connections()),
                 host=settings.server_host,
                 port=settings.server_port,
                 loop="uvloop",
-                # Larger frames are refused by us, with an error frame; far larger ones by the library, without.
+                # The application refuses larger frames with an error frame, and websockets far larger ones without.
                 ws_max_size=2 * settings.max_frame_bytes,
-                ws_per_message_deflate=False,  # audio does not compress, and inflating is work for an attacker to give
-                ws_ping_interval=None,  # the idle time decides; a socket that is not read for back-pressure can't answer pings
+                ws_per_message_deflate=False,  # audio does not compress, and inflating costs CPU
+                ws_ping_interval=None,  # stream_timeout_secs decides; a peer held back can't answer pings
                 backlog=LISTEN_BACKLOG,
                 log_config=None,
                 access_log=False,
@@ -62,10 +60,10 @@ class GatewayServer(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen for connections that end when their peer takes nothing for a stream's idle time, even while they are closing.
+        """Listen. A connection whose peer acknowledges nothing for a stream's idle time ends, even while it is closing.
 
-        Without this a peer that is gone holds its socket for a quarter of an hour, and one that never reads holds it for good
-        (tcp(7), TCP_USER_TIMEOUT; connections have it from their listener).
+        Otherwise a peer that has vanished holds its socket for 15 minutes, and one that never reads holds it for good
+        (tcp(7), TCP_USER_TIMEOUT; connections inherit it from their listener).
         """
         await super().startup(sockets)
         for server in self.servers:
@@ -73,14 +71,9 @@ class GatewayServer(uvicorn.Server):
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(self._unread_secs * 1000))
 
     async def on_tick(self, counter: int) -> bool:
-        """Give back what glibc would keep for good: a megabyte for each stream that was ever open at once (malloc_trim(3)).
-
-        Blocks of their own for large buffers (mallopt(3), M_MMAP_THRESHOLD) go back by themselves, but every request then pays
-        for fresh pages: 1 ms at the median, 12 ms at the 99th percentile.
-        """
+        """Trim the heap now and then."""
         if counter % round(TRIM_SECS / TICK_SECS) == 0:
-            with contextlib.suppress(AttributeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)
+            trim_heap()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -93,31 +86,32 @@ class GatewayServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but a signal that was obeyed is not raised again: there may be more to stop, and the exit code is 0."""
-        with super().capture_signals():
+        """Handle signals, without raising them again as uvicorn does: the launcher has more to stop, and the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():
             yield
-            self._captured_signals.clear()
+            return
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the drain, a second one ends it."""
+        """Begin the drain at the first signal, end it at the second."""
         self.force_exit = self.should_exit
         super().handle_exit(sig, frame)
 
     @property
     def port(self) -> int:
-        """The port that it listens on, once it is started."""
+        """Port that the started server listens on."""
         port: int = self.servers[0].sockets[0].getsockname()[1]
         return port
 
 
 def build_server(settings: Settings) -> GatewayServer:
-    """A server for these settings; ``await serve()`` runs it.
-
-    What there is by now stays for good, and is no longer looked through for garbage: that would hold up everything for 30 to
-    100 ms now and then. The rest is looked through seldom: what 300 streams are about always counts as new, and takes 9 ms.
-    """
+    """Return a server for these settings; ``await serve()`` runs it."""
+    raise_descriptor_limit()
     server = GatewayServer(create_app(settings), settings)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GARBAGE_OBJECTS)
+    tune_garbage_collection()
     return server
