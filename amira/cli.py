@@ -22,7 +22,8 @@ from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gate
 if TYPE_CHECKING:
     from amira.engine.service import Running
     from amira.models.repository import Recogniser
-    from gateway.config.loading import Loaded, Settings
+    from gateway.config.loading import Loaded
+    from gateway.config.settings import Settings
 
 FAILURE, USAGE_ERROR = 1, 2
 """Exit codes: a server did not do what it was asked; the command can't begin as it was given."""

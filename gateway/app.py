@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import orjson
 import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
@@ -17,6 +17,7 @@ from gateway import __version__, metrics, tracing
 from gateway.api import health, native_rest, native_websocket
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.limits.origins import check_origin
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.middleware import AccessLog, BodyLimit
 from gateway.service import Service
@@ -52,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.include_router(native_rest.router)
+    app.include_router(native_rest.router, dependencies=[Depends(_check_origin)])
     app.include_router(native_websocket.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _answer_error)
@@ -76,6 +77,11 @@ def create_app(settings: Settings) -> FastAPI:
         transformer=lambda given: given,
     )
     return app
+
+
+async def _check_origin(request: Request) -> None:
+    service: Service = request.app.state.service
+    check_origin(request.headers, service.settings)
 
 
 async def _answer_error(_request: Request, error: Exception) -> Response:

@@ -19,6 +19,7 @@ from gateway.triton.endpoint import Endpoint
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the process alive?")
 async def health(request: Request) -> dict[str, str]:
     """Answer 200 while the process is alive; Triton is not asked."""
@@ -26,12 +27,14 @@ async def health(request: Request) -> dict[str, str]:
     return {"status": "healthy", "service": service.settings.service_name, "version": __version__}
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Liveness probe")
 async def live() -> dict[str, str]:
     """Answer 200 while the process is alive; Triton is not asked."""
     return {"status": "live"}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get(
     "/health/ready", summary="Readiness probe", responses={503: {"description": "starting, draining, or Triton is not ready"}}
 )
@@ -46,6 +49,7 @@ async def ready(request: Request) -> Response:
     return Response(orjson.dumps(body), 200 if service.ready() else 503, media_type="application/json")
 
 
+@router.head("/health/detailed", include_in_schema=False)
 @router.get("/health/detailed", summary="Every dependency", responses={503: {"description": "critical"}})
 async def detailed(request: Request) -> Response:
     """Answer with the state of each Triton and model, and the number of streams and recordings in flight."""
@@ -70,6 +74,7 @@ async def detailed(request: Request) -> Response:
     return Response(orjson.dumps(body), 503 if status == "critical" else 200, media_type="application/json")
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics_page() -> Response:
     """Answer with all metrics of this process."""

@@ -28,7 +28,8 @@ from gateway.audio.sniff import StreamStart
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
-from gateway.limits.auth import check_key, origin_allowed
+from gateway.limits.auth import check_key
+from gateway.limits.origins import check_origin, origin_allowed
 from gateway.live.events import Acknowledged, Event, Failed, Final, SegmentFinal
 from gateway.live.session import Ending, Session, State
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
@@ -266,7 +267,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
     with contextlib.ExitStack() as place:
         place.enter_context(service.tracing.span("GET /v2/decode/stream/{model}", socket.headers, model=label))
         try:
-            _check_origin(socket, service)
+            check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
             place.enter_context(service.sessions.admit(caller))
@@ -299,12 +300,6 @@ async def unknown_path(socket: WebSocket, path: str) -> None:
     await _refuse(socket, ApiError(ErrorKind.NOT_FOUND, f"there is nothing at {'/' + path[:200]!r}"), socket.app.state.service)
 
 
-def _check_origin(socket: WebSocket, service: Service) -> None:
-    origin = socket.headers.get("origin")
-    if origin is not None and not origin_allowed(origin, service.settings):
-        raise ApiError(ErrorKind.ORIGIN_NOT_ALLOWED, f"origin {origin[:128]!r} is not allowed")
-
-
 async def _accept(socket: WebSocket) -> None:
     """Upgrade, and take ``amira.v2`` if it is offered: a browser leaves if none of the subprotocols that it offers is taken."""
     resumable = RESUMABLE in socket.scope.get("subprotocols", ())
@@ -320,7 +315,7 @@ async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
     log.info("stream refused", code=error.kind.code)
     origin = socket.headers.get("origin")
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-        if origin is not None and origin_allowed(origin, service.settings):
+        if origin is not None and origin_allowed(origin, socket.headers.get("host", ""), service.settings):
             await _accept(socket)
             await socket.send_text(orjson.dumps(error.frame(request_id)).decode())
             await socket.close(error.kind.close_code)

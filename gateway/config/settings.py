@@ -184,8 +184,15 @@ class Settings(
         tuple[Origin, ...],
         BeforeValidator(_parse),
         Allowed("a list of origins such as 'https://app.example.com' (no path), or '*' for all"),
-    ] = Field(default_factory=lambda data: ("*",) if data["enable_cors"] else ())
+    ] = Field(default_factory=lambda data: ("*",) if data.get("enable_cors") else ())
     """Origins of web pages that may connect; '*' is any. If not set: any with enable_cors, else none."""
+
+    allowed_hosts: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$")], ...],
+        BeforeValidator(_parse),
+        Allowed("a list of host names such as 'asr.example.com'"),
+    ] = ()
+    """Host names of this server, besides localhost and IP addresses. Pages with such a host as origin may connect."""
 
     drain_timeout_secs: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """Time for open streams to end by themselves when the server stops, in seconds."""

@@ -1,4 +1,4 @@
-"""API keys and the origins of web pages."""
+"""API keys."""
 
 from __future__ import annotations
 
@@ -36,8 +36,3 @@ def check_key(headers: Mapping[str, str], settings: Settings) -> int:
     if not any(matches):
         raise ApiError(ErrorKind.INVALID_API_KEY, "the API key is not valid")
     return matches.index(True)
-
-
-def origin_allowed(origin: str, settings: Settings) -> bool:
-    """Return whether web pages of this origin may connect."""
-    return "*" in settings.allowed_origins or origin in settings.allowed_origins
