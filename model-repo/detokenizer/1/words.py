@@ -64,26 +64,6 @@ def words_of(
     Returns:
         Words in order; none overlaps the next.
     """
-    pieces: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            piece, _, index = line.rstrip("\n").rpartition(" ")
-            if index != str(len(pieces)):
-                raise ValueError(f"{path} line {number} is {line.rstrip()!r}; expected 'piece {len(pieces)}'")
-            pieces.append(piece)
-    if not pieces:
-        raise ValueError(f"{path} is empty; expected a line 'piece id' for each token")
-    return pieces
-
-
-def join(pieces: Sequence[str], leading_space: bool) -> str:
-    """Text of pieces; with ``leading_space`` it keeps the space of a first piece that begins a word."""
-    text = "".join(pieces).replace(WORD_START, " ")
-    return text if leading_space else text.removeprefix(" ")
-
-
-def group(pieces: Sequence[str], starts: Sequence[float], ends: Sequence[float], probabilities: Sequence[float]) -> list[Word]:
-    """Words of pieces with their times in seconds and their probabilities; a word ends no later than the next one starts."""
     words: list[Word] = []
     for text, begins_word, start, end, probability in _fragments(pieces, starts, ends, probabilities, final=final):
         if words and not begins_word:
