@@ -133,9 +133,9 @@ class TritonPythonModel:
     def _warm_up(self, samples: list[dict[str, Any]], data: Path) -> None:
         """Run the configuration's samples before Triton runs them again.
 
-        Triton itself must not see a sample fail. The thread that reports the failure returns its instance to a list; another thread
-        takes the last entry of that list to stop it. If the list is still empty, Triton ends with SIGSEGV and without a message
-        (``StopBackendThread`` in its core).
+        Triton itself must not see a sample fail. The thread that reports the failure puts its instance into a list; another
+        thread takes the last entry of that list to stop it. If the list is still empty, Triton ends with SIGSEGV and without a
+        message (``StopBackendThread`` in its core).
         """
         for sample in samples:
             inputs = sample["inputs"]
