@@ -1,16 +1,23 @@
 """ONNX Runtime for the embedded Triton, as a Python-based backend.
 
-The engine that comes from PyPI has no native ONNX Runtime backend. A model repository whose models say
-``backend: "onnxruntime"`` loads here unchanged: this file takes the native backend's place, and the stock Triton container,
-which has the native one, never sees it. Of the native backend's settings it honours ``instance_group`` (CPU), ``optimization
-{ graph { level } }`` and the parameters ``intra_op_thread_count``, ``inter_op_thread_count`` and ``execution_mode``. It also
-takes ``optimization { priority }`` as a wish about the processor: a model of ``PRIORITY_MIN`` gives way to all others.
+The embedded engine comes from PyPI and has no native ONNX Runtime backend. This file takes its place, so a model repository
+whose models say ``backend: "onnxruntime"`` loads unchanged; the stock Triton container has the native backend and does not use
+this file. It takes the native backend's settings with the same meaning, and refuses what the native backend refuses
+(``onnxruntime.cc`` of onnxruntime_backend, ``ModelState::ModelState`` and ``LoadModel``, read at commit 00fd3e8 of June 2026):
+
+- ``instance_group`` of KIND_CPU, ``default_model_filename``, ``model_operations { op_library_filename }``, ``model_warmup``
+- ``optimization { graph { level } }`` and ``optimization { execution_accelerators }``, of which it has none
+- the parameters ``intra_op_thread_count``, ``inter_op_thread_count``, ``execution_mode``, ``enable_mem_arena``,
+  ``enable_mem_pattern``, ``session.use_device_allocator_for_initializers`` and ``memory.enable_memory_arena_shrinkage``
+
+It also takes ``optimization { priority }`` as the priority of the process: a model of ``PRIORITY_MIN`` yields to all others.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +41,35 @@ ONNX_TYPES = {
 }
 GRAPH_LEVELS = {
     -1: ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    0: ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-"""The native backend's numbers for ``optimization { graph { level } }``."""
+"""The native backend's numbers for ``optimization { graph { level } }``; any other means all optimizations."""
+
+EXECUTION_MODES = {0: ort.ExecutionMode.ORT_SEQUENTIAL, 1: ort.ExecutionMode.ORT_PARALLEL}
+BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
+INTEGER = re.compile(r"\s*([+-]?\d+)")
+"""The beginning of a text that C++'s ``std::stoi`` takes for a number; it ignores the rest."""
+
+INT32_MAX = 2**31 - 1
+
+DEVICE_ALLOCATOR = "session.use_device_allocator_for_initializers"
+ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 
 LOW_NICENESS = 5
-"""Of a model of ``PRIORITY_MIN``: a third of the time of one that wants the same processor (sched(7): 1.25 a step)."""
+"""Niceness of a model of ``PRIORITY_MIN``: it gets a third of the time of another model on the same core (sched(7): a factor of
+1.25 for each step)."""
 
 
 class TritonPythonModel:
     """One instance of one ONNX model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open ``model.onnx``, hold its tensors against ``config.pbtxt``, and warm it up.
+        """Open the graph, check it against ``config.pbtxt``, and run the samples of ``model_warmup``.
 
         Raises:
-            pb_utils.TritonModelException: the file is missing or no model, the configuration's tensors are not its own, or a
-                sample of ``model_warmup`` can't be run.
+            pb_utils.TritonModelException: the graph is missing or malformed, a setting is not allowed, the tensors of graph and
+                configuration differ, or a warm-up sample fails.
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
@@ -59,14 +77,18 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"{self._name}: instance_group is KIND_GPU, but the embedded engine has no GPU; use the Triton container"
             )
-        filename = config.get("default_model_filename") or "model.onnx"
-        path = Path(args["model_repository"]) / args["model_version"] / filename
+        path = Path(args["model_repository"]) / args["model_version"] / (config.get("default_model_filename") or "model.onnx")
+        path = path / "model.onnx" if path.is_dir() else path
         if not path.is_file():
             raise pb_utils.TritonModelException(f"{self._name}: {path} is missing")
-        if config.get("optimization", {}).get("priority") == "PRIORITY_MIN":
-            os.nice(LOW_NICENESS)  # before the session's threads begin, which inherit it
         try:
-            self._session = ort.InferenceSession(path, session_options(config), providers=["CPUExecutionProvider"])
+            options, self._run_options = session_options(config), run_options(config)
+        except ValueError as error:
+            raise pb_utils.TritonModelException(f"{self._name}: config.pbtxt: {error}") from error
+        if config.get("optimization", {}).get("priority") == "PRIORITY_MIN":
+            os.nice(LOW_NICENESS)  # before the session starts its threads, which inherit it
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise pb_utils.TritonModelException(f"{self._name}: {path} is not a usable ONNX model: {error}") from error
         self._inputs = [tensor["name"] for tensor in config["input"]]
@@ -81,7 +103,7 @@ class TritonPythonModel:
         self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run each request by itself; one that fails gets its own error."""
+        """Run each request by itself; a failed one is answered with its own error."""
         with self._stall_guard:
             return [self._run(request) for request in requests]
 
@@ -99,7 +121,7 @@ class TritonPythonModel:
 
     def _infer(self, feeds: dict[str, npt.NDArray[Any]], outputs: list[str]) -> list[npt.NDArray[Any]]:
         try:
-            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds)
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
         except Exception as error:  # ONNX Runtime has a class of its own for every status code
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise RuntimeError(f"inference failed on inputs {shapes}: {error}") from error
@@ -109,11 +131,11 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {message}"))
 
     def _warm_up(self, samples: list[dict[str, Any]], data: Path) -> None:
-        """Run the configuration's samples, before Triton does so again.
+        """Run the configuration's samples before Triton runs them again.
 
-        Triton itself must never see one fail: the thread that reports the failure puts its instance back into a list, another
-        thread meanwhile takes the last of that list to end it, and where it is still empty Triton dies by SIGSEGV without a
-        word (``StopBackendThread`` in its core).
+        Triton itself must not see a sample fail. The thread that reports the failure puts its instance into a list; another
+        thread takes the last entry of that list to stop it. If the list is still empty, Triton ends with SIGSEGV and without a
+        message (``StopBackendThread`` in its core).
         """
         for sample in samples:
             inputs = sample["inputs"]
@@ -124,9 +146,9 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(f"{self._name}: warm-up {sample['name']!r}: {error}") from error
 
     def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any], batch: list[int]) -> None:
-        """Raise unless every configured tensor is in the graph with its type and a shape that the native backend takes.
+        """Raise unless every configured tensor is in the graph, with its type and a shape that the native backend accepts.
 
-        It wants an output's shape as it is, -1 for what the graph leaves open; an input may be narrower than the graph's.
+        An output's shape must equal the graph's, with -1 for open sizes; an input's shape may be narrower than the graph's.
         """
         by_name = {node.name: node for node in nodes}
         for tensor in configured:
@@ -151,7 +173,7 @@ class TritonPythonModel:
 
 
 def _sample_input(tensor: dict[str, Any], data: Path) -> npt.NDArray[Any]:
-    """An input of a warm-up sample: what its file holds, else zeros."""
+    """Return an input of a warm-up sample: the content of its file, or zeros."""
     dtype = pb_utils.triton_string_to_numpy(tensor["data_type"])
     shape = [int(dim) for dim in tensor["dims"]]
     if file := tensor.get("input_data_file"):
@@ -160,14 +182,71 @@ def _sample_input(tensor: dict[str, Any], data: Path) -> npt.NDArray[Any]:
 
 
 def session_options(config: dict[str, Any]) -> ort.SessionOptions:
-    """ONNX Runtime options from a model's configuration, by the native backend's names and defaults."""
+    """Return ONNX Runtime's session options for a model's configuration, with the native backend's names and defaults.
+
+    Raises:
+        ValueError: the native backend refuses a setting, or needs an accelerator that the embedded engine lacks.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
-    options.intra_op_num_threads = int(parameters.get("intra_op_thread_count", 0))
-    options.inter_op_num_threads = int(parameters.get("inter_op_thread_count", 0))
-    if parameters.get("execution_mode") == "1":
-        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-    level = config.get("optimization", {}).get("graph", {}).get("level", 0)
-    options.graph_optimization_level = GRAPH_LEVELS.get(int(level), ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    optimization = config.get("optimization", {})
+    level = int(optimization.get("graph", {}).get("level", 0))
+    options.graph_optimization_level = GRAPH_LEVELS.get(level, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+    parameters = _parameters(config)
+    mode = _integer(parameters, "execution_mode")
+    if mode not in EXECUTION_MODES:
+        raise ValueError(
+            f"parameter execution_mode is {parameters['execution_mode']!r}; it must be 0 (sequential) or 1 (parallel)"
+        )
+    options.execution_mode = EXECUTION_MODES[mode]
+    options.intra_op_num_threads = max(0, _integer(parameters, "intra_op_thread_count"))  # 0: ONNX Runtime chooses
+    options.inter_op_num_threads = max(0, _integer(parameters, "inter_op_thread_count"))
+    options.enable_cpu_mem_arena = _boolean(parameters, "enable_mem_arena")
+    options.enable_mem_pattern = _boolean(parameters, "enable_mem_pattern")
+    if DEVICE_ALLOCATOR in parameters:
+        options.add_session_config_entry(DEVICE_ALLOCATOR, parameters[DEVICE_ALLOCATOR])
+    for accelerator in optimization.get("execution_accelerators", {}).get("cpu_execution_accelerator", []):
+        raise ValueError(
+            f"execution_accelerators: the embedded engine has no CPU accelerator {accelerator.get('name', '')!r}; "
+            "remove it, or use the Triton container if that has it"
+        )
+    for library in config.get("model_operations", {}).get("op_library_filename", []):
+        _register(options, library)
     return options
+
+
+def run_options(config: dict[str, Any]) -> ort.RunOptions:
+    """Return ONNX Runtime's options for each run."""
+    options = ort.RunOptions()
+    if (devices := _parameters(config).get(ARENA_SHRINKAGE)) is not None:
+        options.add_run_config_entry(ARENA_SHRINKAGE, devices)
+    return options
+
+
+def _parameters(config: dict[str, Any]) -> dict[str, str]:
+    return {name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()}
+
+
+def _integer(parameters: dict[str, str], name: str) -> int:
+    """Return a parameter as the native backend's ``ParseIntValue`` reads it; 0 where it is not set."""
+    text = parameters.get(name, "0")
+    number = INTEGER.match(text)
+    if not number or abs(int(number[1])) > INT32_MAX:
+        raise ValueError(f"parameter {name} is {text!r}; it must be a whole number of 32 bits")
+    return int(number[1])
+
+
+def _boolean(parameters: dict[str, str], name: str) -> bool:
+    """Return a parameter as the native backend's ``ParseBoolValue`` reads it; true, as in ONNX Runtime, where it is not set."""
+    text = parameters.get(name, "true")
+    if text.lower() not in BOOLEANS:
+        raise ValueError(f"parameter {name} is {text!r}; it must be true, on or 1, or false, off or 0")
+    return BOOLEANS[text.lower()]
+
+
+def _register(options: ort.SessionOptions, library: str) -> None:
+    """Load a library of custom operators."""
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:  # ONNX Runtime has a class of its own for every status code
+        raise ValueError(f"model_operations: {library} cannot be loaded: {error}") from error

@@ -1,12 +1,11 @@
 """Greedy decoding of transducers in blocks of frames, in plain numpy.
 
-A transducer's predictor changes only when a token is emitted. So one call of the network scores a whole block of frames
-against a predictor that stands still; the walk to the first token happens here, and only then is the network asked again.
-A row of frames costs its tokens + 1 calls, and one more for each further block that it crosses; rows are independent streams
-and share every call.
+A transducer's predictor changes only when a token is emitted. So one call of the network scores a whole block of frames against
+a constant predictor state; the walk to the first token happens here, and then the network is called again. A row of frames
+costs its tokens + 1 calls, and one more for each further block that it crosses. Rows are independent streams and share calls.
 
-Two kinds are decoded by the same walk: RNN-T (Graves 2012, arXiv:1211.3711) and TDT (Xu et al. 2023, arXiv:2304.06795), whose
-network also says how many frames to jump. An RNN-T is a TDT whose blanks always jump one frame and whose tokens jump none.
+One walk decodes two kinds: RNN-T (Graves 2012, arXiv:1211.3711) and TDT (Xu et al. 2023, arXiv:2304.06795), whose network also
+gives the number of frames to jump. An RNN-T is a TDT whose blanks always jump one frame and whose tokens jump none.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ States = tuple[Floats, ...]
 
 
 class Step(Protocol):
-    """The predictor and joint network, for one block of frames after one token a row."""
+    """The predictor and joint network, for one block of frames after one token per row."""
 
     def __call__(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
         """Score the frames.
@@ -42,10 +41,10 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Transducer:
-    """What the network's outputs mean.
+    """The meaning of the network's outputs.
 
     Attributes:
-        blank: index of the blank; the tokens are 0 … blank - 1, the durations' logits follow the blank's.
+        blank: index of the blank; the tokens are 0 … blank - 1, and the logits of the durations follow the blank's.
         durations: jumps in frames that a TDT chooses from; empty for an RNN-T.
         blank_penalty: subtracted from the blank's logit; trades deletions for insertions.
     """
@@ -56,19 +55,19 @@ class Transducer:
 
     @property
     def outputs(self) -> int:
-        """Number of logits a frame."""
+        """Number of logits per frame."""
         return self.blank + 1 + len(self.durations)
 
 
 @dataclass
 class Predictor:
-    """What one row carries from one call to the next.
+    """The state that one row carries from call to call.
 
     Attributes:
         last_token: last token emitted, blank at the start.
         states: the predictor's states before ``last_token`` was fed, each [L, H].
-        symbols: tokens already emitted on the frame that comes next; between rows not 0 only where ``max_tokens`` stopped one.
-        surplus_frames: frames of the next row that a TDT jump has already passed.
+        symbols: number of tokens already emitted on the next frame; between rows it is 0 unless ``max_tokens`` stopped one.
+        surplus_frames: number of frames of the next row that a TDT jump has already passed.
     """
 
     last_token: int
@@ -83,7 +82,7 @@ class Token(NamedTuple):
     Attributes:
         id: index in the vocabulary.
         frame: frame of emission, counted from the start of the row.
-        frames: how many frames the token spans: a TDT's duration, 1 where there is none.
+        frames: number of frames that the token spans: a TDT's duration, else 1.
         probability: of the token among all tokens and the blank, 0 … 1.
     """
 
@@ -99,12 +98,12 @@ class Row:
 
     Attributes:
         frames: encoder frames [D, T]; T may be 0.
-        predictor: carried state of the stream, changed in place; behind the last frame it is where the next row begins.
-        max_symbols_per_step: tokens on one frame after which the walk moves on; at least 1.
-        max_tokens: tokens after which the row is left; what is not decoded then is for the next row.
-        tokens: emitted so far, frames counted from the row's start.
-        position: the frame that comes next; behind the row's end where a TDT jumped.
-        error: why the row can't be decoded to its end; empty where it can.
+        predictor: carried state of the stream, changed in place; after the last frame, the next row begins with it.
+        max_symbols_per_step: number of tokens on one frame after which the walk moves on; at least 1.
+        max_tokens: number of tokens after which decoding stops; the next row has the rest of the frames.
+        tokens: tokens emitted so far, frames counted from the row's start.
+        position: the next frame; behind the row's end if a TDT jumped there.
+        error: why the row cannot be decoded to its end; empty if it can.
     """
 
     frames: Floats
@@ -126,18 +125,18 @@ class Row:
 
     @property
     def done_frames(self) -> int:
-        """How many frames are decoded."""
+        """Number of decoded frames."""
         return min(self.position, self.frames.shape[1])
 
     def pass_blanks(self, frames: int) -> None:
-        """Go on behind blanks that reach over so many frames."""
+        """Move over this many frames of blanks."""
         self.predictor.symbols = 0
         self._move(frames)
 
     def emit(self, token: int, jump: int, probability: float, states: States) -> None:
-        """Take a token on the next frame, jump so many frames, and commit the predictor's states [L, H].
+        """Take a token on the next frame, jump by ``jump`` frames, and commit the predictor's states [L, H].
 
-        A frame whose logits are NaN always comes here, since NaN is less than no blank; it fails this row and no other.
+        A frame whose logits are NaN always ends here, since no comparison with NaN chooses the blank; it fails this row alone.
         """
         if not math.isfinite(probability):
             self.error = f"token {token} has probability {probability} at frame {self.position}: the logits are not finite"
@@ -163,8 +162,8 @@ def decode(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames
     Args:
         step: the network.
         transducer: the meaning of its outputs.
-        rows: one of each stream; lengths may differ.
-        block_frames: frames that one call scores.
+        rows: one per stream; lengths may differ.
+        block_frames: frames scored by one call.
 
     Raises:
         ValueError: the network's outputs are not those of the transducer, or not finite.
@@ -176,7 +175,7 @@ def decode(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames
 
 
 def advance(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
-    """Take each row to its next token, or behind a block without one, by one call of the network; see ``decode``."""
+    """Move each row to its next token, or over a block without one, with one call of the network; see ``decode``."""
     logits, states = _score(step, rows, block_frames)
     best, jumps = _choose(transducer, logits)
     for b, row in enumerate(rows):
@@ -193,7 +192,7 @@ def advance(step: Step, transducer: Transducer, rows: Sequence[Row], block_frame
 
 
 def _score(step: Step, rows: Sequence[Row], block_frames: int) -> tuple[Floats, States]:
-    """Call the network on the next block of every row; shorter rows are padded with zeros."""
+    """Call the network on the next block of every row; pad shorter rows with zeros."""
     blocks = [row.frames[:, row.position : row.position + block_frames] for row in rows]
     frames = np.zeros((len(rows), blocks[0].shape[0], max(block.shape[1] for block in blocks)), np.float32)
     for padded, block in zip(frames, blocks, strict=True):
@@ -204,10 +203,10 @@ def _score(step: Step, rows: Sequence[Row], block_frames: int) -> tuple[Floats, 
 
 
 def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], list[list[int]]]:
-    """Best token and jump of every row and frame. A TDT's two parts are separate distributions (its paper, section 3)."""
+    """Return the best token and jump of every row and frame; a TDT's two are separate distributions (its paper, section 3)."""
     if logits.shape[-1] != transducer.outputs:
         raise ValueError(
-            f"the joint network gives {logits.shape[-1]} logits a frame, but blank {transducer.blank} and "
+            f"the joint network gives {logits.shape[-1]} logits per frame, but blank {transducer.blank} and "
             f"{len(transducer.durations)} durations need {transducer.outputs}"
         )
     tokens = logits[..., : transducer.blank]
@@ -221,8 +220,8 @@ def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], li
 
 
 def _probability(transducer: Transducer, logits: Floats, token: int) -> float:
-    """Softmax over tokens and blank of one frame, at one token; NaN where the logits are not finite."""
+    """Return one token's softmax over the tokens and blank of a frame; NaN if the logits are not finite."""
     scores = logits[: transducer.blank + 1].astype(np.float64)
     if math.isinf(scores[token]):
-        return math.nan  # as numpy has it too, with a warning
+        return math.nan  # numpy gives the same, with a warning
     return float(1.0 / np.exp(scores - scores[token]).sum())

@@ -10,31 +10,31 @@ import triton_python_backend_utils as pb_utils
 
 GAUGES = {
     "sequences": "Streams with state in the decoder",
-    "waiting_windows": "Windows that wait for a call of the encoder",
+    "waiting_windows": "Windows for which no encoder call is free",
 }
 COUNTERS = {
     "audio_seconds": "Seconds of audio received",
     "windows": "Windows encoded",
     "encode_calls": "Calls of preprocessor and encoder",
-    "encode_seconds": "Seconds that those calls took; several may run at once",
+    "encode_seconds": "Duration of the calls of preprocessor and encoder, summed; several may run at once",
     "calls": "Calls of decoder_joint",
     "rows": "Streams in the calls of decoder_joint, summed",
-    "decode_seconds": "Seconds that those calls took",
+    "decode_seconds": "Duration of the calls of decoder_joint, summed",
     "tokens": "Tokens in final answers",
-    "segments": "Segments that ended",
-    "evictions": "Streams forgotten because they idled",
+    "segments": "Segments ended",
+    "evictions": "Idle streams evicted",
 }
 
 
 class Metrics:
     """Counters and gauges of one model instance: ``asr_decoder_NAME_total`` and ``asr_decoder_NAME``.
 
-    They are added up here and reported now and then: every report is a message to Triton's process, and its answer.
+    Values are summed here and reported at intervals, since each report costs a round trip to Triton's process.
     """
 
     def __init__(self, model: str, instance: str) -> None:
         self._labels = {"model": model, "instance": instance}
-        self._families: list[Any] = []  # a metric dies with its family
+        self._families: list[Any] = []  # a metric ends with its family
         kind = pb_utils.MetricFamily
         self._gauges = {name: self._metric(f"asr_decoder_{name}", text, kind.GAUGE) for name, text in GAUGES.items()}
         self._counters = {
@@ -45,12 +45,12 @@ class Metrics:
         self._reported: dict[str, int] = {}
 
     def add(self, name: str, amount: float = 1) -> None:
-        """Count; from any thread."""
+        """Add to a counter; from any thread."""
         with self._lock:
             self._added[name] += amount
 
     def report(self, **gauges: int) -> None:
-        """Report what changed since last time."""
+        """Report the values that changed since the last report."""
         with self._lock:
             added, self._added = self._added, defaultdict(float)
         for name, amount in added.items():

@@ -1,10 +1,10 @@
 """Streaming transducer recognition inside Triton: requests of Triton's sequence batcher in, tokens out.
 
-All state of a live stream is one ``Stream`` in ``_sequences``; the decoding itself is in ``greedy.py``, ``stream.py`` and
-``batching.py``, which know nothing of Triton. This module turns requests into calls of those and back.
+All state of a stream is one ``Stream`` in ``_sequences``. Decoding is in ``greedy.py``, ``stream.py`` and ``batching.py``,
+which do not depend on Triton. This module turns requests into calls of these and results into responses.
 
-``execute`` only takes requests; each is answered by itself, when it is ready, from the event loop in which everything else
-happens (response senders in the default mode: Triton 24.06 and later).
+``execute`` only takes requests. Each is answered by itself when it is ready, from the event loop in which everything else runs
+(response senders in the default mode: Triton 24.06 and later).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from stream import Answer, Samples, Stream
 from vocabulary import continuations, read_vocabulary
 
 REPORT_SECS = 0.5
-"""So often the metrics are brought up to date."""
+"""Interval between two reports of the metrics, in seconds."""
 
 TRIM_SECS = 5.0
-"""So often memory that was freed goes back to the system."""
+"""Interval at which freed memory is returned to the system, in seconds."""
 
 
 SequenceId = int | str
@@ -84,8 +84,8 @@ class Sequence:
 
     Attributes:
         stream: its state.
-        turn: held by the request that is being served; Triton sends the next one while that is not yet answered.
-        used_at: when a request came last, in seconds of ``time.monotonic``.
+        turn: held by the request in service; Triton may send the next one before that is answered.
+        used_at: when the last request arrived, in seconds of ``time.monotonic``.
     """
 
     stream: Stream
@@ -97,10 +97,10 @@ class TritonPythonModel:
     """The model ``rnnt_greedy_bls``."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the parameters, and start the event loop.
+        """Read parameters and vocabulary, and start the event loop.
 
         Raises:
-            pb_utils.TritonModelException: one of them is missing or not allowed.
+            pb_utils.TritonModelException: a parameter or the vocabulary is missing or not allowed.
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
@@ -120,7 +120,7 @@ class TritonPythonModel:
         self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests; they are answered later, each by itself."""
+        """Take requests, and answer them later, each by itself."""
         traced = []
         with self._stall_guard:
             for request in requests:
@@ -134,12 +134,12 @@ class TritonPythonModel:
                 served = asyncio.run_coroutine_threadsafe(serving, self._loop)
                 if trace.get_context():
                     traced.append(served)
-            # A trace ends with its request, and that ends when this returns.
+            # A request's trace ends when this method returns.
             for served in traced:
                 served.result()
 
     def finalize(self) -> None:
-        """Stop the event loop, and report no streams."""
+        """Stop the event loop, and report that no streams are left."""
         asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -152,7 +152,7 @@ class TritonPythonModel:
         self._evict()
         try:
             response = self._response(*await self._recognise(request))
-        except Exception as error:  # noqa: BLE001 (whoever waits gets an answer, whatever happens)
+        except Exception as error:  # noqa: BLE001 (the client gets an answer to any error)
             self._refuse(request.sender, error)
         else:
             request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -164,13 +164,14 @@ class TritonPythonModel:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _recognise(self, request: Request) -> tuple[Answer, str]:
-        """Add a request's audio to its stream and decode what became due.
+        """Add a request's audio to its stream, and decode the windows that became due.
 
         Returns:
-            The answer, and the state behind it where it is wanted.
+            The answer, and the state behind it if the stream saves its state.
 
         Raises:
-            RuntimeError, ValueError: that can't be; the stream's state is lost.
+            ParameterError: the sequence or an option is not valid.
+            RuntimeError, ValueError: decoding failed; the stream's state is lost.
         """
         sequence = self._begin(request) if request.start else self._sequences.get(request.sequence)
         if sequence:
@@ -180,7 +181,7 @@ class TritonPythonModel:
             async with sequence.turn:
                 if self._sequences.get(request.sequence) is sequence:
                     return await self._decode(sequence, request)
-        raise ParameterError(f"sequence {request.sequence!r} is not known: it idled for too long, failed, or never started")
+        raise ParameterError(f"sequence {request.sequence!r} is not known: it was idle for too long, failed, or never started")
 
     async def _decode(self, sequence: Sequence, request: Request) -> tuple[Answer, str]:
         stream, done = sequence.stream, request.end
@@ -192,15 +193,15 @@ class TritonPythonModel:
             done = True
             raise
         finally:
-            if done and self._sequences.get(request.sequence) is sequence:  # else it was begun anew
+            if done and self._sequences.get(request.sequence) is sequence:  # else another START replaced it
                 del self._sequences[request.sequence]
         self._metrics.add("segments", answer.final)
         self._metrics.add("tokens", answer.stable if answer.final else 0)
         return answer, stream.save() if stream.options.save_state and not request.end else ""
 
     def _begin(self, request: Request) -> Sequence:
-        """A new stream, or one that another sequence began, for the parameters of a first request."""
-        self._sequences.pop(request.sequence, None)  # Triton begins a live sequence anew without a word
+        """Return a new sequence, or a restored one, by the parameters of its first request."""
+        self._sequences.pop(request.sequence, None)  # a START on a live id replaces its sequence
         given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
         if saved := given.get("restore"):
@@ -224,7 +225,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array[None]) for name, array in tensors.items()])
 
     def _evict(self) -> None:
-        """Forget streams that Triton has given up: it frees an idle sequence's slot without telling the model."""
+        """Remove streams that Triton has given up: it frees an idle sequence's slot without informing the model."""
         oldest = time.monotonic() - self._idle_secs
         stale = []
         for number, sequence in self._sequences.items():
@@ -263,7 +264,7 @@ def _read_parameters(config: dict[str, Any], directory: Path) -> Parameters:
 
 
 async def _trim() -> None:
-    """Give back what glibc would keep for good: a stream's audio, a window's features (malloc_trim(3))."""
+    """Return memory to the system that glibc would keep, such as a stream's audio (malloc_trim(3))."""
     with contextlib.suppress(AttributeError):  # another C library
         trim = ctypes.CDLL(None).malloc_trim
         while True:
@@ -272,7 +273,7 @@ async def _trim() -> None:
 
 
 async def _end_all() -> None:
-    """End what runs in the event loop; what only stops with it is reported as destroyed."""
+    """Cancel the tasks of the event loop; asyncio reports a task that ends with its loop as destroyed."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()

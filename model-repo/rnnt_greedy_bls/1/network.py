@@ -20,25 +20,25 @@ from stream import Samples
 INT16_SCALE = np.float32(1 / 32768)
 
 TRACE: ContextVar[Any] = ContextVar("TRACE", default=None)
-"""What Triton's traces have the calls under; None where the request that is being served is not traced."""
+"""The parent of the calls in Triton's trace; None if the request is not traced."""
 
 
 class NetworkError(RuntimeError):
-    """A model refused or failed a call; the message names the model."""
+    """A call of a model failed; the message names the model."""
 
 
 class Network:
-    """Calls of the three models, with NeMo's tensor names; each blocks until it is answered."""
+    """Blocking calls of the three models, with NeMo's tensor names."""
 
     def __init__(self, parameters: Parameters, metrics: Metrics) -> None:
         self._parameters = parameters
         self._metrics = metrics
 
     def encode(self, windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:
-        """One call of preprocessor and encoder on windows of equal length; see ``batching.Encode``.
+        """Call preprocessor and encoder once on windows of equal length; see ``batching.Encode``.
 
         Raises:
-            NetworkError: one of them failed.
+            NetworkError: a call failed.
         """
         began = time.perf_counter()
         waveforms = np.empty((len(windows), len(windows[0])), np.float32)
@@ -58,10 +58,10 @@ class Network:
         return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
 
     def step(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
-        """One call of decoder_joint; see ``greedy.Step``.
+        """Call decoder_joint once; see ``greedy.Step``.
 
         Raises:
-            NetworkError: it failed.
+            NetworkError: the call failed.
         """
         began, rows = time.perf_counter(), len(last_tokens)
         inputs = [
@@ -79,12 +79,12 @@ class Network:
         return logits[:, :, 0], (state_1, state_2)
 
     def _call(self, model: str, inputs: list[Any], *outputs: str) -> list[npt.NDArray[Any]]:
-        """The outputs of a model.
+        """Call a model and return its outputs.
 
         Raises:
-            NetworkError: it failed.
+            NetworkError: the call failed.
         """
-        # numpy reads answers in the CPU's memory only; unasked, a GPU model's answer stays on the GPU.
+        # numpy reads only CPU memory; by default the outputs of a GPU model stay on the GPU.
         options: dict[str, Any] = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)}
         if trace := TRACE.get():
             options["trace"] = trace
@@ -97,6 +97,6 @@ class Network:
 
 
 def own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An array that does not lie in Triton's memory: this one where the backend has copied it, as it does today."""
+    """Return an array outside Triton's memory: a copy, unless the backend has already made one."""
     owner = array if array.base is None else array.base
     return array if isinstance(owner, np.ndarray) and owner.flags.owndata else array.copy()

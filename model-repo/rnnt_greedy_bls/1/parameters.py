@@ -1,4 +1,4 @@
-"""The decoder's parameters, as ``config.pbtxt`` gives them, and the options that one stream may set for itself."""
+"""The decoder's parameters, from ``config.pbtxt``, and the options of one stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 SAMPLE_RATE = 16000
-"""Samples a second of all audio."""
+"""Samples per second of all audio."""
 
 
 class ParameterError(ValueError):
@@ -16,12 +16,12 @@ class ParameterError(ValueError):
 
 
 class Geometry(NamedTuple):
-    """What windows a stream is cut into, in frames of the encoder.
+    """The parts of a stream's windows, in encoder frames.
 
     Attributes:
         left_frames: context before the chunk.
-        chunk_frames: what a window is decoded for.
-        right_frames: context behind the chunk, which has to be spoken before the chunk is decoded.
+        chunk_frames: frames that the window decodes for good.
+        right_frames: context after the chunk, which must be spoken before the chunk is decoded.
     """
 
     left_frames: int
@@ -91,7 +91,7 @@ class WindowMemory:
 
 GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "right_frames": (0, 100_000)}
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
-"""Which parameter has the geometry of a latency; that of ``balanced`` has one for each part."""
+"""The parameter of each latency's geometry; ``balanced`` has one parameter for each part."""
 
 RENAMED_PARAMETERS = {"lone_encoder_model": "exclusive_encoder_model"}
 """New names by old ones. An old name is refused: the gateway and amira models would each have to know it too."""
@@ -101,15 +101,15 @@ LATENCIES = ("low", "balanced", "throughput")
 
 @dataclass(frozen=True)
 class Options:
-    """What a stream may choose by request parameters on its first request; the defaults are the model's.
+    """Options that a stream sets by request parameters of its first request; the defaults are the model's.
 
     Attributes:
         context: ``window`` decodes window by window as audio arrives, ``whole`` in one window when the stream ends.
-        latency: which of the model's geometries the windows have: ``low``, ``balanced`` or ``throughput``.
-        max_symbols_per_step: tokens on one frame after which the walk moves on.
-        max_total_tokens: a segment that has this many tokens is closed; what follows begins the next one.
-        endpoint_silence_ms: a segment ends after this much silence behind its last token; 0 turns that off.
-        save_state: 1 answers every request with the stream's state, from which another sequence can go on.
+        latency: geometry of the windows: ``low``, ``balanced`` or ``throughput``.
+        max_symbols_per_step: number of tokens on one frame after which decoding moves on, 1 … 1000.
+        max_total_tokens: number of tokens after which a segment ends, 1 … 100,000.
+        endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: none does.
+        save_state: 1 adds the stream's state to every answer, from which another sequence can continue.
     """
 
     context: str = "window"
@@ -120,7 +120,7 @@ class Options:
     save_state: int = 0
 
     def override(self, given: Mapping[str, Any]) -> Options:
-        """These options with those of a request's parameters; names that are no option are left alone.
+        """Return these options with those of a request's parameters; other names are ignored.
 
         Raises:
             ParameterError: a value is not allowed.
@@ -135,7 +135,7 @@ class Options:
         return replace(self, **chosen).checked()
 
     def checked(self) -> Options:
-        """These options.
+        """Return these options.
 
         Raises:
             ParameterError: one is out of its range.
@@ -158,21 +158,21 @@ class Parameters:
     """All parameters of the decoder. Frames are the encoder's.
 
     Attributes:
-        preprocessor_model, encoder_model, decoder_joint_model: names of the models it calls.
+        preprocessor_model, encoder_model, decoder_joint_model: names of the models that the decoder calls.
         exclusive_encoder_model: called instead of the encoder for a window that is alone: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's outputs.
         durations: jumps of a TDT in frames.
         blank_penalty: subtracted from the blank's logit.
         predictor_layers, predictor_hidden: the predictor's states are [layers, batch, hidden].
-        frame_samples: samples of 16 kHz audio an encoder frame stands for.
-        geometries: of windows, by latency; one that the model gives none for has that of ``balanced``.
-        block_frames: frames scored by one call of the decoder.
-        encoder_calls: calls of the encoder at once; as many as it has instances keep all of them busy.
-        encoder_batch: most windows of equal length in one call of the encoder, as far as ``memory`` allows.
-        max_segment_secs: a segment is closed at the end of the window that reaches this length.
+        frame_samples: samples of 16 kHz audio per encoder frame.
+        geometries: of windows, by latency; ``balanced`` where the model has no other.
+        block_frames: frames scored by one decoder call.
+        encoder_calls: number of encoder calls at once; the number of its instances keeps all of them busy.
+        encoder_batch: maximum number of windows of equal length in one encoder call, as far as ``memory`` allows.
+        max_segment_secs: a segment ends with the window that reaches this length, or with the word spoken then.
         max_whole_secs: longest recording with ``context=whole``.
-        memory: what a window takes.
+        memory: memory of a window, and its limit.
         vocabulary: path of the vocabulary, from the decoder's directory.
         continuations: ids of the tokens that continue a word, by the vocabulary. A segment does not end before one of them.
         options: defaults of the per-stream options.
@@ -272,7 +272,7 @@ def _refuse_corrid(config: Mapping[str, Any]) -> None:
 
 
 class _Reader:
-    """Typed access to string parameters that remembers which were asked for."""
+    """Typed access to string parameters; remembers the names that were read."""
 
     def __init__(self, values: dict[str, str]) -> None:
         self._values = values

@@ -200,7 +200,7 @@ def decode_one_frame(step: Step, transducer: Transducer) -> list[Token]:
 def test_the_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surplus: int) -> None:
     transducer = Transducer(VOCABULARY, durations)
     needed = VOCABULARY + 1 + len(durations)
-    with pytest.raises(ValueError, match=rf"gives {needed + surplus} logits a frame.* need {needed}$"):
+    with pytest.raises(ValueError, match=rf"gives {needed + surplus} logits per frame.* need {needed}$"):
         decode_one_frame(fixed(*[0.0] * (needed + surplus)), transducer)
 
 

@@ -1,8 +1,8 @@
-"""Frame-synchronous greedy decoding of an RNN-T inside Triton, as recipes for it do: a peer, not a part of the server.
+"""Frame-synchronous greedy decoding of an RNN-T inside Triton, as published recipes do it: a peer for the benchmark.
 
-Every recording of one ``execute`` advances by the same frame: one call of decoder_joint for the frame, and one more as long as
-some recording emits a token on it. Preprocessor and encoder are called as ``rnnt_greedy_bls`` calls them, all recordings at
-once and without padding, so that the two models differ in their decoding alone.
+All recordings of one ``execute`` move by the same frame: one call of decoder_joint for the frame, and another one while some
+recording emits a token on it. Preprocessor and encoder are called as ``rnnt_greedy_bls`` calls them, on all recordings at once
+and without padding, so the two models differ only in their decoding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TritonPythonModel:
         self._blank_penalty = np.float32(given["blank_penalty"])
 
     async def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request with its recording's tokens; a call that fails is the failure of them all."""
+        """Answer every request with its recording's tokens; a failed call fails all of them."""
         audio = [pb_utils.get_input_tensor_by_name(request, "AUDIO").as_numpy()[0] for request in requests]
         tokens = self._decode(await asyncio.gather(*map(_encode, audio)))
         return [
@@ -38,7 +38,7 @@ class TritonPythonModel:
         ]
 
     def _decode(self, rows: list[Floats]) -> list[list[int]]:
-        """Tokens of each row of frames [D, T_i]."""
+        """Return the tokens of each row of frames [D, T_i]."""
         layers, hidden = self._state_shape
         tokens: list[list[int]] = [[] for _ in rows]
         states = [np.zeros((layers, len(rows), hidden), np.float32) for _ in range(2)]
@@ -74,7 +74,7 @@ class TritonPythonModel:
 
 
 async def _encode(samples: npt.NDArray[np.int16]) -> Floats:
-    """Frames [D, T] of one recording."""
+    """Return the encoder frames [D, T] of one recording."""
     waveforms = samples[None].astype(np.float32) / np.float32(32768)
     lengths = np.array([len(samples)], np.int64)
     inputs = {"waveforms": waveforms, "waveforms_lens": lengths}
