@@ -22,7 +22,7 @@ def read_vocabulary(path: Path) -> list[str]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8, a line has another form, or the ids are not 0, 1, 2, …; the message names the line.
+        ValueError: it is empty or not UTF-8, a line has another form, or the ids are not 0, 1, 2, …; the message names the line.
     """
     pieces: list[str] = []
     with path.open(encoding="utf-8") as lines:
@@ -31,6 +31,8 @@ def read_vocabulary(path: Path) -> list[str]:
             if index != str(len(pieces)):
                 raise ValueError(f"{path} line {number} is {line.rstrip()!r}; expected 'piece {len(pieces)}'")
             pieces.append(piece)
+    if not pieces:
+        raise ValueError(f"{path} is empty; expected a line 'piece id' for each token")
     return pieces
 
 
