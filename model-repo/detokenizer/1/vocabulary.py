@@ -22,7 +22,7 @@ def read_vocabulary(path: Path) -> list[str]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is empty or not UTF-8, a line has another form, or the ids are not 0, 1, 2, …; the message names the line.
+        ValueError: it is empty or not UTF-8, a line has another form, or the ids are not 0, 1, 2, …; the message names it.
     """
     pieces: list[str] = []
     with path.open(encoding="utf-8") as lines:
