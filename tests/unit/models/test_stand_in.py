@@ -16,7 +16,7 @@ import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.engine.service import ONNXRUNTIME_BACKEND
+from amira.paths import ONNXRUNTIME_BACKEND
 
 LEVELS = ort.GraphOptimizationLevel
 MODES = ort.ExecutionMode
