@@ -1,4 +1,4 @@
-"""The ensemble as any Triton client sees it, without the gateway."""
+"""The ensemble by Triton's own client libraries, without the gateway."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def http_ensemble(triton: Ports) -> AsyncIterator[Ensemble]:
     await by_http.client.close()
 
 
-async def test_shapes_and_types_of_the_answer(ensemble: Ensemble, recordings: Recordings) -> None:
+async def test_shapes_and_types_of_outputs(ensemble: Ensemble, recordings: Recordings) -> None:
     answer = await ensemble.whole(recordings["jfk"], context="whole")
     tokens = answer["TOKENS"].shape[1]
     assert tokens > 10
@@ -98,14 +98,14 @@ async def test_shapes_and_types_of_the_answer(ensemble: Ensemble, recordings: Re
     assert " ".join(word["word"] for word in answer["WORDS"]) == answer["TEXT"]
 
 
-async def test_silence_has_no_tokens_and_no_confidence(ensemble: Ensemble) -> None:
+async def test_silence_has_no_tokens_and_nan_confidence(ensemble: Ensemble) -> None:
     answer = await ensemble.whole(np.zeros(32000, np.int16))
     assert answer["TOKENS"].shape == (1, 0)
     assert np.isnan(answer["CONFIDENCE"]).all()
     assert (answer["TEXT"], answer["WORDS"]) == ("", [])
 
 
-async def test_whole_and_window_see_other_contexts(ensemble: Ensemble, recordings: Recordings) -> None:
+async def test_whole_and_window_use_different_contexts(ensemble: Ensemble, recordings: Recordings) -> None:
     whole = await ensemble.whole(recordings["jfk"], context="whole")
     window = await ensemble.whole(recordings["jfk"], context="window")
     assert (await ensemble.whole(recordings["jfk"]))["TEXT"] == window["TEXT"], "window is the default"
@@ -137,10 +137,10 @@ WORD_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", WORD_OPTIONS)
-async def test_words_are_those_of_the_text_in_order_and_within_the_audio(
+async def test_words_match_text_in_order_within_audio(
     ensemble: Ensemble, recordings: Recordings, options: dict[str, Any]
 ) -> None:
-    """Of streams whose segments end in the middle of speech, and whose last word is cut off by the end of the audio."""
+    """Segments end amid speech, and the end of the audio cuts the last word off."""
     samples = np.concatenate(list(recordings.values()))
     lengths = (len(samples), 4 * 16000 + 5, 9 * 16000 + 700, 21 * 16000 + 1000)
     for audio in (samples[:length] for length in lengths):
@@ -171,13 +171,13 @@ def assert_no_word_is_split(segments: list[dict[str, Any]]) -> None:
         assert pieces[answer["TOKENS"][0, 0]].startswith("▁") or pause >= 0.5, answer["TEXT"]
 
 
-async def test_streams_in_one_batch_keep_their_own_options(ensemble: Ensemble, recordings: Recordings) -> None:
+async def test_batched_streams_keep_their_options(ensemble: Ensemble, recordings: Recordings) -> None:
     samples = recordings["jfk"]
     options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 3
     solo = [await ensemble.whole(samples, **chosen) for chosen in options[:4]]
     together = await asyncio.gather(*(ensemble.whole(samples, **chosen) for chosen in options))
     assert [answer["TOKENS"].tolist() for answer in together] == [answer["TOKENS"].tolist() for answer in solo] * 3
-    assert len({str(answer["TOKENS"].tolist()) for answer in solo}) >= 3, "the options make no difference"
+    assert len({str(answer["TOKENS"].tolist()) for answer in solo}) >= 3, "the options have no effect"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ async def test_streams_in_one_batch_keep_their_own_options(ensemble: Ensemble, r
         ({"endpoint_silence_ms": "soon"}, "endpoint_silence_ms is 'soon'; it must be a whole number"),
     ],
 )
-async def test_bad_options_are_named_and_disturb_nobody(
+async def test_bad_option_fails_only_its_request(
     ensemble: Ensemble, recordings: Recordings, options: dict[str, Any], named: str
 ) -> None:
     samples = recordings["jfk"][:80000]
@@ -203,14 +203,14 @@ async def test_bad_options_are_named_and_disturb_nobody(
         assert named in error.message()
 
 
-async def test_a_recording_that_is_too_long_for_one_window(ensemble: Ensemble) -> None:
+async def test_too_long_whole_recording_is_invalid_argument(ensemble: Ensemble) -> None:
     with pytest.raises(InferenceServerException, match=r"at most 60 s of audio; this has 61\.00 s; cut it") as raised:
         await ensemble.whole(np.zeros(61 * 16000, np.int16), context="whole")
     assert raised.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-async def test_a_window_that_memory_does_not_allow_is_refused_at_load(tmp_path: Path) -> None:
-    """What one recording of 300 s in one window did: the kernel ended Triton's process, which had taken 14 GB."""
+async def test_oversized_window_is_refused_at_load(tmp_path: Path) -> None:
+    """One recording of 300 s in one window took 14 GB, and the kernel killed the process."""
     model_repository = copy_repository(tmp_path)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
@@ -223,8 +223,8 @@ async def test_a_window_that_memory_does_not_allow_is_refused_at_load(tmp_path: 
             pass
 
 
-async def test_recordings_of_an_equal_length_share_calls_within_the_memory(ensemble: Ensemble, triton: Ports) -> None:
-    """Four of 50 s in one call of the encoder would take 3.7 GB; of 4 s each they share calls."""
+async def test_equal_recordings_share_calls_within_memory(ensemble: Ensemble, triton: Ports) -> None:
+    """Four windows of 50 s would take 3.7 GB in one encoder call; four of 4 s share calls."""
     shares = {}
     for secs in (50, 4):
         before = await decoder_metric(triton, "asr_decoder_encode_calls_total")
@@ -235,12 +235,12 @@ async def test_recordings_of_an_equal_length_share_calls_within_the_memory(ensem
     assert shares[4] < 4
 
 
-async def test_a_sequence_must_be_started(ensemble: Ensemble) -> None:
+async def test_unstarted_sequence_is_refused(ensemble: Ensemble) -> None:
     with pytest.raises(InferenceServerException, match="START"):
         await ensemble(next(SEQUENCE_IDS), np.zeros(100, np.int16), start=False, end=False)
 
 
-async def test_a_start_on_a_live_sequence_begins_anew(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+async def test_start_on_live_sequence_replaces_it(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
     samples = recordings["jfk"][:64000]
     expected = (await ensemble.whole(samples))["TOKENS"].tolist()
     sequence = next(SEQUENCE_IDS)
@@ -250,8 +250,8 @@ async def test_a_start_on_a_live_sequence_begins_anew(ensemble: Ensemble, record
     assert (await ensemble(sequence, SILENCE, start=False, end=True))["TOKENS"].tolist() == expected
 
 
-async def test_an_id_used_by_two_at_once(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
-    """Whoever starts last has the sequence; the decoder holds one, and none after its end."""
+async def test_concurrent_starts_leave_one_sequence(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+    """The last start has the sequence; the decoder holds one sequence, and none after its end."""
     samples = recordings["jfk"][:64000]
     sequence = next(SEQUENCE_IDS)
     answers = await asyncio.gather(*(ensemble(sequence, samples, start=True, end=False) for _ in range(6)))
@@ -262,7 +262,7 @@ async def test_an_id_used_by_two_at_once(ensemble: Ensemble, recordings: Recordi
     assert ended["TOKENS"].tolist() == (await ensemble.whole(samples))["TOKENS"].tolist()
 
 
-async def test_an_id_is_free_again_after_its_end(ensemble: Ensemble, recordings: Recordings) -> None:
+async def test_id_is_free_after_its_end(ensemble: Ensemble, recordings: Recordings) -> None:
     samples = recordings["jfk"][:64000]
     sequence = next(SEQUENCE_IDS)
     first = await ensemble(sequence, samples, start=True, end=True)
@@ -281,13 +281,13 @@ SEQUENCE_KINDS: dict[str, Callable[[int], int | str]] = {
     "integer": lambda i: 900_000 + i,
     "large_integer": lambda i: 2**62 + i,
 }
-"""Sequence ids by kind, each for the i-th sequence: a decimal string and the integer of the same digits are two sequences."""
+"""The i-th sequence id of each kind. A decimal string and the integer of the same digits are two sequences."""
 
 
 async def test_sequence_ids_of_every_kind_are_kept_apart(
     ensemble: Ensemble, http_ensemble: Ensemble, recordings: Recordings
 ) -> None:
-    """Thirty-two live sequences, four of each kind of id, by both client libraries, with another second of speech each."""
+    """32 sequences at once, four of each kind of id, by both client libraries, with different speech."""
     samples = np.concatenate(list(recordings.values()))
     speech = [samples[i * 8000 : i * 8000 + 48000 + 700 * i] for i in range(4 * len(SEQUENCE_KINDS))]
     options: dict[str, Any] = {"endpoint_silence_ms": 0}  # one segment each, all of it in the last answer
@@ -296,7 +296,7 @@ async def test_sequence_ids_of_every_kind_are_kept_apart(
     clients = [(ensemble, http_ensemble)[(i + i // len(SEQUENCE_KINDS)) % 2] for i in range(len(ids))]
 
     async def send(turn: int, turns: int) -> list[dict[str, Any]]:
-        """The next piece of every sequence, all at once."""
+        """Send the next piece of every sequence, all at once."""
         flags: dict[str, Any] = {"start": turn == 0, "end": turn == turns - 1, **(options if turn == 0 else {})}
         pieces = [np.array_split(one, turns)[turn] for one in speech]
         return await asyncio.gather(
@@ -307,12 +307,10 @@ async def test_sequence_ids_of_every_kind_are_kept_apart(
     for name, answer, own in zip(ids, answers, expected, strict=True):
         assert answer["LENGTHS"].tolist() == own["LENGTHS"].tolist(), name
         assert (answer["TEXT"], answer["TOKENS"].tolist()) == (own["TEXT"], own["TOKENS"].tolist()), name
-    assert len({answer["TEXT"] for answer in answers}) > len(ids) // 2, "the speech does not tell the sequences apart"
+    assert len({answer["TEXT"] for answer in answers}) > len(ids) // 2, "the sequences have too little different speech"
 
 
-async def test_an_id_that_is_no_text_fails_its_own_request_alone(
-    ensemble: Ensemble, recordings: Recordings, triton: Ports
-) -> None:
+async def test_non_utf8_id_fails_only_its_request(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
     samples = recordings["jfk"][:48000]
     expected = (await ensemble.whole(samples))["TOKENS"].tolist()
     header = (
@@ -334,8 +332,8 @@ async def test_an_id_that_is_no_text_fails_its_own_request_alone(
     assert "sequence id is not UTF-8" in response.text
 
 
-async def test_a_repository_with_a_correlation_id_control_is_refused(tmp_path: Path) -> None:
-    """As repositories had it whose decoder took ids from an input."""
+async def test_correlation_id_control_is_refused_at_load(tmp_path: Path) -> None:
+    """Older repositories have the control; with it, string ids overrun an input."""
     model_repository = copy_repository(tmp_path)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
@@ -347,8 +345,8 @@ async def test_a_repository_with_a_correlation_id_control_is_refused(tmp_path: P
             pass
 
 
-async def test_a_sequence_without_an_end_makes_way_for_its_ids_next(ensemble: Ensemble, triton: Ports) -> None:
-    """Until it idles for too long, which test_launcher.py has, it is held; a start and end of its id let go of it."""
+async def test_unended_sequence_is_replaced_by_its_id(ensemble: Ensemble, triton: Ports) -> None:
+    """The decoder holds the sequence until it is idle for too long, or until its id starts and ends again."""
     sequence = next(SEQUENCE_IDS)
     for start in (True, False):
         await ensemble(sequence, np.zeros(1600, np.int16), start=start, end=False)
@@ -358,8 +356,8 @@ async def test_a_sequence_without_an_end_makes_way_for_its_ids_next(ensemble: En
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_a_request_that_is_cancelled_while_it_waits(ensemble: Ensemble, recordings: Recordings, begun: bool) -> None:
-    """Triton drops it untold. An end lets go of what the decoder holds, and of nothing else."""
+async def test_cancelled_waiting_request_disturbs_no_other(ensemble: Ensemble, recordings: Recordings, begun: bool) -> None:
+    """Triton drops the request without informing the decoder; an END then frees its sequence and no other."""
     samples = recordings["jfk"]
     expected = (await ensemble.whole(samples))["TOKENS"].tolist()
     sequence = next(SEQUENCE_IDS)
@@ -369,7 +367,7 @@ async def test_a_request_that_is_cancelled_while_it_waits(ensemble: Ensemble, re
     await asyncio.sleep(0.1)
     waiting = asyncio.create_task(ensemble(sequence, samples, start=not begun, end=False))
     await asyncio.sleep(0.05)
-    assert not any(other.done() for other in others), "nothing was waited for"
+    assert not any(other.done() for other in others), "no request is queued"
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     with contextlib.suppress(InferenceServerException):
@@ -377,8 +375,8 @@ async def test_a_request_that_is_cancelled_while_it_waits(ensemble: Ensemble, re
     assert [answer["TOKENS"].tolist() for answer in await asyncio.gather(*others)] == [expected] * 6
 
 
-async def test_errors_of_a_graph_name_the_model_and_its_tensors(ensemble: Ensemble) -> None:
-    """Two rows of frames, and one of everything else."""
+async def test_graph_error_names_model_and_tensors(ensemble: Ensemble) -> None:
+    """The feeds have two rows of frames and one row of everything else."""
     state = np.zeros((1, 1, 256), np.float32)
     feeds = {
         "encoder_outputs": np.zeros((2, 256, 4), np.float32),
@@ -397,8 +395,10 @@ async def test_errors_of_a_graph_name_the_model_and_its_tensors(ensemble: Ensemb
     assert "'encoder_outputs': [2, 256, 4]" in raised.value.message()
 
 
-async def test_calls_of_the_decoder(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
-    """A whole recording costs its tokens + 1, and one for every block that the walk crosses."""
+async def test_decoder_calls_are_bounded_by_tokens_and_blocks(
+    ensemble: Ensemble, recordings: Recordings, triton: Ports
+) -> None:
+    """A whole recording costs its tokens + 1 calls, and one for every block that the walk crosses."""
     before = await decoder_metric(triton, "asr_decoder_calls_total")
     answer = await ensemble.whole(recordings["jfk"], context="whole")
     calls = await decoder_metric(triton, "asr_decoder_calls_total") - before
@@ -406,7 +406,7 @@ async def test_calls_of_the_decoder(ensemble: Ensemble, recordings: Recordings, 
     assert tokens < calls <= tokens + 1 + frames // block_frames
 
 
-async def test_metrics_of_the_decoder(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
+async def test_decoder_metrics_count_audio_tokens_rows(ensemble: Ensemble, recordings: Recordings, triton: Ports) -> None:
     names = ("asr_decoder_audio_seconds_total", "asr_decoder_tokens_total", "asr_decoder_rows_total")
     before = [await decoder_metric(triton, name) for name in names]
     answers = await asyncio.gather(*(ensemble.whole(recordings["jfk"]) for _ in range(4)))

@@ -1,4 +1,4 @@
-"""How windows and rows of many streams share the networks."""
+"""Windows and rows of many streams share the networks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.transducers import RandomTransducer, assert_same, decode_fram
 
 UNLIMITED = 10**9
 LIVE, RECORDING = 100, 1000
-"""Lengths of windows, by which the tests tell them apart."""
+"""Lengths of live windows and of recordings' windows, in samples."""
 
 
 class Network:
-    """An encoder whose calls end when the test says so."""
+    """An encoder whose calls end when the test ends them."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -38,7 +38,7 @@ class Network:
         self.calls.append([int(samples[0]) for samples in windows])
         self.running.append(done)
         self._began.release()
-        assert done.wait(5), "the test never ended the call"
+        assert done.wait(5), "the test did not end the call"
         if self.error:
             raise self.error
         return [Encoded(np.full((1, 1), samples[0], np.float32), len(samples)) for samples in windows]
@@ -64,7 +64,7 @@ def submit(encoder: Encoder, number: int, length: int = LIVE) -> asyncio.Task[En
 
 
 def counting(network: Step, batches: list[int]) -> Step:
-    """The network, which notes the rows of each call."""
+    """Return the network with a list of the rows of each call."""
 
     def step(frames: Floats, last_tokens: Any, states: States) -> tuple[Floats, States]:
         batches.append(len(frames))
@@ -74,23 +74,23 @@ def counting(network: Step, batches: list[int]) -> Step:
 
 
 def at_most(windows: int) -> Callable[[int], int]:
-    """Let so many windows share a call, whatever their length."""
+    """Return a limit of windows per call that does not depend on their length."""
     return lambda _samples: windows
 
 
 def nothing_comes() -> bool:
-    """No row is on its way to the decoder."""
+    """Say that no row is on its way to the decoder."""
     return False
 
 
 async def nothing_more(network: Network) -> None:
-    """Give calls that should not begin the time to begin."""
+    """Wait for a moment; no call may begin."""
     before = len(network.calls)
     await asyncio.sleep(0.05)
     assert len(network.calls) == before
 
 
-async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
+async def test_windows_fill_free_calls_before_sharing() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=2, windows_per_call=at_most(4))
     tasks = [submit(encoder, number) for number in range(2)]
@@ -101,7 +101,7 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     assert encoder.backlog == 7
     network.end(0)
     await network.wait_for_calls(1)
-    assert network.calls[2] == [2, 3, 4, 5], "all that waited, up to the largest batch"
+    assert network.calls[2] == [2, 3, 4, 5], "as many queued windows as fit"
     network.end(1)
     await network.wait_for_calls(1)
     assert network.calls[3] == [6, 7, 8]
@@ -110,8 +110,8 @@ async def test_windows_run_side_by_side_before_they_share_a_call() -> None:
     assert encoder.backlog == 0
 
 
-async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
-    """Else a row would wait for it, though a call is free for it."""
+async def test_new_window_is_not_in_the_backlog() -> None:
+    """A row would otherwise wait for a window for which a call is free."""
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, number) for number in range(3)]
@@ -127,7 +127,7 @@ async def test_a_window_that_has_just_come_does_not_count_as_waiting() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_only_windows_of_equal_length_share_a_call() -> None:
+async def test_only_equal_lengths_share_a_call() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(8))
     tasks = [submit(encoder, 0)]
@@ -141,7 +141,7 @@ async def test_only_windows_of_equal_length_share_a_call() -> None:
     assert network.calls == [[0], [1, 3], [2, 4]]
 
 
-async def test_fewer_long_windows_share_a_call() -> None:
+async def test_windows_per_call_depends_on_length() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=lambda samples: 600 // samples)
     tasks = [submit(encoder, 0)]
@@ -157,7 +157,7 @@ async def test_fewer_long_windows_share_a_call() -> None:
     assert network.calls == [[0], [1, 2, 3], [4], [5, 6]]
 
 
-async def test_live_windows_go_before_recordings() -> None:
+async def test_live_windows_overtake_recordings() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
     tasks = [submit(encoder, 0)]
@@ -171,7 +171,7 @@ async def test_live_windows_go_before_recordings() -> None:
     assert network.calls == [[0], [2], [3], [1]]
 
 
-async def test_a_recording_that_waits_for_long_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_recording_takes_its_turn_after_its_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "RECORDING_PATIENCE_SECS", 0.05)
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
@@ -201,17 +201,17 @@ async def test_recordings_leave_a_call_to_live_windows(monkeypatch: pytest.Monke
     assert network.calls == [[0], [1]]
     tasks.append(submit(encoder, 4))
     await network.wait_for_calls(1)
-    assert network.calls[-1] == [4], "it need not wait for any recording"
+    assert network.calls[-1] == [4], "a live window waits for no recording"
     monkeypatch.setattr(scheduling, "LIVE_SECS", 0.0)
     network.end(1)
     network.end(2)
     await network.wait_for_calls(2)
-    assert network.calls[3:] == [[2], [3]], "nobody is live any more"
+    assert network.calls[3:] == [[2], [3]], "no stream is live"
     network.end_all()
     await asyncio.gather(*tasks)
 
 
-async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_window_without_company_is_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=2, windows_per_call=at_most(1))
     for number in range(2):
@@ -228,7 +228,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
     await network.wait_for_calls(1)
     network.end(4)
     await after
-    assert network.exclusive[2:] == [False] * 3, "others were here a moment ago"
+    assert network.exclusive[2:] == [False] * 3, "windows met a moment ago"
     monkeypatch.setattr(scheduling, "EXCLUSIVE_AFTER_SECS", 0.0)
     later = submit(encoder, 5)
     await network.wait_for_calls(1)
@@ -237,7 +237,7 @@ async def test_a_window_that_met_no_other_has_the_encoder_to_itself(monkeypatch:
     assert network.exclusive[5]
 
 
-async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_queued_windows_are_not_exclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "EXCLUSIVE_AFTER_SECS", 0.05)
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(1))
@@ -250,7 +250,7 @@ async def test_windows_that_wait_for_long_are_not_alone(monkeypatch: pytest.Monk
     assert network.exclusive == [False, False, True]
 
 
-async def test_a_failed_call_fails_its_own_windows_only() -> None:
+async def test_failed_call_fails_only_its_windows() -> None:
     network = Network()
     encoder = Encoder(network.encode, calls=1, windows_per_call=at_most(2))
     tasks = [submit(encoder, number) for number in range(2)]
@@ -267,7 +267,7 @@ async def test_a_failed_call_fails_its_own_windows_only() -> None:
     assert int((await after).frames[0, 0]) == 2
 
 
-async def test_rows_come_and_go_between_calls() -> None:
+async def test_rows_join_and_leave_between_calls() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
     batches: list[int] = []
     joined: list[Callable[[], None]] = []
@@ -306,23 +306,23 @@ async def test_patient_rows_gather_while_others_come() -> None:
     await asyncio.sleep(0.05)
     assert batches == []
     await asyncio.gather(*patient)
-    assert batches == [3], "the time of the first was over"
+    assert batches == [3], "the first row's patience was over"
     patient = [start(60) for _ in range(2)]
     await asyncio.sleep(0)
     await start(0)
-    assert batches == [3, 3], "one that waits for nobody takes them along"
+    assert batches == [3, 3], "an impatient row takes the patient ones along"
     await asyncio.gather(*patient)
     patient = [start(60) for _ in range(2)]
     await asyncio.sleep(0)
     coming = False
     await start(60)
-    assert batches == [3, 3, 3], "nobody is left to wait for"
+    assert batches == [3, 3, 3], "no more rows are coming"
     await asyncio.gather(*patient)
     await start(60)
     assert batches == [3, 3, 3, 1]
 
 
-async def test_the_last_rows_wait_while_others_come() -> None:
+async def test_last_rows_wait_while_others_come() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
     batches: list[int] = []
     coming = False
@@ -335,19 +335,19 @@ async def test_the_last_rows_wait_while_others_come() -> None:
     coming = True
     await hasty
     await asyncio.sleep(0.05)
-    assert batches == [5] * len(batches), "the others wait"
+    assert batches == [5] * len(batches), "the patient rows wait"
     tasks.append(asyncio.ensure_future(decoder.decode(rows[5], 60)))
     await asyncio.sleep(0.05)
-    assert not any(task.done() for task in tasks), "there are more to come"
+    assert not any(task.done() for task in tasks), "more rows are coming"
     coming = False
     await decoder.decode(Row(random_frames(6, 4), network.fresh(), 10, UNLIMITED), 60)
     await asyncio.gather(*tasks)
-    assert 6 in batches, "all went on together"
+    assert 6 in batches, "all rows continue together"
     for row, row_frames in zip(rows, frames, strict=True):
         assert_same(row.tokens, decode_frame_by_frame(network, row_frames, 10))
 
 
-async def test_a_row_waits_no_longer_than_its_patience() -> None:
+async def test_row_waits_at_most_its_patience() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
     coming = True
     decoder = Decoder(network, network.transducer, 4, lambda: coming)
@@ -357,14 +357,14 @@ async def test_a_row_waits_no_longer_than_its_patience() -> None:
     await asyncio.sleep(0.05)
     assert not rows[0].position
     await asyncio.wait_for(hasty, 5)
-    assert rows[1].position, "the other made use of its calls"
+    assert rows[1].position, "the patient row joined the other's calls"
     assert not patient.done()
     coming = False
     await decoder.decode(rows[2], 60)
     await asyncio.wait_for(patient, 5)
 
 
-async def test_a_failed_call_fails_its_own_rows_only() -> None:
+async def test_failed_call_fails_only_its_rows() -> None:
     network = RandomTransducer(3)
     failures = [RuntimeError("decoder_joint failed: gone")]
 
@@ -382,7 +382,7 @@ async def test_a_failed_call_fails_its_own_rows_only() -> None:
     assert_same(rows[2].tokens, decode_frame_by_frame(network, frames, 10))
 
 
-async def test_a_row_whose_logits_are_not_finite_fails_alone() -> None:
+async def test_non_finite_logits_fail_only_their_row() -> None:
     network = RandomTransducer(3)
     decoder = Decoder(network, network.transducer, 4, nothing_comes)
     frames = random_frames(1, 10)
@@ -396,7 +396,7 @@ async def test_a_row_whose_logits_are_not_finite_fails_alone() -> None:
         assert_same(row.tokens, decode_frame_by_frame(network, frames, 10))
 
 
-async def test_a_call_runs_in_the_context_of_the_first_that_shares_it() -> None:
+async def test_call_runs_in_its_first_callers_context() -> None:
     name: ContextVar[str] = ContextVar("name", default="")
     seen: list[str] = []
     network = RandomTransducer(3)

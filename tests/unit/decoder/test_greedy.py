@@ -46,7 +46,7 @@ def run(
     return [row.tokens for row in decoded], [row.done_frames for row in decoded]
 
 
-def test_the_random_transducers_mix_blanks_and_tokens() -> None:
+def test_random_transducers_mix_blanks_and_tokens() -> None:
     for durations in KINDS:
         runs = [decode_frame_by_frame(RandomTransducer(i, durations, 4.0), random_frames(i, 30), 10) for i in range(30)]
         assert sum(map(len, runs)) > 30
@@ -91,7 +91,7 @@ def test_windows_change_nothing(
 
 @few_examples
 @given(networks, batches, block_sizes)
-def test_a_row_costs_a_call_a_token_and_one_a_block(network: RandomTransducer, rows: list[Floats], block_frames: int) -> None:
+def test_row_costs_a_call_per_token_and_block(network: RandomTransducer, rows: list[Floats], block_frames: int) -> None:
     """A call either emits a token or crosses a block without one, and rows share their calls."""
     alone: list[int] = []
     for row in rows:
@@ -109,7 +109,7 @@ def test_a_row_costs_a_call_a_token_and_one_a_block(network: RandomTransducer, r
 
 
 @pytest.mark.parametrize(("block_frames", "calls"), [(1, 20), (7, 3), (10, 2), (20, 1), (32, 1)])
-def test_a_row_without_tokens_costs_its_blocks(block_frames: int, calls: int) -> None:
+def test_row_without_tokens_costs_its_blocks(block_frames: int, calls: int) -> None:
     network = RandomTransducer(1, blank_bias=100.0)
     assert run(network, [random_frames(1, 20)], block_frames) == ([[]], [20])
     assert network.calls == calls
@@ -123,7 +123,7 @@ def test_max_symbols_per_step_holds_for_every_frame(block_frames: int) -> None:
 
 
 @pytest.mark.parametrize("durations", KINDS)
-def test_each_row_has_its_own_limits(durations: tuple[int, ...]) -> None:
+def test_rows_have_their_own_limits(durations: tuple[int, ...]) -> None:
     network = RandomTransducer(3, durations, blank_bias=-100.0)
     frames, limits = random_frames(3, 12), [(1, UNLIMITED), (2, 5), (4, UNLIMITED)]
     rows = [Row(frames, network.fresh(), max_symbols, max_tokens) for max_symbols, max_tokens in limits]
@@ -151,7 +151,7 @@ def test_max_tokens_stops_exactly_and_resuming_loses_nothing(
     assert_same(joined, decode_frame_by_frame(network, row, max_symbols))
 
 
-def test_a_jump_passes_whole_rows() -> None:
+def test_jump_passes_whole_rows() -> None:
     network = RandomTransducer(1, durations=(4,), blank_bias=100.0)
     predictor = network.fresh()
     calls = []
@@ -180,7 +180,7 @@ def test_empty_rows_cost_and_change_nothing(network: RandomTransducer, row: Floa
 
 
 def fixed(*logits: float) -> Step:
-    """A network that scores every frame alike."""
+    """Return a network that scores every frame alike."""
 
     def step(frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
         return np.broadcast_to(np.array(logits, np.float32), (len(last_tokens), frames.shape[2], len(logits))), states
@@ -197,7 +197,7 @@ def decode_one_frame(step: Step, transducer: Transducer) -> list[Token]:
 
 @pytest.mark.parametrize("durations", [RNNT, (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("surplus", [-1, 1])
-def test_the_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surplus: int) -> None:
+def test_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surplus: int) -> None:
     transducer = Transducer(VOCABULARY, durations)
     needed = VOCABULARY + 1 + len(durations)
     with pytest.raises(ValueError, match=rf"gives {needed + surplus} logits per frame.* need {needed}$"):
@@ -205,12 +205,12 @@ def test_the_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surpl
 
 
 @pytest.mark.parametrize("logits", [(np.nan, np.nan), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)])
-def test_logits_that_are_not_finite_are_refused(logits: tuple[float, float]) -> None:
+def test_non_finite_logits_are_refused(logits: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="token 0 has probability nan at frame 0: the logits are not finite"):
         decode_one_frame(fixed(*logits), Transducer(1))
 
 
-def test_a_probability_is_among_tokens_and_blank() -> None:
+def test_probability_is_over_tokens_and_blank() -> None:
     expected = np.exp(3.0) / np.exp([1.0, 3.0, 2.0]).sum()
     for step, transducer in (
         (fixed(1.0, 3.0, 2.0), Transducer(2)),
@@ -223,7 +223,7 @@ def test_a_probability_is_among_tokens_and_blank() -> None:
         assert token.probability == pytest.approx(expected)
 
 
-def test_a_token_spans_its_duration() -> None:
+def test_token_spans_its_duration() -> None:
     (token,) = decode_one_frame(fixed(1.0, 0.0, 0.0, 0.0, 1.0), Transducer(1, (0, 1, 4)))
     assert token.frames == 4
     (token,) = decode_one_frame(fixed(1.0, 0.0), Transducer(1))
@@ -231,10 +231,10 @@ def test_a_token_spans_its_duration() -> None:
 
 
 @pytest.mark.parametrize(("blank_penalty", "emitted"), [(0.0, 0), (0.4, 0), (0.6, 1), (-5.0, 0)])
-def test_a_blank_penalty_turns_blanks_into_tokens(blank_penalty: float, emitted: int) -> None:
+def test_blank_penalty_turns_blanks_into_tokens(blank_penalty: float, emitted: int) -> None:
     assert len(decode_one_frame(fixed(1.0, 1.5), Transducer(1, blank_penalty=blank_penalty))) == emitted
 
 
-def test_a_negative_blank_penalty_turns_tokens_into_blanks() -> None:
+def test_negative_blank_penalty_turns_tokens_into_blanks() -> None:
     assert len(decode_one_frame(fixed(1.5, 1.0), Transducer(1))) == 1
     assert not decode_one_frame(fixed(1.5, 1.0), Transducer(1, blank_penalty=-1.0))

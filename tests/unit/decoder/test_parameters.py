@@ -88,7 +88,7 @@ def test_defaults() -> None:
     assert parameters.geometries == dict.fromkeys(("low", "balanced", "throughput"), Geometry(42, 10, 5))
 
 
-def test_the_shipped_configuration_is_allowed() -> None:
+def test_shipped_configuration_is_allowed() -> None:
     text = (MODELS / "rnnt_greedy_bls" / "config.pbtxt").read_text(encoding="utf-8")
     given = dict(re.findall(r'parameters \{ key: "(\w+)" value: \{ string_value: "([^"]*)" \} \}', text))
     assert REQUIRED.keys() <= given.keys()
@@ -97,7 +97,7 @@ def test_the_shipped_configuration_is_allowed() -> None:
     assert parameters.options.max_symbols_per_step == int(given["max_symbols_per_step"])
 
 
-def test_a_tdt_has_durations() -> None:
+def test_tdt_has_durations() -> None:
     assert read(TDT).durations == (0, 1, 2, 3, 4)
 
 
@@ -108,17 +108,17 @@ def test_models_can_be_named() -> None:
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_what_is_missing_is_named(name: str) -> None:
+def test_missing_parameter_is_named(name: str) -> None:
     assert_refused({key: value for key, value in REQUIRED.items() if key != name}, f"parameter {name} is missing")
     assert_refused({**REQUIRED, name: ""}, f"parameter {name} is missing")
 
 
-def test_a_configuration_without_parameters_is_refused() -> None:
+def test_configuration_without_parameters_is_refused() -> None:
     with pytest.raises(ParameterError, match="preprocessor_model is missing"):
         Parameters.from_config({})
 
 
-def test_a_correlation_id_control_is_refused() -> None:
+def test_correlation_id_control_is_refused() -> None:
     start = {"name": "START", "control": [{"kind": "CONTROL_SEQUENCE_START", "int32_false_true": [0, 1]}]}
     corrid = {"name": "CORRID", "control": [{"kind": "CONTROL_SEQUENCE_CORRID", "data_type": "TYPE_UINT64"}]}
     given = {"parameters": {name: {"string_value": value} for name, value in REQUIRED.items()}}
@@ -166,7 +166,7 @@ def test_durations_belong_to_a_tdt() -> None:
 
 
 @pytest.mark.parametrize(("latency", "name"), GEOMETRY_PARAMETERS.items())
-def test_a_latency_may_have_windows_of_its_own(latency: str, name: str) -> None:
+def test_latency_may_have_its_own_windows(latency: str, name: str) -> None:
     geometries = read({**REQUIRED, **UNBOUNDED, name: "0, 1,100000"}).geometries
     assert geometries[latency] == Geometry(0, 1, 100_000)
     assert sorted(geometries.values()) == [Geometry(0, 1, 100_000), Geometry(42, 10, 5), Geometry(42, 10, 5)]
@@ -189,7 +189,7 @@ def test_windows_of_a_latency_are_checked(name: str, value: str, problem: str) -
 
 
 @pytest.mark.parametrize("latency", ["high", "", 1, None])
-def test_an_unknown_latency_is_refused(latency: Any) -> None:
+def test_unknown_latency_is_refused(latency: Any) -> None:
     with pytest.raises(ParameterError) as error:
         Options().override({"latency": latency})
     assert str(error.value) == f"latency is {latency!r}; allowed are 'low', 'balanced' and 'throughput'"
@@ -205,13 +205,13 @@ def test_memory_parameters_have_ranges(attribute: str, name: str, low: int, high
 
 
 @pytest.mark.parametrize("missing", GROWTH)
-def test_growth_is_declared_whole(missing: str) -> None:
+def test_half_declared_growth_is_refused(missing: str) -> None:
     (other,) = GROWTH.keys() - {missing}
     with pytest.raises(ParameterError, match=f"only {other} is set; .* are measured together"):
         read({**REQUIRED, other: "1"})
 
 
-def test_a_whole_recording_is_bounded_by_the_encoders_memory() -> None:
+def test_max_whole_secs_is_bounded_by_memory() -> None:
     assert read({**REQUIRED, **GROWTH, "max_whole_secs": "71"}).max_whole_secs == 71
     assert_refused(
         {**REQUIRED, **GROWTH, "max_whole_secs": "300"},
@@ -222,14 +222,14 @@ def test_a_whole_recording_is_bounded_by_the_encoders_memory() -> None:
     assert raised.max_whole_secs == 300
 
 
-def test_without_measured_growth_the_bound_is_lower() -> None:
+def test_unmeasured_growth_lowers_the_bound() -> None:
     assert read({**REQUIRED, "max_whole_secs": "47"}).memory.measured is False
     with pytest.raises(ParameterError, match=r"allows 47\.6 s; .*the growth is assumed, amira models check measures it$"):
         read({**REQUIRED, "max_whole_secs": "60"})
 
 
 @pytest.mark.parametrize("name", GEOMETRY_PARAMETERS.values())
-def test_windows_of_streams_are_bounded_by_the_encoders_memory(name: str) -> None:
+def test_stream_windows_are_bounded_by_memory(name: str) -> None:
     with pytest.raises(
         ParameterError, match=rf"^{name} is 1000: the encoder takes 2.86 GB for a window of 96 s, .*lower {name}, "
     ):
@@ -254,7 +254,7 @@ def test_long_windows_share_fewer_calls() -> None:
     assert shares == {4: 8, 20: 8, 30: 5, 50: 2, 60: 1, 71: 1}
 
 
-def test_unknown_parameters_are_named_with_the_known() -> None:
+def test_unknown_parameters_are_named() -> None:
     with pytest.raises(
         ParameterError,
         match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'window_bytes_per_sec_squared'\]",
@@ -262,7 +262,7 @@ def test_unknown_parameters_are_named_with_the_known() -> None:
         read({**REQUIRED, "zeal": "1", "chunk_frame": "10"})
 
 
-def test_an_old_name_is_refused_with_the_new_one() -> None:
+def test_renamed_parameter_is_refused_with_its_new_name() -> None:
     renamed = "parameter lone_encoder_model is now called exclusive_encoder_model; rename it"
     assert_refused({**REQUIRED, "lone_encoder_model": "encoder_lone"}, renamed)
 
@@ -276,7 +276,7 @@ def test_options_are_overridden_from_json() -> None:
 
 
 @pytest.mark.parametrize("context", ["all", "", 1, None, ["whole"]])
-def test_an_unknown_context_is_refused(context: Any) -> None:
+def test_unknown_context_is_refused(context: Any) -> None:
     with pytest.raises(ParameterError) as error:
         Options().override({"context": context})
     assert str(error.value) == f"context is {context!r}; allowed are 'window' and 'whole'"

@@ -39,11 +39,11 @@ def occupancy(calls: int, running: int = 0, running_recordings: int = 0, last_li
 
 
 def chosen(queue: Sequence[Queued], busy: Occupancy, windows_per_call: int = 8) -> list[int]:
-    """Indices of the windows that the next call takes."""
+    """Return the indices of the windows that the next call takes."""
     return [queue.index(queued) for queued in choose(queue, busy, NOW, lambda _samples: windows_per_call)]
 
 
-def test_nothing_queued_starts_nothing() -> None:
+def test_empty_queue_starts_no_call() -> None:
     assert chosen([], occupancy(2)) == []
 
 
@@ -60,14 +60,14 @@ def test_windows_are_spread_over_free_calls_before_they_share() -> None:
     assert chosen(queue, occupancy(5, running=3)) == [0, 1, 2]
 
 
-def test_a_call_takes_no_more_windows_than_fit() -> None:
+def test_call_takes_no_more_windows_than_fit() -> None:
     queue = [live(10), live(10), live(10), live(30), live(30)]
     assert [len(q.window.samples) for q in choose(queue, occupancy(1), NOW, lambda samples: 60 // samples)] == [10, 10, 10]
     assert len(choose(queue[3:], occupancy(1), NOW, lambda samples: 60 // samples)) == 2
     assert len(choose(queue[3:], occupancy(1), NOW, lambda samples: 30 // samples)) == 1
 
 
-def test_only_windows_of_one_kind_and_length_share_a_call() -> None:
+def test_only_one_kind_and_length_share_a_call() -> None:
     assert chosen([live(10), live(20), live(10)], occupancy(1)) == [0, 2]
     assert chosen([live(10), recording(10), live(10)], occupancy(1)) == [0, 2]
     assert chosen([recording(100), recording(200), recording(100)], occupancy(1)) == [0, 2]
@@ -101,7 +101,7 @@ queues = st.lists(
 
 
 @given(queues, st.integers(1, 4), st.data())
-def test_a_group_is_a_legal_call(queue: list[Queued], calls: int, data: st.DataObject) -> None:
+def test_chosen_group_obeys_every_rule(queue: list[Queued], calls: int, data: st.DataObject) -> None:
     running = data.draw(st.integers(0, calls))
     recordings = data.draw(st.integers(0, running))
     busy = occupancy(calls, running, recordings, data.draw(st.sampled_from([NEVER, NOW])))
@@ -127,7 +127,7 @@ def test_every_window_is_encoded_in_the_end(queue: list[Queued], calls: int) -> 
         left = [queued for queued in left if queued not in group]
 
 
-def test_a_window_is_exclusive_when_none_met_for_a_time() -> None:
+def test_window_is_exclusive_after_a_time_without_company() -> None:
     assert is_exclusive(NEVER, NOW)
     assert is_exclusive(NOW - EXCLUSIVE_AFTER_SECS, NOW)
     assert not is_exclusive(NOW - EXCLUSIVE_AFTER_SECS + 0.1, NOW)

@@ -109,7 +109,7 @@ def audio(seed: int, samples: int) -> Samples:
 
 
 def frames_of(samples: Samples) -> Floats:
-    """An encoder without context: a frame is made of its own samples alone, the last one of what there is."""
+    """Encode without context: each frame depends only on its own samples, the last one on those that are left."""
     padded = np.pad(samples, (0, -len(samples) % FRAME_SAMPLES)).reshape(-1, FRAME_SAMPLES)
     return (padded[:, :DIMENSION].T / 32).astype(np.float32)
 
@@ -123,7 +123,7 @@ def seconds(frames: int) -> float:
 
 
 def reference(network: RandomTransducer, samples: Samples, max_symbols_per_step: int = 4, start: int = 0) -> list[Token]:
-    """The tokens from a frame on, decoded frame by frame with a fresh predictor."""
+    """Return the tokens from a frame on, decoded frame by frame with a fresh predictor."""
     tokens = decode_frame_by_frame(network, frames_of(samples)[:, start:], max_symbols_per_step)
     return [token._replace(frame=token.frame + start) for token in tokens]
 
@@ -138,7 +138,7 @@ class Request(NamedTuple):
 
 
 class RecordingEncoder(Encoder):
-    """An encoder that keeps its windows."""
+    """An encoder that records its windows."""
 
     def __init__(self, parameters: Parameters, encode: Encode, windows: list[Window]) -> None:
         super().__init__(self._call, parameters.encoder_calls, parameters.windows_per_call)
@@ -160,7 +160,7 @@ def execute(
     windows: list[Window] | None = None,
     encode: Encode = frames_of,
 ) -> list[Answer]:
-    """What the model does with requests that Triton brings at once."""
+    """Serve requests that arrive at once, as the model does."""
 
     async def serve() -> list[Answer]:
         parameters = requests[0].stream.parameters
@@ -180,7 +180,7 @@ def recognise(
     options: Options | None = None,
     windows: list[Window] | None = None,
 ) -> list[Answer]:
-    """The answers to a stream sent in pieces, the last of which ends it."""
+    """Return the answers to a stream sent in pieces; the last piece ends it."""
     stream = Stream(config, options or config.options)
     requests = [Request(stream, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1)]
     return [answer for request in requests for answer in execute(network, [request], windows)]
@@ -191,22 +191,20 @@ def final_tokens(answers: Sequence[Answer]) -> list[Token]:
 
 
 def in_chunks(samples: Samples, config: Parameters, options: Options | None = None) -> list[Samples]:
-    """Pieces each of which makes one window due, and an empty one that ends the stream."""
+    """Return pieces that each complete one window, and an empty one that ends the stream."""
     _, chunk, right = (frames * FRAME_SAMPLES for frames in geometry_of(config, options))
     return [*np.split(samples, range(chunk + right, len(samples) + 1, chunk)), samples[:0]]
 
 
 @st.composite
 def cuts(draw: st.DrawFn, samples: Samples) -> list[Samples]:
-    """Pieces of the audio, empty ones among them."""
+    """Draw pieces of the audio, some of them empty."""
     borders = draw(st.lists(st.integers(0, len(samples)), max_size=8))
     return np.split(samples, sorted(borders))
 
 
 @pytest.mark.parametrize(("options", "first_call"), [(WHOLE, 2), (NEVER_CLOSES, 1)])
-def test_rows_of_recordings_gather_while_windows_wait(
-    monkeypatch: pytest.MonkeyPatch, options: Options, first_call: int
-) -> None:
+def test_recording_rows_gather_during_a_backlog(monkeypatch: pytest.MonkeyPatch, options: Options, first_call: int) -> None:
     monkeypatch.setattr(batching, "GATHER_SECS", 60.0)
     network, config, batches = RandomTransducer(1), parameters(encoder_calls=1, encoder_batch=1), list[int]()
 
@@ -224,7 +222,7 @@ def test_rows_of_recordings_gather_while_windows_wait(
 
     for number, answer in enumerate(asyncio.run(serve())):
         assert_same(answer.tokens, reference(network, audio(number, 5 * FRAME_SAMPLES)))
-    assert batches[0] == first_call, "when the second was encoded the third no longer waited"
+    assert batches[0] == first_call, "there was a backlog until the second window was encoded"
 
 
 @few_examples
@@ -264,9 +262,7 @@ def test_windows_depend_on_the_samples_alone(seed: int, length: int, config: Par
 
 @few_examples
 @given(seeds, lengths, configs, kinds)
-def test_a_partial_is_what_the_audio_of_its_windows_gives(
-    seed: int, length: int, config: Parameters, durations: tuple[int, ...]
-) -> None:
+def test_partial_equals_its_windows_audio(seed: int, length: int, config: Parameters, durations: tuple[int, ...]) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
     _, chunk_frames, right_frames = geometry_of(config)
     windows = max(0, length // FRAME_SAMPLES - right_frames) // chunk_frames
@@ -282,7 +278,7 @@ def test_a_partial_is_what_the_audio_of_its_windows_gives(
 @few_examples
 @example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
-def test_the_final_tokens_do_not_depend_on_the_cuts(
+def test_final_tokens_do_not_depend_on_cuts(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject | None
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
@@ -296,10 +292,10 @@ def test_the_final_tokens_do_not_depend_on_the_cuts(
 
 @few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
-def test_a_segments_end_loses_and_repeats_nothing(
+def test_segment_end_loses_and_repeats_nothing(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
-    """Without memory a frame alone decides, so that the reset of the predictor does not show."""
+    """Without memory each frame decides alone, so a reset of the predictor has no effect."""
     network, samples = RandomTransducer(seed, durations, 1.0, memory=0.0), audio(seed, length)
     config = replace(config, max_segment_secs=seconds(20))
     answers = recognise(network, config, data.draw(cuts(samples)), options)
@@ -324,7 +320,7 @@ def test_stable_tokens_stay_and_finals_are_stable(
 
 @few_examples
 @given(seeds, lengths, configs, st.integers(1, 8))
-def test_a_segment_ends_at_max_total_tokens(seed: int, length: int, config: Parameters, max_total_tokens: int) -> None:
+def test_segment_ends_at_max_total_tokens(seed: int, length: int, config: Parameters, max_total_tokens: int) -> None:
     network, samples = RandomTransducer(seed, blank_bias=4.0), audio(seed, length)
     expected = reference(network, samples, 10)
     # Then all segments end amid a frame, where the predictor goes on, and their tokens are those of one long segment.
@@ -344,7 +340,7 @@ def test_a_segment_ends_at_max_total_tokens(seed: int, length: int, config: Para
 
 @few_examples
 @given(seeds, lengths, configs, st.sampled_from([0, 3, 6]), st.sampled_from([10, 15, 1000]))
-def test_a_segment_ends_by_silence_or_length_and_the_next_begins_afresh(
+def test_segment_ends_by_silence_or_length_and_resets(
     seed: int, length: int, config: Parameters, silence_ms: int, max_frames: int
 ) -> None:
     network, samples = RandomTransducer(seed, blank_bias=6.0), audio(seed, length)
@@ -363,7 +359,7 @@ def test_a_segment_ends_by_silence_or_length_and_the_next_begins_afresh(
 
 @few_examples
 @given(seeds, lengths, spelling_configs, st.integers(1, 4), kinds)
-def test_a_full_segment_ends_between_words(
+def test_full_segment_ends_between_words(
     seed: int, length: int, config: Parameters, max_total_tokens: int, durations: tuple[int, ...]
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
@@ -376,7 +372,7 @@ def test_a_full_segment_ends_between_words(
 
 
 def decode_words(pieces: Sequence[tuple[int, int]], **changes: Any) -> list[list[int]]:
-    """Tokens of each segment of a stream in which these tokens are emitted on these frames; odd ones continue a word."""
+    """Return the tokens of each segment if these tokens are emitted on these frames; odd tokens continue a word."""
     config = parameters(continuations=frozenset({1, 3}), **{"frame_samples": 1600, "max_segment_secs": 2.0, **changes})
     stream = Stream(config, replace(NEVER_CLOSES, max_total_tokens=1000))
     segments: list[list[int]] = []
@@ -394,8 +390,8 @@ def decode_words(pieces: Sequence[tuple[int, int]], **changes: Any) -> list[list
     return [*segments, [token.id for token in stream.answer(end=True).tokens]]
 
 
-def test_a_long_segment_ends_before_the_next_word() -> None:
-    """Frames of 0.1 s, segments of 2 s: a word that is being spoken at 2 s is completed first."""
+def test_long_segment_ends_before_the_next_word() -> None:
+    """Frames take 0.1 s and segments 2 s; a word spoken at 2 s is completed first."""
     assert decode_words([(0, 5), (2, 19), (1, 21), (3, 24), (2, 26), (2, 30)])[0] == [0, 2, 1, 3]
     assert decode_words([(0, 5), (2, 19), (1, 21), (2, 21), (0, 30)])[0] == [0, 2, 1], "on one frame"
     assert decode_words([(0, 5), (2, 19), (1, 26)])[:2] == [[0, 2], [1]], "no word has a gap of half a second"
@@ -438,7 +434,7 @@ def test_tokens_behind_the_audio_belong_to_its_last_frame() -> None:
 
 @few_examples
 @given(seeds, st.lists(st.tuples(lengths, closing_options, st.booleans()), min_size=2, max_size=4), configs, kinds, st.data())
-def test_streams_that_share_calls_do_not_touch_each_other(
+def test_streams_sharing_calls_are_independent(
     seed: int,
     kinds_of_streams: list[tuple[int, Options, bool]],
     config: Parameters,
@@ -463,7 +459,7 @@ def test_streams_that_share_calls_do_not_touch_each_other(
 
 @few_examples
 @given(seeds, lengths, configs, kinds, st.data())
-def test_a_whole_recording_is_one_window_at_the_end(
+def test_whole_recording_is_one_window(
     seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
@@ -481,7 +477,7 @@ def test_a_whole_recording_is_one_window_at_the_end(
     assert (answer.stable, answer.segment, answer.final, answer.samples) == (len(expected), 0, True, length)
 
 
-def test_a_whole_recording_has_a_limit() -> None:
+def test_whole_recording_has_a_limit() -> None:
     config = parameters(max_whole_secs=2.0)
     stream = Stream(config, WHOLE)
     stream.push(audio(0, 20_000))
@@ -534,7 +530,7 @@ def test_too_few_frames_are_refused() -> None:
 
 
 def test_too_many_frames_are_refused() -> None:
-    """As those of an encoder are that takes 4 steps for a frame, where ``frame_samples`` says 8."""
+    """An encoder that takes 4 steps per frame gives too many frames if ``frame_samples`` stands for 8."""
     config = with_geometry(6, 4, 0)
     samples = audio(0, 12 * FRAME_SAMPLES + 1)
 
@@ -549,7 +545,7 @@ def test_too_many_frames_are_refused() -> None:
         execute(RandomTransducer(0), [Request(stream, samples, end=True)], encode=lambda window: frames_of(window).repeat(2, 1))
 
 
-def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
+def test_encoder_may_drop_a_cut_frame() -> None:
     config = with_geometry(6, 4, 0)
     samples = audio(0, 8 * FRAME_SAMPLES + 3)
     answer = receive_all(config, samples, lambda window: frames_of(window)[:, : len(window) // FRAME_SAMPLES])
@@ -558,7 +554,7 @@ def test_the_end_of_a_frame_may_be_too_short_for_the_encoder() -> None:
 
 @few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
-def test_a_restored_stream_goes_on_as_if_nothing_had_happened(
+def test_restored_stream_continues_unchanged(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
@@ -584,7 +580,7 @@ def encoded_state(value: float) -> str:
 
 
 @pytest.mark.parametrize("saved", ["", "null", "[]", "{}", "?", '{"version": 1}'])
-def test_what_is_no_state_is_refused(saved: str) -> None:
+def test_malformed_state_is_refused(saved: str) -> None:
     with pytest.raises(ValueError, match="the state to restore"):
         Stream.restore(parameters(), NEVER_CLOSES, saved)
 
@@ -605,8 +601,8 @@ def test_what_is_no_state_is_refused(saved: str) -> None:
         *({name: -1} for name in ("frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames")),
     ],
 )
-def test_a_state_that_no_stream_can_have_is_refused(change: dict[str, Any]) -> None:
-    """It would fail the calls that other streams share with it."""
+def test_impossible_state_is_refused(change: dict[str, Any]) -> None:
+    """Such a state would fail the calls that other streams share."""
     config = parameters()
     state = json.loads(Stream(config, NEVER_CLOSES).save())
     Stream.restore(config, NEVER_CLOSES, json.dumps({**state, "tokens": [[VOCABULARY - 1, 0, 1, 0.5]]}))
@@ -614,7 +610,7 @@ def test_a_state_that_no_stream_can_have_is_refused(change: dict[str, Any]) -> N
         Stream.restore(config, NEVER_CLOSES, json.dumps({**state, **change}))
 
 
-def test_a_state_is_of_its_windows_alone() -> None:
+def test_state_of_other_windows_is_refused() -> None:
     config = parameters(geometries={"low": Geometry(6, 2, 1), "balanced": Geometry(6, 4, 2), "throughput": Geometry(6, 4, 2)})
     saved = Stream(config, replace(NEVER_CLOSES, latency="low")).save()
     with pytest.raises(ValueError, match=r"windows of \[6, 2, 1\] frames instead of \[6, 4, 2\]"):
@@ -622,7 +618,7 @@ def test_a_state_is_of_its_windows_alone() -> None:
     Stream.restore(config, replace(NEVER_CLOSES, latency="throughput"), Stream(config, NEVER_CLOSES).save())
 
 
-def test_a_whole_recording_has_no_state() -> None:
+def test_whole_recording_has_no_state() -> None:
     config = parameters()
     saved = Stream(config, NEVER_CLOSES).save()
     with pytest.raises(ValueError, match="context=whole"):

@@ -22,7 +22,7 @@ def vocabulary(tmp_path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_vocabulary_lists_pieces_by_id(tmp_path: Path, end: str) -> None:
+def test_vocabulary_lists_pieces_by_id(tmp_path: Path, end: str) -> None:
     path = vocabulary(tmp_path, f"<unk> 0\n▁né 1\n  2\n▁😀 3\n日 4{end}")
     assert read_vocabulary(path) == ["<unk>", "▁né", " ", "▁😀", "日"]
 
@@ -39,7 +39,7 @@ def test_a_vocabulary_lists_pieces_by_id(tmp_path: Path, end: str) -> None:
         ("0 a\n", 1, "0 a", 0),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, text: str, number: int, line: str, index: int) -> None:
+def test_bad_line_is_named(tmp_path: Path, text: str, number: int, line: str, index: int) -> None:
     path = vocabulary(tmp_path, text)
     with pytest.raises(ValueError, match=r"line") as error:
         read_vocabulary(path)
@@ -51,7 +51,7 @@ def test_continuations_are_the_pieces_without_a_separator() -> None:
 
 
 def words_at_once(pieces: Sequence[str], *, final: bool = True) -> list[Word]:
-    """Words of pieces that follow each other at intervals of 0.1 s."""
+    """Return the words of pieces that follow each other every 0.1 s."""
     starts = [0.1 * i for i in range(len(pieces))]
     return words_of(pieces, starts, [start + 0.1 for start in starts], [0.5] * len(pieces), final=final)
 
@@ -76,8 +76,8 @@ def test_text_is_the_words_with_spaces(given_pieces: list[str], expected: str) -
     assert text(given_pieces) == expected
 
 
-def test_a_later_segment_begins_with_a_space() -> None:
-    """Whether its first piece has one or not: a segment begins with a word."""
+def test_later_segment_begins_with_a_space() -> None:
+    """A segment begins with a word, even if its first piece has no separator."""
     for pieces in (["▁on", "ly"], ["on", "ly"]):
         assert (text(pieces, 0), text(pieces, 1), text(pieces, 7)) == ("only", " only", " only")
     assert text([], 1) == text(["▁"], 1) == ""
@@ -98,12 +98,12 @@ def test_a_later_segment_begins_with_a_space() -> None:
         (["<0x41>", "<0x61>", "<0xGG>"], "Aa<0xGG>", "Aa<0xGG>"),
     ],
 )
-def test_bytes_become_characters_when_they_are_whole(given_pieces: list[str], final: str, partial: str) -> None:
+def test_byte_pieces_become_whole_characters(given_pieces: list[str], final: str, partial: str) -> None:
     assert text(given_pieces, final=True) == final
     assert text(given_pieces, final=False) == partial
 
 
-def test_words_span_their_pieces_and_are_as_certain_as_the_least_certain() -> None:
+def test_word_spans_its_pieces_with_lowest_confidence() -> None:
     words = words_of(["▁he", "ll", "o", "▁wörld"], [0.0, 0.2, 0.3, 1.0], [0.1, 0.3, 0.4, 1.5], [0.9, 0.4, 0.8, 0.7])
     assert words == [Word("hello", 0.0, 0.4, 0.4), Word("wörld", 1.0, 1.5, 0.7)]
 
@@ -115,7 +115,7 @@ def test_pieces_before_a_word_start_are_a_word() -> None:
     ]
 
 
-def test_a_separator_alone_begins_the_next_word() -> None:
+def test_lone_separator_begins_the_next_word() -> None:
     assert words_of(["▁", "a"], [1.0, 1.5], [1.1, 2.0], [0.5, 0.6]) == [Word("a", 1.0, 2.0, 0.5)]
     assert words_of(["▁", "▁a", "▁"], [1.0, 1.5, 2.5], [1.1, 2.0, 3.0], [0.5, 0.6, 0.7]) == [Word("a", 1.5, 2.0, 0.6)]
     assert words_of([], [], [], []) == []
@@ -125,7 +125,7 @@ def test_words_of_one_piece_share_its_time() -> None:
     assert words_of(["▁New▁York"], [1.0], [1.5], [0.5]) == [Word("New", 1.0, 1.25, 0.5), Word("York", 1.25, 1.5, 0.5)]
 
 
-def test_times_are_rounded_down_as_far_as_words_keep_a_length() -> None:
+def test_times_are_rounded_down_while_words_keep_a_length() -> None:
     assert words_of(["▁a", "▁b"], [0.096, 0.1441], [0.1441, 10.9999375], [1.0] * 2) == [
         Word("a", 0.096, 0.144, 1.0),
         Word("b", 0.144, 10.999, 1.0),
@@ -140,7 +140,7 @@ def test_every_piece_needs_its_times_and_probability() -> None:
 
 
 @given(st.lists(st.tuples(pieces, spans), max_size=12), st.integers(0, 2), st.booleans())
-def test_words_joined_are_the_text_in_order_and_within_the_audio(
+def test_words_join_to_text_in_order_within_audio(
     tokens: list[tuple[str, tuple[int, int, float]]], segment: int, final: bool
 ) -> None:
     given_pieces = [piece for piece, _ in tokens]
@@ -160,8 +160,8 @@ def test_words_joined_are_the_text_in_order_and_within_the_audio(
 
 
 @given(st.lists(pieces, max_size=12), st.data())
-def test_the_text_of_leading_pieces_stays(given_pieces: list[str], data: st.DataObject) -> None:
-    """So many characters are stable as the text of the stable pieces has."""
+def test_text_of_leading_pieces_is_a_prefix(given_pieces: list[str], data: st.DataObject) -> None:
+    """The text of the stable pieces is stable."""
     stable = data.draw(st.integers(0, len(given_pieces)))
     for final in (False, True):
         assert text(given_pieces, 1, final=final).startswith(text(given_pieces[:stable], 1, final=False))

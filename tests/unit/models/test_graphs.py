@@ -277,3 +277,15 @@ def test_both_checks_know_what_triton_would_refuse(
         recognisers(repository)
     with pytest.raises(Refusal, match=f"{name}: .*{named}"):
         load_stand_in(repository / name)
+
+
+def test_decoder_and_detokenizer_need_one_vocabulary(source: Path, tmp_path: Path) -> None:
+    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    decoders = tmp_path / "into" / "mine_decoder" / "vocab.txt"
+    recognisers(tmp_path / "into")
+    decoders.write_text(decoders.read_text(encoding="utf-8").replace("▁", "_", 1), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"mine_decoder/vocab.txt differs from .*/mine_detokenizer/vocab.txt"):
+        recognisers(tmp_path / "into")
+    decoders.unlink()
+    with pytest.raises(ModelError, match=r"mine_decoder/vocab.txt is missing; the decoder's parameter vocabulary names it"):
+        recognisers(tmp_path / "into")
