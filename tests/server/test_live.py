@@ -405,6 +405,51 @@ async def test_fault_of_ours_is_an_internal_error(sessions: Sessions, speech: Sa
         assert error_of(events) is ErrorKind.INTERNAL
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_endings_free_everything(triton: Ports, speech: Samples, seed: int) -> None:
+    """Many sessions at once, each ended in a random way at a random moment, by its client, its face or the server."""
+    rng = np.random.default_rng(seed)
+
+    async def one(sessions: Sessions, resumable: bool) -> None:
+        async def face() -> list[Event]:
+            async with sessions.open("amira", CALLER, resumable=resumable) as session:
+                collecting = asyncio.create_task(events_of(session))
+                sending = asyncio.create_task(send(session, speech[: int(rng.integers(0, 6 * RATE))], 3200))
+                try:
+                    await asyncio.sleep(rng.uniform(0, 0.5))
+                    ending = rng.choice(["end", "drain", "abandon", "leave", "raise"])
+                    if ending == "raise":
+                        raise ZeroDivisionError
+                    if ending != "leave":
+                        getattr(session, ending)()
+                        await asyncio.sleep(rng.uniform(0, 0.3))
+                        late = rng.choice(["end", "drain", "abandon", "none"])
+                        if late != "none":
+                            getattr(session, late)()
+                        return await collecting
+                    return []
+                finally:
+                    session.abandon()
+                    await asyncio.gather(sending, collecting, return_exceptions=True)
+
+        running = asyncio.create_task(face())
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.uniform(0, 1))
+            running.cancel()
+        (events,) = await asyncio.gather(running, return_exceptions=True)
+        if isinstance(events, BaseException):
+            assert isinstance(events, ZeroDivisionError | asyncio.CancelledError), events
+            return
+        lasts = [event for event in events if isinstance(event, Final | Failed)]
+        assert len(lasts) <= 1
+        assert not lasts or (events[-1] is lasts[0] and isinstance(lasts[0], Final))
+
+    settings = {"audio_buffer_capacity": 64_000, "max_frame_bytes": 64_000}
+    async with engine(triton, **settings) as sessions:
+        await asyncio.gather(*(one(sessions, bool(rng.integers(2))) for _ in range(16)))
+        assert sessions._triton.endpoints[0].sequences == 0
+
+
 async def test_nothing_changes_after_the_final(sessions: Sessions, speech: Samples) -> None:
     async with sessions.open("amira", CALLER) as session:
         events = await say(session, speech[: 2 * RATE])
