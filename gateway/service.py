@@ -14,7 +14,7 @@ from gateway.limits.quotas import Quotas
 from gateway.live.sessions import Sessions
 from gateway.recordings.transcribe import Transcriber
 from gateway.tracing import Tracing
-from gateway.triton.pool import Triton
+from gateway.triton.pool import TritonPool
 
 DECODER_SETTINGS = ("latency", "max_symbols_per_step", "max_total_tokens")
 """Settings that the decoder takes as options, by the same names."""
@@ -37,7 +37,7 @@ class Service:
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self.settings = settings
         self.tracing = tracing
-        self.triton = Triton(settings)
+        self.triton = TritonPool(settings)
         self.places = Places(settings)
         self.files = FilePool()
         quotas = Quotas(settings)

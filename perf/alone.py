@@ -18,11 +18,11 @@ from websockets.asyncio.client import connect
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from gateway.audio import RATE
+from gateway.triton.geometry import Windows
 from perf.clients import GrpcClient, RestClient
 from perf.endurance import Growth, Watch
 from perf.load import closed_loop, percentiles_ms
 from perf.processes import Meter
-from perf.recogniser import Windows
 from perf.server import Process, amira
 from perf.speech import Samples
 from perf.streams import PATH, Script, play
@@ -114,8 +114,8 @@ async def long_stream(samples: Samples, windows: Windows) -> Growth:
             sent = 0
             for chunk in range(windows.complete(len(samples))):
                 began = time.perf_counter()
-                await socket.send(samples[sent : windows.due(chunk)].tobytes())
-                sent, processed_ms = windows.due(chunk), 0
+                await socket.send(samples[sent : windows.chunk_due(chunk)].tobytes())
+                sent, processed_ms = windows.chunk_due(chunk), 0
                 while processed_ms < (chunk + 1) * windows.chunk * 1000 // RATE:
                     message = await socket.recv()
                     took_secs = time.perf_counter() - began  # without our own reading of what is long by then

@@ -34,7 +34,7 @@ from perf.clients import GrpcClient, RestClient
 from perf.peers import merged_repository
 from perf.plan import FULL, QUICK, Plan
 from perf.plots import draw
-from perf.recogniser import Windows
+from perf.recogniser import windows_of
 from perf.report import to_markdown
 from perf.server import PerfError, amira, cpu_model, triton_server
 from perf.speech import audio_secs, cut, read_speech, repeat
@@ -62,7 +62,7 @@ async def prepare(directory: Path, plan: Plan) -> AsyncIterator[Bench]:
         ):
             grpc, rest = GrpcClient(triton.endpoint), RestClient(gateway.url)
             try:
-                yield Bench(plan, recordings, Windows.of(MODEL_REPOSITORY), triton, gateway, grpc, rest)
+                yield Bench(plan, recordings, windows_of(MODEL_REPOSITORY), triton, gateway, grpc, rest)
             finally:
                 await grpc.close()
                 await rest.close()

@@ -11,8 +11,9 @@ import orjson
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
+from gateway.triton.geometry import Windows
 from perf.peers import FRAME_SYNCHRONOUS
-from perf.recogniser import MODEL, Windows
+from perf.recogniser import MODEL
 from perf.speech import Samples
 
 PATH = "/v2/decode/batch/amira"
@@ -42,7 +43,7 @@ class GrpcClient:
         """The answers to a stream that is sent chunk after chunk, as the gateway sends it."""
         sequence, sent = new_sequence(), 0
         for chunk in range(windows.complete(len(samples))):
-            piece, sent = samples[sent : windows.due(chunk)], windows.due(chunk)
+            piece, sent = samples[sent : windows.chunk_due(chunk)], windows.chunk_due(chunk)
             yield await self.request(piece, sequence, start=chunk == 0, end=False, save_state=1)
         await self.request(samples[:0], sequence, start=sent == 0, end=True)
 

@@ -15,9 +15,10 @@ from websockets.asyncio.client import connect
 from amira.ports import LOOPBACK, free_ports
 from gateway.audio import RATE
 from gateway.server import TRIM_SECS
+from gateway.triton.geometry import Windows
 from perf.clients import GrpcClient
 from perf.processes import Meter
-from perf.recogniser import DECODER, Windows
+from perf.recogniser import DECODER
 from perf.server import Target, amira, read_counters, triton_server
 from perf.speech import Samples, cut
 from perf.streams import FRAME_SAMPLES, PATH

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from amira.models.repository import recognisers
+from gateway.triton.geometry import Windows, read_windows
 
 if TYPE_CHECKING:  # it is the model repository's, which most of the benchmark knows from outside only
     from greedy import Floats, States, Step
@@ -18,31 +19,9 @@ MODEL = "asr_ensemble"
 DECODER = "rnnt_greedy_bls"
 
 
-class Windows(NamedTuple):
-    """What a stream's windows are made of, in samples: see docs/Architecture.md."""
-
-    left: int
-    chunk: int
-    right: int
-
-    @classmethod
-    def of(cls, repository: Path) -> Windows:
-        """Those that a model repository configures."""
-        given = parameters(repository)
-        return cls(*(int(given[f"{part}_frames"]) * int(given["frame_samples"]) for part in cls._fields))
-
-    @property
-    def size(self) -> int:
-        """Of a whole window."""
-        return self.left + self.chunk + self.right
-
-    def due(self, chunk: int) -> int:
-        """How many samples a stream must have before its chunk of this index can be decoded."""
-        return (chunk + 1) * self.chunk + self.right
-
-    def complete(self, samples: int) -> int:
-        """How many chunks can be decoded of so many samples."""
-        return max(0, samples - self.right) // self.chunk
+def windows_of(repository: Path) -> Windows:
+    """Return the windows of streams that a model repository configures, for ``balanced``."""
+    return read_windows(parameters(repository))["balanced"]
 
 
 def parameters(repository: Path) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY
 from gateway.audio import RATE
+from gateway.triton.geometry import Windows
 from perf import alone, endurance
 from perf.analyze import FIXED_WINDOWS, STREAM, WARM_UP, WHOLE, command, measure, prepare_tool, run, write_inputs
 from perf.clients import GrpcClient, RestClient
@@ -20,7 +21,7 @@ from perf.load import Contender, Figure, Turn, alternate, percentiles_ms
 from perf.peers import FRAME_SYNCHRONOUS, OnnxAsr
 from perf.plan import Plan
 from perf.processes import Meter
-from perf.recogniser import DECODER, Windows, parameters
+from perf.recogniser import DECODER, parameters
 from perf.report import Goal, Trial
 from perf.server import COUNTED_SECS, PerfError, Process, Target, read_counters
 from perf.speech import Samples, cut, join, repeat

@@ -23,7 +23,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from amira.models.configs import read_config
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK
-from perf.recogniser import MODEL, Windows
+from gateway.triton.geometry import Windows
+from perf.recogniser import MODEL, windows_of
 
 SEGMENT_WORDS = 20
 STATE = b"." * 4000
@@ -107,7 +108,7 @@ def _string(value: bytes) -> bytes:
 async def serve(port: int, delay_secs: float) -> None:
     """Serve until cancelled."""
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(StandIn(Windows.of(MODEL_REPOSITORY), delay_secs), server)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(StandIn(windows_of(MODEL_REPOSITORY), delay_secs), server)
     server.add_insecure_port(f"{LOOPBACK}:{port}")
     await server.start()
     await server.wait_for_termination()

@@ -20,8 +20,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import WebSocketException
 
 from gateway.audio import RATE
+from gateway.triton.geometry import Windows
 from perf.clients import GrpcClient
-from perf.recogniser import Windows
 from perf.server import PerfError
 from perf.speech import Samples
 
@@ -167,7 +167,7 @@ def timings(
         covered = (chunk + 1) * windows.chunk
         if covered - windows.chunk >= lead_secs * RATE:
             arrived = next((at for at, processed_ms in messages if processed_ms >= covered * 1000 // RATE), gave_up)
-            sent = sent_at[_frame_with(windows.due(chunk))]
+            sent = sent_at[_frame_with(windows.chunk_due(chunk))]
             partials.append(Partial(arrived - _due(start, _frame_with(covered)), arrived - sent))
     return partials
 

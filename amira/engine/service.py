@@ -21,7 +21,7 @@ from gateway.errors import ApiError
 from gateway.server import build_server
 from gateway.tracing import triton_options
 from gateway.transcript.transcript import Answer
-from gateway.triton.pool import Triton as TritonClient
+from gateway.triton.pool import TritonPool
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ async def transcribe_with_each(
     """
     triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-check.log")
     await triton.start()
-    client = TritonClient(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
+    client = TritonPool(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
     try:
         await client.start()
         for name in ensembles:
-            recogniser = client.recogniser(name)
-            samples = decode_audio(recording, "application/octet-stream", recogniser.max_whole_secs)
-            yield name, await client.recording(recogniser, {}).send(samples, end=True)
+            ensemble = client.ensemble(name)
+            samples = decode_audio(recording, "application/octet-stream", ensemble.max_whole_secs)
+            yield name, await client.recording(ensemble, {}).send(samples, end=True)
     except ApiError as error:
         raise EngineError(f"an utterance failed: {error.message}; {ENGINE_HOME / 'triton-check.log'} tells more") from error
     finally:

@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from amira.models.configs import ModelError, read_configs
 from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, Transducer
 from amira.models.memory import Growth, measure_growth
-from gateway.triton.endpoint import GEOMETRY_PARAMETERS
+from gateway.triton.geometry import LATENCY_PARAMETERS
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
 """The graphs of a recogniser, by what its decoder calls them."""
@@ -43,7 +43,7 @@ class Recogniser:
         p = self.parameters
         frame_ms = int(p["frame_samples"]) / 16
         balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
-        geometries = {"windows of": balanced, **{word: p[name] for word, name in GEOMETRY_PARAMETERS.items() if name in p}}
+        geometries = {"windows of": balanced, **{word: p[name] for word, name in LATENCY_PARAMETERS.items() if name in p}}
         windows = (
             f"{word} {' + '.join(f'{int(frames) * frame_ms / 1000:.2f}' for frames in geometry.split(','))} s"
             for word, geometry in geometries.items()
@@ -176,6 +176,6 @@ def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Tra
     for name in ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
         if not (found := parameters.get(name, "")).isdecimal():
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected a whole number")
-    for name in GEOMETRY_PARAMETERS.values():
+    for name in LATENCY_PARAMETERS.values():
         if not re.fullmatch(r"\d+,\d+,\d+", found := parameters.get(name, "0,0,0")):
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected three whole numbers with commas")

@@ -62,7 +62,7 @@ async def detailed(request: Request) -> Response:
         "version": __version__,
         "uptime_secs": round(time.time() - service.started_at, 1),
         "dependencies": {
-            "triton": [_describe(endpoint, settings.models.values()) for endpoint in service.triton.endpoints],
+            "triton": [_describe(endpoint) for endpoint in service.triton.endpoints],
         },
         "streams": {"active": places.streams, "capacity": settings.max_concurrent_streams},
         "batches": {
@@ -89,7 +89,7 @@ def _status(service: Service) -> str:
         return "ready"
     if service.ready():
         return "degraded"
-    return "critical" if any(endpoint.was_ready for endpoint in endpoints) else "initializing"
+    return "critical" if any(endpoint.monitor.was_ready for endpoint in endpoints) else "initializing"
 
 
 def _well(endpoint: Endpoint, ensembles: Iterable[str]) -> bool:
@@ -101,14 +101,14 @@ def _recognition(health: Health) -> dict[str, Any]:
     return {"ok": health.well, "last": health.last.value if health.last else None, "failures": health.failures}
 
 
-def _describe(endpoint: Endpoint, ensembles: Iterable[str]) -> dict[str, Any]:
-    latency_secs = endpoint.latency_secs
+def _describe(endpoint: Endpoint) -> dict[str, Any]:
+    latency_secs = endpoint.monitor.latency_secs
     return {
         "endpoint": endpoint.address,
         "reachable": latency_secs is not None,
         "latency_ms": None if latency_secs is None else round(latency_secs * 1000, 2),
         "breaker": endpoint.breaker.state.name.lower(),
         "sequences": endpoint.sequences,
-        "models": {name: state.value for name, state in endpoint.models.items()},
-        "recognition": {name: _recognition(endpoint.health(name)) for name in sorted(set(ensembles))},
+        "models": {name: state.value for name, state in endpoint.monitor.models.items()},
+        "recognition": {name: _recognition(health) for name, health in endpoint.monitor.health.items()},
     }

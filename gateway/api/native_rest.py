@@ -19,7 +19,7 @@ from gateway.errors import ApiError, ErrorKind, openapi_responses
 from gateway.limits.auth import check_key
 from gateway.limits.places import CallerGoneError
 from gateway.service import Service
-from gateway.triton.endpoint import Samples
+from gateway.triton.connection import Samples
 
 router = APIRouter()
 

@@ -34,7 +34,7 @@ from gateway.live.events import Acknowledged, Event, Failed, Final, SegmentFinal
 from gateway.live.session import Ending, Session, State
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
-from gateway.triton.endpoint import Samples
+from gateway.triton.connection import Samples
 
 RESUMABLE = "amira.v2"
 """Subprotocol of clients that can resume a stream."""

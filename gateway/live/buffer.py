@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gateway.audio import BYTES_PER_SAMPLE
-from gateway.triton.endpoint import Samples
+from gateway.triton.connection import Samples
 
 ARRIVAL_SECS = 0.01
 """Resolution of arrival times, in seconds: a note of each small piece would be larger than the piece."""

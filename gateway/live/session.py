@@ -31,8 +31,9 @@ from gateway.live.pace import Pace, Plan, plan
 from gateway.live.resume import SessionToken, SessionTokens
 from gateway.transcript.transcript import Answer, Counts, Transcript
 from gateway.transcript.words import Word
-from gateway.triton.endpoint import Recogniser, Samples
-from gateway.triton.pool import Utterance
+from gateway.triton.connection import Samples
+from gateway.triton.ensemble import Ensemble
+from gateway.triton.utterance import Utterance
 
 HEARTBEAT_SHARE = 0.5
 """Share of Triton's idle limit after which a silent stream's sequence is sent an empty request."""
@@ -90,7 +91,7 @@ class Session:
     Args:
         shared: what all sessions share.
         model: public name of the model.
-        recogniser: what serves it.
+        ensemble: what serves it.
         utterance: the stream at Triton.
         spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
         resumable: whether to issue session tokens.
@@ -105,7 +106,7 @@ class Session:
         self,
         shared: Shared,
         model: str,
-        recogniser: Recogniser,
+        ensemble: Ensemble,
         utterance: Utterance,
         spend: Callable[[float], None],
         *,
@@ -115,7 +116,7 @@ class Session:
         self.state = State.CONNECTING
         self.ending: Ending | None = None
         self._model = model
-        self._recogniser = recogniser
+        self._ensemble = ensemble
         self._utterance = utterance
         self._spend = spend
         self._resumable = resumable
@@ -179,7 +180,7 @@ class Session:
         self._resumed, age_secs = self._tokens.redeem(token, self._model)
         self._acknowledged = self._resumed
         # The client sends the context once more, and what was spoken since the token was issued.
-        again_secs = self._recogniser.windows[self._resumed.latency].left / RATE if self._resumed.state else 0.0
+        again_secs = self._ensemble.windows[self._resumed.latency].left / RATE if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
         self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
@@ -263,7 +264,7 @@ class Session:
 
     async def _decode_all(self) -> None:
         await self._opened.wait()
-        heartbeat_secs = self._recogniser.max_idle_secs * HEARTBEAT_SHARE
+        heartbeat_secs = self._ensemble.max_idle_secs * HEARTBEAT_SHARE
         last = False
         while not last:
             await self._delivered.wait()

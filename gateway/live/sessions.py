@@ -16,7 +16,7 @@ from gateway.limits.quotas import Quotas
 from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
 from gateway.live.session import Session, Shared
-from gateway.triton.pool import Triton
+from gateway.triton.pool import TritonPool
 
 
 class Sessions:
@@ -31,7 +31,7 @@ class Sessions:
     """
 
     def __init__(
-        self, settings: Settings, triton: Triton, places: Places, quotas: Quotas, options: Mapping[str, str | int]
+        self, settings: Settings, triton: TritonPool, places: Places, quotas: Quotas, options: Mapping[str, str | int]
     ) -> None:
         self._settings = settings
         self._options = options
@@ -71,10 +71,10 @@ class Sessions:
         Raises:
             ApiError: no Triton can serve the model now.
         """
-        recogniser = self._triton.recogniser(self._settings.models[model])
-        utterance = self._triton.stream(recogniser, {**self._options, **(options or {})})
+        ensemble = self._triton.ensemble(self._settings.models[model])
+        utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
         spend = partial(self._quotas.spend, caller)
-        return Session(self._shared, model, recogniser, utterance, spend, resumable=resumable)
+        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable)
 
     def drain(self) -> None:
         """End every session, because the server shuts down."""

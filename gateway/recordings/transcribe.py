@@ -14,8 +14,9 @@ from gateway.config.settings import Settings
 from gateway.limits.places import Places
 from gateway.limits.quotas import Quotas
 from gateway.transcript.words import Word
-from gateway.triton.endpoint import Samples
-from gateway.triton.pool import Triton, Utterance
+from gateway.triton.connection import Samples
+from gateway.triton.pool import TritonPool
+from gateway.triton.utterance import Utterance
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Transcriber:
     """
 
     def __init__(
-        self, settings: Settings, triton: Triton, places: Places, quotas: Quotas, options: Mapping[str, str | int]
+        self, settings: Settings, triton: TritonPool, places: Places, quotas: Quotas, options: Mapping[str, str | int]
     ) -> None:
         self._settings = settings
         self._triton = triton
@@ -124,7 +125,7 @@ class Transcriber:
             ApiError: the queue is full, the gateway drains, or no Triton can serve the model now.
         """
         with self._places.batch():
-            recogniser = self._triton.recogniser(self._settings.models[model])
-            utterance = self._triton.recording(recogniser, {**self._options, **(options or {})})
-            max_secs = min(self._settings.max_batch_audio_length_secs, recogniser.max_whole_secs)
+            ensemble = self._triton.ensemble(self._settings.models[model])
+            utterance = self._triton.recording(ensemble, {**self._options, **(options or {})})
+            max_secs = min(self._settings.max_batch_audio_length_secs, ensemble.max_whole_secs)
             yield Recording(model, max_secs, partial(self._quotas.spend, caller), utterance, self._places)

@@ -1,6 +1,6 @@
-"""A circuit breaker: an endpoint that keeps failing gets no new work until one trial shows that it is well again.
+"""A circuit breaker: an endpoint that keeps failing gets no new sequences until one trial succeeds.
 
-The pattern is Nygard's ("Release It!", 2007). It decides only where new sequences go: a live one stays where its state is.
+The pattern is Nygard's ("Release It!", 2007). Live sequences stay where their state is.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from enum import IntEnum
 
 WINDOW_CALLS = 20
-"""So many of the last outcomes count."""
+"""Number of recent calls whose outcomes count."""
 
 MIN_FAILURES = 5
 FAILURE_SHARE = 0.5
-"""It opens at so many failures in the window, if they are this share of it."""
+"""The breaker opens at this many failures in the window, if they are at least this share of it."""
 
 OPEN_SECS = 2.0
-"""It stays open for so long, and a trial that does not report for so long is given up."""
+"""How long the breaker stays open, and the timeout of a half-open trial."""
 
 
 class BreakerState(IntEnum):
-    """The values are those of the metric."""
+    """State of a breaker, with the values of the metric ``asr_circuit_breaker_state``."""
 
     CLOSED = 0
     HALF_OPEN = 1
@@ -33,7 +33,7 @@ class Breaker:
     """The breaker of one endpoint.
 
     Args:
-        clock: seconds that only grow.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,26 +44,30 @@ class Breaker:
 
     @property
     def state(self) -> BreakerState:
-        """Closed: all may pass; half-open: one at a time, as a trial; open: none."""
+        """Closed lets all sequences pass, half-open one at a time as a trial, open none."""
         if self._opened_at is None:
             return BreakerState.CLOSED
         return BreakerState.OPEN if self._clock() - self._opened_at < OPEN_SECS else BreakerState.HALF_OPEN
 
     @property
     def would_allow(self) -> bool:
-        """What ``allow`` would answer now."""
+        """Whether ``allow`` would return true now."""
         trial_runs = self._trial_at is not None and self._clock() - self._trial_at < OPEN_SECS
         return self.state is BreakerState.CLOSED or (self.state is BreakerState.HALF_OPEN and not trial_runs)
 
     def allow(self) -> bool:
-        """Whether new work may go to the endpoint; when half-open, whoever is allowed is the trial."""
+        """Return whether a new sequence may go to the endpoint; when half-open, that sequence is the trial."""
         allowed = self.would_allow
         if allowed and self.state is BreakerState.HALF_OPEN:
             self._trial_at = self._clock()
         return allowed
 
     def record(self, *, success: bool) -> None:
-        """Take the outcome of a call; a slow one is no success."""
+        """Record the outcome of a call.
+
+        Args:
+            success: whether the call succeeded in time.
+        """
         state = self.state
         if state is BreakerState.OPEN:
             return

@@ -108,7 +108,7 @@ class Canary:
         name: what the log calls it.
         timeout_secs: a canary that takes longer is late.
         interval_secs: pause between rounds while all is well.
-        clock: seconds that only grow.
+        clock: returns monotonic seconds.
 
     Attributes:
         health: what the rounds have shown.

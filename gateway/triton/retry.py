@@ -14,6 +14,8 @@ from enum import Enum
 
 import grpc
 
+from gateway.errors import ApiError, ErrorKind
+
 UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT, INTERNAL = (
     str(code)
     for code in (
@@ -24,11 +26,12 @@ UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT, INTERNAL = (
     )
 )
 
+UNRESOLVED = ("resolution failed", "name resolution", "domain name not found")
+"""Parts of gRPC's messages, in lower case, about a name that the DNS does not know."""
+
 REFUSALS = (
+    *UNRESOLVED,
     "failed to connect",  # gRPC: no connection, so nothing was sent
-    "resolution failed",
-    "name resolution",
-    "domain name not found",
     "server is stopping",  # Triton, while it shuts down
     "server not ready",
     "unknown model",
@@ -38,6 +41,9 @@ REFUSALS = (
 
 DEAD_PROCESS = "stub process"
 """Part of Triton's message, in lower case, about a Python model whose process died or gave no sign of life for 1 s."""
+
+MAX_PATIENCE = 4
+"""Longest wait for an answer, as a multiple of ``inference_timeout_secs``."""
 
 MAX_DEATHS = 3
 """Backend deaths with the same audio in flight after which a stream is given up."""
@@ -76,6 +82,11 @@ def classify(status: str, message: str, *, restores: bool) -> Fault:
     return Fault.BACKEND_DIED if DEAD_PROCESS in text else Fault.FAILED
 
 
+def is_unresolved(message: str) -> bool:
+    """Return whether an error of gRPC's says that the address has a name that is not known."""
+    return any(part in message.lower() for part in UNRESOLVED)
+
+
 @dataclass(frozen=True)
 class Death:
     """A backend's death, as one of the requests in flight sees it.
@@ -87,6 +98,20 @@ class Death:
 
     backend: tuple[str, int]
     sole: bool
+
+
+class TritonError(ApiError):
+    """Triton failed a request.
+
+    Attributes:
+        fault: what its error means.
+        death: the backend's death that the request was in flight at, if any.
+    """
+
+    def __init__(self, kind: ErrorKind, message: str, fault: Fault, death: Death | None = None) -> None:
+        super().__init__(kind, message)
+        self.fault = fault
+        self.death = death
 
 
 @dataclass(frozen=True)
@@ -124,12 +149,10 @@ class RetryPolicy:
     Attributes:
         attempts: after this many failures the request is given up; fewer than open a breaker, since audio on which the decoder
             fails is no endpoint's fault.
-        max_patience: longest wait for an answer, as a multiple of ``inference_timeout_secs``.
         whole: the request is a recording.
     """
 
     attempts: int
-    max_patience: int
     whole: bool
 
     def patience(self, failures: Failures) -> int:
@@ -139,7 +162,7 @@ class RetryPolicy:
         what is given up too early is decoded for nothing, and then once more. Of a recording that would be much, so the first
         attempt gets all the patience.
         """
-        return self.max_patience if self.whole else min(1 + failures.count, self.max_patience)
+        return MAX_PATIENCE if self.whole else min(1 + failures.count, MAX_PATIENCE)
 
     def retries(self, failures: Failures, fault: Fault) -> bool:
         """Return whether a request that has just failed is sent again, time permitting."""

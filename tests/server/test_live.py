@@ -20,7 +20,7 @@ from gateway.limits.quotas import Quotas
 from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
 from gateway.live.session import Ending, Session, State
 from gateway.live.sessions import Sessions
-from gateway.triton.pool import Triton
+from gateway.triton.pool import TritonPool
 from tests.support.chaos import Proxy
 from tests.support.clients import transcribe
 from tests.support.servers import Gateway, Recordings, Samples
@@ -37,7 +37,7 @@ async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessio
     """An engine of its own; afterwards it must hold nothing."""
     port = target.port if isinstance(target, Proxy) else target.grpc
     chosen = Settings(triton_endpoint=f"{LOOPBACK}:{port}", session_key=KEY, **settings)
-    pool = Triton(chosen)
+    pool = TritonPool(chosen)
     await pool.start()
     sessions = Sessions(chosen, pool, Places(chosen), Quotas(chosen), {"latency": chosen.latency})
     before = asyncio.all_tasks()

@@ -116,7 +116,8 @@ async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: R
         for ((first, text),), answers in zip(undisturbed, await disturbed, strict=True):
             assert first == 200
             assert {other for status, other in answers if status == 200} <= {text}
-            assert {status for status, _ in answers} <= {200, 503}
+            # 502: it was in flight when the models' processes ended themselves, and is never sent again.
+            assert {status for status, _ in answers} <= {200, 502, 503}
 
 
 @pytest.mark.parametrize("how", ["reset", "forget", "silent", "deaf"])

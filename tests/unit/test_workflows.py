@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from amira.engine.service import ROOT
+from amira.paths import ROOT
 
 WORKFLOWS = ROOT / ".github" / "workflows"
 

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 
 from gateway.config.settings import Settings
 from gateway.triton.breaker import FAILURE_SHARE, MIN_FAILURES, OPEN_SECS, WINDOW_CALLS, Breaker, BreakerState
-from gateway.triton.pool import Triton
+from gateway.triton.pool import TritonPool
 
 
 class BreakerMachine(RuleBasedStateMachine):
@@ -96,7 +96,7 @@ def test_a_few_failures_open_a_fresh_one() -> None:
 
 async def test_of_a_triton_that_cannot_be_reached_the_metric_does_not_tell() -> None:
     """It may be gone for good, and nothing would ever close the breaker."""
-    triton = Triton(Settings(triton_endpoint="127.0.0.1:1"))
+    triton = TritonPool(Settings(triton_endpoint="127.0.0.1:1"))
     await triton.start()
     (endpoint,) = triton.endpoints
     for _ in range(MIN_FAILURES):
@@ -107,6 +107,6 @@ async def test_of_a_triton_that_cannot_be_reached_the_metric_does_not_tell() -> 
 
     assert endpoint.breaker.state is BreakerState.OPEN
     assert told() == BreakerState.CLOSED
-    endpoint.latency_secs = 0.001
+    endpoint.monitor.latency_secs = 0.001
     assert told() == BreakerState.OPEN
     await triton.close()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.live.buffer import ARRIVAL_SECS, AudioBuffer, BufferUsage
-from gateway.triton.endpoint import Samples
+from gateway.triton.connection import Samples
 from tests.support.virtual import run_virtual
 
 WINDOW, MOST = 50, 200

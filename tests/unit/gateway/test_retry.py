@@ -6,8 +6,8 @@ import pytest
 
 from gateway.triton.retry import Death, Failures, Fault, RetryPolicy, classify
 
-RECORDING = RetryPolicy(attempts=2, max_patience=4, whole=True)
-STREAM = RetryPolicy(attempts=4, max_patience=4, whole=False)
+RECORDING = RetryPolicy(attempts=2, whole=True)
+STREAM = RetryPolicy(attempts=4, whole=False)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from amira.paths import MODEL_REPOSITORY, SPEECH
+from gateway.triton.geometry import Windows
 from perf.endurance import Watch
 from perf.evaluate import rates, read_speech
 from perf.load import percentiles_ms
-from perf.recogniser import Windows
+from perf.recogniser import windows_of
 from perf.report import Goal
 from perf.speech import audio_secs, join, repeat
 from perf.streams import Message, Script, most_held, timings
@@ -55,8 +56,8 @@ def test_verdicts(goal: Goal, verdict: str) -> None:
 
 def test_windows_are_due_as_the_decoder_cuts_them() -> None:
     assert [WINDOWS.complete(samples) for samples in (0, 23_999, 24_000, 39_999, 40_000)] == [0, 0, 1, 1, 2]
-    assert all(WINDOWS.complete(WINDOWS.due(chunk)) == chunk + 1 for chunk in range(5))
-    assert Windows.of(MODEL_REPOSITORY).chunk > 0
+    assert all(WINDOWS.complete(WINDOWS.chunk_due(chunk)) == chunk + 1 for chunk in range(5))
+    assert windows_of(MODEL_REPOSITORY).chunk > 0
 
 
 def test_a_chunk_is_timed_by_the_first_message_that_covers_it() -> None:

@@ -1,0 +1,176 @@
+"""What one client says, from first to last, whatever becomes of the Tritons that decode it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import structlog
+
+from gateway import metrics, tracing
+from gateway.audio import RATE
+from gateway.errors import ApiError, ErrorKind
+from gateway.transcript.transcript import Answer
+from gateway.triton.connection import Samples
+from gateway.triton.endpoint import Endpoint
+from gateway.triton.ensemble import Ensemble
+from gateway.triton.geometry import Windows
+from gateway.triton.retry import Failures, RetryPolicy, TritonError
+from gateway.triton.sequence import RemoteSequence
+
+RETRY_PAUSE_SECS = (0.05, 0.25)
+"""Range of the random pause between two attempts: the streams of a Triton that failed should not all come back at once."""
+
+POISONED = "the recogniser died while it worked on this audio; the audio may be the cause, so it is not sent again"
+
+Place = Callable[[str], Endpoint]
+"""Return the endpoint for a new sequence of an ensemble.
+
+Raises:
+    TritonError: no endpoint takes one.
+"""
+
+log = structlog.get_logger()
+
+
+class Utterance:
+    """One sequence, or several in turn when Tritons fail.
+
+    It keeps the decoder's state of the last answer and the audio that this state does not cover, so that any sequence on any
+    endpoint can go on where the lost one was, and decodes the same. Nothing that was final is decoded again.
+
+    Args:
+        place: where to go.
+        isolation: lock of requests that must be in flight without others under the same suspicion.
+        ensemble: what serves it.
+        options: of the decoder.
+        retries: how often a request is sent; while no Triton is there, only the time counts.
+        recovery_secs: for how long a request that failed is sent again.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        isolation: asyncio.Lock,
+        ensemble: Ensemble,
+        options: Mapping[str, str | int],
+        retries: RetryPolicy,
+        recovery_secs: float,
+    ) -> None:
+        self._place = place
+        self._isolation = isolation
+        self._ensemble = ensemble
+        self._options = dict(options)
+        self._retries = retries
+        self._recovery_secs = recovery_secs
+        self._sequence: RemoteSequence | None = None
+        self._state = ""
+        self._kept: Samples = np.empty(0, np.int16)
+        self._kept_from = 0  # samples before the first that is kept
+        self._given_up = False
+
+    @property
+    def restart(self) -> tuple[str, int]:
+        """The decoder's state, and the sample from which on it takes audio to go on from there."""
+        return self._state, self._kept_from
+
+    @property
+    def latency(self) -> str:
+        """Which of the ensemble's windows it has."""
+        return str(self._options["latency"])
+
+    @property
+    def windows(self) -> Windows:
+        """Those windows."""
+        return self._ensemble.windows[self.latency]
+
+    def resume(self, state: str, samples: int, latency: str) -> None:
+        """Go on where another utterance of this latency was; the next audio begins at this sample."""
+        self._state, self._kept_from = state, samples
+        self._options["latency"] = latency
+
+    async def send(self, samples: Samples, *, end: bool) -> Answer:
+        """Send new audio and return the decoder's answer, on another sequence if this one is lost.
+
+        Args:
+            samples: 16 kHz audio [n]; may be empty.
+            end: the utterance ends with it.
+
+        Raises:
+            ApiError: no Triton answered within the time and the attempts, or the audio may have ended one.
+        """
+        self._kept = np.concatenate((self._kept, samples)) if len(self._kept) else samples
+        deadline, failures = 0.0, Failures()
+        while True:
+            try:
+                answer = await self._try(samples, end, failures)
+            except TritonError as error:
+                now = time.monotonic()
+                deadline = deadline or now + self._recovery_secs
+                failures = failures.after(error.fault, error.death)
+                self._leave()
+                if self._given_up:  # nobody lost anything
+                    raise
+                if not self._retries.retries(failures, error.fault) or now >= deadline:
+                    self._count(metrics.FAILED)
+                    if self._retries.poisoned(failures):
+                        log.error("audio given up", backend_deaths=failures.deaths)
+                        raise ApiError(ErrorKind.BACKEND_DIED, POISONED) from error
+                    raise
+                await asyncio.sleep(random.uniform(*RETRY_PAUSE_SECS) * (1 + failures.count))  # noqa: S311 (it spreads load)
+            else:
+                break
+        if deadline:
+            self._count(metrics.RECOVERED)
+        self._keep(answer)
+        return answer
+
+    def give_up(self) -> None:
+        """Send nothing again that fails from now on: no client waits for an answer any more."""
+        self._given_up = True
+
+    async def abandon(self) -> None:
+        """Free the decoder's state: no client waits for an answer any more."""
+        if self._sequence:
+            await self._sequence.abandon()
+
+    async def _try(self, samples: Samples, end: bool, failures: Failures) -> Answer:
+        """Send the audio once, by itself if it must be."""
+        if not self._retries.isolates(failures):
+            return await self._send_once(samples, end, failures)
+        async with self._isolation:
+            return await self._send_once(samples, end, failures)
+
+    async def _send_once(self, samples: Samples, end: bool, failures: Failures) -> Answer:
+        patience = self._retries.patience(failures)
+        if self._sequence:
+            self._sequence.suspect = False
+            return await self._sequence.send(samples, end=end, patience=patience)
+        options = {**self._options, "restore": self._state} if self._state else self._options
+        endpoint = self._place(self._ensemble.name)
+        self._sequence = endpoint.open(self._ensemble.name, options, suspect=failures.deaths > 0)
+        metrics.REPLAYED_AUDIO.inc((len(self._kept) - len(samples)) / RATE)
+        return await self._sequence.send(self._kept, end=end, patience=patience)
+
+    def _leave(self) -> None:
+        if self._sequence:
+            self._sequence.endpoint.abandon(self._sequence)
+            self._sequence = None
+
+    def _keep(self, answer: Answer) -> None:
+        """Keep what it takes to go on from this answer."""
+        if not answer.state:
+            return
+        self._state = answer.state
+        needed_from = max(0, answer.samples - self.windows.left)
+        self._kept = self._kept[needed_from - self._kept_from :]
+        self._kept_from = needed_from
+
+    def _count(self, outcome: str) -> None:
+        tracing.event("recovery", outcome=outcome)
+        if not self._retries.whole:
+            metrics.STREAM_RECOVERIES.labels(outcome).inc()
+            log.info("stream recovery", outcome=outcome)
