@@ -21,7 +21,6 @@ from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gate
 
 if TYPE_CHECKING:
     from amira.engine.service import Running
-    from amira.models.repository import Recogniser
     from gateway.config.loading import Loaded
     from gateway.config.settings import Settings
 
@@ -189,6 +188,10 @@ def models_import(
     ] = None,
     into: Annotated[Path, typer.Option(help="Model repository to write to.")] = Path("models"),
     quantization: Annotated[str | None, typer.Option(help="Variant of the graphs, such as int8.", show_default=False)] = None,
+    durations: Annotated[
+        str,
+        typer.Option(help="Durations of a TDT in frames, if not 0,1,2,3,4 or as its config.json has them.", show_default=False),
+    ] = "",
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graphs on a GPU.")] = False,
 ) -> None:
     """Add a transducer in NeMo's ONNX export to a model repository."""
@@ -196,14 +199,16 @@ def models_import(
     from amira.models.importing import import_model
 
     chosen = name or Path(source).absolute().name
+    if not re.fullmatch(r"(\d+(,\d+)*)?", durations):
+        _fail(f"--durations is {durations!r}; expected whole numbers with commas, such as 0,1,2,3,4")
     try:
-        transducer = import_model(source, chosen, into, quantization, gpu=gpu)
+        transducer = import_model(source, chosen, into, quantization, [int(d) for d in durations.split(",") if d], gpu=gpu)
     except ModelError as error:
         _fail(str(error))
-    durations = f", durations {transducer.parameters['durations']} (assumed)" if transducer.durations else ""
+    jumps = f", durations {transducer.parameters['durations']}" if transducer.durations else ""
     typer.echo(
         f"imported {chosen} into {into}: "
-        f"{transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins{durations}"
+        f"{transducer.kind}, {transducer.pieces - 1} pieces, {transducer.features} mel bins{jumps}"
     )
     names = f"""AMIRA_MODELS='{{"{chosen}": "{chosen}"}}'"""
     if gpu:
@@ -240,11 +245,8 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     from gateway.logs import configure_logging
 
     configure_logging(Settings(log_level="warning"))
-    found = _recognisers(repository)
-    names = [recogniser.name for recogniser in found]
-    with console.status("measuring the memory of windows"):
-        for recogniser in found:
-            _check_memory(recogniser)
+    with console.status("running the graphs"):
+        names = _check_graphs(repository)
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     body = (SPEECH / "jfk.flac").read_bytes()
 
@@ -257,24 +259,22 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     _main(check())
 
 
-def _check_memory(recogniser: Recogniser) -> None:
-    from amira.models.configs import ModelError
-
-    try:
-        growth = recogniser.check_memory()
-    except ModelError as error:
-        _fail(str(error))
-    typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
-
-
-def _recognisers(repository: Path) -> list[Recogniser]:
+def _check_graphs(repository: Path) -> list[str]:
+    """Run the graphs of a repository's ensembles; return their names."""
+    from amira.models.check import check_frames, check_warmups
     from amira.models.configs import ModelError
     from amira.models.repository import recognisers
 
     try:
-        return recognisers(repository)
+        found = recognisers(repository)
+        check_warmups(repository)
+        for recogniser in found:
+            check_frames(recogniser)
+            growth = recogniser.check_memory()
+            typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
     except ModelError as error:
         _fail(str(error))
+    return [recogniser.name for recogniser in found]
 
 
 @app.command()

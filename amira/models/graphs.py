@@ -76,7 +76,7 @@ class Graph:
         Raises:
             ModelError: it can't load the graph.
         """
-        for node in _session(self.path).get_outputs():
+        for node in open_session(self.path).get_outputs():
             shape = tuple(size if isinstance(size, int) else None for size in node.shape)
             self.outputs[node.name] = replace(self.outputs[node.name], shape=shape)
 
@@ -244,11 +244,15 @@ def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
         "input_states_1": state,
         "input_states_2": state,
     }
-    return int(_session(graph.path).run(["outputs"], feeds)[0].shape[-1])
+    return int(open_session(graph.path).run(["outputs"], feeds)[0].shape[-1])
 
 
-def _session(path: Path) -> Any:
-    """A graph in ONNX Runtime, not optimised: it is run once at most."""
+def open_session(path: Path) -> Any:
+    """Open a graph in ONNX Runtime, not optimised, since it is run a few times at most.
+
+    Raises:
+        ModelError: ONNX Runtime can't load it.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3

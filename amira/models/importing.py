@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.resources
 import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ from google.protobuf import text_format
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
+from amira.models.check import features_per_frame
 from amira.models.configs import ModelError, read_config
 from amira.models.graphs import Graph, Transducer, data_files
 from amira.models.memory import measure_growth
@@ -34,6 +37,9 @@ WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
 LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_frames": (10.0, 4.0, 2.0)}
 """Left, chunk and right of the other latencies: for ``low`` a guess, and for ``throughput`` the same context as above."""
 
+ASSUMED_DURATIONS = (0, 1, 2, 3, 4)
+"""Durations of a TDT that does not name them: those of all published ones."""
+
 LARGE_ENCODER_BYTES = 200_000_000
 """An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
 
@@ -45,23 +51,30 @@ VOCABULARY = "vocab.txt"
 
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
-  import nemo.collections.asr as nemo_asr; m = nemo_asr.models.ASRModel.restore_from({path!r}); m.export("model.onnx")
-  open("vocab.txt", "w").writelines(f"{{t}} {{i}}\\n" for i, t in enumerate([*m.tokenizer.vocab, "<blk>"]))"""
+  import json, pathlib; import nemo.collections.asr as nemo_asr
+  m = nemo_asr.models.ASRModel.restore_from({path!r}); m.export("model.onnx")
+  lines = [f"{{token}} {{i}}\\n" for i, token in enumerate([*m.tokenizer.vocab, "<blk>"])]
+  pathlib.Path("vocab.txt").write_text("".join(lines), encoding="utf-8")
+  durations = list(m.cfg.model_defaults.get("tdt_durations") or [])
+  config = {{"model_type": f"nemo-conformer-{{'tdt' if durations else 'rnnt'}}", "features_size": m.cfg.preprocessor.features}}
+  config |= {{"subsampling_factor": m.cfg.encoder.subsampling_factor, "durations": durations}}
+  pathlib.Path("config.json").write_text(json.dumps(config))"""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class SourceConfig(BaseModel):
-    """``config.json`` of a source, by onnx-asr's keys; others are other tools' business."""
+    """``config.json`` of a source: onnx-asr's keys, and ``durations``; keys of other tools are ignored."""
 
     model_type: str = ""
     features_size: Annotated[int, Field(gt=0)] | None = None
-    subsampling_factor: Annotated[int, Field(gt=0)] = 8
+    subsampling_factor: Annotated[int, Field(gt=0)] | None = None
+    durations: tuple[Annotated[int, Field(ge=0)], ...] = ()
     max_tokens_per_step: Annotated[int, Field(ge=1, le=1000)] = 10
 
     @classmethod
     def read(cls, path: Path) -> SourceConfig:
-        """Read the file; all is at its default where there is none.
+        """Read the file; without one everything has its default.
 
         Raises:
             ModelError: it is no JSON, or a value is not allowed.
@@ -76,7 +89,9 @@ class SourceConfig(BaseModel):
             raise ModelError(f"{path}{where}: {first['msg']}") from error
 
 
-def import_model(source: str, name: str, repository: Path, quantization: str | None, *, gpu: bool) -> Transducer:
+def import_model(
+    source: str, name: str, repository: Path, quantization: str | None, durations: Sequence[int] = (), *, gpu: bool
+) -> Transducer:
     """Write a model's parts into a repository.
 
     Args:
@@ -84,6 +99,7 @@ def import_model(source: str, name: str, repository: Path, quantization: str | N
         name: name of the new ensemble; its parts are called ``name_…``.
         repository: where to; made if it does not exist.
         quantization: which variant to take, such as ``int8`` for ``encoder-model.int8.onnx``.
+        durations: frames that each duration of a TDT jumps, where they are not 0, 1, 2, 3, 4.
         gpu: whether its graphs are to run on a GPU.
 
     Raises:
@@ -110,11 +126,35 @@ def import_model(source: str, name: str, repository: Path, quantization: str | N
             f"{directory / 'config.json'}: model_type is {config.model_type!r}, but {decoder_joint.name} and vocab.txt are "
             f"those of {transducer.kind!r}"
         )
+    transducer = _with_durations(transducer, tuple(durations) or config.durations)
+    front_end = _front_end(transducer, gpu=gpu)
+    factor = features_per_frame(encoder, transducer.features)
+    if config.subsampling_factor not in (None, factor):
+        raise ModelError(
+            f"{directory / 'config.json'}: subsampling_factor is {config.subsampling_factor}, but {encoder.name} makes a frame "
+            f"of {factor} feature frames"
+        )
     try:
-        writer.write(transducer, config, _front_end(transducer, gpu=gpu), gpu=gpu)
+        writer.write(transducer, config, front_end, factor * MEL_HOP_SAMPLES, gpu=gpu)
     except OSError as error:
         raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error
     return transducer
+
+
+def _with_durations(transducer: Transducer, durations: tuple[int, ...]) -> Transducer:
+    """Return a transducer with these durations, or with those that published TDTs have.
+
+    Raises:
+        ModelError: its graphs have another number of them.
+    """
+    chosen = durations or (ASSUMED_DURATIONS if transducer.durations else ())
+    if (found := len(transducer.durations)) != len(chosen):
+        raise ModelError(
+            f"{transducer.decoder_joint.path}: output outputs has {transducer.pieces + found} logits a frame; "
+            f"{transducer.vocabulary.name} has {transducer.pieces} pieces with the blank, so {found} more would be durations, "
+            f"expected {len(chosen)}; the vocabulary is too short, or name the durations by --durations"
+        )
+    return replace(transducer, durations=chosen)
 
 
 def _locate(source: str, suffix: str) -> Path:
@@ -173,9 +213,8 @@ class _Writer:
     def _directory(self, part: str) -> Path:
         return self._repository / (f"{self._name}_{part}" if part else self._name)
 
-    def write(self, transducer: Transducer, config: SourceConfig, front_end: Path, *, gpu: bool) -> None:
+    def write(self, transducer: Transducer, config: SourceConfig, front_end: Path, frame_samples: int, *, gpu: bool) -> None:
         """Write all; whatever was written is removed again if something fails."""
-        frame_samples = config.subsampling_factor * MEL_HOP_SAMPLES
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
             graphs = dict(zip(ROLES, (Graph(front_end), transducer.encoder, transducer.decoder_joint), strict=True))

@@ -29,17 +29,22 @@ class Recogniser:
         name: the ensemble's name.
         decoder: name of its decoder.
         parameters: the decoder's parameters.
-        preprocessor, encoder: their graphs' files.
+        features: values of a feature frame.
+        preprocessor, encoder, decoder_joint: files of its graphs.
+        vocabulary: file of its pieces.
     """
 
     name: str
     decoder: str
     parameters: Mapping[str, str]
+    features: int
     preprocessor: Path
     encoder: Path
+    decoder_joint: Path
+    vocabulary: Path
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Return one line for a person."""
         p = self.parameters
         frame_ms = int(p["frame_samples"]) / 16
         balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
@@ -71,7 +76,7 @@ class Recogniser:
 
 
 def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
-    """The ensembles of a repository, or of one whose parts are missing or do not fit each other, what is wrong with it.
+    """Return the ensembles of a repository; in the place of one whose parts are missing or don't fit, what is wrong with it.
 
     Raises:
         ModelError: it has no ensemble, or a configuration can't be read.
@@ -89,10 +94,10 @@ def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
 
 
 def recognisers(repository: Path) -> list[Recogniser]:
-    """The ensembles of a repository.
+    """Return the ensembles of a repository.
 
     Raises:
-        ModelError: one of them, or all of it, can't be used.
+        ModelError: one of them, or the whole repository, can't be used.
     """
     found = []
     for recogniser in inspect_repository(repository):
@@ -133,7 +138,9 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
         Transducer.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
     _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
-    return Recogniser(name, decoder, parameters, preprocessor.path, encoder.path)
+    return Recogniser(
+        name, decoder, parameters, transducer.features, preprocessor.path, encoder.path, decoder_joint.path, vocabulary
+    )
 
 
 def _only(path: Path, what: str, found: list[str]) -> str:
@@ -143,9 +150,9 @@ def _only(path: Path, what: str, found: list[str]) -> str:
 
 
 def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
-    """A model's graph, held against its configuration as Triton's ONNX Runtime backend does it.
+    """Return a model's graph, compared with its configuration as Triton's ONNX Runtime backend does it.
 
-    All inputs must be there, of a size that the graph does not fix to another, and outputs of just the sizes that it fixes.
+    The configuration must have all inputs, of sizes that the graph allows, and outputs of exactly the sizes that it fixes.
     """
     graph = Graph(repository / config.name / "1" / (config.default_model_filename or "model.onnx"))
     graph.resolve()
@@ -168,7 +175,7 @@ def _check_same(decoders: Path, vocabulary: Path) -> None:
 
 
 def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Transducer) -> None:
-    """Hold the decoder's parameters against its graphs and vocabulary, which tell how many durations there are, not which."""
+    """Compare the decoder's parameters with its graphs and vocabulary, which give the number of durations, not their values."""
     for name, expected in transducer.parameters.items():
         found = parameters.get(name, "")
         if found != expected and not (name == "durations" and found.count(",") == expected.count(",")):

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from typer.testing import CliRunner
 
 from amira.cli import app
 from amira.engine.errors import EngineError
+from amira.models.check import check_frames, check_warmups
 from amira.models.configs import ModelError, read_config
-from amira.models.importing import import_model
+from amira.models.importing import NEMO_RECIPE, import_model
 from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, free_ports
@@ -37,7 +39,7 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     code, output, errors = await run_amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 0, errors
     imported, check, serve = output.splitlines()
-    assert imported == f"imported mine into {into}: tdt, 1024 pieces, 128 mel bins, durations 0,1,2,3,4 (assumed)"
+    assert imported == f"imported mine into {into}: tdt, 1024 pieces, 128 mel bins, durations 0,1,2,3,4"
     assert check == f"check it: amira models check {into}"
     assert serve == f"""serve it: AMIRA_MODEL_REPOSITORY={into} AMIRA_MODELS='{{"mine": "mine"}}' amira run"""
     assert {path.name for path in into.iterdir()} == {
@@ -54,6 +56,68 @@ async def test_import_check_and_list_from_the_command_line(sources: dict[str, Pa
     code, _, errors = await run_amira("models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(into))
     assert code == 2
     assert "exists; choose another --name" in errors
+
+
+def test_vocabulary_of_a_tdt_that_is_too_short_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Not taken for a TDT with seven durations, unless that is what it is."""
+    source = Path(shutil.copytree(sources["tdt"], tmp_path / "source"))
+    lines = (source / "vocab.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    (source / "vocab.txt").write_text("".join([*lines[:1022], "<blk> 1022\n"]), encoding="utf-8")
+    message = refusal(source, tmp_path)
+    assert (
+        "has 1030 logits a frame; vocab.txt has 1023 pieces with the blank, so 7 more would be durations, expected 5" in message
+    )
+    found = import_model(str(source), "mine", tmp_path / "into", None, range(7), gpu=False)
+    assert found.parameters["durations"] == "0,1,2,3,4,5,6"
+
+
+async def test_durations_are_taken_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
+    command = ["models", "import", str(sources["tdt"]), "--name", "mine", "--into", str(tmp_path / "new"), "--durations"]
+    code, output, errors = await run_amira(*command, "0,1,2,4,8")
+    assert code == 0, errors
+    assert "128 mel bins, durations 0,1,2,4,8\n" in output
+    (recogniser,) = recognisers(tmp_path / "new")
+    assert recogniser.parameters["durations"] == "0,1,2,4,8"
+    code, _, errors = await run_amira(*command, "0;1")
+    assert (code, errors) == (2, "amira: --durations is '0;1'; expected whole numbers with commas, such as 0,1,2,3,4\n")
+
+
+@pytest.mark.parametrize("frame_samples", ["640", "2560"])
+def test_wrong_frame_length_is_refused(sources: dict[str, Path], tmp_path: Path, frame_samples: str) -> None:
+    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    check_frames(*recognisers(tmp_path))
+    edit(tmp_path / "mine_decoder" / "config.pbtxt", '"1280"', f'"{frame_samples}"')
+    with pytest.raises(
+        ModelError, match=f"frame_samples is '{frame_samples}'; .*encoder/1/model.onnx makes a frame of 1280 samples"
+    ):
+        check_frames(*recognisers(tmp_path))
+
+
+def test_bundled_model_passes_the_checks() -> None:
+    check_frames(*recognisers(MODEL_REPOSITORY))
+    check_warmups(MODEL_REPOSITORY)
+
+
+@pytest.mark.parametrize(
+    ("role", "old", "new", "named"),
+    [
+        ("encoder", 'key: "length"', 'key: "lengths"', ["encoder", "one window", "length"]),
+        ("decoder_joint", "dims: 256", "dims: 255", ["decoder_joint", "one block", "encoder_outputs", "255"]),
+        ("preprocessor", 'input_data_file: "waveforms_lens"', 'input_data_file: "none"', ["preprocessor", "warmup/none"]),
+    ],
+)
+async def test_failing_warmup_is_named(
+    sources: dict[str, Path], tmp_path: Path, role: str, old: str, new: str, named: list[str]
+) -> None:
+    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    check_warmups(tmp_path)
+    config = tmp_path / f"mine_{role}" / "config.pbtxt"
+    head, warmup, tail = config.read_text().partition("model_warmup")
+    config.write_text(head + warmup + tail.replace(old, new))
+    code, _, errors = await run_amira("models", "check", str(tmp_path))
+    assert code == 2
+    for part in (f"{config}: warm-up ", *named):
+        assert part in errors
 
 
 async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -408,9 +472,9 @@ def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[st
     assert "output outputs has 513 logits a frame; vocab.txt has 1025 pieces" in message
 
 
-@pytest.mark.parametrize("pieces", [300, 512, 514])
+@pytest.mark.parametrize("pieces", [300, 511, 512, 514])
 def test_a_vocabulary_of_another_length_is_refused(source: Path, tmp_path: Path, pieces: int) -> None:
-    """One that is much too short is no TDT with hundreds of durations."""
+    """Too short by two, or by hundreds, it makes no TDT of an RNN-T."""
     (source / "config.json").unlink()
     lines = [f"x {index}\n" for index in range(pieces - 1)] + [f"<blk> {pieces - 1}\n"]
     (source / "vocab.txt").write_text("".join(lines))
@@ -449,6 +513,7 @@ def test_a_piece_may_be_a_line_separator(source: Path, tmp_path: Path) -> None:
             "model_type is 'nemo-conformer-tdt', but decoder_joint-model.onnx and vocab.txt",
         ),
         ('{"subsampling_factor": 0}', "subsampling_factor is 0: "),
+        ('{"subsampling_factor": 4}', "subsampling_factor is 4, but encoder-model.onnx makes a frame of 8 feature frames"),
         ('{"max_tokens_per_step": "many"}', "max_tokens_per_step is 'many': "),
         ("{", "Invalid JSON"),
         ("[]", "should be an object"),
@@ -462,25 +527,46 @@ def test_wrong_configurations_of_a_source_are_named(source: Path, tmp_path: Path
 
 
 def test_the_configuration_of_a_source_is_followed(source: Path, tmp_path: Path) -> None:
-    """What other tools write there is let alone."""
-    (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 4, "max_tokens_per_step": 7}')
+    """What other tools write there is ignored."""
+    (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 8, "max_tokens_per_step": 7}')
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
     (recogniser,) = recognisers(tmp_path / "into")
-    assert recogniser.describe().startswith("mine: rnnt, 512 pieces, 40 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low ")
+    assert recogniser.describe().startswith("mine: rnnt, 512 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low ")
     assert recogniser.parameters["max_symbols_per_step"] == "7"
 
 
 def test_nemo_files_get_the_recipe(tmp_path: Path) -> None:
-    """Two lines of Python that can be copied; also where the file lies in a directory."""
+    """Lines of Python that can be copied; also where the file lies in a directory. They write all that an import reads."""
     (tmp_path / "source").mkdir()
     inside = tmp_path / "source" / "parakeet.nemo"
     inside.touch()
     for source, path in (("other.nemo", "other.nemo"), (str(inside.parent), str(inside))):
-        _, first, second = refusal(source, tmp_path).splitlines()
-        compile(first.strip(), "first", "exec")
-        compile(second.strip(), "second", "exec")
-        assert f"restore_from({path!r})" in first
-        assert 'm.export("model.onnx")' in first
+        _, *lines = refusal(source, tmp_path).splitlines()
+        program = "\n".join(line.strip() for line in lines)
+        compile(program, "recipe", "exec")
+        assert f"restore_from({path!r})" in program
+        assert 'm.export("model.onnx")' in program
+
+
+def test_recipe_writes_what_an_import_reads(sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's own lines, on what NeMo's classes have of them."""
+    _, *lines = NEMO_RECIPE.format(path="x.nemo").splitlines()
+    tokens = [line.rpartition(" ")[0] for line in (sources["tdt"] / "vocab.txt").read_text(encoding="utf-8").splitlines()[:-1]]
+    model = SimpleNamespace(
+        tokenizer=SimpleNamespace(vocab=tokens),
+        cfg=SimpleNamespace(
+            model_defaults={"tdt_durations": [0, 1, 2, 4, 8]},
+            preprocessor=SimpleNamespace(features=128),
+            encoder=SimpleNamespace(subsampling_factor=8),
+        ),
+    )
+    exported = Path(shutil.copytree(sources["tdt"], tmp_path / "exported"))
+    for name in ("vocab.txt", "config.json"):
+        (exported / name).unlink()
+    monkeypatch.chdir(exported)
+    exec("\n".join(["import json, pathlib", *(line.strip() for line in lines[2:])]), {"m": model})  # noqa: S102
+    found = import_model(str(exported), "mine", tmp_path / "into", None, gpu=False)
+    assert (found.kind, found.durations, found.features, found.pieces) == ("tdt", (0, 1, 2, 4, 8), 128, 1025)
 
 
 def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:

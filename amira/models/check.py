@@ -1,0 +1,124 @@
+"""What only running a model's graphs tells: how long its frames are, and whether its warm-ups work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import model_config_pb2 as pb
+
+from amira.models.configs import ModelError, read_configs
+from amira.models.graphs import open_session
+from amira.models.repository import Recogniser
+
+FEATURE_COUNTS = (160, 640)
+"""Lengths of the inputs on which a subsampling factor is measured; their difference is a multiple of every usual factor."""
+
+SAMPLE_COUNTS = (9_600, 48_000)
+"""Lengths of the inputs on which a front end is measured; their difference is a multiple of every usual hop: 160, 384, …"""
+
+ELEMENT_TYPES = {pb.TYPE_FP32: np.float32, pb.TYPE_INT32: np.int32, pb.TYPE_INT64: np.int64}
+"""numpy's element types by Triton's, of those that graphs of the convention have."""
+
+
+def check_frames(recogniser: Recogniser) -> None:
+    """Check that the decoder knows the length of an encoder frame.
+
+    Raises:
+        ModelError: its parameter ``frame_samples`` differs from what the graphs make.
+    """
+    samples = samples_per_feature(recogniser.preprocessor) * features_per_frame(recogniser.encoder, recogniser.features)
+    if (found := recogniser.parameters["frame_samples"]) != str(samples):
+        raise ModelError(
+            f"{recogniser.decoder}/config.pbtxt: parameter frame_samples is {found!r}; "
+            f"{recogniser.encoder} makes a frame of {samples} samples"
+        )
+
+
+def samples_per_feature(preprocessor: Path) -> int:
+    """Return how many samples a feature frame stands for.
+
+    Raises:
+        ModelError: the graph can't be run, or its frames are not of one length.
+    """
+
+    def count(session: Any, samples: int) -> int:
+        feeds = {"waveforms": _noise(1, samples), "waveforms_lens": np.array([samples], np.int64)}
+        return int(session.run(["features_lens"], feeds)[0][0])
+
+    return _ratio(preprocessor, count, SAMPLE_COUNTS, "samples")
+
+
+def features_per_frame(encoder: Path, features: int) -> int:
+    """Return how many feature frames an encoder frame stands for: the subsampling factor.
+
+    Args:
+        encoder: the graph's file.
+        features: values of a feature frame.
+
+    Raises:
+        ModelError: the graph can't be run, or its frames are not of one length.
+    """
+
+    def count(session: Any, frames: int) -> int:
+        feeds = {"audio_signal": _noise(1, features, frames), "length": np.array([frames], np.int64)}
+        return int(session.run(["encoded_lengths"], feeds)[0][0])
+
+    return _ratio(encoder, count, FEATURE_COUNTS, "feature frames")
+
+
+def check_warmups(repository: Path) -> None:
+    """Run each warm-up sample of a repository's graphs by itself.
+
+    Triton's native ONNX Runtime backend may end by SIGSEGV on a sample that fails, before it says which.
+
+    Raises:
+        ModelError: a sample fails.
+    """
+    for name, config in read_configs(repository).items():
+        if config.backend == "onnxruntime" and config.model_warmup:
+            directory = repository / name
+            session = open_session(directory / "1" / (config.default_model_filename or "model.onnx"))
+            for sample in config.model_warmup:
+                try:
+                    feeds = {key: _warmup_tensor(directory, tensor) for key, tensor in sample.inputs.items()}
+                    session.run(None, feeds)
+                except Exception as error:  # ONNX Runtime has a class of its own for every status code
+                    reason = " ".join(str(error).split())
+                    raise ModelError(f"{directory}/config.pbtxt: warm-up {sample.name!r} fails: {reason}") from error
+
+
+def _warmup_tensor(directory: Path, tensor: pb.ModelWarmup.Input) -> npt.NDArray[Any]:
+    """Return what Triton feeds for an input of a warm-up sample.
+
+    Raises:
+        OSError: its file can't be read.
+        ValueError: its type is not one of the convention's, or its file has another size.
+    """
+    if tensor.data_type not in ELEMENT_TYPES:
+        raise ValueError(f"data type {pb.DataType.Name(tensor.data_type)}; expected FP32, INT32 or INT64")
+    element_type = ELEMENT_TYPES[tensor.data_type]
+    if tensor.input_data_file:
+        values = np.frombuffer((directory / "warmup" / tensor.input_data_file).read_bytes(), element_type)
+        return values.reshape(tensor.dims)
+    return np.zeros(tensor.dims, element_type)
+
+
+def _ratio(graph: Path, count: Callable[[Any, int], int], inputs: tuple[int, int], unit: str) -> int:
+    session = open_session(graph)
+    try:
+        outputs = [count(session, size) for size in inputs]
+    except Exception as error:  # see check_warmups
+        raise ModelError(f"{graph} can't be run: {' '.join(str(error).split())}") from error
+    more_in, more_out = (sizes[1] - sizes[0] for sizes in (inputs, outputs))
+    if more_out <= 0 or more_in % more_out:
+        made = f"{outputs[0]} frames of {inputs[0]} {unit} and {outputs[1]} of {inputs[1]}"
+        raise ModelError(f"{graph} makes {made}; expected frames of one length")
+    return more_in // more_out
+
+
+def _noise(*shape: int) -> npt.NDArray[np.float32]:
+    return 0.1 * np.random.default_rng(0).standard_normal(shape, np.float32)
