@@ -21,6 +21,7 @@ from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gate
 if TYPE_CHECKING:
     from amira.engine.service import Running
     from amira.models.repository import Recogniser
+    from gateway.config.loading import Loaded
     from gateway.config.settings import Settings
 
 FAILURE, USAGE_ERROR = 1, 2
@@ -161,12 +162,13 @@ def demo(
 def config_show(
     output: Annotated[Format, typer.Option("--format", help="Format to print.")] = Format.toml,
 ) -> None:
-    """Print the configuration in force, without keys."""
+    """Print the configuration in force, without keys, and where each value comes from."""
     _require("server")
     from gateway.config.loading import to_toml, to_yaml
 
-    settings = _settings()
-    typer.echo(to_toml(settings) if output is Format.toml else to_yaml(settings), nl=False)
+    loaded = _load_settings()
+    export = to_toml if output is Format.toml else to_yaml
+    typer.echo(export(loaded.settings, loaded.sources), nl=False)
 
 
 @models.callback()
@@ -285,7 +287,12 @@ def _require(*extras: str) -> None:
 
 
 def _settings() -> Settings:
-    """Return the configuration, with logging set up by it; a bad value ends the command with one line."""
+    """Return the configuration, as ``_load_settings`` does."""
+    return _load_settings().settings
+
+
+def _load_settings() -> Loaded:
+    """Load the configuration and set up logging by it; a bad value ends the command with one line."""
     import structlog
 
     from gateway.config.loading import load_settings
@@ -299,7 +306,7 @@ def _settings() -> Settings:
     configure_logging(loaded.settings)
     for notice in loaded.notices:
         structlog.get_logger(__name__).warning("configuration", notice=notice)
-    return loaded.settings
+    return loaded
 
 
 def _main(coroutine: Coroutine[Any, Any, None]) -> None:

@@ -6,8 +6,6 @@ import random
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
 RETRY_AFTER_RANGE_SECS = (1.0, 5.0)
 """Retries are asked for at a random moment in this range, so that refused clients don't return all at once."""
 
@@ -61,32 +59,6 @@ class ErrorKind(Kind, Enum):
     NOT_READY = Kind("not_ready", "capacity", 503, 4503, retryable=True)
     DRAINING = Kind("draining", "capacity", 503, 1012, retryable=True)
     BACKEND_TIMEOUT = Kind("backend_timeout", "backend", 504, 4503, retryable=True)
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    code: str
-    param: str | None
-    request_id: str | None
-    retryable: bool
-    retry_after_ms: int | None
-
-
-class ErrorAnswer(BaseModel):
-    """The body of every answer that is an error."""
-
-    error: ErrorDetail
-
-
-def openapi_responses() -> dict[int | str, dict[str, Any]]:
-    """The catalogue as OpenAPI has it: a body for every status, and the codes that it comes with."""
-    codes: dict[int, list[str]] = {}
-    for kind in ErrorKind:
-        codes.setdefault(kind.status, []).append(kind.code)
-    return {status: {"model": ErrorAnswer, "description": ", ".join(names)} for status, names in sorted(codes.items())}
 
 
 class ApiError(Exception):
