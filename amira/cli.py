@@ -166,12 +166,9 @@ def config_show(
     _require("server")
     from gateway.config.loading import to_toml, to_yaml
 
-    loaded = _load()
-    shown = to_toml(loaded.settings) if output is Format.toml else to_yaml(loaded.settings)
-    for line in shown.splitlines():
-        key = re.match(r"\[?(\w+)", line)  # a table's or a nested value's line begins with a bracket or a space
-        source = loaded.sources.pop(key[1], None) if key else None  # once: a model may be called as a setting is
-        typer.echo(f"{line}  # {source}" if source else line)
+    loaded = _load_settings()
+    export = to_toml if output is Format.toml else to_yaml
+    typer.echo(export(loaded.settings, loaded.sources), nl=False)
 
 
 @models.callback()
@@ -291,11 +288,12 @@ def _require(*extras: str) -> None:
 
 
 def _settings() -> Settings:
-    return _load().settings
+    """Return the configuration, as ``_load_settings`` does."""
+    return _load_settings().settings
 
 
-def _load() -> Loaded:
-    """Return the configuration, with logging set up by it; a bad value ends the command with one line."""
+def _load_settings() -> Loaded:
+    """Load the configuration and set up logging by it; a bad value ends the command with one line."""
     import structlog
 
     from gateway.config.loading import load_settings
@@ -307,9 +305,8 @@ def _load() -> Loaded:
     except ConfigError as error:
         _fail(str(error))
     configure_logging(loaded.settings)
-    log = structlog.get_logger(__name__)
     for notice in loaded.notices:
-        log.warning("configuration", notice=notice)
+        structlog.get_logger(__name__).warning("configuration", notice=notice)
     return loaded
 
 

@@ -6,8 +6,6 @@ import random
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel
-
 RETRY_AFTER_RANGE_SECS = (1.0, 5.0)
 """Range of the random delay after which refused clients are asked to retry, in seconds: they must not all return at once."""
 
@@ -61,32 +59,6 @@ class ErrorKind(Kind, Enum):
     NOT_READY = Kind("not_ready", "capacity", 503, 4503, retryable=True)
     DRAINING = Kind("draining", "capacity", 503, 1012, retryable=True)
     BACKEND_TIMEOUT = Kind("backend_timeout", "backend", 504, 4503, retryable=True)
-
-
-class ErrorDetail(BaseModel):
-    """An error."""
-
-    message: str
-    type: str
-    code: str
-    param: str | None
-    request_id: str | None
-    retryable: bool
-    retry_after_ms: int | None
-
-
-class ErrorAnswer(BaseModel):
-    """Body of every error answer."""
-
-    error: ErrorDetail
-
-
-def openapi_responses() -> dict[int | str, dict[str, Any]]:
-    """Return the catalogue as OpenAPI responses: for each status the body and the codes."""
-    codes: dict[int, list[str]] = {}
-    for kind in ErrorKind:
-        codes.setdefault(kind.status, []).append(kind.code)
-    return {status: {"model": ErrorAnswer, "description": ", ".join(names)} for status, names in sorted(codes.items())}
 
 
 class ApiError(Exception):

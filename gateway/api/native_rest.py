@@ -12,10 +12,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
+from gateway.api.error_schema import openapi_responses
 from gateway.audio.media_types import OCTETS
 from gateway.audio.pool import FilePool
 from gateway.audio.raw import unpack_json
-from gateway.errors import ApiError, ErrorKind, openapi_responses
+from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
 from gateway.limits.places import CallerGoneError
 from gateway.service import Service

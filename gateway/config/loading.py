@@ -5,7 +5,9 @@ Sources by precedence, highest first: ``AMIRA_*`` variables, the legacy variable
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -25,6 +27,9 @@ else:
 
 PREFIX = "AMIRA_"
 CONFIG_FILE = f"{PREFIX}CONFIG_FILE"
+TOP_LEVEL_KEY = re.compile(r"\[?(?P<key>\w+)(\]$| = |:)")
+"""Start of a line of TOML or YAML that sets a key; nested YAML is indented."""
+
 DEFAULT = "default"
 """Source of a value that is not configured."""
 
@@ -119,14 +124,39 @@ def load_settings(environ: Mapping[str, str] = os.environ, directory: Path = Pat
     return Loaded(settings, sources, notices)
 
 
-def to_toml(settings: Settings) -> str:
-    """Return the settings as a ``config.toml``, without secrets and without unset values, which TOML does not have."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude=SECRETS, exclude_none=True))
+def to_toml(settings: Settings, sources: Mapping[str, str] | None = None) -> str:
+    """Return the settings as a ``config.toml``, without secrets and without unset values, which TOML does not have.
+
+    Args:
+        settings: the settings.
+        sources: the source of each setting, which is then shown in comments, as are the secrets and unset values.
+    """
+    exported = settings.model_dump(mode="json", exclude=SECRETS, exclude_none=True)
+    return _annotate(tomli_w.dumps(exported), settings, sources)
 
 
-def to_yaml(settings: Settings) -> str:
-    """Return the settings as a ``config.yaml``, without secrets."""
-    return yaml.safe_dump(settings.model_dump(mode="json", exclude=SECRETS), sort_keys=False)
+def to_yaml(settings: Settings, sources: Mapping[str, str] | None = None) -> str:
+    """Return the settings as a ``config.yaml``, without secrets; ``sources`` as in ``to_toml``."""
+    exported = settings.model_dump(mode="json", exclude=SECRETS)
+    return _annotate(yaml.safe_dump(exported, sort_keys=False, width=math.inf), settings, sources)
+
+
+def _annotate(text: str, settings: Settings, sources: Mapping[str, str] | None) -> str:
+    """Add the sources to an exported configuration."""
+    if sources is None:
+        return text
+    lines: list[str] = []
+    missing = dict(sources)
+    in_table = False  # models is the only one, and the last key of TOML
+    for line in text.splitlines():
+        match = None if in_table else TOP_LEVEL_KEY.match(line)
+        source = missing.pop(match["key"], None) if match else None
+        lines.append(f"{line}  # {source}" if source else line)
+        in_table = in_table or line.startswith("[")
+    for key, source in missing.items():
+        state = "is not shown" if key in SECRETS and getattr(settings, key) else "is not set"
+        lines.append(f"# {key} {state}  # {source}")
+    return "\n".join(lines) + "\n"
 
 
 def _gather(variables: Mapping[str, str], directory: Path) -> dict[str, _Given]:

@@ -490,6 +490,33 @@ class TestExport:
         (tmp_path / name).write_text(export(settings), encoding="utf-8")
         assert load_settings({}, tmp_path).settings == settings
 
+    @pytest.mark.parametrize(("name", "export"), [("config.toml", to_toml), ("config.yaml", to_yaml)])
+    def test_every_setting_is_shown_with_its_source(self, name: str, export: Any, tmp_path: Path) -> None:
+        (tmp_path / "config.toml").write_text('log_level = "debug"\nallowed_origins = ["https://a", "https://b"]')
+        (tmp_path / "config.yaml").write_text("server_port: 1\nmodels: {latency: a, max_total_tokens: b}")
+        environ = {"AMIRA_MAX_SYMBOLS_PER_STEP": "7", "SERVER_HOST": "::1", "AMIRA_API_KEYS": "some-secret"}
+        loaded = load_settings(environ, tmp_path)
+        shown = export(loaded.settings, loaded.sources)
+        assert "some-secret" not in shown
+        expected = {
+            "log_level": "config.toml",
+            "allowed_origins": "config.toml",
+            "server_port": "config.yaml",
+            "models": "config.yaml",
+            "max_symbols_per_step": "AMIRA_MAX_SYMBOLS_PER_STEP",
+            "server_host": "SERVER_HOST",
+            "api_keys": "AMIRA_API_KEYS",
+        }
+        for key in Settings.model_fields:
+            (line,) = re.findall(rf"^(?:# |\[)?{key}\b.*  # .*$", shown, re.MULTILINE)
+            assert line.endswith(f"  # {expected.get(key, 'default')}")
+        assert f"# api_keys is not shown  # {expected['api_keys']}" in shown
+        assert "# session_key is not set  # default" in shown
+        (tmp_path / "shown").mkdir()
+        (tmp_path / "shown" / name).write_text(shown, encoding="utf-8")
+        again = load_settings({}, tmp_path / "shown").settings
+        assert again == loaded.settings.model_copy(update={"api_keys": ()})
+
     def test_toml_leaves_out_what_is_not_set(self) -> None:
         assert "max_total_tokens" not in to_toml(Settings())
         assert "max_total_tokens = 7" in to_toml(self.CHANGED)
