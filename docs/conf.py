@@ -17,6 +17,8 @@ suppress_warnings = ["misc.highlighting_failure"]  # shortened output in console
 
 html_theme = "furo"
 html_title = project
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
 import httpx
@@ -40,18 +40,32 @@ async def test_a_line_an_event_and_nothing_of_what_was_said(
     assert not [word for word in conversation.final["text"].split() if len(word) > 5 and word in printed]
 
 
+def events(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
+    """Return the events that a module logs, or yields to the module that logs them, each with its fields."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Call) and re.fullmatch(r"log\.\w+|log_request", ast.unparse(node.func)):
+            match node.args:
+                case [ast.Constant(str(event)), *_]:
+                    yield event, {keyword.arg for keyword in node.keywords if keyword.arg} - {"exc_info"}
+                case [ast.Name("event")]:
+                    pass  # yielded by another module
+                case _:
+                    pytest.fail(f"unknown event: {ast.unparse(node)}")
+        elif isinstance(node, ast.Yield):
+            match node.value:
+                case ast.Tuple([ast.Constant(str(event)), ast.Dict(keys)]):
+                    yield event, {str(key.value) for key in keys if isinstance(key, ast.Constant)}
+
+
 def test_every_event_is_documented() -> None:
     """With its fields, but for those whose names are a model's."""
     (table,) = re.findall(r"^\| `event` .*\n\|---.*\n((?:\|.*\n)+)", (ROOT / "docs/Monitoring.md").read_text(), re.MULTILINE)
     rows = {event: row for row in table.splitlines() for event in re.findall(r"`([^`]+)`", row.split("|")[1])}
     logged = set()
     for path in (*(ROOT / "gateway").rglob("*.py"), *(ROOT / "amira").rglob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and re.fullmatch(r"log\.\w+|log_request", ast.unparse(call.func)):
-                (event,) = (argument.value for argument in call.args if isinstance(argument, ast.Constant))
-                logged.add(event)
-                named = {keyword.arg for keyword in call.keywords if keyword.arg} - {"exc_info"}
-                assert not [name for name in named if f"`{name}`" not in rows[event]], event
+        for event, named in events(ast.parse(path.read_text())):
+            logged.add(event)
+            assert not [name for name in named if f"`{name}`" not in rows[event]], event
     assert logged == set(rows)
 
 
