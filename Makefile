@@ -37,13 +37,13 @@ run: setup  ## Serve on an embedded Triton until Ctrl-C
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
-test: setup  ## Run the tests, on a real Triton with the bundled model
+test: setup  ## Run the tests, on real Tritons with the bundled model, two files at a time
 	@tools/system-packages
-	@$(BIN)/pytest --cov --cov-report=term
+	@$(BIN)/pytest -n 2 --dist loadfile
 
-test-full: setup  ## Run the tests with the slow ones, such as an installation from PyPI
+test-full: setup  ## Run all tests, slow ones too, with more examples and with coverage
 	@tools/system-packages
-	@$(BIN)/pytest -m "" --cov --cov-report=term
+	@$(BIN)/pytest -m "" --hypothesis-profile deep --cov --cov-report=term
 
 # Warnings of old packages about themselves are no faults of ours.
 LOWEST_WARNINGS := -W error -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from greedy import Floats, Predictor, Row, States, Step, Token, Transducer, decode
@@ -26,8 +26,6 @@ frames = st.builds(random_frames, seed=st.integers(0, 10**6), frames=st.integers
 batches = st.lists(frames, min_size=1, max_size=4)
 block_sizes = st.integers(1, 30)
 symbol_limits = st.integers(1, 6)
-
-few_examples = settings(deadline=None, max_examples=150)
 
 
 def run(
@@ -57,7 +55,6 @@ def test_random_transducers_mix_blanks_and_tokens() -> None:
     assert forgetful != decode_frame_by_frame(RandomTransducer(2, RNNT, 4.0), random_frames(2, 30), 10)
 
 
-@few_examples
 @given(networks, batches, block_sizes, symbol_limits)
 def test_blocks_and_batches_change_nothing(
     network: RandomTransducer, rows: list[Floats], block_frames: int, max_symbols: int
@@ -68,7 +65,6 @@ def test_blocks_and_batches_change_nothing(
         assert_same(row_tokens, decode_frame_by_frame(network, row, max_symbols))
 
 
-@few_examples
 @given(networks, batches, block_sizes, symbol_limits, st.data())
 def test_windows_change_nothing(
     network: RandomTransducer, rows: list[Floats], block_frames: int, max_symbols: int, data: st.DataObject
@@ -89,7 +85,6 @@ def test_windows_change_nothing(
         assert_same(row_tokens, decode_frame_by_frame(network, row, max_symbols))
 
 
-@few_examples
 @given(networks, batches, block_sizes)
 def test_row_costs_a_call_per_token_and_block(network: RandomTransducer, rows: list[Floats], block_frames: int) -> None:
     """A call either emits a token or crosses a block without one, and rows share their calls."""
@@ -132,7 +127,6 @@ def test_rows_have_their_own_limits(durations: tuple[int, ...]) -> None:
         assert_same(row.tokens, decode_frame_by_frame(network, frames, max_symbols)[:max_tokens])
 
 
-@few_examples
 @given(networks, frames, block_sizes, symbol_limits, st.integers(1, 5))
 def test_max_tokens_stops_exactly_and_resuming_loses_nothing(
     network: RandomTransducer, row: Floats, block_frames: int, max_symbols: int, max_tokens: int
@@ -161,7 +155,6 @@ def test_jump_passes_whole_rows() -> None:
     assert calls == [1, 1, 1, 1, 2]
 
 
-@few_examples
 @given(networks, frames)
 def test_empty_rows_cost_and_change_nothing(network: RandomTransducer, row: Floats) -> None:
     empty = np.zeros((DIMENSION, 0), np.float32)

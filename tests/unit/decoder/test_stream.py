@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import batching
@@ -35,7 +35,6 @@ FEATURES_A_FRAME = 8
 NEVER_CLOSES = Options(max_symbols_per_step=4, max_total_tokens=100_000, endpoint_silence_ms=0)
 WHOLE = replace(NEVER_CLOSES, context="whole")
 
-few_examples = settings(deadline=None, max_examples=100)
 lengths = st.integers(0, 45 * FRAME_SAMPLES)
 seeds = st.integers(0, 10**6)
 
@@ -225,7 +224,6 @@ def test_recording_rows_gather_during_a_backlog(monkeypatch: pytest.MonkeyPatch,
     assert batches[0] == first_call, "there was a backlog until the second window was encoded"
 
 
-@few_examples
 @given(seeds, lengths, configs, kinds, st.data())
 def test_every_frame_is_decoded_once(
     seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
@@ -243,7 +241,6 @@ def test_every_frame_is_decoded_once(
     assert answers[-1][-3:] == (length, -(-encoded * FEATURES_A_FRAME // FRAME_SAMPLES), -(-length // FRAME_SAMPLES))
 
 
-@few_examples
 @given(seeds, lengths, configs, st.data())
 def test_windows_depend_on_the_samples_alone(seed: int, length: int, config: Parameters, data: st.DataObject) -> None:
     network, samples = RandomTransducer(seed), audio(seed, length)
@@ -260,7 +257,6 @@ def test_windows_depend_on_the_samples_alone(seed: int, length: int, config: Par
         assert len(window.samples) == FRAME_SAMPLES * (window.left_frames + chunk_frames + right_frames)
 
 
-@few_examples
 @given(seeds, lengths, configs, kinds)
 def test_partial_equals_its_windows_audio(seed: int, length: int, config: Parameters, durations: tuple[int, ...]) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
@@ -275,7 +271,6 @@ def test_partial_equals_its_windows_audio(seed: int, length: int, config: Parame
         assert answer.features == answer.frames * FEATURES_A_FRAME
 
 
-@few_examples
 @example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_final_tokens_do_not_depend_on_cuts(
@@ -290,7 +285,6 @@ def test_final_tokens_do_not_depend_on_cuts(
         assert answers[-1][-3:] == at_once[-1][-3:]
 
 
-@few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_segment_end_loses_and_repeats_nothing(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
@@ -302,7 +296,6 @@ def test_segment_end_loses_and_repeats_nothing(
     assert_same(final_tokens(answers), reference(network, samples, options.max_symbols_per_step))
 
 
-@few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_stable_tokens_stay_and_finals_are_stable(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
@@ -318,7 +311,6 @@ def test_stable_tokens_stay_and_finals_are_stable(
             assert following.tokens[: answer.stable] == answer.tokens[: answer.stable]
 
 
-@few_examples
 @given(seeds, lengths, configs, st.integers(1, 8))
 def test_segment_ends_at_max_total_tokens(seed: int, length: int, config: Parameters, max_total_tokens: int) -> None:
     network, samples = RandomTransducer(seed, blank_bias=4.0), audio(seed, length)
@@ -338,7 +330,6 @@ def test_segment_ends_at_max_total_tokens(seed: int, length: int, config: Parame
         answered += answer.stable if answer.final else 0
 
 
-@few_examples
 @given(seeds, lengths, configs, st.sampled_from([0, 3, 6]), st.sampled_from([10, 15, 1000]))
 def test_segment_ends_by_silence_or_length_and_resets(
     seed: int, length: int, config: Parameters, silence_ms: int, max_frames: int
@@ -357,7 +348,6 @@ def test_segment_ends_by_silence_or_length_and_resets(
     assert_same(answers[-1].tokens, reference(network, samples, start=start))
 
 
-@few_examples
 @given(seeds, lengths, spelling_configs, st.integers(1, 4), kinds)
 def test_full_segment_ends_between_words(
     seed: int, length: int, config: Parameters, max_total_tokens: int, durations: tuple[int, ...]
@@ -401,7 +391,6 @@ def test_long_segment_ends_before_the_next_word() -> None:
     assert len(decode_words(endless)[0]) == 8, "no word takes longer than 2 s"
 
 
-@few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_spans_are_in_order_and_within_the_audio(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
@@ -432,7 +421,6 @@ def test_tokens_behind_the_audio_belong_to_its_last_frame() -> None:
     assert token_spans(tokens, 0.0, 4.0) == [(3.0, 3.0 + 1 / 3), (3.0 + 1 / 3, 3.0 + 2 / 3), (3.0 + 2 / 3, 4.0)]
 
 
-@few_examples
 @given(seeds, st.lists(st.tuples(lengths, closing_options, st.booleans()), min_size=2, max_size=4), configs, kinds, st.data())
 def test_streams_sharing_calls_are_independent(
     seed: int,
@@ -457,7 +445,6 @@ def test_streams_sharing_calls_are_independent(
     ]
 
 
-@few_examples
 @given(seeds, lengths, configs, kinds, st.data())
 def test_whole_recording_is_one_window(
     seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
@@ -552,7 +539,6 @@ def test_encoder_may_drop_a_cut_frame() -> None:
     assert (answer.samples, answer.frames) == (len(samples), 8)
 
 
-@few_examples
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
 def test_restored_stream_continues_unchanged(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject

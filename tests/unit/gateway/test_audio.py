@@ -13,7 +13,7 @@ import orjson
 import pytest
 import soundfile
 import soxr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.audio.files import decode_audio
@@ -809,7 +809,6 @@ MAGICS = [b"", b"RIFF\xff\xff\xff\xffWAVEfmt \x10\0\0\0", b"RF64\xff\xff\xff\xff
 TYPES = ["", OCTETS, "audio/wav", "audio/mpeg", "audio/pcm", "text/html", ";;", "audio/\u00ff"]
 
 
-@settings(max_examples=300, deadline=None, database=None)
 @given(st.sampled_from(MAGICS), st.binary(max_size=300), st.sampled_from(TYPES))
 def test_random_bodies(magic: bytes, rest: bytes, content_type: str) -> None:
     try:
@@ -818,7 +817,6 @@ def test_random_bodies(magic: bytes, rest: bytes, content_type: str) -> None:
         assert error.kind.status in (400, 413, 415, 422)  # noqa: PT017
 
 
-@settings(max_examples=300, deadline=None, database=None)
 @given(
     st.sampled_from(VALID),
     st.lists(st.tuples(st.integers(4, 3000), st.binary(max_size=8)), min_size=1, max_size=5),

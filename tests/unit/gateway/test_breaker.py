@@ -75,7 +75,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreaker = BreakerMachine.TestCase
-TestBreaker.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+TestBreaker.settings = settings(stateful_step_count=60)
 
 
 def test_single_failures_among_successes_never_open_it() -> None:

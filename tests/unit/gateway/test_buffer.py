@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.live.buffer import ARRIVAL_SECS, AudioBuffer, BufferUsage
@@ -164,7 +164,6 @@ def test_reader_is_woken_only_when_there_is_enough() -> None:
     assert run_virtual(scenario()) == 1
 
 
-@settings(deadline=None)
 @given(
     capacity=st.integers(1, 300),
     pieces=st.lists(st.tuples(st.integers(1, 700), st.floats(0, 0.2)), max_size=20),
