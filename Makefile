@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
+# What is measured: an ensemble of a model repository; without these the bundled one.
+MEASURED = $(if $(REPOSITORY),--repository $(REPOSITORY)) $(if $(MODEL),--model $(MODEL))
 SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
 # What requirements.lock has: these extras and groups. Training is left out, since torch is larger than all the rest.
 LOCKED := --extra engine --extra models --extra tracing --group perf --group docs --group fuzz --group build --group dev
@@ -74,9 +76,9 @@ format: setup  ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir (recordings and their manifest.tsv)
+eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir [REPOSITORY=dir] [MODEL=name]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make eval SPEECH=dir" >&2; exit 1; }
-	@$(BIN)/python -m perf.evaluate $(SPEECH)
+	@$(BIN)/python -m perf.evaluate $(SPEECH) $(MEASURED)
 
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)
@@ -84,9 +86,9 @@ perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEEC
 bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
-windows: setup  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1]
+windows: setup  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1] [REPOSITORY=dir] [MODEL=name]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make windows SPEECH=dir" >&2; exit 1; }
-	@$(BIN)/python -m perf.windows $(SPEECH) $(if $(QUICK),--quick)
+	@$(BIN)/python -m perf.windows $(SPEECH) $(if $(QUICK),--quick) $(MEASURED)
 
 $(VENV)/training-installed: $(VENV)/installed
 	@echo "installing what the training needs into $(VENV)"

@@ -1,6 +1,6 @@
 """Word error rates of a server over labelled speech: whole recordings by REST, and the same as live streams by WebSocket.
 
-    python -m perf.evaluate DIR [--url URL]
+    python -m perf.evaluate DIR [--url URL] [--repository DIR] [--model NAME]
 
 DIR holds recordings and ``manifest.tsv``: a header line, then file and text separated by tabs, and set or source where rates
 are wanted by origin. Without a URL a server is started on free ports. Texts are compared in lower case without punctuation.
@@ -28,13 +28,17 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
+from amira.client.rest import DEFAULT_MODEL
+from amira.engine.errors import EngineError
 from amira.engine.service import service
+from amira.models.configs import ModelError
 from amira.paths import MODEL_REPOSITORY
-from amira.ports import LOOPBACK, Ports, free_ports
+from amira.ports import LOOPBACK, PortError, Ports, free_ports
 from gateway.audio import RATE
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
+from perf.recogniser import choose
 
 FRAME_SAMPLES = 3200
 CONCURRENCY = 4
@@ -67,19 +71,19 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"[^\w' ]", " ", text.lower()).split())
 
 
-async def batch(url: str, recording: Recording) -> str:
-    """Transcript of a recording in one piece."""
+async def batch(url: str, model: str, recording: Recording) -> str:
+    """Return the transcript of a recording sent in one piece."""
     async with httpx.AsyncClient(timeout=60) as client:
         answer = await client.post(
-            f"{url}/v2/decode/batch/amira", content=recording.body, headers={"Content-Type": "application/octet-stream"}
+            f"{url}/v2/decode/batch/{model}", content=recording.body, headers={"Content-Type": "application/octet-stream"}
         )
         text: str = answer.raise_for_status().json()["text"]
         return text
 
 
-async def stream(url: str, recording: Recording) -> str:
-    """Transcript of a recording as a stream, sent as fast as it is taken."""
-    async with connect(f"{url.replace('http', 'ws', 1)}/v2/decode/stream/amira", compression=None) as socket:
+async def stream(url: str, model: str, recording: Recording) -> str:
+    """Return the transcript of a recording sent as a stream, as fast as the server takes it."""
+    async with connect(f"{url.replace('http', 'ws', 1)}/v2/decode/stream/{model}", compression=None) as socket:
         for start in range(0, len(recording.samples), FRAME_SAMPLES):
             await socket.send(recording.samples[start : start + FRAME_SAMPLES].tobytes())
         await socket.send(b"\x00")
@@ -93,16 +97,23 @@ async def stream(url: str, recording: Recording) -> str:
 
 
 @contextlib.asynccontextmanager
-async def server(url: str | None) -> AsyncIterator[str]:
-    """The server to measure: the one at the URL, or one of our own."""
+async def server(url: str | None, repository: Path, model: str | None) -> AsyncIterator[tuple[str, str]]:
+    """Give the server to measure and the public name of its model: the one at the URL, or one of our own.
+
+    Args:
+        url: base URL of a running server; None for one of our own.
+        repository: model repository of our own server.
+        model: public name at the URL, or an ensemble of the repository; None for the default, or the only one.
+    """
     if url:
-        yield url
+        yield url, model or DEFAULT_MODEL
         return
+    name = choose(repository, model).name
     gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
-    settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning")
+    settings = Settings(server_host=LOOPBACK, server_port=gateway_port, log_level="warning", models={name: name})
     configure_logging(settings)
-    async with service(settings, MODEL_REPOSITORY, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
-        yield running.url
+    async with service(settings, repository, Ports(LOOPBACK, *triton_ports), lambda *_: None) as (running, _):
+        yield running.url, name
 
 
 def rates(recordings: Sequence[Recording], texts: Sequence[str]) -> dict[str, tuple[float, float]]:
@@ -117,7 +128,7 @@ def rates(recordings: Sequence[Recording], texts: Sequence[str]) -> dict[str, tu
     return found
 
 
-async def evaluate(directory: Path, url: str | None) -> None:
+async def evaluate(directory: Path, url: str | None, repository: Path, model: str | None) -> None:
     """Measure and print a table."""
     recordings = read_speech(directory)
     seconds = sum(len(recording.samples) for recording in recordings) / RATE
@@ -127,22 +138,22 @@ async def evaluate(directory: Path, url: str | None) -> None:
         table.add_column(column, justify="left" if column in ("", "set") else "right")
     places = asyncio.Semaphore(CONCURRENCY)
     texts: dict[str, list[str]] = {}
-    async with server(url) as address:
+    async with server(url, repository, model) as (address, name):
         with Progress(console=console, transient=True) as progress:
-            for name, transcribe in (("batch", batch), ("stream", stream)):
-                task = progress.add_task(name, total=len(recordings))
+            for way, transcribe in (("batch", batch), ("stream", stream)):
+                task = progress.add_task(way, total=len(recordings))
 
                 async def one(recording: Recording) -> str:
                     async with places:
-                        text = await transcribe(address, recording)  # noqa: B023 (awaited within this turn)
+                        text = await transcribe(address, name, recording)  # noqa: B023 (awaited within this turn)
                     progress.advance(task)  # noqa: B023
                     return normalise(text)
 
                 began = time.perf_counter()
-                texts[name] = list(await asyncio.gather(*map(one, recordings)))
+                texts[way] = list(await asyncio.gather(*map(one, recordings)))
                 speed = seconds / (time.perf_counter() - began)
-                for origin, (wer, cer) in rates(recordings, texts[name]).items():
-                    table.add_row(name, origin, f"{wer:.1f}", f"{cer:.1f}", f"{speed:.0f}" if origin == "all" else "")
+                for origin, (wer, cer) in rates(recordings, texts[way]).items():
+                    table.add_row(way, origin, f"{wer:.1f}", f"{cer:.1f}", f"{speed:.0f}" if origin == "all" else "")
     console.print(table)
     difference = 100 * jiwer.wer(texts["batch"], texts["stream"])
     console.print(f"stream against batch as the reference: {difference:.1f} % of the words differ")
@@ -153,8 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="recordings and their manifest.tsv")
     parser.add_argument("--url", help="base URL of a running server")
+    parser.add_argument(
+        "--repository", type=Path, default=MODEL_REPOSITORY, help="model repository of the server that is started"
+    )
+    parser.add_argument("--model", help="public name at the URL, or an ensemble of the repository; not needed where it has one")
     arguments = parser.parse_args()
-    asyncio.run(evaluate(arguments.directory, arguments.url))
+    try:
+        asyncio.run(evaluate(arguments.directory, arguments.url, arguments.repository.resolve(), arguments.model))
+    except (ModelError, EngineError, PortError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,17 @@ Floats = NDArray[np.float32]
 Lengths = NDArray[np.int64]
 
 
-def open_graph(repository: Path, model: str, threads: int) -> Any:
-    """A session of one of the repository's graphs."""
+def graph_path(repository: Path, model: str) -> Path:
+    """Return the file of one of the repository's graphs."""
+    return repository / model / "1" / "model.onnx"
+
+
+def open_graph(path: Path, threads: int) -> Any:
+    """Open a session of a graph with this many threads."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(repository / model / "1" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def to_waveforms(samples: Samples) -> tuple[Floats, Lengths]:
@@ -31,11 +36,11 @@ def to_waveforms(samples: Samples) -> tuple[Floats, Lengths]:
 
 
 class FrontEnd:
-    """Preprocessor and encoder, a session each."""
+    """Preprocessor and encoder, a session each, of this many threads."""
 
-    def __init__(self, repository: Path, threads: int) -> None:
-        self._preprocessor = open_graph(repository, "preprocessor", threads)
-        self._encoder = open_graph(repository, "encoder", threads)
+    def __init__(self, preprocessor: Path, encoder: Path, threads: int) -> None:
+        self._preprocessor = open_graph(preprocessor, threads)
+        self._encoder = open_graph(encoder, threads)
 
     def preprocess(self, waveforms: Floats, waveforms_lens: Lengths) -> tuple[Floats, Lengths]:
         """Features [B, F, T] and their lengths [B]."""
@@ -56,8 +61,9 @@ class Floor:
     def __init__(self, repository: Path, sessions: int, threads: int) -> None:
         self.sessions = sessions
         self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
+        graphs = graph_path(repository, "preprocessor"), graph_path(repository, "encoder")
         for _ in range(sessions):
-            self._idle.put(FrontEnd(repository, threads))
+            self._idle.put(FrontEnd(*graphs, threads))
 
     async def encode(self, samples: Samples) -> None:
         """Encode one recording or window."""

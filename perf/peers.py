@@ -13,7 +13,7 @@ from typing import Any
 from onnx_asr.models.nemo import NemoConformerRnnt
 
 from amira.paths import MODEL_REPOSITORY, ROOT
-from perf.floor import Floats, FrontEnd, to_waveforms
+from perf.floor import Floats, FrontEnd, graph_path, to_waveforms
 from perf.speech import Samples
 
 PEER_REPOSITORY = ROOT / "perf" / "model-repo"
@@ -39,8 +39,8 @@ class OnnxAsr(NemoConformerRnnt):
     def __init__(self, repository: Path, parameters: Mapping[str, str]) -> None:
         self.calls = 0
         self._penalty = float(parameters["blank_penalty"])
-        front_end = FrontEnd(repository, threads=0)
-        graphs = {name: repository / name / "1" / "model.onnx" for name in ("encoder", "decoder_joint")}
+        graphs = {name: graph_path(repository, name) for name in ("encoder", "decoder_joint")}
+        front_end = FrontEnd(graph_path(repository, "preprocessor"), graphs["encoder"], threads=0)
         with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
             json.dump({"max_tokens_per_step": int(parameters["max_symbols_per_step"])}, config)
             config.flush()

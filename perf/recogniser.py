@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from amira.models.repository import recognisers
+from amira.models.configs import ModelError
+from amira.models.repository import Recogniser, recognisers
 from gateway.triton.geometry import Windows, read_windows
 
 if TYPE_CHECKING:  # it is the model repository's, which most of the benchmark knows from outside only
@@ -24,10 +25,26 @@ def windows_of(repository: Path) -> Windows:
     return read_windows(parameters(repository))["balanced"]
 
 
+def choose(repository: Path, name: str | None = None) -> Recogniser:
+    """Return a recogniser of a model repository.
+
+    Args:
+        repository: the model repository.
+        name: an ensemble of it; None for the bundled one's name, or for the only one.
+
+    Raises:
+        ModelError: it can't be used, or has no such ensemble.
+    """
+    found = {recogniser.name: recogniser for recogniser in recognisers(repository)}
+    chosen = name or (MODEL if MODEL in found or len(found) > 1 else next(iter(found)))
+    if chosen not in found:
+        raise ModelError(f"{repository} has no ensemble {chosen}; it has {', '.join(found)}: choose one by --model")
+    return found[chosen]
+
+
 def parameters(repository: Path) -> Mapping[str, str]:
-    """The decoder's parameters, as ``config.pbtxt`` has them."""
-    (found,) = (recogniser for recogniser in recognisers(repository) if recogniser.name == MODEL)
-    return found.parameters
+    """Return the parameters of the bundled recogniser's decoder, as ``config.pbtxt`` has them."""
+    return choose(repository, MODEL).parameters
 
 
 def joint_step(session: Any) -> Step:

@@ -1,10 +1,11 @@
 """What windows cost and what they are worth: word error rate and encoder time by left context, chunk and right context.
 
-    python -m perf.windows SPEECH_DIR [--quick]
+    python -m perf.windows SPEECH_DIR [--quick] [--repository DIR] [--model NAME]
 
 SPEECH_DIR holds labelled recordings, as for ``perf.evaluate``. Each is a stream that the decoder's own code cuts and decodes,
-in this process, with ONNX Runtime's sessions as Triton has them. The results go to ``perf/results/windows.md`` and
-``windows.json``, the picture to ``docs/windows.png``. perf/README.md says what the columns are.
+in this process, with ONNX Runtime's sessions as Triton has them. The results of the bundled model go to
+``perf/results/windows.md`` and ``windows.json``, the picture to ``docs/windows.png``; those of another model are printed only.
+perf/README.md says what the columns are.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from amira.models.configs import ModelError
+from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech
 from perf.floor import FrontEnd, open_graph
 from perf.plots import draw_windows
-from perf.recogniser import joint_step, parameters
+from perf.recogniser import choose, joint_step
 from perf.server import cpu_model
 from perf.speech import Samples
 
@@ -99,11 +102,12 @@ class Point(NamedTuple):
 class Networks:
     """The three graphs, as the decoder calls them."""
 
-    def __init__(self, repository: Path) -> None:
+    def __init__(self, recogniser: Recogniser) -> None:
         self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
         for _ in range(SESSIONS):
-            self._idle.put(FrontEnd(repository, threads=1))
-        self.step = joint_step(open_graph(repository, "decoder_joint", 1))
+            self._idle.put(FrontEnd(recogniser.preprocessor, recogniser.encoder, threads=1))
+        self.step = joint_step(open_graph(recogniser.decoder_joint, 1))
+        self.pieces = read_vocabulary(recogniser.vocabulary)
 
     def encode(self, windows: Sequence[Samples], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         """One call of preprocessor and encoder on windows of equal length."""
@@ -121,7 +125,7 @@ async def transcribe(
     networks: Networks, p: Parameters, geometry: Geometry, recordings: Sequence[Recording], done: Callable[[], None]
 ) -> list[str]:
     """Normalised texts of recordings as streams in windows of a geometry."""
-    pieces = read_vocabulary(MODEL_REPOSITORY / "vocab.txt")
+    pieces = networks.pieces
     p = replace(p, geometries={p.options.latency: geometry}, continuations=continuations(pieces[: p.blank]))
     encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
     decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
@@ -168,16 +172,14 @@ def geometries(p: Parameters, quick: bool) -> list[Geometry]:
     return list(dict.fromkeys([*(geometry for _, geometry in own), *others]))
 
 
-def measure(directory: Path, quick: bool) -> dict[str, Any]:
+def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
     """Measure every geometry.
 
     Returns:
         The report.
     """
-    p = Parameters.from_config(
-        {"parameters": {name: {"string_value": value} for name, value in parameters(MODEL_REPOSITORY).items()}}
-    )
-    networks, recordings, chosen = Networks(MODEL_REPOSITORY), read_speech(directory), geometries(p, quick)
+    p = Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
+    networks, recordings, chosen = Networks(recogniser), read_speech(directory), geometries(p, quick)
     everything = np.concatenate([recording.samples for recording in recordings])
     windows = {geometry: np.resize(everything, sum(geometry) * p.frame_samples) for geometry in chosen}
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -251,13 +253,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="recordings and their manifest.tsv")
     parser.add_argument("--quick", action="store_true", help="only the model's own geometries")
+    parser.add_argument(
+        "--repository", type=Path, default=MODEL_REPOSITORY, help="model repository; by default the bundled one"
+    )
+    parser.add_argument("--model", help="ensemble of the repository; not needed where it has one")
     arguments = parser.parse_args()
-    report = measure(arguments.directory, arguments.quick)
+    try:
+        recogniser = choose(arguments.repository, arguments.model)
+    except ModelError as error:
+        parser.error(str(error))
+    report = measure(arguments.directory, arguments.quick, recogniser)
     page = to_markdown(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "windows.md").write_text(page, encoding="utf-8")
-    (RESULTS / "windows.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
-    draw_windows(report, ROOT / "docs" / "windows.png")
+    if arguments.repository.resolve() == MODEL_REPOSITORY:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "windows.md").write_text(page, encoding="utf-8")
+        (RESULTS / "windows.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        draw_windows(report, ROOT / "docs" / "windows.png")
     print(page)
 
 

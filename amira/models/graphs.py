@@ -1,4 +1,4 @@
-"""What an ONNX transducer in NeMo's export convention says about itself, and what is wrong with it."""
+"""Read ONNX transducers in NeMo's export convention, and say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ from amira.models.configs import ModelError
 Shape = tuple[int | None, ...]
 
 OPEN = -1
-"""In a shape that is asked for, what a graph must leave open; Triton's configurations write it so too."""
+"""In an expected shape: a size that the graph must leave open, as Triton's configurations write it."""
 
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 LFS_POINTER = b"version https://git-lfs"
 MAX_DURATIONS = 16
-"""More outputs than this beyond the vocabulary are a vocabulary that is too short; published TDTs have 5."""
+"""Maximum number of durations of a TDT; more surplus logits mean a vocabulary that is too short. Published TDTs have 5."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: its ONNX element type, and its shape with None for what is open."""
+    """An input or output.
+
+    Attributes:
+        type: ONNX element type.
+        shape: sizes; None for what is open.
+    """
 
     type: int
     shape: Shape
 
     @property
     def dims(self) -> list[int]:
-        """The shape as Triton's configurations write it, with ``OPEN`` for what is open."""
+        """Return the shape as Triton's configurations write it, with ``OPEN`` for what is open."""
         return [OPEN if size is None else size for size in self.shape]
 
 
@@ -46,9 +51,9 @@ class Graph:
 
     Attributes:
         path: the file.
-        inputs, outputs: its tensors by name.
-        data_files: names of the files beside it that hold its weights.
-        size: bytes of all of them.
+        inputs, outputs: tensors by name.
+        data_files: names of the files beside it that contain weights.
+        size: bytes of all these files.
 
     Raises:
         ModelError: it is missing or no ONNX model, or its external data is missing or cut short.
@@ -71,17 +76,21 @@ class Graph:
         self.size = sum(file.stat().st_size for file in (path, *(path.parent / name for name in data)))
 
     def resolve(self) -> None:
-        """Take the outputs' shapes as ONNX Runtime has them: it infers sizes that the file leaves open, and reads the weights.
+        """Take the outputs' shapes from ONNX Runtime, which infers sizes that the file leaves open.
 
         Raises:
-            ModelError: it can't load the graph.
+            ModelError: ONNX Runtime can't load the graph.
         """
         for node in open_session(self.path).get_outputs():
             shape = tuple(size if isinstance(size, int) else None for size in node.shape)
             self.outputs[node.name] = replace(self.outputs[node.name], shape=shape)
 
     def check_no_others(self, inputs: Collection[str]) -> None:
-        """Raise ModelError if the graph has inputs beside these."""
+        """Check that the graph has no inputs beside these.
+
+        Raises:
+            ModelError: it has.
+        """
         if others := [name for name in self.inputs if name not in inputs]:
             raise ModelError(
                 f"{self.path}: nothing feeds {', '.join(others)}; expected the inputs {', '.join(inputs)} alone "
@@ -89,12 +98,12 @@ class Graph:
             )
 
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]], *, exact: bool = False) -> None:
-        """Hold the inputs or outputs against what is asked for.
+        """Compare the inputs or outputs with what is expected.
 
         Args:
             kind: ``input`` or ``output``.
-            expected: element type and shape by name; in a shape None is anything, and ``OPEN`` what must be open.
-            exact: whether the graph must fix the sizes that are asked for; else it may leave them open.
+            expected: element type and shape by name; in a shape None allows any size, and ``OPEN`` requires an open one.
+            exact: whether the graph must fix the expected sizes; else it may leave them open.
 
         Raises:
             ModelError: one is missing or differs.
@@ -115,13 +124,13 @@ class Graph:
 
 @dataclass(frozen=True)
 class Transducer:
-    """A model's graphs and what follows from them.
+    """A transducer: its graphs, and the sizes that follow from them.
 
     Attributes:
         encoder, decoder_joint: the graphs.
         vocabulary: its file.
-        features: feature bins that the encoder takes.
-        encoder_size: size of an encoder frame.
+        features: values of a feature frame.
+        encoder_size: values of an encoder frame.
         layers, hidden: the predictor's states are [layers, batch, hidden].
         pieces: size of the vocabulary with the blank, which is last.
         durations: jumps of a TDT in frames; empty for an RNN-T.
@@ -144,23 +153,23 @@ class Transducer:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """What the decoder has to be told, by the names of its parameters."""
+        """Return the decoder's parameters that follow from the graphs."""
         durations = {"durations": ",".join(map(str, self.durations))} if self.durations else {}
         sizes = {"blank": self.pieces - 1, "predictor_layers": self.layers, "predictor_hidden": self.hidden}
         return {"kind": self.kind, **durations, **{name: str(size) for name, size in sizes.items()}}
 
     @classmethod
     def read(cls, encoder: Graph, decoder_joint: Graph, vocabulary: Path, features: int | None = None) -> Transducer:
-        """Hold a model's graphs against the convention, each other and the vocabulary.
+        """Compare a model's graphs with the convention, each other and the vocabulary.
 
         Args:
             encoder: the encoder's graph.
             decoder_joint: the predictor's and joint network's graph.
             vocabulary: the pieces.
-            features: feature bins, where the encoder's graph leaves them open.
+            features: values of a feature frame, where the encoder's graph leaves them open.
 
         Raises:
-            ModelError: it does not follow the convention.
+            ModelError: they do not fit.
         """
         encoder.check("input", {"audio_signal": (FLOAT, (OPEN, features, OPEN)), "length": (INT64, (OPEN,))})
         encoder.check_no_others(("audio_signal", "length"))
@@ -200,7 +209,7 @@ class Transducer:
 
 
 def data_files(path: Path) -> list[str]:
-    """Names of the files that a graph keeps weights in; they need not be there.
+    """Return the names of the files that a graph keeps weights in; they may be missing.
 
     Raises:
         ModelError: it is missing or no ONNX model, or a name is that of a file elsewhere.
@@ -209,7 +218,7 @@ def data_files(path: Path) -> list[str]:
 
 
 def count_pieces(vocabulary: Path) -> int:
-    """Number of pieces in a vocabulary, the blank included.
+    """Return the number of pieces in a vocabulary, the blank included.
 
     Raises:
         ModelError: it is missing, malformed, or its last piece is no blank.
@@ -232,7 +241,7 @@ def count_pieces(vocabulary: Path) -> int:
 
 
 def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
-    """Last dimension of the joint network's outputs; NeMo leaves it open, so one step is run."""
+    """Return the last dimension of the joint network's outputs; NeMo leaves it open, so one step is run."""
     known = graph.outputs["outputs"].shape[-1]
     if known:
         return known
@@ -269,7 +278,7 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    """A graph without what lies beside it."""
+    """Return a graph without the weights in other files."""
     if not path.is_file():
         raise ModelError(f"{path} is missing")
     with path.open("rb") as file:
@@ -285,7 +294,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
-    """The files that hold a model's weights, and how many bytes each must have at least."""
+    """Return the files that contain a model's weights, and the minimum size of each in bytes."""
     sizes: dict[str, int] = {}
     for tensor in filter(uses_external_data, _weights(model.graph)):
         info = ExternalDataInfo(tensor)
@@ -296,7 +305,7 @@ def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """The initializers of a graph, its operators' constants, and those of the branches and loops inside."""
+    """Yield the initializers of a graph, its operators' constants, and those of its branches and loops."""
     yield from graph.initializer
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)

@@ -1,8 +1,8 @@
-"""``amira models import``: a transducer as the ecosystem publishes it becomes part of a model repository.
+"""Import transducers into a model repository: ``amira models import``.
 
-A source is a directory with ``encoder-model.onnx``, ``decoder_joint-model.onnx`` and ``vocab.txt``, which is what NeMo's ONNX
-export and the onnx-asr layout have in common, or a Hugging Face repository with those. The bundled model's configurations are
-the templates for an imported one's, so there is one set of them.
+A source is a directory with ``encoder-model.onnx``, ``decoder_joint-model.onnx`` and ``vocab.txt``, which NeMo's ONNX export
+and the onnx-asr layout have in common, or a Hugging Face repository with those files. The bundled model's configurations are
+the templates of an imported model's.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from amira.paths import MODEL_REPOSITORY
 SAMPLE_RATE = 16_000
 MEL_HOP_SAMPLES = 160
 MEL_BINS = (80, 128)
-"""Sizes of NeMo's mel front end that onnx-asr carries as graphs."""
+"""Feature sizes of NeMo's mel front ends that onnx-asr has as graphs."""
 
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
-"""For encoders that were trained on whole utterances: NeMo's buffered streaming loses 0.3 points with these (its PR 9106)."""
+"""Windows in seconds, for encoders trained on whole utterances; NeMo's buffered streaming loses 0.3 points (PR 9106)."""
 
 LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_frames": (10.0, 4.0, 2.0)}
-"""Left, chunk and right of the other latencies: for ``low`` a guess, and for ``throughput`` the same context as above."""
+"""Left context, chunk and right context of the other latencies, in seconds; those of ``low`` are not measured."""
 
 ASSUMED_DURATIONS = (0, 1, 2, 3, 4)
 """Durations of a TDT that does not name them: those of all published ones."""
 
 LARGE_ENCODER_BYTES = 200_000_000
-"""An encoder of this size or more has one session with all cores: each further session holds the weights once more."""
+"""Size from which an encoder has one session with all cores, since each session holds the weights in memory."""
 
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
-"""A GPU should compute many windows, or the frames of a whole chunk, in not much more time than one; none has measured it."""
+"""Parameters for a GPU, which computes many windows in little more time than one; not measured."""
 
 VOCABULARY = "vocab.txt"
 """Name of the vocabulary's file in the directory of each model that reads it."""
@@ -158,7 +158,7 @@ def _with_durations(transducer: Transducer, durations: tuple[int, ...]) -> Trans
 
 
 def _locate(source: str, suffix: str) -> Path:
-    """The directory of a source; downloads one that is a Hugging Face repository."""
+    """Return the directory of a source; download it if it is a Hugging Face repository."""
     path = Path(source)
     if path.suffix == ".nemo":
         raise ModelError(NEMO_RECIPE.format(path=source))
@@ -189,7 +189,7 @@ def _locate(source: str, suffix: str) -> Path:
 
 
 def _front_end(transducer: Transducer, *, gpu: bool) -> Path:
-    """The mel front end for a model. CUDA has no kernel for the STFT operator, so a GPU takes the one that convolves."""
+    """Return the mel front end for a model; for a GPU one without the STFT operator, for which CUDA has no kernel."""
     if transducer.features not in MEL_BINS:
         raise ModelError(
             f"{transducer.encoder.path}: input audio_signal takes {transducer.features} features; "
@@ -203,7 +203,7 @@ class _Writer:
     """Writes the models of one recogniser into a repository.
 
     Attributes:
-        directories: where they go.
+        directories: the models' directories.
     """
 
     def __init__(self, name: str, repository: Path) -> None:
@@ -214,7 +214,7 @@ class _Writer:
         return self._repository / (f"{self._name}_{part}" if part else self._name)
 
     def write(self, transducer: Transducer, config: SourceConfig, front_end: Path, frame_samples: int, *, gpu: bool) -> None:
-        """Write all; whatever was written is removed again if something fails."""
+        """Write all models; remove what was written if something fails."""
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
             graphs = dict(zip(ROLES, (Graph(front_end), transducer.encoder, transducer.decoder_joint), strict=True))
@@ -259,7 +259,7 @@ class _Writer:
         *,
         gpu: bool,
     ) -> int:
-        """Write a graph, its configuration and what its warm-up reads; return how many instances it has."""
+        """Write a graph, its configuration and its warm-up's files; return its number of instances."""
         config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
         _set_dims(config, _copy_graph(graph, self._directory(role) / "1"))
         if gpu:
@@ -300,7 +300,7 @@ class _Writer:
 
 
 def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
-    """Put the graph's shapes in the place of the template's: Triton wants to be told just as open outputs as they are."""
+    """Replace the template's shapes by the graph's; Triton requires outputs to be exactly as open as they are."""
     graph.resolve()
     for tensors, found in ((config.input, graph.inputs), (config.output, graph.outputs)):
         for tensor in tensors:
@@ -310,7 +310,7 @@ def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
 def _set_warmup(
     config: pb.ModelConfig, transducer: Transducer, window_frames: dict[str, int], frame_samples: int
 ) -> dict[str, bytes]:
-    """Fit the template's warm-up to one window of this model; return the files that it takes its lengths from."""
+    """Fit the template's warm-up to one window of this model; return the contents of the files with its lengths."""
     samples = sum(window_frames.values()) * frame_samples
     features = samples // MEL_HOP_SAMPLES
     state = (transducer.layers, 1, transducer.hidden)
@@ -334,10 +334,9 @@ def _set_warmup(
 
 
 def _copy_graph(graph: Graph, directory: Path) -> Graph:
-    """Copy a graph as ``model.onnx``; its files of weights keep their names, by which it asks for them.
+    """Copy a graph as ``model.onnx``, and its files of weights under their own names; return the copy.
 
-    Not by hard links: what is written to one name would change the other, and onnx refuses weights that have two. Nor does it
-    load those that are symbolic links, as a download's are; the copy, which is returned, it does.
+    Not as links: a write to one name would change the other, and onnx refuses weights with two names and symbolic links.
     """
     if "model.onnx" in graph.data_files:
         raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")

@@ -1,4 +1,4 @@
-"""Model repositories: which recognisers one has, and whether their files fit each other."""
+"""Recognisers of a model repository, and whether their files fit each other."""
 
 from __future__ import annotations
 

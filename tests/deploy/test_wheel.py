@@ -170,6 +170,28 @@ def files(directory: Path) -> set[Path]:
     return {path for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("variables", "uname", "line"),
+    [
+        (["PYTHON=3.13"], "Linux x86_64", "make: PYTHON=3.13 is no Python 3.10, 3.11 or 3.12, which the embedded Triton needs"),
+        (["PYTHON=/bin/true"], "Darwin arm64", "make: the embedded Triton needs x86-64 Linux, this is Darwin arm64; "),
+    ],
+)
+def test_setup_says_what_it_needs(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")
+    (tmp_path / "uname").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", "setup", *variables]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith(line)
+    assert all(other.startswith("make: ***") for other in rest)
+    assert not (tmp_path / ".venv").exists()
+
+
 @pytest.mark.slow
 def test_installation_from_the_registry(wheel: Path, folder: Path) -> None:
     """As users install it: pip resolves and downloads what the extras require."""

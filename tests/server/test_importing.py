@@ -120,7 +120,7 @@ async def test_failing_warmup_is_named(
         assert part in errors
 
 
-async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
+async def test_gpu_model_is_refused_by_the_engine(sources: dict[str, Path], tmp_path: Path) -> None:
     code, output, _ = await run_amira(
         "models", "import", str(sources["rnnt"]), "--name", "mine", "--gpu", "--into", str(tmp_path)
     )
@@ -132,7 +132,7 @@ async def test_what_is_for_a_gpu_is_not_for_the_engine(sources: dict[str, Path],
     assert "KIND_GPU" in errors
 
 
-async def test_a_broken_ensemble_does_not_hide_the_others(sources: dict[str, Path], tmp_path: Path) -> None:
+async def test_broken_ensemble_does_not_hide_others(sources: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         import_model(str(sources["rnnt"]), name, tmp_path, None, gpu=False)
     (tmp_path / "b_encoder" / "1" / "model.onnx").unlink()
@@ -149,7 +149,7 @@ def test_missing_package_for_models_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert result.stderr == "amira: onnx is not installed; this command needs pip install 'amira-asr[server,models]'\n"
 
 
-async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str, Path], tmp_path: Path) -> None:
+async def test_imported_graphs_are_warmed_up(sources: dict[str, Path], tmp_path: Path) -> None:
     """On sizes of one window of this model. That Triton does run them shows by one that can't be run: it isn't loaded."""
     import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
     for role, name, dims in (
@@ -170,7 +170,7 @@ async def test_imported_graphs_are_run_once_before_they_serve(sources: dict[str,
             pass
 
 
-def test_a_large_encoder_is_held_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_encoder_has_one_instance(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions(name: str) -> tuple[int, str, str]:
         import_model(str(source), name, tmp_path / "into", None, gpu=False)
         encoder, decoder = (
@@ -264,7 +264,7 @@ def hub(sources: dict[str, Path], tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hub_repository_is_downloaded(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     into = tmp_path / "into"
@@ -282,7 +282,7 @@ async def test_a_repository_of_the_hub_is_downloaded(hub: str, tmp_path: Path, m
     assert "amira: owner/model on Hugging Face has no encoder-model.int8.onnx" in errors
 
 
-async def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"http://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     code, _, errors = await run_amira("models", "import", "owner/model", "--into", str(tmp_path / "into"))
@@ -313,7 +313,7 @@ def test_missing_files_are_named(source: Path, tmp_path: Path, name: str) -> Non
     assert "missing" in message
 
 
-def test_a_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
+def test_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
     assert "encoder-model.fp16.onnx is missing" in refusal(source, tmp_path, "fp16")
 
 
@@ -325,19 +325,19 @@ def test_a_missing_variant_is_named(source: Path, tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "encoder-model.onnx is a Git LFS pointer"),
     ],
 )
-def test_what_is_no_graph_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
+def test_invalid_graph_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
     (source / "encoder-model.onnx").write_bytes(data)
     assert named in refusal(source, tmp_path)
 
 
-def test_weights_that_were_cut_short_are_named(source: Path, tmp_path: Path) -> None:
+def test_truncated_weights_are_named(source: Path, tmp_path: Path) -> None:
     data = source / "encoder-model.onnx.data"
     size = data.stat().st_size
     os.truncate(data, 1000)
     assert f"encoder-model.onnx.data, which has 1000 bytes; expected {size} at least" in refusal(source, tmp_path)
 
 
-def test_constants_kept_apart_are_weights_too(source: Path, tmp_path: Path) -> None:
+def test_external_constants_are_weights_too(source: Path, tmp_path: Path) -> None:
     path = source / "decoder_joint-model.onnx"
     keep_constants_apart(path, "constants")
     size = (source / "constants").stat().st_size
@@ -353,14 +353,14 @@ def test_weights_named_as_the_copied_graph_are_refused(source: Path, tmp_path: P
     assert f"{path} keeps weights in model.onnx" in refusal(source, tmp_path)
 
 
-def test_a_source_stays_its_owners(source: Path, tmp_path: Path) -> None:
+def test_source_and_copy_share_no_file(source: Path, tmp_path: Path) -> None:
     """Neither sees what is written to the other; and onnx refuses weights in a file with two names."""
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
     assert {path.stat().st_nlink for path in [*source.iterdir(), *(tmp_path / "into").rglob("*.*")] if path.is_file()} == {1}
 
 
 @pytest.mark.parametrize("outside", ["../../outside", "/outside", "folder/inside"])
-def test_a_graph_can_not_name_files_elsewhere(source: Path, tmp_path: Path, outside: str) -> None:
+def test_graph_with_files_elsewhere_is_refused(source: Path, tmp_path: Path, outside: str) -> None:
     path = source / "encoder-model.onnx"
     graph = onnx.load(path, load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -371,13 +371,13 @@ def test_a_graph_can_not_name_files_elsewhere(source: Path, tmp_path: Path, outs
     assert f"keeps weights in {outside!r}; expected a file beside it" in refusal(source, tmp_path)
 
 
-def test_swapped_graphs_name_tensor_and_what_is_there(source: Path, tmp_path: Path) -> None:
+def test_swapped_graphs_are_named(source: Path, tmp_path: Path) -> None:
     shutil.copy(source / "decoder_joint-model.onnx", source / "encoder-model.onnx")
     message = refusal(source, tmp_path)
     assert "encoder-model.onnx: input audio_signal is missing; the graph has encoder_outputs" in message
 
 
-def test_an_encoder_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_encoder_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(sources["tdt"] / "encoder-model.onnx", source / "encoder-model.onnx")
     message = refusal(source, tmp_path)
     assert "input audio_signal is FLOAT [?, 128, ?]; expected FLOAT [?, 80, ?]" in message
@@ -407,7 +407,7 @@ def _with_states_of_two_sizes(graph: onnx.GraphProto) -> None:
         (_with_states_of_two_sizes, "input input_states_2 is FLOAT [1, ?, 320]; expected FLOAT [1, ?, 640]"),
     ],
 )
-def test_other_tensors_are_named(source: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None], named: str) -> None:
+def test_wrong_tensors_are_named(source: Path, tmp_path: Path, change: Callable[[onnx.GraphProto], None], named: str) -> None:
     path = source / "decoder_joint-model.onnx"
     model = onnx.load(path)
     change(model.graph)
@@ -453,27 +453,27 @@ def test_sizes_that_graphs_leave_open(
         assert (found.encoder_size, found.hidden, found.pieces, found.durations) == (256, 640, 513, ())
 
 
-def test_sizes_that_no_graph_tells(source: Path, tmp_path: Path) -> None:
+def test_size_that_no_graph_fixes_is_refused(source: Path, tmp_path: Path) -> None:
     _edit_graph(source / "encoder-model.onnx", _open("output", "outputs", 1))
     _edit_graph(source / "decoder_joint-model.onnx", _open("input", "encoder_outputs", 1))
     assert "input encoder_outputs leaves its size open" in refusal(source, tmp_path)
 
 
-def test_without_a_front_end_for_its_features_an_encoder_is_refused(source: Path, tmp_path: Path) -> None:
+def test_encoder_without_a_front_end_is_refused(source: Path, tmp_path: Path) -> None:
     """Its graph may leave them open: then config.json tells."""
     (source / "config.json").write_text('{"features_size": 64}')
     _edit_graph(source / "encoder-model.onnx", _open("input", "audio_signal", 1))
     assert "takes 64 features; front ends exist for 80 and 128" in refusal(source, tmp_path)
 
 
-def test_a_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_vocabulary_of_another_model_is_refused(source: Path, sources: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(sources["tdt"] / "vocab.txt", source / "vocab.txt")
     message = refusal(source, tmp_path)
     assert "output outputs has 513 logits a frame; vocab.txt has 1025 pieces" in message
 
 
 @pytest.mark.parametrize("pieces", [300, 511, 512, 514])
-def test_a_vocabulary_of_another_length_is_refused(source: Path, tmp_path: Path, pieces: int) -> None:
+def test_vocabulary_of_another_length_is_refused(source: Path, tmp_path: Path, pieces: int) -> None:
     """Too short by two, or by hundreds, it makes no TDT of an RNN-T."""
     (source / "config.json").unlink()
     lines = [f"x {index}\n" for index in range(pieces - 1)] + [f"<blk> {pieces - 1}\n"]
@@ -494,12 +494,12 @@ def test_malformed_vocabularies_are_named(source: Path, tmp_path: Path, old: str
 
 
 @pytest.mark.parametrize(("data", "named"), [(b"", "is empty"), (b"\xe9 0\n<blk> 1\n", "is no UTF-8 text")])
-def test_what_is_no_vocabulary_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
+def test_invalid_vocabulary_is_named(source: Path, tmp_path: Path, data: bytes, named: str) -> None:
     (source / "vocab.txt").write_bytes(data)
     assert f"vocab.txt {named}" in refusal(source, tmp_path)
 
 
-def test_a_piece_may_be_a_line_separator(source: Path, tmp_path: Path) -> None:
+def test_piece_may_be_a_line_separator(source: Path, tmp_path: Path) -> None:
     edit(source / "vocab.txt", "tit 511", "\u2028 511")
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
     assert [recogniser.name for recogniser in recognisers(tmp_path / "into")] == ["mine"]
@@ -526,7 +526,7 @@ def test_wrong_configurations_of_a_source_are_named(source: Path, tmp_path: Path
     assert named in message
 
 
-def test_the_configuration_of_a_source_is_followed(source: Path, tmp_path: Path) -> None:
+def test_configuration_of_a_source_is_used(source: Path, tmp_path: Path) -> None:
     """What other tools write there is ignored."""
     (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 8, "max_tokens_per_step": 7}')
     import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
@@ -569,7 +569,7 @@ def test_recipe_writes_what_an_import_reads(sources: dict[str, Path], tmp_path: 
     assert (found.kind, found.durations, found.features, found.pieces) == ("tdt", (0, 1, 2, 4, 8), 128, 1025)
 
 
-def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:
+def test_invalid_names_and_places_are_refused(source: Path, tmp_path: Path) -> None:
     assert "neither a directory nor the id" in refusal(tmp_path / "nothing", tmp_path)
     for name in ("a/b", "..", ".", "", "-a", "a" * 41):
         assert f"name {name!r} is not allowed" in refusal(source, tmp_path, name=name)
@@ -578,7 +578,7 @@ def test_names_and_places_that_are_none(source: Path, tmp_path: Path) -> None:
         import_model(str(source), "mine", tmp_path / "file", None, gpu=False)
 
 
-def test_what_a_repository_has_is_not_touched(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_existing_models_are_not_touched(sources: dict[str, Path], tmp_path: Path) -> None:
     """Nor are parts whose ensemble has another name or is gone."""
     import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
     shutil.rmtree(tmp_path / "mine")
@@ -645,7 +645,7 @@ def test_front_end_and_encoder_must_fit(sources: dict[str, Path], tmp_path: Path
         recognisers(tmp_path)
 
 
-def test_durations_are_the_makers_word(sources: dict[str, Path], tmp_path: Path) -> None:
+def test_durations_of_a_repository_may_be_others(sources: dict[str, Path], tmp_path: Path) -> None:
     """The graphs tell how many there are, not which."""
     import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
     decoder = tmp_path / "mine_decoder" / "config.pbtxt"

@@ -38,7 +38,7 @@ from tests.support.servers import run_gateway
 
 @pytest.fixture
 def model_repository(tmp_path: Path) -> Path:
-    """A copy of the bundled repository, for a test to change."""
+    """A copy of the bundled repository that a test may change."""
     return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
 
 
@@ -154,7 +154,7 @@ async def ask_log_settings(ports: Ports, header: tuple[bytes, bytes]) -> bytes:
     return answer
 
 
-async def test_sigterm_stops_both_and_a_second_one_ends_the_drain() -> None:
+async def test_second_sigterm_ends_the_drain() -> None:
     env = environment(drain_timeout_secs=60)
     process = await asyncio.create_subprocess_exec(AMIRA, "run", env=env, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
     assert process.stderr
@@ -227,7 +227,7 @@ async def test_port_of_serve_in_use_is_one_line() -> None:
         ("vocab.txt", None, "", ["detokenizer", "vocab.txt is empty"]),
     ],
 )
-async def test_a_model_that_fails_to_load_is_named(
+async def test_model_that_fails_to_load_is_named(
     model_repository: Path, file: str, old: str | None, new: str, named: list[str]
 ) -> None:
     if old is None:
@@ -242,7 +242,7 @@ async def test_a_model_that_fails_to_load_is_named(
     assert "Traceback" not in errors
 
 
-async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
+async def test_end_of_triton_while_starting_is_explained(tmp_path: Path) -> None:
     def triton_at(grpc: int, metrics: int) -> Triton:
         prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
         return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
@@ -264,8 +264,8 @@ async def test_an_end_while_it_starts_says_how(tmp_path: Path) -> None:
         await starting
 
 
-async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the log keeps what every try left. The program is missing at first, and then a stand-in that ends at once."""
+async def test_failed_restart_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log keeps what every try printed. The program is missing at first, then it ends at once."""
     monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
     program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
     prepared = Engine(program, tmp_path, dict(os.environ))
@@ -281,7 +281,7 @@ async def test_whatever_keeps_it_from_starting_again_it_is_tried_again(tmp_path:
     await triton.stop()
 
 
-def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_engine_home_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(amira.engine.service, "ENGINE_HOME", tmp_path / "file" / "engine")
     result = CliRunner().invoke(app, ["run"])
@@ -290,7 +290,7 @@ def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(tmp_path / "file") in result.stderr
 
 
-async def test_a_missing_recording_is_named() -> None:
+async def test_missing_recording_is_named() -> None:
     code, _, errors = await run_amira("demo", "none.wav")
     assert code == 2
     assert "'none.wav' does not exist" in errors
@@ -345,7 +345,7 @@ async def test_bad_ports_and_addresses_are_named() -> None:
     assert errors.strip().endswith("AMIRA_TRITON_HOST is '::1'; it must be an IPv4 address")
 
 
-async def test_a_bad_setting_is_one_line() -> None:
+async def test_bad_setting_is_one_line() -> None:
     code, _, errors = await run_amira("serve", max_concurrent_streams="many")
     assert code == 2
     assert errors.strip() == (
@@ -382,7 +382,7 @@ async def test_config_show_marks_defaults(tmp_path: Path) -> None:
 
 
 async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) -> None:
-    """Triton forgets an idle sequence silently; the decoder does too, and counts it."""
+    """Triton drops an idle sequence without a word; the decoder drops its state and counts it."""
     edit(model_repository / "rnnt_greedy_bls" / "config.pbtxt", "microseconds: 60000000", "microseconds: 1000000")
     async with triton_with(model_repository) as ports, grpcclient.InferenceServerClient(f"{ports.host}:{ports.grpc}") as client:
 
@@ -416,8 +416,8 @@ async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) ->
             assert '"final"' in str(await socket.recv())
 
 
-async def test_a_failing_encoder_is_one_streams_error(model_repository: Path) -> None:
-    """Windows that the encoder can't serve: the stream gets an error that names it, and nothing stays behind."""
+async def test_failing_encoder_ends_one_stream(model_repository: Path) -> None:
+    """The encoder fails on every window: the stream gets an error, and the decoder keeps no state."""
     edit(model_repository / "rnnt_greedy_bls" / "config.pbtxt", 'string_value: "1536"', 'string_value: "96"')
     async with triton_with(model_repository) as ports:
         async with run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}") as gateway:
@@ -428,7 +428,7 @@ async def test_a_failing_encoder_is_one_streams_error(model_repository: Path) ->
         assert await decoder_metric(ports, "asr_decoder_sequences") == 0
 
 
-async def test_a_slow_backend_is_a_timeout(triton: Ports) -> None:
+async def test_slow_backend_is_a_timeout(triton: Ports) -> None:
     async with run_gateway(triton_endpoint=f"{triton.host}:{triton.grpc}", inference_timeout_secs=0.005) as gateway:
         async with httpx.AsyncClient() as http:
             answer = await http.post(gateway.batch_url(), content=bytes(960000), headers={"Content-Type": "audio/pcm"})
@@ -450,7 +450,7 @@ async def _none_left(ports: Ports) -> bool:
         ("platform.libc_ver", ("", ""), "this is another C library"),
     ],
 )
-def test_unsupported_platforms_are_told_of_the_container(
+def test_unsupported_platform_is_named(
     monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
 ) -> None:
     monkeypatch.setattr(f"amira.engine.wheel.{attribute}", lambda: value)
@@ -459,7 +459,7 @@ def test_unsupported_platforms_are_told_of_the_container(
     assert "container" in str(raised.value)
 
 
-def test_a_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_libpython_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wheel.find_libpython().is_file()
     monkeypatch.setattr("amira.engine.wheel.Path.exists", lambda _: False)
     with pytest.raises(

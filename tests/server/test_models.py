@@ -199,7 +199,7 @@ def load_quantized(source: Path, kind: str, threads: int) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_front_end_for_gpus_gives_the_tokens_of_onnx_asr(
+async def test_gpu_front_end_gives_the_tokens_of_onnx_asr(
     served: Served, sources: dict[str, Path], recordings: Recordings, kind: str
 ) -> None:
     """With the front end that onnx-asr takes there; all but the device is as ``--gpu`` writes it."""
@@ -214,7 +214,7 @@ async def test_the_front_end_for_gpus_gives_the_tokens_of_onnx_asr(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_stream_of_windows_with_full_context_equals_the_recording(
+async def test_full_context_windows_equal_the_recording(
     served: Served, recordings: Recordings, kind: str
 ) -> None:
     """Windows that hold all that a frame depends on, decoded a few frames at a time: jumps cross from one into the next."""
@@ -248,7 +248,7 @@ async def test_models_are_served_side_by_side(served: Served, recordings: Record
     assert unknown.status_code == 404
 
 
-def test_a_served_repository_is_listed(served: Served) -> None:
+def test_served_repository_is_listed(served: Served) -> None:
     lines = {recogniser.name: recogniser.describe() for recogniser in recognisers(served.repository)}
     assert lines["asr_ensemble"].startswith("asr_ensemble: rnnt, 512 pieces, 96 ms a frame")
     assert lines["tdt_1"].startswith("tdt_1: tdt, 1024 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low")

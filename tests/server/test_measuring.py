@@ -1,0 +1,67 @@
+"""Measuring a model that was imported, as docs/Models.md says."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from amira.models.importing import import_model
+from amira.paths import ROOT, SPEECH
+
+
+@pytest.fixture(scope="module")
+def repository(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one imported model."""
+    repository = tmp_path_factory.mktemp("measured") / "models"
+    import_model(str(sources["rnnt"]), "mine", repository, None, gpu=False)
+    return repository
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    """A directory with one short labelled recording."""
+    header, _, line, _ = (SPEECH / "manifest.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "manifest.tsv").write_text(f"{header}\n{line}\n", encoding="utf-8")
+    shutil.copy(SPEECH / line.partition("\t")[0], tmp_path)
+    return tmp_path
+
+
+async def measure(module: str, *arguments: str | Path) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", module, *arguments, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    output, errors = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def test_error_rates_of_an_imported_model(repository: Path, speech: Path) -> None:
+    code, output, errors = await measure("perf.evaluate", speech, "--repository", repository)
+    assert code == 0, errors
+    assert "1 recordings, 5 s" in output
+    rates = {cells[1].strip(): float(cells[3]) for line in output.splitlines() if len(cells := line.split("│")) > 4}
+    assert rates.keys() == {"batch", "stream"}
+    assert min(rates.values()) > 50, "the weights are random"
+
+
+async def test_windows_of_an_imported_model(repository: Path, speech: Path) -> None:
+    results = ROOT / "perf" / "results" / "windows.md"
+    before = results.read_bytes()
+    code, output, errors = await measure("perf.windows", speech, "--quick", "--repository", repository, "--model", "mine")
+    assert code == 0, errors
+    (balanced,) = (line for line in output.splitlines() if line.startswith("| balanced |"))
+    left, chunk, right = (float(cell) for cell in balanced.split("|")[2:5])
+    assert chunk < left
+    assert right > 0
+    assert results.read_bytes() == before, "those are the bundled model's"
+
+
+@pytest.mark.parametrize("module", ["perf.evaluate", "perf.windows"])
+async def test_unknown_model_is_named(repository: Path, speech: Path, module: str) -> None:
+    code, _, errors = await measure(module, speech, "--repository", repository, "--model", "other")
+    assert code == 2
+    assert errors.endswith(f"{repository} has no ensemble other; it has mine: choose one by --model\n")
