@@ -83,7 +83,7 @@ REQUEST_BODY: dict[str, Any] = {
     responses=openapi_responses(),
     openapi_extra={"requestBody": REQUEST_BODY},
     summary="Transcribe a recording",
-    description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC or Ogg file; "
+    description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC, Ogg, MP3, AIFF, AU, CAF or W64 file; "
     "as the body itself, as the `file` of a form, or as an array of bytes in the `audio_buffer` of JSON.",
 )
 async def decode_batch(request: Request, model: str) -> Response:

@@ -39,8 +39,8 @@ WALL_FACTOR = 10.0
 MEMORY_BYTES, MEMORY_PER_BYTE = 128 * 2**20, 4
 """Limit of memory: a fixed part, and a multiple of the file's size, which is copied twice."""
 
-INLINE_BYTES = 2**20
-"""Maximum size of a file that is copied within the event loop; a megabyte takes less than a millisecond."""
+COPIED_BYTES = 2**20
+"""Part of a file that is copied before other tasks get a turn; copying it takes less than a millisecond."""
 
 PACKAGE_ROOT = Path(__file__).parents[2]
 
@@ -94,10 +94,7 @@ class FilePool:
         with ours:  # closing it ends the job
             ours.setblocking(False)
             with theirs, _in_memory() as file:
-                if len(body) <= INLINE_BYTES:
-                    _write(file, body)
-                else:
-                    await asyncio.to_thread(_write, file, body)
+                await _write(file, body)
                 await self._send(json.dumps(asdict(job)).encode(), [file, theirs.fileno()])
             try:
                 return await asyncio.wait_for(_receive(ours, job), WALL_FACTOR * cpu_secs)
@@ -153,10 +150,13 @@ def _in_memory() -> Iterator[int]:
         os.close(file)
 
 
-def _write(file: int, body: bytes) -> None:
-    view = memoryview(body)
-    while view:
-        view = view[os.write(file, view) :]
+async def _write(file: int, body: bytes) -> None:
+    """Copy a body, and let other tasks run in between."""
+    for at in range(0, len(body), COPIED_BYTES):
+        part = memoryview(body)[at : at + COPIED_BYTES]
+        while part:
+            part = part[os.write(file, part) :]
+        await asyncio.sleep(0)
 
 
 async def _receive(answer: socket.socket, job: Job) -> NDArray[np.int16]:

@@ -1,6 +1,6 @@
-"""Coverage-guided fuzzing of the front door of audio: ``python tests/fuzz/audio.py DIRECTORY|FILE [libFuzzer's options]``.
+"""Coverage-guided fuzzing of audio decoding: ``python tests/fuzz/audio.py DIRECTORY|FILE [libFuzzer options]``.
 
-An input's first byte chooses the content type, the rest is the body. Anything but samples or an ``ApiError`` is a crash.
+The first byte of an input chooses the content type, the rest is the body. Anything but samples or an ``ApiError`` is a crash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_SECS = 2.0
 JSON = "application/json"
 CONTENT_TYPES = ("application/octet-stream", "audio/wav", "audio/flac", "audio/ogg", "audio/pcm", "", "audio/mpeg", JSON)
 SPARE_SAMPLES = 64
-"""By so much rounding and the resampler's tail may exceed the limit."""
+"""Excess over the limit that rounding and the resampler explain, for each link of a chain."""
 
 
 def fuzz(data: bytes) -> None:
@@ -44,9 +44,14 @@ def fuzz(data: bytes) -> None:
 
 
 def seeds() -> Iterator[bytes]:
-    """Inputs to begin with."""
+    """Yield inputs to begin with."""
     for file in files():
         yield b"\0" + file
+    ogg = [file for file in files() if file.startswith(b"OggS")]
+    yield b"\0" + b"".join(ogg)
+    for file in files():
+        if file.startswith((b"fLaC", b"OggS", b"\xff")):
+            yield b"\0ID3\4\0\0\0\0\0\x10" + bytes(16) + file
     yield b"\4" + pcm()
     yield b'\7{"audio_buffer":[1,0,255,127],"opaque":{"id":[1,null]},"description":""}'
 

@@ -1,4 +1,4 @@
-"""What the coverage-guided fuzzers share."""
+"""Start a coverage-guided fuzzer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import atheris
 
 
 def main(fuzz: Callable[[bytes], None], seeds: Callable[[], Iterable[bytes]]) -> None:
-    """Run libFuzzer as the command line says: in a directory, which gets the seeds, or on one input that is to be repeated."""
+    """Run libFuzzer on a directory, which gets the seeds, or on the one input to repeat."""
     if (corpus := Path(sys.argv[1])).is_dir():
         for number, seed in enumerate(seeds()):
             (corpus / f"seed-{number}").write_bytes(seed)

@@ -1,4 +1,4 @@
-"""What Schemathesis needs to know beyond OpenAPI: which models there are, and what audio looks like."""
+"""Teach Schemathesis the models and audio, which OpenAPI does not describe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RECORDINGS = [*files(), pcm()]
 
 @st.composite
 def audio(draw: st.DrawFn) -> bytes:
-    """A recording, mostly with some bytes changed, cut off or left out; sometimes anything."""
+    """Draw a recording, mostly with bytes changed, cut off or left out; sometimes any bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=2000))
     body = bytearray(draw(st.sampled_from(RECORDINGS)))
@@ -30,5 +30,5 @@ for name in ("audio/wav", "audio/flac", "audio/ogg", "application/octet-stream")
 
 @schemathesis.hook
 def before_generate_path_parameters(_context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Of a thousand random names none is a model's."""
+    """Draw the name of a model in most cases; random names never hit one."""
     return st.one_of(st.just({"model": "amira"}), st.just({"model": "amira"}), strategy)

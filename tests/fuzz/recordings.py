@@ -1,4 +1,4 @@
-"""A short tone in every form of file that is taken."""
+"""A short tone in every format and codec that is decoded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import soundfile
 FORMS = [
     ("WAV", "PCM_16", 16_000), ("WAV", "PCM_24", 44_100), ("WAV", "FLOAT", 8_000), ("WAV", "ULAW", 8_000),
     ("WAV", "MS_ADPCM", 16_000), ("WAV", "GSM610", 8_000), ("RF64", "PCM_16", 16_000), ("WAVEX", "PCM_16", 48_000),
+    ("AIFF", "PCM_16", 16_000), ("AU", "ULAW", 8_000), ("CAF", "PCM_16", 48_000), ("CAF", "ALAC_16", 16_000),
+    ("W64", "PCM_24", 16_000), ("MP3", "MPEG_LAYER_III", 16_000), ("MP3", "MPEG_LAYER_III", 44_100),
     ("FLAC", "PCM_16", 16_000), ("FLAC", "PCM_24", 44_100), ("OGG", "VORBIS", 16_000), ("OGG", "OPUS", 48_000),
 ]  # fmt: skip
 TONE = 0.3 * np.sin(np.arange(2400) / 8)
 
 
 def files() -> Iterator[bytes]:
-    """One channel of each, and two where the codec has them."""
+    """Yield each with one channel, and with two where the codec has them."""
     for container, subtype, rate in FORMS:
         for channels in (1,) if subtype == "GSM610" else (1, 2):
             file = io.BytesIO()
@@ -26,5 +28,5 @@ def files() -> Iterator[bytes]:
 
 
 def pcm() -> bytes:
-    """Raw PCM."""
+    """Return raw PCM."""
     return bytes((TONE * 32767).astype("<i2"))

@@ -1,4 +1,4 @@
-"""``make fuzz``: each fuzzer for ``MINUTES``. What they find is kept in ``.fuzz``, and tried first the next time."""
+"""``make fuzz``: run each fuzzer for ``MINUTES``. Findings stay in ``.fuzz`` and are tried first in the next run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def backend() -> AsyncIterator[Backend]:
 
 @pytest.fixture
 async def url(backend: Backend) -> AsyncIterator[str]:
-    """A gateway that is new for each fuzzer, and must still be well afterwards."""
+    """A new gateway for each fuzzer, which must still run afterwards."""
     (port,) = free_ports(LOOPBACK, 1)
     async with gateway_process(port, backend.ports, max_connects_per_address="100000") as process:
         yield f"http://{LOOPBACK}:{port}"
@@ -46,14 +46,14 @@ async def url(backend: Backend) -> AsyncIterator[str]:
 
 
 def run(directory: Path, *command: str | Path) -> int:
-    """Run a fuzzer in a directory of its own, its output going to ours."""
+    """Run a fuzzer in its own directory; its output is shown."""
     directory.mkdir(parents=True, exist_ok=True)
     return subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="this Schemathesis needs Python 3.11")
 async def test_rest(url: str) -> None:
-    """Schemathesis; ``schemathesis replay`` with what it prints repeats a failure."""
+    """Schemathesis; ``schemathesis replay`` with the printed argument repeats a failure."""
     config = ("--config-file", HERE / "schemathesis.toml")
     command = (Path(sys.executable).with_name("schemathesis"), *config, "fuzz", f"{url}/openapi.json")
     options = ("--max-time", f"{SECS:g}", "--max-response-time", str(SLOWEST_SECS), "--warnings", "off")
@@ -61,7 +61,7 @@ async def test_rest(url: str) -> None:
 
 
 async def test_websocket(url: str) -> None:
-    """Hypothesis; what fails is written down as a program, and tried first the next time."""
+    """Hypothesis; a failure is stored as a program and tried first in the next run."""
     speech = np.concatenate([*read_recordings().values()])
     server = Server(url, Settings().max_frame_bytes, speech, transcriber(url, speech))
     await asyncio.to_thread(converse_until, time.monotonic() + SECS, server, HOME / "websocket")
@@ -69,7 +69,7 @@ async def test_websocket(url: str) -> None:
 
 @pytest.mark.parametrize("target", ["audio", "frames"])
 def test_coverage_guided(target: str) -> None:
-    """Atheris; the file that it prints repeats a crash: ``python tests/fuzz/TARGET.py FILE``."""
+    """Atheris; the printed file repeats a crash: ``python tests/fuzz/TARGET.py FILE``."""
     directory = HOME / target
     corpus = directory / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)

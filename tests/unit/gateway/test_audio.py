@@ -324,7 +324,7 @@ def test_raw_pcm_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("body", [b"\0\0", b"RI", b"text", b"short text here", b"fLa\0", b"\xff\xfb\x90\x64"])
-def test_short_raw_pcm_that_looks_like_nothing(body: bytes) -> None:
+def test_short_raw_pcm_is_not_recognised_as_a_file(body: bytes) -> None:
     body = body[: len(body) // 2 * 2]
     assert decode(body).tobytes() == body
 
@@ -344,14 +344,14 @@ def test_other_types_are_refused(content_type: str) -> None:
 
 
 @pytest.mark.parametrize("subtype", ["mpeg", "mp4", "webm", "aac", "basic", "L16; rate=16000", "amr", "x-unknown", ""])
-def test_types_that_mean_another_encoding_are_refused(subtype: str) -> None:
+def test_types_of_other_encodings_are_refused(subtype: str) -> None:
     name = f"audio/{subtype}".partition(";")[0].lower()
     with refused(ErrorKind.UNSUPPORTED_MEDIA, name, "Ogg (Vorbis, Opus)"):
         decode(noise().tobytes(), f"audio/{subtype}")
 
 
 @pytest.mark.parametrize("subtype", ["wav", "x-wav", "wave", "flac", "x-flac", "ogg", "Opus; codecs=x"])
-def test_types_of_containers_need_one(subtype: str) -> None:
+def test_file_types_need_a_file(subtype: str) -> None:
     with refused(ErrorKind.UNDECODABLE_AUDIO, f"audio/{subtype}".partition(";")[0].lower()):
         decode(noise().tobytes(), f"audio/{subtype}")
 
@@ -422,7 +422,7 @@ def hour_of_silence() -> bytes:
 
 
 @pytest.mark.parametrize("name", ["flac", "flac of unknown length", "opus"])
-def test_an_hour_in_a_small_file_takes_no_memory(name: str, hour_of_silence: bytes) -> None:
+def test_an_hour_in_a_small_file_takes_little_memory(name: str, hour_of_silence: bytes) -> None:
     body = silent_opus(3600) if name == "opus" else hour_of_silence
     body = flac_with_total(body, 0) if "unknown" in name else body
     assert len(body) < 1_000_000
@@ -667,7 +667,7 @@ def test_mp3_longer_than_allowed() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, 1e30])
 @pytest.mark.parametrize("rate", [RATE, 48_000])
-def test_float_that_is_no_number(value: float, rate: int) -> None:
+def test_float_that_is_not_finite(value: float, rate: int) -> None:
     audio = tone(rate, channels=2)
     audio[-5, 1] = value
     with refused(ErrorKind.UNDECODABLE_AUDIO, "not a number"):
@@ -875,7 +875,7 @@ def test_json_without_an_audio_buffer(value: object) -> None:
         ([2**63], 0, str(2**63)),
     ],
 )
-def test_json_with_values_that_are_no_bytes(values: list[Any], index: int, shown: str) -> None:
+def test_json_values_that_are_not_bytes(values: list[Any], index: int, shown: str) -> None:
     with refused(ErrorKind.UNACCEPTABLE, f"audio_buffer[{index}] is", shown, "0 to 255") as caught:
         unpack_json(orjson.dumps({"audio_buffer": values}))
     assert len(caught.value.message) < 200

@@ -13,7 +13,7 @@ from gateway.config.settings import SECRETS, ConfigError, Settings
 
 SHIPPED = Path(__file__).parents[3] / "config.toml"
 
-EARLIER_CONFIG = """\
+LEGACY_CONFIG = """\
 # HTTP server configuration
 server_host = "0.0.0.0"
 server_port = 8057
@@ -46,7 +46,7 @@ max_symbols_per_step = 30
 max_total_tokens = 200
 """
 
-EARLIER_TUNING = """\
+LEGACY_TUNING = """\
 audio_buffer_pool_size = 20
 encoder_pool_size = 50
 decoder_pool_size = 100
@@ -56,7 +56,7 @@ audio_buffer_capacity = 2097152  # 2MB
 websocket_buffer_size = 65536    # 64KB
 """
 
-EARLIER_ENVIRONMENT = {
+LEGACY_ENVIRONMENT = {
     "AMIRA_SERVER_HOST": "0.0.0.0",
     "AMIRA_SERVER_PORT": "8057",
     "AMIRA_TRITON_ENDPOINT": "http://triton-server:8001",
@@ -115,7 +115,7 @@ class TestPrecedence:
     LAYERS = ("config.toml", "config.yaml", "SERVER_PORT", "AMIRA_SERVER_PORT")
 
     @pytest.mark.parametrize("count", range(len(LAYERS) + 1))
-    def test_the_later_layer_wins(self, count: int, tmp_path: Path) -> None:
+    def test_higher_source_takes_precedence(self, count: int, tmp_path: Path) -> None:
         environ = {}
         for number, layer in enumerate(self.LAYERS[:count]):
             if layer == "config.toml":
@@ -128,7 +128,7 @@ class TestPrecedence:
         assert loaded.settings.server_port == (count - 1 if count else 8057)
         assert loaded.sources["server_port"] == (self.LAYERS[count - 1] if count else "default")
 
-    def test_layers_are_merged_by_key(self, tmp_path: Path) -> None:
+    def test_sources_are_merged_by_key(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text('server_port = 1\nlog_level = "debug"\nlog_format = "console"')
         (tmp_path / "config.yaml").write_text("server_port: 2\nlog_level: error")
         loaded = load_settings({"AMIRA_SERVER_PORT": "3", "SERVER_HOST": "::1"}, tmp_path)
@@ -151,12 +151,12 @@ class TestPrecedence:
             ("INFERENCE_TIMEOUT_SECS", "inference_timeout_secs", "2.5", 2.5),
         ],
     )
-    def test_first_servers_variables(self, variable: str, key: str, text: str, value: Any, tmp_path: Path) -> None:
+    def test_legacy_variables(self, variable: str, key: str, text: str, value: Any, tmp_path: Path) -> None:
         loaded = load_settings({variable: text}, tmp_path)
         assert getattr(loaded.settings, key) == value
         assert loaded.sources[key] == variable
 
-    def test_an_empty_variable_is_not_set(self, tmp_path: Path) -> None:
+    def test_empty_variable_counts_as_not_set(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text('server_port = 1\napi_keys = ["secret"]')
         loaded = load_settings({"AMIRA_SERVER_PORT": "", "AMIRA_API_KEYS": " ", "AMIRA_CONFIG_FILE": ""}, tmp_path)
         assert loaded.settings.server_port == 1
@@ -172,7 +172,7 @@ class TestPrecedence:
             assert loaded.settings == Settings(server_port=3)
             assert loaded.sources["server_port"] == path
 
-    def test_process_and_working_directory_are_the_defaults(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_default_environment_and_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("AMIRA_MAX_TOTAL_TOKENS", "7")
         (tmp_path / "config.toml").write_text("max_symbols_per_step = 8")
@@ -192,13 +192,13 @@ class TestValues:
         settings = load_settings({"AMIRA_MODELS": '{"amira": "asr_ensemble", "de-1.0": "german"}'}, tmp_path).settings
         assert settings.models == {"amira": "asr_ensemble", "de-1.0": "german"}
 
-    def test_api_keys_are_never_shown(self, tmp_path: Path) -> None:
+    def test_api_keys_are_not_exported(self, tmp_path: Path) -> None:
         loaded = load_settings({"AMIRA_API_KEYS": "first-secret, second-secret"}, tmp_path)
         assert [key.get_secret_value() for key in loaded.settings.api_keys] == ["first-secret", "second-secret"]
         assert "secret" not in f"{loaded}{to_toml(loaded.settings)}{to_yaml(loaded.settings)}"
 
     @pytest.mark.parametrize(("given", "origins"), [({}, ()), ({"enable_cors": True}, ("*",))])
-    def test_cors_alone_is_for_every_origin(self, given: dict[str, Any], origins: tuple[str, ...]) -> None:
+    def test_cors_without_origins_allows_all(self, given: dict[str, Any], origins: tuple[str, ...]) -> None:
         assert Settings.model_validate(given).allowed_origins == origins
         assert Settings.model_validate(given | {"allowed_origins": ["https://a"]}).allowed_origins == ("https://a",)
 
@@ -222,14 +222,14 @@ class TestValues:
         with pytest.raises(ConfigError, match=r"triton_endpoints = 'a:1,b:c'.*must be a list of endpoints"):
             load_settings({"AMIRA_TRITON_ENDPOINTS": "a:1,b:c"})
 
-    def test_the_session_key_is_never_shown(self, tmp_path: Path) -> None:
+    def test_session_key_is_not_exported(self, tmp_path: Path) -> None:
         loaded = load_settings({"AMIRA_SESSION_KEY": "a secret of 24 characters"}, tmp_path)
         assert loaded.settings.session_key
         assert "secret" not in f"{loaded}{to_toml(loaded.settings)}{to_yaml(loaded.settings)}"
         with pytest.raises(ConfigError, match=r"session_key = \*\*\* \(from AMIRA_SESSION_KEY\): must be a text of 16"):
             load_settings({"AMIRA_SESSION_KEY": "too short"}, tmp_path)
 
-    def test_frozen(self) -> None:
+    def test_settings_are_frozen(self) -> None:
         with pytest.raises(ValidationError, match="frozen"):
             Settings().server_port = 1  # type: ignore[misc]
 
@@ -296,9 +296,7 @@ class TestBadValues:
             ),
         ],
     )
-    def test_one_line_names_key_value_source_and_what_is_allowed(
-        self, key: str, text: str, allowed: str, tmp_path: Path
-    ) -> None:
+    def test_message_names_key_value_source_and_allowed_values(self, key: str, text: str, allowed: str, tmp_path: Path) -> None:
         variable = f"AMIRA_{key.upper()}"
         assert error(tmp_path, **{variable: text}) == f"{key} = {text!r} (from {variable}): must be {allowed}"
 
@@ -324,14 +322,14 @@ class TestBadValues:
             ),
         ],
     )
-    def test_in_a_file(self, config: str, shown: str, tmp_path: Path) -> None:
+    def test_bad_value_in_file(self, config: str, shown: str, tmp_path: Path) -> None:
         assert error(tmp_path, config).startswith(shown)
 
-    def test_the_source_is_the_one_that_won(self, tmp_path: Path) -> None:
+    def test_message_names_source_with_precedence(self, tmp_path: Path) -> None:
         assert "'b' (from SERVER_PORT)" in error(tmp_path, "server_port = 'a'", SERVER_PORT="b")
         assert "'c' (from AMIRA_SERVER_PORT)" in error(tmp_path, "server_port = 'a'", SERVER_PORT="b", AMIRA_SERVER_PORT="c")
 
-    def test_a_bad_value_that_is_overridden_does_not_matter(self, tmp_path: Path) -> None:
+    def test_overridden_bad_value_is_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text("server_port = 'a'")
         assert load_settings({"AMIRA_SERVER_PORT": "1"}, tmp_path).settings.server_port == 1
 
@@ -350,11 +348,11 @@ class TestBadFiles:
     def test_unknown_key(self, config: str, message: str, tmp_path: Path) -> None:
         assert error(tmp_path, config) == message
 
-    def test_not_toml(self, tmp_path: Path) -> None:
+    def test_invalid_toml(self, tmp_path: Path) -> None:
         message = error(tmp_path, "log_level = 'info'\nserver_port = ")
         assert re.fullmatch(r"config\.toml: is not valid TOML: .* \(at .*\)", message)
 
-    def test_not_text(self, tmp_path: Path) -> None:
+    def test_file_that_is_not_utf_8(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
         assert error(tmp_path).startswith("config.toml: is not valid TOML: 'utf-8' codec can't decode")
 
@@ -371,13 +369,13 @@ class TestBadFiles:
             ("1: 2", "1 (from config.yaml): is not a setting"),
         ],
     )
-    def test_bad_yaml(self, content: str, message: str, tmp_path: Path) -> None:
+    def test_invalid_yaml(self, content: str, message: str, tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(content)
         shown = error(tmp_path)
         assert message in shown
         assert "secret" not in shown
 
-    def test_named_file(self, tmp_path: Path) -> None:
+    def test_named_file_that_is_not_usable(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text("server_port = 1")
         for name in ("mine.json", "mine"):
             message = f"AMIRA_CONFIG_FILE = '{name}': must be a .toml or .yaml or .yml file"
@@ -385,19 +383,19 @@ class TestBadFiles:
         message = "AMIRA_CONFIG_FILE = 'mine.toml': is not readable: No such file or directory"
         assert error(tmp_path, AMIRA_CONFIG_FILE="mine.toml") == message
 
-    def test_a_directory(self, tmp_path: Path) -> None:
+    def test_directory_instead_of_file(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").mkdir()
         assert error(tmp_path) == "config.toml: is not readable: Is a directory"
 
     @pytest.mark.parametrize("content", ["", "# nothing"])
     @pytest.mark.parametrize("name", ["config.toml", "config.yaml"])
-    def test_an_empty_file_is_fine(self, name: str, content: str, tmp_path: Path) -> None:
+    def test_empty_file_is_valid(self, name: str, content: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         assert load_settings({}, tmp_path) == (Settings(), dict.fromkeys(Settings.model_fields, "default"), [])
 
 
 class TestNotices:
-    def test_keys_without_effect_are_told_once_from_where_they_count(self, tmp_path: Path) -> None:
+    def test_keys_without_effect_give_one_notice(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text("vocabulary_path = 'vocab.txt'\nencoder_pool_size = 50")
         loaded = load_settings({"VOCABULARY_PATH": "a", "AMIRA_VOCABULARY_PATH": "b", "AMIRA_ENABLE_NUMA": "true"}, tmp_path)
         assert loaded.notices == [
@@ -415,26 +413,26 @@ class TestNotices:
         ]
 
     @pytest.mark.parametrize("name", sorted(LAUNCHER_VARIABLES))
-    def test_variables_that_are_no_settings(self, name: str, tmp_path: Path) -> None:
+    def test_launcher_variables_give_no_notice(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "a.toml").touch()
         assert load_settings({name: "a.toml"}, tmp_path).notices == []
 
 
-class TestEarlierServers:
-    def test_their_config(self, tmp_path: Path) -> None:
-        (tmp_path / "config.toml").write_text(EARLIER_CONFIG)
+class TestLegacyServers:
+    def test_config_file(self, tmp_path: Path) -> None:
+        (tmp_path / "config.toml").write_text(LEGACY_CONFIG)
         loaded = load_settings({}, tmp_path)
         assert loaded.settings == Settings(max_concurrent_batches=50, max_symbols_per_step=30, max_total_tokens=200)
         assert len(loaded.notices) == 5
 
-    def test_their_tuning(self, tmp_path: Path) -> None:
-        (tmp_path / "config.toml").write_text(EARLIER_TUNING)
+    def test_tuning_file(self, tmp_path: Path) -> None:
+        (tmp_path / "config.toml").write_text(LEGACY_TUNING)
         loaded = load_settings({}, tmp_path)
         assert loaded.settings == Settings(audio_buffer_capacity=2 * 2**20)
         assert len(loaded.notices) == 6
 
-    def test_their_variables(self, tmp_path: Path) -> None:
-        loaded = load_settings(EARLIER_ENVIRONMENT, tmp_path)
+    def test_environment(self, tmp_path: Path) -> None:
+        loaded = load_settings(LEGACY_ENVIRONMENT, tmp_path)
         assert loaded.settings == Settings(
             triton_endpoint="http://triton-server:8001",
             inference_timeout_secs=10,
@@ -444,30 +442,30 @@ class TestEarlierServers:
             max_total_tokens=200,
             jaeger_endpoint="http://localhost:14268/api/traces",
         )
-        own = {name for name in EARLIER_ENVIRONMENT if name.startswith("AMIRA_")}
+        own = {name for name in LEGACY_ENVIRONMENT if name.startswith("AMIRA_")}
         live = {source for source in loaded.sources.values() if source != "default"}
         told = {name for name in own for notice in loaded.notices if f"(from {name}) has no effect" in notice}
         assert live | told == own
         assert len(live) + len(loaded.notices) == len(own)
 
-    def test_every_key_without_effect_is_one_of_theirs(self) -> None:
-        keys = re.findall(r"^(\w+) =", EARLIER_CONFIG + EARLIER_TUNING, re.MULTILINE)
-        keys += [name.removeprefix("AMIRA_").lower() for name in EARLIER_ENVIRONMENT]
+    def test_keys_without_effect_are_all_legacy_keys(self) -> None:
+        keys = re.findall(r"^(\w+) =", LEGACY_CONFIG + LEGACY_TUNING, re.MULTILINE)
+        keys += [name.removeprefix("AMIRA_").lower() for name in LEGACY_ENVIRONMENT]
         assert KEYS_WITHOUT_EFFECT.keys() <= set(keys)
         assert not KEYS_WITHOUT_EFFECT.keys() & Settings.model_fields.keys()
 
 
 class TestShippedConfig:
-    def test_is_the_defaults(self) -> None:
+    def test_has_the_defaults(self) -> None:
         loaded = load_settings({}, SHIPPED.parent)
         assert loaded.settings == Settings()
         assert loaded.notices == []
 
-    def test_names_every_setting_and_no_other(self) -> None:
+    def test_names_exactly_the_settings(self) -> None:
         named = re.findall(r"^(?:# )?(\w+) = ", SHIPPED.read_text(encoding="utf-8"), re.MULTILINE)
         assert sorted(named) == sorted(Settings.model_fields)
 
-    def test_with_every_comment_undone_it_loads(self, tmp_path: Path) -> None:
+    def test_loads_with_commented_settings(self, tmp_path: Path) -> None:
         undone = re.sub(r"^# (?=\w+ = )", "", SHIPPED.read_text(encoding="utf-8"), flags=re.MULTILINE)
         (tmp_path / "config.toml").write_text(undone, encoding="utf-8")
         assert set(load_settings({}, tmp_path).sources.values()) == {"config.toml"}
@@ -517,9 +515,9 @@ class TestExport:
         again = load_settings({}, tmp_path / "shown").settings
         assert again == loaded.settings.model_copy(update={"api_keys": ()})
 
-    def test_toml_leaves_out_what_is_not_set(self) -> None:
+    def test_toml_omits_unset_values(self) -> None:
         assert "max_total_tokens" not in to_toml(Settings())
         assert "max_total_tokens = 7" in to_toml(self.CHANGED)
 
-    def test_yaml_has_every_setting_but_the_keys(self) -> None:
+    def test_yaml_omits_secrets_only(self) -> None:
         assert yaml.safe_load(to_yaml(Settings())).keys() == Settings.model_fields.keys() - SECRETS
