@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training import config as configuration
+from training.chunks import STACK
 from training.command import run
 from training.data import TOKENS
-from training.chunks import STACK
 from training.model import Transducer, build
 from training.moonshine import FRAME_SAMPLES
 from training.weights import averaged

@@ -57,7 +57,7 @@ def _dictionary(root: Path, name: str) -> str:
 
 def _bible(root: Path) -> Iterator[str]:
     """Yield the verses of the King James Version, which its own program prints."""
-    program = [root / "usr/bin/bible", "-p", root / "usr/lib", "-f", "gen1:1-rev22:21"]
+    program = [f"{root}/usr/bin/bible", "-p", f"{root}/usr/lib", "-f", "gen1:1-rev22:21"]
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout  # noqa: S603 - our own words
     for line in printed.splitlines():
         yield from _prose(line.partition(" ")[2])

@@ -50,7 +50,7 @@ class _Chosen(torch.autograd.Function):
         return logits[..., blank].float() - total, labels
 
     @staticmethod
-    def backward(context: Any, blanks: Tensor, labels: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, blanks: Tensor, labels: Tensor) -> tuple[Tensor, None, None]:
         logits, total, index = context.saved_tensors
         both = blanks.clone()
         both[:, :, :-1] += labels
@@ -98,7 +98,7 @@ class _Lattice(torch.autograd.Function):
         return -total.float()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         by_blank, by_label = context.saved_tensors
         scale = -gradient[:, None, None]
         return by_blank * scale, by_label * scale, None, None

@@ -66,6 +66,8 @@ class Trainer:
         self._pieces = pieces
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # cuDNN's attention builds a plan for every new shape, which takes half a second; here every batch has one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.average = build(config), build(config)
         self.at = Progressed()
         self._begun = begin is not None
@@ -96,6 +98,8 @@ class Trainer:
         encoder, settings = self.model.encoder, self._config.train
         scales = {id(p): settings.lower_rate for p in encoder.lower.parameters()}
         scales |= {id(p): settings.upper_rate for p in encoder.upper.parameters()}
+        encoder.lower.requires_grad_(settings.lower_rate > 0)
+        encoder.upper.requires_grad_(settings.upper_rate > 0)
         groups: dict[tuple[float, bool], list[Tensor]] = {}
         for parameter in (p for p in self.model.parameters() if p.requires_grad):
             groups.setdefault((scales.get(id(parameter), 1.0), parameter.ndim > 1), []).append(parameter)
@@ -171,7 +175,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(learnt, 1.0)
             optimiser.step()
             if step % 200 == 0 or step == total - 1:
-                self._log({"language": {"step": step, "of": total, "loss": round(float(loss), 4)}}, began)
+                self._log({"language": {"step": step, "of": total, "loss": round(float(loss.detach()), 4)}}, began)
         self.average.load_state_dict(self.model.state_dict())
 
     def _autocast(self) -> torch.autocast:
@@ -227,7 +231,8 @@ class Trainer:
 
     def _step(self, examples: list[Example], done: float) -> dict[str, Tensor]:
         settings = self._config.train
-        rate = settings.rate * min(1.0, (self.at.step + 1) / max(1, settings.warm_up_steps)) * 0.5 * (1 + math.cos(math.pi * done))
+        warmed = min(1.0, (self.at.step + 1) / max(1, settings.warm_up_steps))
+        rate = settings.rate * warmed * 0.5 * (1 + math.cos(math.pi * done))
         for group in self._optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         self.model.train()
