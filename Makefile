@@ -12,7 +12,7 @@ SOURCES := gateway launcher amira_client model-repo backends training tests perf
 LOCKED := engine models perf tracing fuzz build dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint format eval perf bench windows data train export peers test-training chaos fuzz soak lock clean
+.PHONY: help setup run demo test lint format eval perf bench windows text data train export peers test-training chaos fuzz soak lock clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -74,11 +74,15 @@ $(VENV)/training-installed: $(VENV)/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
 	@touch $@
 
-data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [CHOOSE=dir]
+text: $(VENV)/training-installed  ## Gather sentences to speak from packages of Debian: make text [TEXT=file.gz]
+	@$(BIN)/python -m training.gather --into $(or $(TEXT),$(WORK)/text.gz)
+
+data: $(VENV)/training-installed  ## Make the speech to train on: make data [SPEECH=dir] [CHOOSE=dir]
 	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH)) $(if $(CHOOSE),--choose $(CHOOSE))
 
-train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir] [START=repo]
-	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START))
+train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [START=repo] [DEVICE=cuda] [MINUTES=60]
+	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START)) $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
 
 export: $(VENV)/training-installed  ## Write the trained model's graphs: make export [WORK=dir] [INTO=dir]
 	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO)
