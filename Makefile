@@ -16,7 +16,7 @@ LOCKED := --extra engine --extra models --extra tracing --group perf --group doc
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows data train export peers test-training chaos fuzz soak lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows text data train export peers test-training chaos fuzz soak lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -95,11 +95,15 @@ $(VENV)/training-installed: $(VENV)/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --group training
 	@touch $@
 
-data: $(VENV)/training-installed  ## Make the features to train on: make data [SPEECH=dir] [CHOOSE=dir]
+text: $(VENV)/training-installed  ## Gather sentences to speak from packages of Debian: make text [TEXT=file.gz]
+	@$(BIN)/python -m training.gather --into $(or $(TEXT),$(WORK)/text.gz)
+
+data: $(VENV)/training-installed  ## Make the speech to train on: make data [SPEECH=dir] [CHOOSE=dir]
 	@nice $(BIN)/python -m training.data --work $(WORK) $(if $(SPEECH),--speech $(SPEECH)) $(if $(CHOOSE),--choose $(CHOOSE))
 
-train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [WORK=dir] [START=repo]
-	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START))
+train: $(VENV)/training-installed  ## Train the bundled model, or go on with it: make train [START=repo] [DEVICE=cuda] [MINUTES=60]
+	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START)) $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
 
 export: $(VENV)/training-installed  ## Write the trained model's graphs: make export [WORK=dir] [INTO=dir]
 	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO)

@@ -26,7 +26,7 @@ class Part(BaseModel):
 
 
 class Data(Part):
-    """What the features are made of."""
+    """What is spoken, and by whom."""
 
     sentences: Path
     most_sentences: int | None = Field(default=None, gt=0)
@@ -35,13 +35,8 @@ class Data(Part):
     voices: dict[Literal["hibari", "flite", "espeak"], float]
     shard_sentences: int = Field(gt=0)
     longest_secs: float = Field(gt=1)
-    speech_copies: int = Field(ge=1)
     held_out: int = Field(ge=2)
-    most_of_a_copy: dict[str, Share]
-    windowed: Share
-    window_left: int = Field(ge=0)
-    window_chunk: int = Field(gt=0)
-    window_right: int = Field(ge=0)
+    most_of_a_set: dict[str, Share]
 
 
 class Model(Part):
@@ -58,31 +53,36 @@ class Model(Part):
     dropout: Share
 
 
-class Phase(Part):
-    """One stretch of the training: `hours` of audio, counted as often as they are passed."""
+class Chunks(Part):
+    """How the encoder is cut in training, as live streams cut it; lengths are in frames of 96 ms."""
 
-    name: str
-    hours: float = Field(gt=0)
-    loss: Literal["ctc", "transducer"]
-    moonshine_layers: int = Field(ge=0, le=3)
-    rate: float = Field(gt=0)
-    final_rate: float = Field(ge=0)
+    share: Share
+    shortest: int = Field(gt=0)
+    longest: int = Field(gt=0)
+    look_ahead: int = Field(ge=0)
+    shortest_left: int = Field(gt=0)
+    longest_left: int = Field(gt=0)
 
 
 class Train(Part):
-    """How it is learnt."""
+    """How it is learnt: for so many minutes by the clock, or so many steps."""
 
+    minutes: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     batch_secs: float = Field(gt=0)
     speech_share: Share
+    language_epochs: int = Field(ge=0)
     warm_up_steps: int = Field(ge=0)
+    rate: float = Field(gt=0)
+    lower_rate: float = Field(ge=0)
+    upper_rate: float = Field(ge=0)
     weight_decay: float = Field(ge=0)
     clip: float = Field(gt=0)
     average: Share
-    moonshine_rate: float = Field(ge=0)
     ctc_weight: float = Field(ge=0)
     wrong_tokens: Share
     check_minutes: float = Field(gt=0)
-    phases: list[Phase]
+    chunks: Chunks
 
 
 class Config(Part):

@@ -1,4 +1,7 @@
-"""`make data`: speak the sentences, distort, encode; nothing that is already there is made again."""
+"""`make data`: speak the sentences, read the recordings; nothing that is already there is made again.
+
+A training may run beside: it takes up shards as they appear.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,29 @@ from typing import Annotated
 
 import numpy as np
 import sentencepiece
-import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from training import config as configuration
-from training import moonshine
+from training import store
 from training.command import run
 from training.config import Config
-from training.distort import distort, level, stretch
-from training.features import Features, Spoken
-from training.model import LOWER
 from training.speech import RATE, Audio, Recording, Voices, check_installed, grouped, recordings
 from training.text import normalise, sentences
 
 TOKENS = "tokens.model"
-_STRETCHES = (1.0, 0.9, 1.1, 0.95, 1.06, 0.88, 1.13)
+LANGUAGE = "language.npz"
+"""All text as pieces: `tokens` of all sentences in a row, and the `lengths` of each."""
+_RECORDINGS_A_SHARD = 100
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make: numbers of sentences, or recordings with the number of the copy (0: undistorted)."""
+    """One shard to make: numbers of sentences, or recordings."""
 
     name: str
     sentences: range | None = None
     recordings: tuple[Recording, ...] = ()
-    copy: int = 0
-    windowed: float = 0.0
 
 
 def held_out(found: list[Recording], every: int) -> tuple[list[Recording], list[Recording]]:
@@ -57,61 +56,40 @@ def jobs(config: Config, speech: Path | None, choose: Path | None) -> Iterator[J
     else:
         train, chosen = held_out(train, data.held_out)
     if chosen:
-        yield Job("choose-whole", recordings=tuple(chosen))
-        yield Job("choose-windows", recordings=tuple(chosen), windowed=1.0)
-    if train:
-        random = np.random.default_rng(config.seed)
-        for copy in range(data.speech_copies):
-            kept = [r for r in train if random.random() < data.most_of_a_copy.get(r.set, 1.0)]
-            yield Job(f"speech-{copy:02d}", recordings=tuple(kept), copy=copy, windowed=data.windowed if copy else 0.0)
+        yield Job("choose", recordings=tuple(chosen))
+    random = np.random.default_rng(config.seed)
+    kept = [r for r in train if random.random() < data.most_of_a_set.get(r.set, 1.0)]
+    for number, first in enumerate(range(0, len(kept), _RECORDINGS_A_SHARD)):
+        yield Job(f"speech-{number:02d}", recordings=tuple(kept[first : first + _RECORDINGS_A_SHARD]))
     count = len(sentences(data.sentences)[: data.most_sentences])
     for number, first in enumerate(range(0, count, data.shard_sentences)):
-        numbers = range(first, min(first + data.shard_sentences, count))
-        yield Job(f"synthetic-{number:04d}", sentences=numbers, windowed=data.windowed)
+        yield Job(f"synthetic-{number:05d}", sentences=range(first, min(first + data.shard_sentences, count)))
 
 
 class Maker:
     """Makes shards, one after the other, in a process of its own."""
 
     def __init__(self, config: Config, directory: Path) -> None:
-        torch.set_num_threads(1)
         self._config, self._directory = config, directory
-        stem, lower, _ = moonshine.load(LOWER)
-        self._features = Features(stem, lower, config.data)
         self._voices = Voices(config.data.voices)
         self._sentences = sentences(config.data.sentences)
 
     def make(self, job: Job) -> str:
         """Make one shard; its random choices depend on the seed and its name alone."""
         random = np.random.default_rng([self._config.seed, *job.name.encode()])
-        speech = self._spoken(job, random) if job.sentences else self._recorded(job, random)
-        self._features.write(list(speech), self._directory / f"{job.name}.json")
+        made = self._spoken(job, random) if job.sentences else ((r.read(), r.text, r.set) for r in job.recordings)
+        store.write(made, self._directory / f"{job.name}.json")
         return job.name
 
-    def _spoken(self, job: Job, random: np.random.Generator) -> Iterator[Spoken]:
-        chosen = [self._sentences[i] for i in job.sentences or ()]
-        others: list[Audio] = []
-        for group in grouped(chosen, random):
+    def _spoken(self, job: Job, random: np.random.Generator) -> Iterator[tuple[Audio, str, str]]:
+        longest = self._config.data.longest_secs * RATE
+        for group in grouped([self._sentences[i] for i in job.sentences or ()], random):
             voice, audio = self._voices.speak(group, random)
-            if len(audio) > self._config.data.longest_secs * RATE:
+            if len(audio) > longest:
                 group = group[:1]  # noqa: PLW2901 - too long together
                 voice, audio = self._voices.speak(group, random)
-            if len(audio) > self._config.data.longest_secs * RATE:
-                continue
-            spoken = Spoken(distort(audio, others, random), normalise(" ".join(group)), voice, random.random() < job.windowed)
-            others = [*others[-7:], audio]
-            yield spoken
-
-    def _recorded(self, job: Job, random: np.random.Generator) -> Iterator[Spoken]:
-        others: list[Audio] = []
-        for recording in job.recordings:
-            audio = recording.read()
-            others = [*others[-7:], audio]
-            if job.copy:
-                audio = distort(stretch(audio, _STRETCHES[(job.copy - 1) % len(_STRETCHES)]), others[:-1], random)
-            else:
-                audio = level(audio, random)
-            yield Spoken(audio, recording.text, recording.set, random.random() < job.windowed)
+            if len(audio) <= longest:
+                yield audio, normalise(" ".join(group)), voice
 
 
 _maker: Maker | None = None
@@ -150,17 +128,34 @@ def tokens(config: Config, directory: Path, speech: Path | None) -> None:
     )
 
 
+def _encode(lines: list[str], model: Path) -> list[list[int]]:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    return [row for row in pieces.encode([normalise(line) for line in lines]) if row]
+
+
+def language(config: Config, directory: Path, pool: ProcessPoolExecutor) -> None:
+    """Write all text as pieces, for the predictor to learn from; once."""
+    if (directory / LANGUAGE).exists():
+        return
+    lines, share = sentences(config.data.sentences)[: config.data.most_sentences], 5_000
+    parts = [lines[first : first + share] for first in range(0, len(lines), share)]
+    rows = [row for part in pool.map(_encode, parts, itertools.repeat(directory / TOKENS)) for row in part]
+    scratch = directory / f"part-{LANGUAGE}"
+    np.savez(scratch, tokens=np.concatenate([np.array(row, np.int16) for row in rows]), lengths=[len(row) for row in rows])
+    scratch.rename(directory / LANGUAGE)
+
+
 def main(
-    work: Annotated[Path, typer.Option(help="Where features, checkpoints and the log go")],
+    work: Annotated[Path, typer.Option(help="Where speech, checkpoints and the log go")],
     speech: Annotated[Path | None, typer.Option(help="Labelled recordings with their manifest.tsv")] = None,
     choose: Annotated[Path | None, typer.Option(help="Labelled recordings to choose by, instead of some of those")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
     processes: Annotated[int, typer.Option(help="How many at once")] = os.cpu_count() or 1,
 ) -> None:
-    """Make the features to train on."""
+    """Make the speech to train on."""
     settings = configuration.load(config)
     check_installed(settings.data.voices)
-    directory = work / "features"
+    directory = work / "speech"
     directory.mkdir(parents=True, exist_ok=True)
     tokens(settings, work, speech)
     todo = [job for job in jobs(settings, speech, choose) if not (directory / f"{job.name}.json").exists()]
@@ -170,6 +165,7 @@ def main(
         ProcessPoolExecutor(processes, context, initializer=_start, initargs=(settings, directory)) as pool,
         Progress(*columns) as progress,
     ):
+        language(settings, work, pool)
         bar = progress.add_task("shards", total=len(todo))
         for made in as_completed([pool.submit(_make, job) for job in todo]):
             progress.update(bar, advance=1, description=made.result())

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training import config as configuration
-from training import moonshine
+from training.chunks import STACK
 from training.command import run
 from training.data import TOKENS
-from training.features import SAMPLES
-from training.model import LOWER, Transducer, build
+from training.model import Transducer, build
 from training.moonshine import FRAME_SAMPLES
+from training.weights import averaged
 
 _SMALL = 4096
 """Weights that are not worth storing in fewer bits."""
@@ -46,18 +46,17 @@ class Preprocessor(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All of the encoder: stem, lower layers, and what was trained above them."""
+    """The encoder, from the preprocessor's features."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
-        self.stem, self.lower, _ = moonshine.load(LOWER)
         self.encoder = model.encoder
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """Map features [B, 384, T] to outputs [B, D, ceil(T / 4)] and their lengths [B]."""
         samples = audio_signal.transpose(1, 2).flatten(1)
         samples = samples * (torch.arange(samples.shape[1]) < length[:, None] * FRAME_SAMPLES).to(samples.dtype)
-        encoded, lengths = self.encoder(self.lower(self.stem(samples, length), length), length)
+        encoded, lengths = self.encoder(samples, length)
         return encoded.transpose(1, 2), lengths
 
 
@@ -167,11 +166,8 @@ def _inputs_axis(graph: onnx.GraphProto, name: str) -> int:
 
 def write(config: configuration.Config, work: Path, repository: Path) -> int:
     """Write graphs and vocabulary of the trained model into a model repository; return their size in bytes."""
-    checkpoint = work / "checkpoint.pt"
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"no {checkpoint.name} in {work}: run make train first")
     model = build(config)
-    model.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
+    model.load_state_dict(averaged(work))
     size = 0
     for name, graph in graphs(model, config.model.predictor, config.model.width).items():
         path = repository / name / "1" / "model.onnx"
@@ -186,13 +182,13 @@ def write(config: configuration.Config, work: Path, repository: Path) -> int:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where the checkpoint is")],
+    work: Annotated[Path, typer.Option(help="Where the checkpoint or its copies are")],
     into: Annotated[Path, typer.Option(help="The model repository")],
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
 ) -> None:
     """Write the trained model's graphs."""
     size = write(configuration.load(config), work, into)
-    typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {SAMPLES} samples a frame")
+    typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {STACK * FRAME_SAMPLES} samples a frame")
 
 
 if __name__ == "__main__":

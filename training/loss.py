@@ -1,58 +1,134 @@
-"""The transducer's loss: minus the log probability of a text, over all ways to place it in the frames."""
+"""The transducer's loss: minus the log probability of a text, over all ways to place it in the frames.
+
+Everything is a batch on one device. The lattice of a text is walked by anti-diagonals, forwards and backwards at once, and its
+gradient is computed with it, so that autograd keeps no step of the walk.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from training.model import Joint
 
 _IMPOSSIBLE = -1e30
 
 
-def transducer_loss(joint: Joint, encoded: list[Tensor], predicted: list[Tensor], targets: list[Tensor], blank: int) -> Tensor:
+def transducer_loss(
+    joint: Joint, encoded: Tensor, predicted: Tensor, targets: Tensor, frames: Tensor, counts: Tensor, blank: int
+) -> Tensor:
     """Return the loss [B] of each target.
 
     Args:
         joint: Makes logits of a frame and a token.
-        encoded: For each row, the encoder's frames [T, D].
-        predicted: For each row, the predictor's outputs [U + 1, P], the first of them before any token.
-        targets: For each row, the tokens [U].
+        encoded: The encoder's frames [B, T, D].
+        predicted: The predictor's outputs [B, U + 1, P], the first of them before any token.
+        targets: The tokens [B, U], anything below `blank` behind a row's end.
+        frames: How many frames of each row are real [B], at least one.
+        counts: How many tokens of each row are real [B].
         blank: Blank's index.
     """
-    blanks, labels = [], []
-    for row_frames, row_tokens, target in zip(encoded, predicted, targets, strict=True):
-        logits = joint(joint.frame(row_frames)[:, None], joint.token(row_tokens)[None]).float()  # [T, U + 1, V + 1]
-        total = logits.logsumexp(-1)
-        blanks.append(logits[..., blank] - total)
-        chosen = logits[:, :-1].gather(-1, target[None, :, None].expand(logits.shape[0], -1, 1))[..., 0]
-        labels.append(chosen - total[:, :-1])
-    lengths = torch.tensor([len(b) for b in blanks])
-    return -_forward(_padded(blanks), _padded(labels), lengths, torch.tensor([len(t) for t in targets]))
+    logits = joint(joint.frame(encoded)[:, :, None], joint.token(predicted)[:, None])  # [B, T, U + 1, V + 1]
+    blanks, labels = _Chosen.apply(logits, targets, blank)
+    loss: Tensor = _Lattice.apply(blanks, labels, frames, counts)
+    return loss
 
 
-def _padded(rows: list[Tensor]) -> Tensor:
-    """Stack tables [T, U] of any sizes to [T, B, U]; what is added can't happen."""
-    wide = max(row.shape[1] for row in rows)
-    filled = [functional.pad(row, (0, wide - row.shape[1]), value=_IMPOSSIBLE) for row in rows]
-    return pad_sequence(filled, padding_value=_IMPOSSIBLE)
+class _Chosen(torch.autograd.Function):
+    """Log probabilities of blank [B, T, U + 1] and of the next label [B, T, U], without those of all others in memory."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, targets: Tensor, blank: int) -> tuple[Tensor, Tensor]:
+        total = torch.cat([row.float().logsumexp(-1) for row in logits.split(16)])
+        index = targets[:, None, :, None].expand(-1, logits.shape[1], -1, -1)
+        labels = logits[:, :, :-1].gather(-1, index)[..., 0].float() - total[:, :, :-1]
+        context.save_for_backward(logits, total, index)
+        context.blank = blank
+        return logits[..., blank].float() - total, labels
+
+    @staticmethod
+    def backward(context: Any, blanks: Tensor, labels: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, index = context.saved_tensors
+        both = blanks.clone()
+        both[:, :, :-1] += labels
+        gradient = torch.empty_like(logits)
+        for first in range(0, len(logits), 16):
+            rows = slice(first, first + 16)
+            gradient[rows] = (logits[rows].float() - total[rows, ..., None]).exp_().mul_(-both[rows, ..., None])
+        gradient[..., context.blank] += blanks.to(gradient.dtype)
+        gradient[:, :, :-1].scatter_add_(-1, index, labels[..., None].to(gradient.dtype))
+        return gradient, None, None
 
 
-def _forward(blanks: Tensor, labels: Tensor, frames: Tensor, tokens: Tensor) -> Tensor:
-    """Graves's forward variable, a frame at a time, all tokens at once.
+class _Lattice(torch.autograd.Function):
+    """Graves's forward and backward variables over log probabilities of blanks [B, T, U + 1] and labels [B, T, U]."""
 
-    Within a frame, a(u) = logaddexp(entered(u), a(u - 1) + label(u - 1)), a linear recurrence in the probabilities: with
-    the running sum L of the labels' log probabilities, a - L is the cumulative logsumexp of entered - L.
+    @staticmethod
+    def forward(context: Any, blanks: Tensor, labels: Tensor, frames: Tensor, counts: Tensor) -> Tensor:
+        batch, most, wide = blanks.shape
+        blanks, labels = blanks.double(), labels.double().clamp(min=-1e4)
+        # Turned around, a row's lattice starts at its last frame and token, and its arcs lead from where they led to.
+        at, token = torch.arange(most, device=blanks.device), torch.arange(wide, device=blanks.device)
+        back = (frames[:, None] - 1 - at).clamp(min=0)
+        behind = (counts[:, None] - token).clamp(min=0)
+        turned_blanks = _pick(blanks, (back - 1).clamp(min=0), behind)  # from (t - 1, u) to (t, u), seen from its end
+        turned_labels = _pick(functional.pad(labels, (0, 1)), back, (behind - 1).clamp(min=0))
+        real_labels = functional.pad(labels, (0, 1)).masked_fill((token >= counts[:, None])[:, None], _IMPOSSIBLE)
+        turned_labels = turned_labels.masked_fill((token >= counts[:, None])[:, None], _IMPOSSIBLE)
+        reached = _walk(torch.cat((blanks, turned_blanks)), torch.cat((real_labels, turned_labels)))
+        forwards, backwards = reached.split(batch)
+        backwards = _pick(backwards, back, behind)  # log probability of all that may follow, but the last blank
+        row = torch.arange(batch, device=blanks.device)
+        last = blanks[row, frames - 1, counts]
+        total = forwards[row, frames - 1, counts] + last
+        real = (at < frames[:, None])[:, :, None] & (token <= counts[:, None])[:, None]
+        weight = last - total
+        onwards = functional.pad(backwards[:, 1:], (0, 0, 0, 1), value=_IMPOSSIBLE)
+        onwards[row, frames - 1] = _IMPOSSIBLE
+        by_blank = torch.where(real, (forwards + blanks + onwards + weight[:, None, None]).exp(), 0)
+        by_blank[row, frames - 1, counts] = 1  # every way ends with it
+        by_label = (forwards + real_labels + functional.pad(backwards[:, :, 1:], (0, 1), value=_IMPOSSIBLE)).add_(
+            weight[:, None, None]
+        )
+        by_label = torch.where(real, by_label.exp(), 0)[:, :, :-1]
+        context.save_for_backward(by_blank.float(), by_label.float())
+        return -total.float()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        by_blank, by_label = context.saved_tensors
+        scale = -gradient[:, None, None]
+        return by_blank * scale, by_label * scale, None, None
+
+
+def _pick(values: Tensor, frames: Tensor, tokens: Tensor) -> Tensor:
+    """Reorder values [B, T, U] by each row's frames [B, T'] and tokens [B, U']."""
+    by_frame = values.gather(1, frames[:, :, None].expand(-1, -1, values.shape[2]))
+    return by_frame.gather(2, tokens[:, None].expand(-1, frames.shape[1], -1))
+
+
+def _walk(blanks: Tensor, labels: Tensor) -> Tensor:
+    """Return the forward variable [B, T, U + 1]: the log probability to come to a frame and a token, from the first of both.
+
+    All of an anti-diagonal t + u = n follows from the one before, so arcs are laid out by n and u.
     """
-    labels = labels.clamp(min=-1e4).double()
-    run = functional.pad(labels.cumsum(-1), (1, 0))  # [T, B, U + 1]
-    entered = torch.full_like(run[0], _IMPOSSIBLE)
-    entered[:, 0] = 0
-    ended = []
-    for frame in range(len(blanks)):
-        reached = (entered - run[frame]).logcumsumexp(-1) + run[frame]
-        entered = reached + blanks[frame]
-        ended.append(entered)
-    return torch.stack(ended)[frames - 1, torch.arange(len(frames)), tokens].float()
+    batch, most, wide = blanks.shape
+    token = torch.arange(wide, device=blanks.device)
+    diagonal = torch.arange(most + wide - 1, device=blanks.device)
+    frame = diagonal[:, None] - token  # [N, U + 1], outside of the lattice in two corners
+    inside = (frame >= 0) & (frame < most)
+    index = frame.clamp(0, most - 1)
+    from_left = blanks[:, (index - 1).clamp(min=0), token].masked_fill(~(inside & (frame > 0)), _IMPOSSIBLE)
+    from_below = labels[:, index, (token - 1).clamp(min=0)].masked_fill(~(inside & (token > 0)), _IMPOSSIBLE)
+    # Along the lattice's diagonals first; a column in front of the tokens is never reached.
+    from_left, from_below = from_left.transpose(0, 1).contiguous(), from_below.transpose(0, 1).contiguous()
+    reached = torch.full((len(diagonal), batch, wide + 1), _IMPOSSIBLE, dtype=blanks.dtype, device=blanks.device)
+    reached[0, :, 1] = 0
+    for n in range(1, len(diagonal)):
+        before = reached[n - 1]
+        torch.logaddexp(before[:, 1:] + from_left[n], before[:, :-1] + from_below[n], out=reached[n, :, 1:])
+    where = (torch.arange(most, device=blanks.device)[:, None] + token).expand(batch, -1, -1)  # n of each (t, u)
+    return reached[:, :, 1:].permute(1, 0, 2).gather(1, where.reshape(batch, -1, wide).clamp(max=len(diagonal) - 1))

@@ -1,4 +1,4 @@
-"""The transducer: Moonshine's upper layers and conformer blocks as the encoder, an LSTM predictor, a joint net.
+"""The transducer: Moonshine's layers and conformer blocks as the encoder, an LSTM predictor, a joint net.
 
 Graves, "Sequence Transduction with Recurrent Neural Networks" (2012); the blocks are Conformers (Gulati et al., 2020) whose
 attention is local and whose norms look at one frame only, so that padding never matters.
@@ -6,19 +6,21 @@ attention is local and whose norms look at one frame only, so that padding never
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from training import config as configuration
 from training import moonshine
-from training.moonshine import WIDTH, Layers, attend
+from training.moonshine import WIDTH, Attention, Layers, Stem, attend
 
 LSTMState = tuple[Tensor, Tensor]
 
 
 LOWER = 3
-"""Moonshine's layers that stay as they are; those above can be trained."""
+"""Moonshine's layers that are trained least; those above follow the text faster."""
 
 
 class Block(nn.Module):
@@ -27,7 +29,7 @@ class Block(nn.Module):
     def __init__(self, sizes: configuration.Model, reach: int) -> None:
         super().__init__()
         width, inner, self._dropout = sizes.width, sizes.feed_forward, sizes.dropout
-        self._heads, self._reach = sizes.heads, reach
+        self._heads, self.reach = sizes.heads, reach
         self.before, self.after = (
             nn.Sequential(
                 nn.LayerNorm(width),
@@ -50,53 +52,83 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
         """Map x [B, T, D] to the same; `frames` [B] says how many of each row are real."""
-        batch, count, width = x.shape
-        at = torch.arange(count, device=x.device)
+        at = torch.arange(x.shape[1], device=x.device)
         real = at < frames[:, None]
-        near = (at - at[:, None]).abs() <= self._reach
+        near = (at - at[:, None]).abs() <= self.reach
         mask = ((real[:, None] & near) | (at == at[:, None]))[:, None]  # a frame sees itself: no row is empty
+        return self.around(x, real, lambda q, k, v: attend(rotate(q, at), rotate(k, at), v, mask), self.convolve)
+
+    def around(self, x: Tensor, real: Tensor, attention: Attention, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do what the block does around its attention and its convolution over time; `real` [B, T] says which frames are."""
+        batch, count, width = x.shape
         x = x + 0.5 * self.before(x)
         q, k, v = (
             y.view(batch, count, self._heads, width // self._heads).transpose(1, 2)
             for y in self.qkv(self.attention_norm(x)).chunk(3, -1)
         )
-        y = attend(_rotate(q), _rotate(k), v, mask)
-        x = x + self._drop(self.attention_out(y.transpose(1, 2).reshape(batch, count, width)))
+        x = x + self._drop(self.attention_out(attention(q, k, v).transpose(1, 2).reshape(batch, count, width)))
         y = functional.glu(self.gate(self.convolution_norm(x)), dim=-1) * real[..., None].to(x.dtype)
-        y = self.depthwise(y.transpose(1, 2)).transpose(1, 2)
-        x = x + self._drop(self.convolution_out(functional.silu(self.depthwise_norm(y))))
+        x = x + self._drop(self.convolution_out(functional.silu(self.depthwise_norm(convolve(y)))))
         return self.out_norm(x + 0.5 * self.after(x))
+
+    def convolve(self, y: Tensor) -> Tensor:
+        """Convolve y [B, T, D] over time, zeros around it."""
+        if y.is_cuda:
+            around = self.depthwise.kernel_size[0] // 2
+            return self.convolve_within(functional.pad(y, (0, 0, around, around)))
+        return self.depthwise(y.transpose(1, 2)).transpose(1, 2)
+
+    def convolve_within(self, y: Tensor) -> Tensor:
+        """Convolve y [B, T, D] over time to [B, T - 8, D], where its kernel fits.
+
+        A GPU adds up shifted frames faster than it convolves channel by channel.
+        """
+        weight, taps = self.depthwise.weight.to(y.dtype), self.depthwise.kernel_size[0]
+        count = y.shape[1] - taps + 1
+        total = y[:, :count] * weight[:, 0, 0]
+        for tap in range(1, taps):
+            total = total + y[:, tap : tap + count] * weight[:, 0, tap]
+        return total + self.depthwise.bias.to(y.dtype)
 
     def _drop(self, x: Tensor) -> Tensor:
         return functional.dropout(x, self._dropout, self.training)
 
 
-def _rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021), halves paired."""
+def rotate(x: Tensor, at: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x [B, H, T, D] at the positions `at` [T], halves paired."""
     half = x.shape[-1] // 2
     rates = 10000.0 ** (-torch.arange(half, device=x.device) / half)
-    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates
+    angles = at[:, None] * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class Encoder(nn.Module):
-    """From the features (24 ms) to the encoder's frames (96 ms)."""
+    """From samples to the encoder's frames of 96 ms."""
 
-    def __init__(self, upper: Layers, sizes: configuration.Model) -> None:
+    def __init__(self, stem: Stem, lower: Layers, upper: Layers, sizes: configuration.Model) -> None:
         super().__init__()
         width = sizes.width
-        self.upper = upper
+        self.stem, self.lower, self.upper = stem, lower, upper
         self.norm = nn.LayerNorm(WIDTH)
         self.to_48_ms = nn.Linear(2 * WIDTH, width)
         self.at_48_ms = nn.ModuleList(Block(sizes, 2 * sizes.reach_frames) for _ in range(sizes.blocks_at_48_ms))
         self.to_96_ms = nn.Linear(2 * width, width)
         self.at_96_ms = nn.ModuleList(Block(sizes, sizes.reach_frames) for _ in range(sizes.blocks_at_96_ms))
 
-    def forward(self, x: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, T, 288] with `frames` [B] real ones to [B, ceil(T / 4), D] and how many of these are real."""
-        x = self.norm(self.upper(x, frames))
+    def forward(self, samples: Tensor, frames: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map samples [B, 384 T] to outputs [B, ceil(T / 4), D], and say how many of these are real.
+
+        Args:
+            samples: At 16 kHz; what lies behind a row's frames is zero.
+            frames: How many frames of 24 ms of each row are real [B].
+            hidden: Frames [B, T] whose features are put to zero.
+        """
+        x = self.stem(samples, frames)
+        if hidden is not None:
+            x = x.masked_fill(hidden[..., None], 0)
+        x = self.norm(self.upper(self.lower(x, frames), frames))
         x, frames = self.to_48_ms(_pairs(x, frames)), (frames + 1) // 2
         for block in self.at_48_ms:
             x = block(x, frames)
@@ -148,43 +180,48 @@ class Joint(nn.Module):
 class Transducer(nn.Module):
     """All that is learnt, the CTC layer that helps the encoder along included."""
 
-    def __init__(self, upper: Layers, blank: int, sizes: configuration.Model) -> None:
+    def __init__(self, moonshine_parts: tuple[Stem, Layers, Layers], blank: int, sizes: configuration.Model) -> None:
         super().__init__()
         self.blank = blank
-        self.encoder = Encoder(upper, sizes)
+        self.encoder = Encoder(*moonshine_parts, sizes)
         self.predictor = Predictor(blank, sizes.predictor, sizes.dropout)
         self.joint = Joint(sizes.width, sizes.predictor, blank)
         self.ctc = nn.Linear(sizes.width, blank + 1)
 
 
 def build(config: configuration.Config) -> Transducer:
-    """Return an untrained transducer on top of Moonshine's upper layers."""
-    _, _, upper = moonshine.load(LOWER)
-    return Transducer(upper, config.data.pieces, config.model)
+    """Return an untrained transducer on top of Moonshine's encoder."""
+    return Transducer(moonshine.load(LOWER), config.data.pieces, config.model)
 
 
 @torch.inference_mode()
-def greedy(model: Transducer, encoded: Tensor, frames: Tensor, max_symbols: int = 4) -> list[list[int]]:
-    """Decode encoder frames [B, T, D], `frames` [B] of them real, frame by frame; return each row's tokens."""
+def greedy(model: Transducer, encoded: Tensor, frames: Tensor, max_symbols: int = 4, penalty: float = 0.0) -> list[list[int]]:
+    """Decode encoder frames [B, T, D], `frames` [B] of them real, frame by frame; return each row's tokens.
+
+    `penalty` is taken off blank's logit.
+    """
     batch = encoded.shape[0]
-    hypotheses: list[list[int]] = [[] for _ in range(batch)]
     projected = model.joint.frame(encoded)
-    y, state = model.predictor(torch.full((batch, 1), model.blank))
+    y, state = model.predictor(torch.full((batch, 1), model.blank, device=encoded.device))
     token = model.joint.token(y[:, 0])
+    emitted: list[Tensor] = []  # [B] each, blank where a row emitted nothing
     for frame in range(int(frames.max())):
         active = frames > frame
         for _ in range(max_symbols):
-            best = model.joint(projected[:, frame], token).argmax(-1)
-            active = active & (best != model.blank)
+            logits = model.joint(projected[:, frame], token).float()
+            logits[:, model.blank] -= penalty
+            best = torch.where(active, logits.argmax(-1), model.blank)
+            active = best != model.blank
             if not active.any():
                 break
-            for row in active.nonzero()[:, 0].tolist():
-                hypotheses[row].append(int(best[row]))
+            emitted.append(best)
             y, after = model.predictor(best[:, None], state)
-            token = torch.where(active[:, None], model.joint.token(y[:, 0]), token)
+            token = torch.where(active[:, None], model.joint.token(y[:, 0]).to(token.dtype), token)
             keep = ~active[None, :, None]
             state = torch.where(keep, state[0], after[0]), torch.where(keep, state[1], after[1])
-    return hypotheses
+    if not emitted:
+        return [[] for _ in range(batch)]
+    return [[t for t in row if t != model.blank] for row in torch.stack(emitted, 1).tolist()]
 
 
 def collapse(model: Transducer, encoded: Tensor, frames: Tensor) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ LAYERS = 6
 _HEADS = 8
 _FEED_FORWARD = 1152
 _ROTARY = 32
-_STEM_REACH = 511
+STEM_STEP = 64
+"""Samples at 16 kHz for each step of the stem's first convolution: 4 ms, six to a frame."""
+STEM_WIDTH = 127
+"""Samples that a step sees."""
+STEM_REACH = 511
 """Samples that the stem sees behind a frame's first: with so many zeros added, every begun frame gives one output."""
 
 
@@ -38,12 +43,24 @@ def assets() -> Path:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of q [B, H, T, D] to what `mask` (broadcast to [B, H, T, T]) allows.
+    """Attention of q [B, H, T, D] to what `mask` (broadcast to [B, H, T, S]) allows of k and v [B, H, S, D].
 
-    Written out, since on a CPU torch's fused one takes three times as long to differentiate.
+    Written out on a CPU, where torch's fused one takes three times as long to differentiate.
     """
+    if q.is_cuda:
+        return _fused(q, k, v, mask)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same by torch's fused kernels, which want sizes that are multiples of eight."""
+    size, extra = q.shape[-1], -q.shape[-1] % 8
+    q, k, v = (functional.pad(x, (0, extra)) for x in (q.to(v.dtype), k.to(v.dtype), v))
+    return functional.scaled_dot_product_attention(q, k, v, mask, scale=size**-0.5)[..., :size]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
@@ -59,13 +76,16 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
         """Map x [B, T, 288] to the same; mask [B, 1, 1, T] says which frames are real, turn [2, T, 32] rotates."""
+        return self.around(x, lambda q, k, v: attend(rotate(q, turn), rotate(k, turn), v, mask))
+
+    def around(self, x: Tensor, attention: Attention) -> Tensor:
+        """Do what the layer does around its attention, which maps q, k and v [B, H, T, 36] to the same."""
         batch, frames, _ = x.shape
         y = self.input_layernorm(x)
         q, k, v = (
             p(y).view(batch, frames, _HEADS, WIDTH // _HEADS).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attend(_rotate(q, turn), _rotate(k, turn), v, mask)
-        x = x + self.o_proj(y.transpose(1, 2).reshape(batch, frames, WIDTH))
+        x = x + self.o_proj(attention(q, k, v).transpose(1, 2).reshape(batch, frames, WIDTH))
         return x + self.fc2(functional.gelu(self.fc1(self.post_attention_layernorm(x))))
 
 
@@ -74,7 +94,7 @@ class Stem(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(1, WIDTH, 127, stride=64, bias=False)
+        self.conv1 = nn.Conv1d(1, WIDTH, STEM_WIDTH, stride=STEM_STEP, bias=False)
         self.scale = nn.Parameter(torch.ones(WIDTH, 1))
         self.shift = nn.Parameter(torch.zeros(WIDTH, 1))
         self.conv2 = nn.Conv1d(WIDTH, 2 * WIDTH, 7, stride=3)
@@ -82,15 +102,19 @@ class Stem(nn.Module):
 
     def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
         """Map samples [B, N], zero behind each row's `frames` x 384, to [B, ceil(N / 384), 288]."""
-        lengths = frames * FRAME_SAMPLES + _STEM_REACH
-        x = torch.tanh(self.conv1(functional.pad(samples, (0, _STEM_REACH))[:, None]))
-        steps = (lengths - 127) // 64 + 1
+        lengths = frames * FRAME_SAMPLES + STEM_REACH
+        x = torch.tanh(self.conv1(functional.pad(samples, (0, STEM_REACH))[:, None]))
+        steps = (lengths - STEM_WIDTH) // STEM_STEP + 1
         real = (torch.arange(x.shape[2], device=x.device) < steps[:, None])[:, None].to(x.dtype)
-        count = (steps.to(x.dtype) * WIDTH)[:, None, None]
-        x = x * real
+        count = (steps * WIDTH)[:, None, None].float()  # sums of so many need float32
+        x = (x * real).float()
         mean = x.sum((1, 2), keepdim=True) / count
         variance = (((x - mean) * real) ** 2).sum((1, 2), keepdim=True) / count
-        x = (x - mean) * torch.rsqrt(variance + 1e-5) * self.scale + self.shift
+        return self.above((x - mean) * torch.rsqrt(variance + 1e-5))
+
+    def above(self, x: Tensor) -> Tensor:
+        """Map normalised steps [B, 288, S] of 4 ms to frames [B, T, 288]."""
+        x = x * self.scale + self.shift
         return functional.gelu(self.conv3(functional.gelu(self.conv2(x)))).transpose(1, 2)
 
 
@@ -106,16 +130,20 @@ class Layers(nn.Module):
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
         """Map x [B, T, 288] to the same; `frames` [B] says how many of each row are real."""
         at = torch.arange(x.shape[1], device=x.device)
-        angles = at[:, None] * self.get_buffer("rates")
-        angles = torch.stack((angles, angles), dim=-1).reshape(-1, _ROTARY)  # the exporter gets repeat_interleave wrong
-        turn = torch.stack((angles.cos(), angles.sin()))
+        turn = self.turn(at)
         mask = (at < frames[:, None])[:, None, None]
         for layer in self.layers:
             x = layer(x, mask, turn)
         return self.norm(x)
 
+    def turn(self, at: Tensor) -> Tensor:
+        """Return cosines and sines [2, T, 32] that rotate what is at the positions `at` [T]."""
+        angles = at[:, None] * self.get_buffer("rates")
+        angles = torch.stack((angles, angles), dim=-1).reshape(-1, _ROTARY)  # the exporter gets repeat_interleave wrong
+        return torch.stack((angles.cos(), angles.sin()))
 
-def _rotate(x: Tensor, turn: Tensor) -> Tensor:
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of the first 32 of each head's dimensions, by neighbouring pairs."""
     part, rest = x[..., :_ROTARY], x[..., _ROTARY:]
     crossed = torch.stack((-part[..., 1::2], part[..., 0::2]), dim=-1).reshape(part.shape)

@@ -21,18 +21,20 @@ def main(
 ) -> None:
     """Draw a training's log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    hours = [line["at"]["total_hours"] for line in lines]
     figure, (losses, errors) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    learnt = [line for line in lines if "losses" in line]
     for name in ("transducer", "ctc"):
-        values = [line["losses"].get(name, float("nan")) for line in lines]
-        losses.plot(hours, values, marker=".", label=name)
-    losses.set(xlabel="hours of audio passed", ylabel="loss a token (CTC weighted)", yscale="log")
-    for name in sorted(lines[-1]["errors"]):
-        errors.plot(hours, [line["errors"][name]["all"] for line in lines], marker=".", label=name)
-    errors.set(xlabel="hours of audio passed", ylabel="word error rate % on held-out recordings", ylim=(0, 100))
+        losses.plot([x["at"]["step"] for x in learnt], [x["losses"][name] for x in learnt], label=name)
+    losses.set(xlabel="steps", ylabel="loss a token (CTC weighted)", yscale="log")
+    checked = [line for line in lines if "errors" in line]
+    for name in sorted(checked[-1]["errors"]) if checked else ():
+        steps = [x["at"]["step"] for x in checked]
+        errors.plot(steps, [x["errors"][name]["all"] for x in checked], marker=".", label=name)
+    errors.set(xlabel="steps", ylabel="word error rate % on held-out recordings", ylim=(0, 100))
     for axes in (losses, errors):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(picture, dpi=110)
 
 

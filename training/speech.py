@@ -21,7 +21,11 @@ from training.text import normalise
 RATE = 16_000
 Audio = NDArray[np.float32]
 
-_CHANGED_PITCH = 0.7
+HIBARI_RATE = 24_000
+_VOICED_HZ = 40.0
+"""Hibari's network marks frames without a voice by a lower pitch."""
+_REST_DB = -6.0
+"""What hibari adds with fixed phases belongs to its own pitch; an octave off, it is this much lower."""
 _PROGRAMS = {"flite": "flite", "espeak": "espeak-ng"}
 _FLITE = ("kal16", "awb", "rms", "slt")
 _ESPEAK = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
@@ -70,45 +74,117 @@ def check_installed(voices: Iterable[str]) -> None:
         raise FileNotFoundError(f"{' and '.join(missing)} not found: apt-get install {' '.join(missing)}")
 
 
+@dataclass(frozen=True)
+class Character:
+    """How an item is spoken.
+
+    Attributes:
+        speed: Of speaking, 1 as the voice itself.
+        pitch: Factor of the fundamental frequency.
+        melody: Factor of how far the pitch moves, in octaves.
+        formants: Factor of the resonances' frequencies: above 1 for a shorter vocal tract.
+        breath_db: Level of the voice's noise.
+        variety: For whatever else a voice draws.
+    """
+
+    speed: float
+    pitch: float
+    melody: float
+    formants: float
+    breath_db: float
+    variety: int
+
+
+def character(random: np.random.Generator) -> Character:
+    """Draw how an item is spoken: deep voices come from long vocal tracts, but not always."""
+    octaves = random.uniform(-1.1, 0.35)
+    return Character(
+        speed=float(np.exp(random.normal(0.0, 0.15)).clip(0.75, 1.3)),
+        pitch=float(2**octaves),
+        melody=float(random.uniform(0.6, 1.5)),
+        formants=float(2 ** (0.16 * octaves + random.normal(0.03, 0.05))),
+        breath_db=float(random.uniform(-4, 8)),
+        variety=int(random.integers(1 << 30)),
+    )
+
+
 class Voices:
     """Synthetic voices: hibari (one good neural voice), flite and espeak (programs of these names).
 
-    Each sentence gets its own speed and pitch, and formants with it, by resampling what was spoken faster or slower.
+    Each item gets a character of its own. Hibari's network names pitch, resonances and noise, which are changed one by one;
+    of the others, pitch and resonances are changed together, by resampling what was spoken faster or slower.
     """
 
     def __init__(self, shares: Mapping[Any, float]) -> None:
         self._names = list(shares)
         self._shares = np.array(list(shares.values())) / sum(shares.values())
-        if "hibari" in shares:
-            from hibari import Hibari  # noqa: PLC0415 - takes a second, and only this voice needs it
-
-            self._hibari = Hibari(threads=1)
+        self._hibari = Hibari() if "hibari" in shares else None
 
     def speak(self, sentences: list[str], random: np.random.Generator) -> tuple[str, Audio]:
         """Say the sentences with one voice, a pause between them; return the voice's name and the samples."""
         name = str(random.choice(self._names, p=self._shares))
-        pitch = float(random.uniform(0.8, 1.22)) if random.random() < _CHANGED_PITCH else 1.0
-        speed = float(random.uniform(0.85, 1.25))
-        variety = int(random.integers(1 << 30))
+        how = character(random)
         parts = [_silence(random, 0.5)]
         for sentence in sentences:
-            samples, rate = getattr(self, f"_speak_{name}")(sentence, speed / pitch, variety)
-            parts += [np.asarray(soxr.resample(samples, rate * pitch, RATE), np.float32), _silence(random, 0.6)]
+            samples, rate = getattr(self, f"_speak_{name}")(sentence, how)
+            parts += [np.asarray(soxr.resample(samples, rate, RATE), np.float32), _silence(random, 0.6)]
         spoken = np.concatenate(parts)
         return name, spoken / (np.abs(spoken).max() + 1e-6)
 
-    def _speak_hibari(self, sentence: str, speed: float, variety: int) -> tuple[Audio, int]:
-        return np.asarray(self._hibari(sentence, speed=speed, seed=variety), np.float32), 24_000
+    def _speak_hibari(self, sentence: str, how: Character) -> tuple[Audio, float]:
+        if self._hibari is None:
+            raise RuntimeError("hibari is not among the voices")
+        return self._hibari(sentence, how), HIBARI_RATE
 
     @staticmethod
-    def _speak_flite(sentence: str, speed: float, variety: int) -> tuple[Audio, int]:
-        voice = _FLITE[variety % len(_FLITE)]
-        return _run("flite", "-voice", voice, "--setf", f"duration_stretch={1 / speed:.2f}", "-t", sentence, "-o")
+    def _speak_flite(sentence: str, how: Character) -> tuple[Audio, float]:
+        voice, pitch = _FLITE[how.variety % len(_FLITE)], how.formants**1.5
+        samples, rate = _run(
+            "flite", "-voice", voice, "--setf", f"duration_stretch={pitch / how.speed:.2f}", "-t", sentence, "-o"
+        )
+        return samples, rate * pitch
 
     @staticmethod
-    def _speak_espeak(sentence: str, speed: float, variety: int) -> tuple[Audio, int]:
-        voice, pitch = _ESPEAK[variety % len(_ESPEAK)], 25 + variety // 7 % 45
-        return _run("espeak-ng", "-v", voice, "-s", f"{160 * speed:.0f}", "-p", f"{pitch}", sentence, "-w")
+    def _speak_espeak(sentence: str, how: Character) -> tuple[Audio, float]:
+        voice, pitch = _ESPEAK[how.variety % len(_ESPEAK)], 25 + how.variety // 7 % 45
+        return _run("espeak-ng", "-v", voice, "-s", f"{160 * how.speed:.0f}", "-p", f"{pitch}", sentence, "-w")
+
+
+class Hibari:
+    """The voice of the wheel `hibari-tts`, its network's outputs changed before they are made audible."""
+
+    def __init__(self) -> None:
+        from hibari import Hibari as Model  # noqa: PLC0415 - takes a second, and only this voice needs it
+        from hibari import dsp  # noqa: PLC0415
+
+        self._model, self._dsp = Model(threads=1), dsp
+
+    def __call__(self, sentence: str, how: Character) -> Audio:
+        """Say a sentence."""
+        random = np.random.default_rng(how.variety)
+        parts = [self._say(self._model.ids(sounds), how, random) for sounds in self._model.phonemize(sentence)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _say(self, ids: list[int], how: Character, random: np.random.Generator) -> Audio:
+        feed = {"ids": np.array([ids], np.int64), "speed": np.array([how.speed], np.float32)}
+        harmonic, turn, noise, rest, phase, pitch = (o[0] for o in self._model.sess.run(None, feed))
+        harmonic, turn, noise, rest = (_stretched(x, how.formants) for x in (harmonic, turn, noise, rest))
+        noise += how.breath_db * np.log(10) / 20
+        rest += _REST_DB * np.log(10) / 20 * min(1.0, abs(np.log2(how.pitch)))
+        voiced = pitch > _VOICED_HZ
+        if voiced.any():
+            middle = np.exp(np.log(pitch[voiced]).mean())
+            changed = middle * how.pitch * (pitch[voiced] / middle) ** how.melody
+            pitch[voiced] = changed.clip(_VOICED_HZ + 5, 600)
+        return np.asarray(self._dsp.synth(harmonic, turn, noise, rest, phase, pitch, random), np.float32)
+
+
+def _stretched(spectra: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
+    """Stretch log spectra [bins, F] along frequency; what is missing on top repeats the last bin."""
+    place = (np.arange(len(spectra)) / factor).clip(0, len(spectra) - 1.001)
+    first = place.astype(int)
+    part = (place - first).astype(np.float32)[:, None]
+    return np.asarray(spectra[first] * (1 - part) + spectra[first + 1] * part, np.float32)
 
 
 def _run(*command: str) -> tuple[Audio, int]:

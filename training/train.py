@@ -1,285 +1,283 @@
-"""`make train`: learn, phase by phase; stopped by Ctrl-C at any time, it goes on where it was."""
+"""`make train`: learn a language model of the text, then the transducer; stopped by Ctrl-C, it goes on where it was.
+
+The rate falls to zero over so many minutes by the clock, or over so many steps, whatever the device manages in them.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jiwer
 import numpy as np
 import sentencepiece
 import torch
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
+from training import chunks, moonshine, start
 from training import config as configuration
-from training import features, moonshine, start
-from training.command import run
-from training.config import Config, Phase
-from training.data import TOKENS
-from training.features import Item, Shard
+from training.command import TrainingError, run
+from training.config import Config
+from training.data import LANGUAGE, TOKENS
+from training.distort import Distorter
 from training.loss import transducer_loss
-from training.model import Transducer, build, collapse, greedy
+from training.model import LOWER, build, greedy
+from training.moonshine import FRAME_SAMPLES
+from training.store import Batch, Example, Pool, Store, collate, grouped, read
+from training.weights import copies
 
-FRAME_SECS = moonshine.FRAME_SAMPLES / 16_000
-_PASS_HOURS = 2.0
-"""Audio drawn at once, then sorted to batches of similar lengths."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """An item of a shard with its tokens."""
-
-    shard: Shard
-    item: Item
-    tokens: Tensor
-
-    @property
-    def longest(self) -> int:
-        """Frames of its longest window."""
-        return max(window.frames for window in self.item.windows)
-
-    def pieces(self) -> Iterator[Tensor]:
-        """Return each window's features [T, 288]."""
-        at = self.item.offset
-        for window in self.item.windows:
-            yield torch.from_numpy(self.shard.frames[at : at + window.frames].astype(np.float32))
-            at += window.frames
-
-
-@dataclass
-class Store:
-    """The shards of a directory, which may still grow."""
-
-    directory: Path
-    pieces: sentencepiece.SentencePieceProcessor
-    speech: list[Example] = field(default_factory=list)
-    synthetic: list[Example] = field(default_factory=list)
-    _seen: set[Path] = field(default_factory=set)
-
-    def refresh(self) -> None:
-        """Read what is new."""
-        for path in sorted(set(self.directory.glob("s*.json")) - self._seen):
-            self._seen.add(path)
-            (self.speech if path.name.startswith("speech") else self.synthetic).extend(self.read(path))
-
-    def read(self, path: Path) -> list[Example]:
-        """Return a shard's examples that a transducer can learn: some text, and no more of it than CTC has room for."""
-        shard = features.read(path)
-        examples = [Example(shard, item, torch.tensor(self.pieces.encode(item.text))) for item in shard.items if item.text]
-        return [e for e in examples if _room(e.tokens) <= e.item.outputs]
-
-
-def _room(tokens: Tensor) -> int:
-    """Frames that CTC needs at least: one a token, and a blank between two that are the same."""
-    return len(tokens) + int((tokens[1:] == tokens[:-1]).sum())
-
-
-class Draw:
-    """Examples at random, each once before any comes again."""
-
-    def __init__(self, random: np.random.Generator) -> None:
-        self._random, self._order, self._count = random, np.array([], int), 0
-
-    def take(self, examples: list[Example], frames: float) -> list[Example]:
-        """Take examples until `frames` are reached."""
-        taken: list[Example] = []
-        while examples and frames > 0:
-            if not len(self._order) or len(examples) != self._count:
-                self._order, self._count = self._random.permutation(len(examples)), len(examples)
-            taken.append(examples[self._order[-1]])
-            self._order = self._order[:-1]
-            frames -= taken[-1].item.frames
-        return taken
-
-
-def batches(examples: list[Example], most_frames: float, random: np.random.Generator) -> list[list[Example]]:
-    """Group examples of similar lengths so that a batch, padding included, has at most `most_frames` of 24 ms."""
-    grouped: list[list[Example]] = [[]]
-    rows = 0
-    for example in sorted(examples, key=lambda e: e.longest + random.uniform(-15, 15)):
-        rows += len(example.item.windows)
-        if grouped[-1] and rows * max(example.longest, *(e.longest for e in grouped[-1])) > most_frames:
-            grouped.append([])
-            rows = len(example.item.windows)
-        grouped[-1].append(example)
-    return [grouped[i] for i in random.permutation(len(grouped))]
-
-
-def encode(model: Transducer, batch: list[Example], random: np.random.Generator | None = None) -> list[Tensor]:
-    """Encode a batch; return each example's frames [T, D], put together from its windows. With `random`, hide some."""
-    windows = [piece for example in batch for piece in example.pieces()]
-    if random:
-        for piece in windows:
-            _hide(piece, random)
-    encoded, _ = model.encoder(pad_sequence(windows, batch_first=True), torch.tensor([len(w) for w in windows]))
-    rows = iter(encoded)
-    return [torch.cat([next(rows)[w.first : w.stop] for w in example.item.windows]) for example in batch]
-
-
-def _hide(piece: Tensor, random: np.random.Generator) -> None:
-    """Mask time as SpecAugment does (Park et al., 2019): up to 0.3 s at a time, about once in 2.5 s."""
-    for _ in range(random.poisson(len(piece) * FRAME_SECS / 2.5)):
-        width = int(random.integers(2, 13))
-        start = int(random.integers(max(1, len(piece) - width)))
-        piece[start : start + width] = 0
+_LANGUAGE_TOKENS = 16_384
+"""Tokens of a batch of the language model, padding included."""
+_LANGUAGE_RATE = 2e-3
+_LOG_STEPS = 20
+"""Losses are read from the device that often, since reading waits for it."""
+_CHECK_CHUNK = chunks.cut(chunk=10, left=31, right=5)
+"""How what is held out is cut: as the server's streams are at their default latency."""
+_CHECK_SECS = 240
+_SMALLEST_BATCH_SECS = 20.0
 
 
 @dataclass
 class Progressed:
     """How far the training is."""
 
-    phase: int = 0
-    hours: float = 0.0
     step: int = 0
-    step_of_phase: int = 0
-    total_hours: float = 0.0
     minutes: float = 0.0
+    hours: float = 0.0
 
 
 class Trainer:
     """The model, what it was on average, and the optimiser, in one checkpoint."""
 
-    def __init__(self, config: Config, work: Path, begin: Path | None = None) -> None:
-        self._config, self._work = config, work
+    def __init__(
+        self, config: Config, work: Path, device: torch.device, begin: Path | None = None, copy_to: Path | None = None
+    ) -> None:
+        self._config, self._work, self._device, self._copy_to = config, work, device, copy_to
         if not (work / TOKENS).exists():
             raise FileNotFoundError(f"no {TOKENS} in {work}: run make data first")
-        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
+        self._pieces = pieces
         torch.manual_seed(config.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # cuDNN's attention builds a plan for every new shape, which takes half a second; here every batch has one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.average = build(config), build(config)
         self.at = Progressed()
+        self._begun = begin is not None
         if begin and not self._checkpoint.exists():
             start.load(self.model, begin)
-            self.at.phase = next(i for i, p in enumerate(config.train.phases) if p.loss == "transducer")
+            _, lower, upper = moonshine.load(LOWER)  # as published: what hears many voices, whatever the start has unlearnt
+            self.model.encoder.lower.load_state_dict(lower.state_dict())
+            self.model.encoder.upper.load_state_dict(upper.state_dict())
         self.average.load_state_dict(self.model.state_dict())
-        self.average.eval().requires_grad_(False)
-        upper = {id(p) for p in self.model.encoder.upper.parameters()}
-        self._optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.model.parameters() if id(p) not in upper], "scale": 1.0},
-                {"params": list(self.model.encoder.upper.parameters()), "scale": config.train.moonshine_rate},
-            ],
-            betas=(0.9, 0.98),
-            weight_decay=config.train.weight_decay,
-        )
-        self._store = Store(work / "features", self._pieces)
-        self._choose = {
-            name: self._store.read(path)
-            for name in ("whole", "windows")
-            if (path := work / "features" / f"choose-{name}.json").exists()
-        }
+        self.model.to(device)
+        self.average.to(device).eval().requires_grad_(False)
+        self.model.encoder.stem.requires_grad_(False)
+        self._optimiser = self._optimiser_of_all()
+        self._random = np.random.default_rng(config.seed)
+        self._store = Store(work / "speech", pieces, device, Pool(self._random), Pool(self._random))
+        self.batch_secs = config.train.batch_secs
         if self._checkpoint.exists():
-            kept = torch.load(self._checkpoint, weights_only=True)
+            kept = torch.load(self._checkpoint, weights_only=True, map_location=device)
             self.model.load_state_dict(kept["model"])
             self.average.load_state_dict(kept["average"])
             self._optimiser.load_state_dict(kept["optimiser"])
             self.at = Progressed(**kept["at"])
-        self._random = np.random.default_rng([config.seed, self.at.step])
-        torch.manual_seed(config.seed + self.at.step)
-        self._draws = Draw(self._random), Draw(self._random)
+            self._random = np.random.default_rng([config.seed, self.at.step])
+            torch.manual_seed(config.seed + self.at.step)
+        self._distorter = Distorter(config.seed + self.at.step, device)
+
+    def _optimiser_of_all(self) -> torch.optim.AdamW:
+        encoder, settings = self.model.encoder, self._config.train
+        scales = {id(p): settings.lower_rate for p in encoder.lower.parameters()}
+        scales |= {id(p): settings.upper_rate for p in encoder.upper.parameters()}
+        encoder.lower.requires_grad_(settings.lower_rate > 0)
+        encoder.upper.requires_grad_(settings.upper_rate > 0)
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for parameter in (p for p in self.model.parameters() if p.requires_grad):
+            groups.setdefault((scales.get(id(parameter), 1.0), parameter.ndim > 1), []).append(parameter)
+        return torch.optim.AdamW(
+            [
+                {"params": parameters, "scale": scale, "weight_decay": settings.weight_decay if matrix else 0.0}
+                for (scale, matrix), parameters in groups.items()
+            ],
+            lr=settings.rate,
+            betas=(0.9, 0.98),
+            fused=self._device.type == "cuda",
+        )
 
     @property
     def _checkpoint(self) -> Path:
         return self._work / "checkpoint.pt"
 
-    def run(self, progress: Progress) -> None:
-        """Train to the end of the last phase, or until Ctrl-C; a checkpoint is kept in either case."""
+    def run(self) -> None:
+        """Train to the end, or until Ctrl-C; a checkpoint is kept in either case."""
+        stop = threading.Event()
+        reader = threading.Thread(target=self._read_shards, args=(stop,), daemon=True)
+        reader.start()
         try:
-            self._run(progress)
+            if not self.at.step:
+                self._learn_language()
+            self._run()
         except KeyboardInterrupt:  # the step that it broke may be half done: a step is little
             self._keep()
             raise
+        finally:
+            stop.set()
+            reader.join()
 
-    def _run(self, progress: Progress) -> None:
-        phases = self._config.train.phases
-        bar = progress.add_task("", total=sum(p.hours for p in phases))
-        checked = started = time.monotonic()
-        before = self.at.minutes
-        losses: list[dict[str, float]] = []
-        while self.at.phase < len(phases):
-            phase = phases[self.at.phase]
-            for batch in self._pass():
-                losses.append(self._step(phase, batch))
-                self.at.minutes = before + (time.monotonic() - started) / 60
-                progress.update(bar, completed=self.at.total_hours, description=f"{phase.name} {_mean(losses[-50:])}")
-                if time.monotonic() - checked > 60 * self._config.train.check_minutes:
-                    progress.console.print(self.check(losses))
-                    losses, checked = [], time.monotonic()
-                if self.at.hours >= phase.hours:
-                    self.at.phase, self.at.hours, self.at.step_of_phase = self.at.phase + 1, 0.0, 0
-                    break
-        progress.console.print(self.check(losses))
+    def _read_shards(self, stop: threading.Event) -> None:
+        while not stop.wait(0.2):
+            self._store.refresh()
 
-    def _pass(self) -> list[list[Example]]:
-        """Draw some hours of audio in the configured mixture, as batches."""
-        self._store.refresh()
-        if not (self._store.speech or self._store.synthetic):
-            raise FileNotFoundError(f"no features in {self._store.directory}: run make data first")
-        share = self._config.train.speech_share if self._store.speech else 0.0
-        share = share if self._store.synthetic else 1.0
-        frames = _PASS_HOURS * 3600 / FRAME_SECS
-        speech, synthetic = self._draws
-        drawn = speech.take(self._store.speech, frames * share) + synthetic.take(self._store.synthetic, frames * (1 - share))
-        return batches(drawn, self._config.train.batch_secs / FRAME_SECS, self._random)
+    def _learn_language(self) -> None:
+        """Train predictor and joint to foretell the text without a frame, as the joint does with a frame of zeros."""
+        path = self._work / LANGUAGE
+        if not (self._config.train.language_epochs and path.exists()):
+            return
+        with np.load(path) as file:
+            tokens, lengths = torch.from_numpy(file["tokens"].astype(np.int64)), file["lengths"]
+        rows = tokens.split(lengths.tolist())
+        order = np.argsort(lengths + self._random.random(len(lengths)))
+        batches: list[list[int]] = [[]]
+        for index in order:
+            if (len(batches[-1]) + 1) * (int(lengths[index]) + 1) > _LANGUAGE_TOKENS:
+                batches.append([])
+            batches[-1].append(int(index))
+        joint, predictor = self.model.joint, self.model.predictor
+        # A start's joint already knows what frames mean; without one, there is nothing to keep.
+        learnt = [*predictor.parameters(), *joint.token.parameters()]
+        learnt += [] if self._begun else [*joint.out.parameters()]
+        optimiser = torch.optim.AdamW(learnt, lr=_LANGUAGE_RATE, betas=(0.9, 0.98), fused=self._device.type == "cuda")
+        total, began = self._config.train.language_epochs * len(batches), time.monotonic()
+        self.model.train()
+        for step in range(total):
+            if step % len(batches) == 0:
+                shuffled = self._random.permutation(len(batches))
+            for group in optimiser.param_groups:
+                group["lr"] = _LANGUAGE_RATE * min(1.0, step / 50) * (1 - step / total)
+            chosen = [rows[i] for i in batches[shuffled[step % len(batches)]]]
+            padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-100).to(self._device)
+            history = functional.pad(padded.clamp(min=0), (1, 0), value=self.model.blank)[:, :-1]
+            with self._autocast():
+                predicted, _ = predictor(history)
+                logits = joint(joint.frame.bias.detach(), joint.token(predicted))[..., :-1]
+            loss = functional.cross_entropy(logits.float().flatten(0, 1), padded.flatten(), ignore_index=-100)
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+            optimiser.step()
+            if step % 200 == 0 or step == total - 1:
+                self._log({"language": {"step": step, "of": total, "loss": round(float(loss.detach()), 4)}}, began)
+        self.average.load_state_dict(self.model.state_dict())
 
-    def _step(self, phase: Phase, batch: list[Example]) -> dict[str, float]:
+    def _autocast(self) -> torch.autocast:
+        # With AVX2 alone oneDNN has no LSTM in bfloat16 and refuses the call.
+        able = self._device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=able)
+
+    def _run(self) -> None:
         settings = self._config.train
-        done = min(1.0, self.at.hours / phase.hours)
-        rate = phase.rate + (phase.final_rate - phase.rate) * done
-        rate *= min(1.0, (self.at.step_of_phase + 1) / max(1, settings.warm_up_steps))
+        if (settings.minutes is None) == (settings.steps is None):
+            raise TrainingError("give either minutes or steps to train for")
+        before, began = self.at.minutes, time.monotonic()
+        checked, losses = began, list[dict[str, Tensor]]()
+        waiting = self._batches()
+        while (done := self._done()) < 1:
+            try:
+                losses.append(self._step(next(waiting), done))
+            except torch.cuda.OutOfMemoryError:
+                if self.batch_secs < 2 * _SMALLEST_BATCH_SECS:
+                    raise
+                self._optimiser.zero_grad()
+                torch.cuda.empty_cache()
+                self.batch_secs *= 0.75
+                waiting = self._batches()
+                self._log({"batch_secs": self.batch_secs}, began)
+            self.at.minutes = before + (time.monotonic() - began) / 60
+            if len(losses) == _LOG_STEPS:
+                self._log({"at": vars(self.at), "losses": _mean_of(losses), "hours": self._hours()}, began)
+                losses.clear()
+            if time.monotonic() - checked > 60 * settings.check_minutes:
+                self.check(began)
+                checked = time.monotonic()
+        self.at.minutes = before + (time.monotonic() - began) / 60
+        self.check(began)
+
+    def _done(self) -> float:
+        """Return how much of the training is behind, from 0 to 1."""
+        settings = self._config.train
+        return self.at.step / settings.steps if settings.steps else self.at.minutes / (settings.minutes or 1)
+
+    def _hours(self) -> dict[str, float]:
+        return {"speech": round(self._store.speech.hours, 2), "synthetic": round(self._store.synthetic.hours, 2)}
+
+    def _batches(self) -> Iterator[list[Example]]:
+        """Yield batches for ever; wait for the first shard if one is still to come."""
+        patience = time.monotonic() + 120
+        while not (self._store.speech.examples or self._store.synthetic.examples):
+            if not any((self._work / "speech").glob("*")) or time.monotonic() > patience:
+                raise FileNotFoundError(f"no speech in {self._work}: run make data first")
+            time.sleep(0.2)
+        while True:
+            yield from self._store.batches(self.batch_secs, self._config.train.speech_share)
+
+    def _step(self, examples: list[Example], done: float) -> dict[str, Tensor]:
+        settings = self._config.train
+        warmed = min(1.0, (self.at.step + 1) / max(1, settings.warm_up_steps))
+        rate = settings.rate * warmed * 0.5 * (1 + math.cos(math.pi * done))
         for group in self._optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         self.model.train()
-        layers = self.model.encoder.upper.layers
-        self.model.encoder.upper.requires_grad_(phase.moonshine_layers > 0)
-        for index, layer in enumerate(layers):
-            layer.requires_grad_(index >= len(layers) - phase.moonshine_layers)
-        losses = self._losses(phase, batch)
+        with torch.no_grad():
+            batch = collate(examples, self._device, self._distorter.speeds(len(examples)))
+            samples = self._distorter(batch.samples, batch.lengths)
+        losses = self._losses(batch, samples)
         self._optimiser.zero_grad()
         torch.autograd.backward(list(losses.values()))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
-        if norm.isfinite():
-            self._optimiser.step()
+        self._optimiser.step()
         self.at.step += 1
-        self.at.step_of_phase += 1
         self._follow()
-        hours = sum(e.item.frames for e in batch) * FRAME_SECS / 3600
-        self.at.hours += hours
-        self.at.total_hours += hours
-        return {"rate": rate, "norm": float(norm)} | {name: float(value.detach()) for name, value in losses.items()}
+        self.at.hours += sum(batch.samples_of_rows) / 16_000 / 3600
+        return {"rate": torch.tensor(rate), "norm": norm.detach()} | {name: value.detach() for name, value in losses.items()}
 
-    def _losses(self, phase: Phase, batch: list[Example]) -> dict[str, Tensor]:
-        """Return the losses a token; CTC's (Graves et al., 2006) has its weight once the transducer's is there."""
-        blank, targets = self.model.blank, [e.tokens for e in batch]
-        count = sum(len(t) for t in targets)
-        # With AVX2 alone oneDNN has no LSTM in bfloat16 and refuses the call.
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability() == "AVX512"):
-            encoded = encode(self.model, batch, self._random)
+    def _losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
+        """Return the losses a token; CTC's (Graves et al., 2006) has its weight."""
+        settings, blank, count = self._config.train, self.model.blank, sum(batch.tokens_of_rows)
+        with self._autocast():
+            encoded, frames = self._encode(samples, batch.frames)
             ctc = functional.ctc_loss(
-                self.model.ctc(pad_sequence(encoded)).float().log_softmax(-1),
-                torch.cat(targets),
-                torch.tensor([len(e) for e in encoded]),
-                torch.tensor([len(t) for t in targets]),
+                self.model.ctc(encoded).float().log_softmax(-1).transpose(0, 1),
+                batch.targets,
+                torch.tensor([-(-n // (4 * FRAME_SAMPLES)) for n in batch.samples_of_rows]),
+                torch.tensor(batch.tokens_of_rows),
                 blank=blank,
                 reduction="sum",
                 zero_infinity=True,
             )
-            if phase.loss == "ctc":
-                return {"ctc": ctc / count}
-            history = pad_sequence([functional.pad(t, (1, 0), value=blank) for t in targets], batch_first=True)
-            wrong = torch.rand(history.shape) < self._config.train.wrong_tokens
-            history = torch.where(wrong & (history != blank), torch.randint(blank, history.shape), history)
+            history = functional.pad(batch.targets, (1, 0), value=blank)
+            wrong = torch.rand(history.shape, device=self._device) < settings.wrong_tokens
+            history = torch.where(wrong & (history != blank), torch.randint_like(history, blank), history)
             predicted, _ = self.model.predictor(history)
-            rows = [p[: len(t) + 1] for p, t in zip(predicted, targets, strict=True)]
-            loss = transducer_loss(self.model.joint, encoded, rows, targets, blank)
-        return {"transducer": loss.sum() / count, "ctc": self._config.train.ctc_weight * ctc / count}
+            loss = transducer_loss(self.model.joint, encoded, predicted, batch.targets, frames, batch.counts, blank)
+        return {"transducer": loss.sum() / count, "ctc": settings.ctc_weight * ctc / count}
+
+    def _encode(self, samples: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode whole recordings or chunk by chunk, with some stretches hidden."""
+        by, hidden = self._config.train.chunks, _hidden(frames, samples.shape[1] // FRAME_SAMPLES)
+        if self._random.random() >= by.share:
+            return self.model.encoder(samples, frames, hidden)
+        size = int(self._random.integers(by.shortest, by.longest + 1))
+        left = int(self._random.integers(by.shortest_left, by.longest_left + 1))
+        return chunks.encode(self.model.encoder, samples, frames, chunks.cut(size, left, by.look_ahead), hidden)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -288,60 +286,87 @@ class Trainer:
         theirs, ours = list(self.model.state_dict().values()), list(self.average.state_dict().values())
         torch._foreach_lerp_(ours, theirs, 1 - keep)
 
-    def check(self, losses: list[dict[str, float]]) -> str:
-        """Measure the average on what was held out, write it to the log, keep a checkpoint; return the log's line."""
-        transducer = self._config.train.phases[min(self.at.phase, len(self._config.train.phases) - 1)].loss == "transducer"
-        measured = {name: self._errors(examples, transducer) for name, examples in self._choose.items()}
-        line = json.dumps({"at": self.at.__dict__, "losses": _mean_of(losses), "errors": measured})
+    def check(self, began: float) -> None:
+        """Measure the average on what was held out, write it to the log, keep a checkpoint."""
+        self._keep()
+        choose = self._work / "speech" / "choose.json"
+        if choose.exists():
+            examples = read(choose, self._pieces, self._device)
+            errors = {"whole": self._errors(examples, None), "chunks": self._errors(examples, _CHECK_CHUNK)}
+            self._log({"at": vars(self.at), "errors": errors, "hours": self._hours()}, began)
+
+    def _log(self, entry: dict[str, Any], began: float) -> None:
+        line = json.dumps(entry | {"secs": round(time.monotonic() - began, 1)})
+        typer.echo(line)
         with (self._work / "log.jsonl").open("a") as file:
             file.write(line + "\n")
-        self._keep()
-        return line
 
     def _keep(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, and copies of the averaged weights where they are wanted."""
+        if self._copy_to:
+            copies(self.average.state_dict(), self._copy_to)
         kept: dict[str, Any] = {"model": self.model.state_dict(), "average": self.average.state_dict()}
-        kept |= {"optimiser": self._optimiser.state_dict(), "at": dict(self.at.__dict__)}
+        kept |= {"optimiser": self._optimiser.state_dict(), "at": dict(vars(self.at))}
         scratch = self._checkpoint.with_suffix(".part")
         torch.save(kept, scratch)
         scratch.rename(self._checkpoint)
 
     @torch.inference_mode()
-    def _errors(self, examples: list[Example], transducer: bool) -> dict[str, float]:
+    def _errors(self, examples: list[Example], by: chunks.Cut | None) -> dict[str, float]:
         """Return the word error rate in percent, of each set and of all."""
-        pairs: dict[str, list[tuple[str, str]]] = {}
-        for batch in batches(examples, 200 / FRAME_SECS, np.random.default_rng(0)):
-            encoded = encode(self.average, batch)
-            decode = greedy if transducer else collapse
-            tokens = decode(self.average, pad_sequence(encoded, batch_first=True), torch.tensor([len(e) for e in encoded]))
-            for example, hypothesis in zip(batch, tokens, strict=True):
-                pair = example.item.text, self._pieces.decode(hypothesis)
-                pairs.setdefault(example.item.set, []).append(pair)
-                pairs.setdefault("all", []).append(pair)
-        return {
-            name: round(100 * jiwer.wer([text for text, _ in pair], [hypothesis for _, hypothesis in pair]), 2)
-            for name, pair in sorted(pairs.items())
-        }
+        counts: dict[str, list[int]] = {}
+        for group in grouped(examples, _CHECK_SECS, np.random.default_rng(0)):
+            batch = collate(group, self._device)
+            encoder = self.average.encoder
+            encoded, frames = (
+                chunks.encode(encoder, batch.samples, batch.frames, by) if by else encoder(batch.samples, batch.frames)
+            )
+            for example, tokens in zip(group, greedy(self.average, encoded, frames, penalty=1.0), strict=True):
+                reference = example.item.text.split()
+                wrong = distance(reference, self._pieces.decode(tokens).split())
+                for name in (example.item.set, "all"):
+                    total = counts.setdefault(name, [0, 0])
+                    total[0] += wrong
+                    total[1] += len(reference)
+        return {name: round(100 * wrong / words, 2) for name, (wrong, words) in sorted(counts.items())}
 
 
-def _mean_of(losses: list[dict[str, float]]) -> dict[str, float]:
-    names = losses[-1] if losses else {}
-    return {name: round(float(np.mean([one[name] for one in losses if name in one])), 5) for name in names}
+def distance(reference: list[str], hypothesis: list[str]) -> int:
+    """Return how many words have to be put in, left out or changed (Levenshtein, 1966)."""
+    row = list(range(len(hypothesis) + 1))
+    for number, word in enumerate(reference, 1):
+        corner, row[0] = row[0], number
+        for index, other in enumerate(hypothesis, 1):
+            corner, row[index] = row[index], min(row[index] + 1, row[index - 1] + 1, corner + (word != other))
+    return row[-1]
 
 
-def _mean(losses: list[dict[str, float]]) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in _mean_of(losses).items() if name in {"ctc", "transducer"})
+def _hidden(frames: Tensor, longest: int) -> Tensor:
+    """Mask time as SpecAugment does (Park et al., 2019): up to 0.3 s at a time, about once in 2.5 s [B, T]."""
+    many, device = max(1, round(longest * FRAME_SAMPLES / 16_000 / 2.5)), frames.device
+    starts = torch.rand(len(frames), many, device=device) * frames[:, None]
+    widths = torch.randint(0, 13, (len(frames), many), device=device)
+    at = torch.arange(longest, device=device)
+    return ((at >= starts[..., None]) & (at < (starts + widths)[..., None])).any(1)
+
+
+def _mean_of(losses: list[dict[str, Tensor]]) -> dict[str, float]:
+    return {name: round(float(torch.stack([one[name].float().cpu() for one in losses]).mean()), 6) for name in losses[-1]}
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where `make data` put the features; checkpoints and the log go there too")],
-    begin: Annotated[Path | None, typer.Option(help="Model repository to start from, at the first transducer phase")] = None,
+    work: Annotated[Path, typer.Option(help="Where `make data` put the speech; checkpoints and the log go there too")],
+    begin: Annotated[Path | None, typer.Option(help="Model repository to start from")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or one of several: cuda:1")] = "cpu",
+    minutes: Annotated[float | None, typer.Option(help="How long to train, instead of what the configuration says")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Where to put the averaged weights at each check, in 16 bits")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
 ) -> None:
     """Train the transducer; go on from the checkpoint if there is one."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        Trainer(configuration.load(config), work, begin).run(progress)
+    settings = configuration.load(config)
+    if minutes:
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"minutes": minutes, "steps": None})})
+    Trainer(settings, work, torch.device(device), begin, copy_to).run()
 
 
 if __name__ == "__main__":

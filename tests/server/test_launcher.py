@@ -450,9 +450,7 @@ async def _none_left(ports: Ports) -> bool:
         ("platform.libc_ver", ("", ""), "this is another C library"),
     ],
 )
-def test_unsupported_platform_is_named(
-    monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str
-) -> None:
+def test_unsupported_platform_is_named(monkeypatch: pytest.MonkeyPatch, attribute: str, value: Any, named: str) -> None:
     monkeypatch.setattr(f"amira.engine.wheel.{attribute}", lambda: value)
     with pytest.raises(EngineError, match=re.escape(named)) as raised:
         wheel.check_platform()

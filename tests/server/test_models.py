@@ -214,9 +214,7 @@ async def test_gpu_front_end_gives_the_tokens_of_onnx_asr(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_full_context_windows_equal_the_recording(
-    served: Served, recordings: Recordings, kind: str
-) -> None:
+async def test_full_context_windows_equal_the_recording(served: Served, recordings: Recordings, kind: str) -> None:
     """Windows that hold all that a frame depends on, decoded a few frames at a time: jumps cross from one into the next."""
     samples = recordings["jfk"]
     for name in FULL_CONTEXT:

@@ -12,22 +12,25 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import sentencepiece
 import torch
 
 from amira.models.configs import read_config
 from amira.paths import MODEL_REPOSITORY
+from training import chunks, moonshine, start
 from training import config as configuration
-from training import moonshine, start
 from training.config import Config
 from training.data import held_out, jobs
-from training.distort import distort
+from training.distort import Distorter, resample
 from training.export import compress, graphs, write
-from training.features import Features, Item, Shard, Spoken, Window, read
+from training.gather import coverage, covering
 from training.loss import transducer_loss
-from training.model import LOWER, Joint, Transducer, build, collapse, greedy
-from training.speech import RATE, Recording, recordings
+from training.model import Joint, Transducer, build, collapse, greedy
+from training.speech import RATE, Recording, character, recordings
+from training.store import Example, Item, Pool, Store, collate, grouped
+from training.store import write as write_shard
 from training.text import normalise, sentences
-from training.train import Draw, Example, batches
+from training.train import distance
 
 ROOT = Path(__file__).parents[2]
 SPEECH = ROOT / "tests" / "speech"
@@ -66,15 +69,19 @@ def test_text_is_brought_to_the_models_spelling(written: str, spoken: str) -> No
 def test_the_loss_is_that_of_all_alignments_summed_one_by_one() -> None:
     torch.manual_seed(0)
     joint = Joint(8, 6, blank=4)
-    encoded = [torch.randn(5, 8, requires_grad=True), torch.randn(3, 8), torch.randn(1, 8)]
-    predicted = [torch.randn(4, 6), torch.randn(2, 6), torch.randn(1, 6)]
-    targets = [torch.tensor([1, 2, 2]), torch.tensor([0]), torch.tensor([], dtype=torch.long)]
-    loss = transducer_loss(joint, encoded, predicted, targets, blank=4)
-    slow = [_loss_by_definition(joint, *row) for row in zip(encoded, predicted, targets, strict=True)]
-    torch.testing.assert_close(loss, torch.stack(slow))
-    (fast_gradient,) = torch.autograd.grad(loss.sum(), encoded[0], retain_graph=True)
-    (slow_gradient,) = torch.autograd.grad(torch.stack(slow).sum(), encoded[0])
-    torch.testing.assert_close(fast_gradient, slow_gradient)
+    encoded = torch.randn(3, 5, 8, requires_grad=True)
+    predicted = torch.randn(3, 4, 6, requires_grad=True)
+    targets = torch.tensor([[1, 2, 2], [0, 0, 0], [0, 0, 0]])
+    frames, counts = torch.tensor([5, 3, 1]), torch.tensor([3, 1, 0])
+    loss = transducer_loss(joint, encoded, predicted, targets, frames, counts, blank=4)
+    rows = zip(encoded, predicted, targets, frames, counts, strict=True)
+    slow = torch.stack([_loss_by_definition(joint, e[:t], p[: u + 1], target[:u]) for e, p, target, t, u in rows])
+    torch.testing.assert_close(loss, slow)
+    weights = torch.tensor([1.0, 2.0, 0.5])
+    for leaf in (encoded, predicted, joint.out.weight):
+        (fast_gradient,) = torch.autograd.grad((loss * weights).sum(), leaf, retain_graph=True)
+        (slow_gradient,) = torch.autograd.grad((slow * weights).sum(), leaf, retain_graph=True)
+        torch.testing.assert_close(fast_gradient, slow_gradient)
 
 
 def _loss_by_definition(joint: Joint, frames: torch.Tensor, tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -94,19 +101,59 @@ def _loss_by_definition(joint: Joint, frames: torch.Tensor, tokens: torch.Tensor
     return total
 
 
-def test_a_recordings_encoding_does_not_depend_on_its_company(model: Transducer) -> None:
-    torch.manual_seed(1)
-    stem, lower, _ = moonshine.load(LOWER)
-    audio = torch.randn(2, 100 * moonshine.FRAME_SAMPLES) * 0.1
+def _noise() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of 100 and 37 frames."""
+    audio = torch.randn(2, 100 * moonshine.FRAME_SAMPLES, generator=torch.Generator().manual_seed(1)) * 0.1
     audio[1, 37 * moonshine.FRAME_SAMPLES :] = 0
-    frames = torch.tensor([100, 37])
+    return audio, torch.tensor([100, 37])
+
+
+@pytest.mark.parametrize("by", [None, chunks.cut(6, 24, 5)], ids=["whole", "chunks"])
+def test_a_recordings_encoding_does_not_depend_on_its_company(model: Transducer, by: chunks.Cut | None) -> None:
+    def encode(samples: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return chunks.encode(model.encoder, samples, frames, by) if by else model.encoder(samples, frames)
+
+    audio, frames = _noise()
     with torch.inference_mode():
-        both, counts = model.encoder(lower(stem(audio, frames), frames), frames)
-        one = audio[1:, : 37 * moonshine.FRAME_SAMPLES]
-        alone, _ = model.encoder(lower(stem(one, frames[1:]), frames[1:]), frames[1:])
+        both, counts = encode(audio, frames)
+        alone, _ = encode(audio[1:, : 37 * moonshine.FRAME_SAMPLES], frames[1:])
     assert counts.tolist() == [25, 10]
     torch.testing.assert_close(both[1, :10], alone[0], atol=2e-5, rtol=1e-4)
     assert not both[1, 10:].any()
+
+
+def test_one_chunk_of_all_is_the_whole(model: Transducer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "NORM_SECS", 1e3)
+    monkeypatch.setattr(chunks, "PRIOR_SECS", 0.0)
+    audio, frames = _noise()
+    with torch.inference_mode():
+        whole, _ = model.encoder(audio, frames)
+        chunk, _ = chunks.encode(model.encoder, audio, frames, chunks.cut(25, 24, 5))
+    torch.testing.assert_close(chunk, whole, atol=2e-5, rtol=1e-4)
+
+
+def test_a_chunk_sees_no_further_than_its_look_ahead_and_its_history(model: Transducer) -> None:
+    audio, frames = _noise()
+    by, end = chunks.cut(6, 6, 5), (24 + 20) * moonshine.FRAME_SAMPLES + moonshine.STEM_REACH
+    later, earlier = audio.clone(), audio.clone()
+    later[:, end:] = 0.5
+    with torch.inference_mode():
+        plain, changed = (chunks.encode(model.encoder, x, frames, by)[0] for x in (audio, later))
+        assert torch.equal(plain[:1, :6], changed[:1, :6])
+        assert not torch.equal(plain[:1, 6:12], changed[:1, 6:12])
+        earlier[0, : 4 * moonshine.FRAME_SAMPLES] = 0
+        assert not torch.equal(plain[0, :6], chunks.encode(model.encoder, earlier, frames, by)[0][0, :6])
+
+
+def test_fused_attention_and_shifted_convolution_compute_the_same(model: Transducer) -> None:
+    torch.manual_seed(2)
+    q, k, v = (torch.randn(2, 4, 9, 36) for _ in range(3))
+    mask = (torch.arange(9) < 7)[None, None, None]
+    torch.testing.assert_close(moonshine._fused(q, k, v, mask), moonshine.attend(q, k, v, mask), atol=1e-5, rtol=1e-4)
+    block, y = model.encoder.at_96_ms[0], torch.randn(2, 12, 128)
+    around = torch.nn.functional.pad(y, (0, 0, 4, 4))
+    with torch.inference_mode():
+        torch.testing.assert_close(block.convolve_within(around), block.convolve(y), atol=1e-5, rtol=1e-4)
 
 
 def test_moonshine_hears_what_its_published_graph_hears() -> None:
@@ -116,35 +163,35 @@ def test_moonshine_hears_what_its_published_graph_hears() -> None:
     padded = np.pad(audio, (0, 511))[None]
     (theirs,) = session.run(None, {"input_values": padded, "attention_mask": np.ones(padded.shape, np.int64)})
     frames = torch.tensor([len(audio) // moonshine.FRAME_SAMPLES])
-    stem, lower, upper = moonshine.load(LOWER)
+    stem, lower, upper = moonshine.load(3)
     with torch.inference_mode():
         ours = upper(lower(stem(torch.from_numpy(audio)[None], frames), frames), frames).numpy()
     # Theirs rounds activations to 8 bits, ours doesn't.
     assert np.corrcoef(theirs.ravel(), ours.ravel())[0, 1] > 0.998
 
 
-def test_windows_overlap_and_yield_each_frame_once(config: Config, tmp_path: Path) -> None:
-    stem, lower, _ = moonshine.load(LOWER)
-    audio = recordings(SPEECH)[0].read()
-    spoken = [Spoken(audio, "whole", "s", windowed=False), Spoken(audio, "cut", "s", windowed=True)]
-    Features(stem, lower, config.data).write(spoken, tmp_path / "shard.json")
-    shard = read(tmp_path / "shard.json")
-    whole, cut = shard.items
-    assert whole.outputs == cut.outputs == -(-len(audio) // 1536)
-    assert len(cut.windows) == -(-cut.outputs // config.data.window_chunk)
-    assert cut.windows[1].first == config.data.window_left
-    assert cut.offset == whole.frames
-    assert len(shard.frames) == whole.frames + cut.frames
-
-
 def test_distorted_speech_keeps_its_length_and_stays_in_range() -> None:
-    audio = recordings(SPEECH)[0].read()
-    random = np.random.default_rng(0)
-    for _ in range(30):
-        distorted = distort(audio, [audio[: RATE * 2]], random)
-        assert distorted.shape == audio.shape
-        assert np.isfinite(distorted).all()
-        assert 0.1 < np.abs(distorted).max() <= 1.0
+    audio = torch.from_numpy(recordings(SPEECH)[0].read())
+    rows = audio.repeat(6, 1)
+    rows[3:, 50_000:] = 0
+    lengths = torch.tensor([len(audio)] * 3 + [50_000] * 3)
+    distorter = Distorter(0, torch.device("cpu"))
+    distorted = [distorter(rows, lengths) for _ in range(4)]
+    for one in distorted:
+        assert one.shape == rows.shape
+        assert one.isfinite().all()
+        assert not one[3:, 50_000:].any()
+        assert ((one.abs().amax(1) > 0.1) & (one.abs().amax(1) <= 1)).all()
+    assert not torch.equal(distorted[0], distorted[1])
+    assert torch.equal(Distorter(0, torch.device("cpu"))(rows, lengths), distorted[0])
+
+
+def test_a_tone_played_faster_is_higher() -> None:
+    tone = torch.sin(torch.arange(16_000) * 0.5)[None].repeat(2, 1)
+    played = resample(tone, torch.tensor([1.1, 1.0]), 14_000)[:, 100:13_000]
+    at = torch.arange(14_000)[100:13_000]
+    assert (played[0] - torch.sin(at * 0.55)).abs().max() < 0.01
+    assert (played[1] - torch.sin(at * 0.5)).abs().max() < 1e-4
 
 
 def test_what_is_held_out_is_never_trained_on(config: Config) -> None:
@@ -167,7 +214,7 @@ def test_other_recordings_can_be_given_to_choose_by(config: Config, tmp_path: Pa
     shutil.copy(SPEECH / "jfk.flac", tmp_path)
     (tmp_path / "manifest.tsv").write_text("file\ttext\tsource\njfk.flac\tAnd so\tInauguration\n")
     made = {job.name: job.recordings for job in jobs(config, SPEECH, tmp_path)}
-    assert made["choose-whole"] == made["choose-windows"] == (Recording(tmp_path / "jfk.flac", "Inauguration", "and so"),)
+    assert made["choose"] == (Recording(tmp_path / "jfk.flac", "Inauguration", "and so"),)
     assert set(made["speech-00"]) == set(recordings(SPEECH))
 
 
@@ -183,11 +230,10 @@ def test_exported_graphs_compute_what_the_model_does(model: Transducer, config: 
         row[: len(waveform)] = waveform
     features, counts = sessions["preprocessor"].run(None, {"waveforms": batch, "waveforms_lens": lengths})
     frames, encoded = sessions["encoder"].run(None, {"audio_signal": features, "length": counts})
-    stem, lower, _ = moonshine.load(LOWER)
     padded = torch.from_numpy(np.pad(batch, ((0, 0), (0, features.shape[2] * moonshine.FRAME_SAMPLES - batch.shape[1]))))
     real = torch.from_numpy(counts)
     with torch.inference_mode():
-        expected, expected_counts = model.encoder(lower(stem(padded, real), real), real)
+        expected, expected_counts = model.encoder(padded, real)
     assert encoded.tolist() == expected_counts.tolist() == [-(-n // 1536) for n in lengths]
     assert np.corrcoef(frames.ravel(), expected.transpose(1, 2).numpy().ravel())[0, 1] > 0.999  # weights are rounded
 
@@ -237,16 +283,67 @@ def test_ctc_hypotheses_lose_repeats_and_blanks(model: Transducer, monkeypatch: 
     assert collapse(model, scores, torch.tensor([6])) == [[1, 1, 2]]
 
 
+def _examples(count: int) -> list[Example]:
+    sizes = [(10 + i) * 1000 for i in range(count)]
+    return [Example(Item(str(i), "s", n), [1], torch.zeros(n, dtype=torch.int16)) for i, n in enumerate(sizes)]
+
+
 def test_each_example_comes_once_before_any_comes_again() -> None:
-    shard = Shard([], np.zeros((0, 288), np.float16))
-    examples = [Example(shard, Item(str(i), "s", 0, (Window(10 + i, 0, 3),)), torch.tensor([1])) for i in range(20)]
-    draw = Draw(np.random.default_rng(0))
-    everything = sum(e.item.frames for e in examples)
-    first = draw.take(examples, everything)
-    assert sorted(e.item.text for e in first) == sorted(e.item.text for e in examples)
-    grouped = batches(first, 60, np.random.default_rng(0))
-    assert sorted(e.item.text for batch in grouped for e in batch) == sorted(e.item.text for e in first)
-    assert all(len(batch) * max(e.longest for e in batch) <= 60 for batch in grouped)
+    pool = Pool(np.random.default_rng(0))
+    pool.add(_examples(20))
+    everything = pool.hours * 3600
+    first = pool.take(everything / 2) + pool.take(everything / 2)
+    assert len({e.item.text for e in first}) == 20
+    pool.add(_examples(1))
+    assert pool.take(0.1)[0].item.text == "0", "new examples come first"
+
+
+def test_batches_have_similar_lengths_and_a_limited_size() -> None:
+    examples = _examples(20)
+    batches = grouped(examples, 8, np.random.default_rng(0))
+    assert sorted(e.item.text for batch in batches for e in batch) == sorted(e.item.text for e in examples)
+    assert all(len(batch) * max(e.item.samples for e in batch) <= 8 * RATE * 1.05 for batch in batches)
+    batch = collate(batches[0], torch.device("cpu"), [1.1] * len(batches[0]))
+    assert batch.lengths.tolist() == [int(e.item.samples / 1.1) for e in batches[0]]
+    assert batch.samples.shape[1] == int(batch.frames.max()) * moonshine.FRAME_SAMPLES
+
+
+def test_a_store_takes_up_shards_as_they_appear(tmp_path: Path) -> None:
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "training" / "tokens.model"))
+    random = np.random.default_rng(0)
+    store = Store(tmp_path, pieces, torch.device("cpu"), Pool(random), Pool(random))
+    store.refresh()
+    write_shard(
+        [(np.ones(RATE, np.float32) / 2, "so it is", "a"), (np.zeros(RATE, np.float32), "", "a")], tmp_path / "speech-0.json"
+    )
+    write_shard([(np.zeros(10, np.float32), "far too much text for this", "hibari")], tmp_path / "synthetic-0.json")
+    store.refresh()
+    store.refresh()
+    (example,) = store.speech.examples
+    assert example.item == Item("so it is", "a", RATE)
+    assert example.samples.unique().tolist() == [16384]
+    assert not store.synthetic.examples, "there is no room for its text"
+
+
+def test_every_item_has_a_character_of_its_own() -> None:
+    random = np.random.default_rng(0)
+    drawn = [character(random) for _ in range(200)]
+    assert len({c.pitch for c in drawn}) == 200
+    assert all(0.4 < c.pitch < 1.3 and 0.7 < c.formants < 1.3 and 0.75 <= c.speed <= 1.3 for c in drawn)
+
+
+def test_any_beginning_of_the_text_covers_what_it_can() -> None:
+    ranks = {"the": 0, "walrus": 5_000, "oyster": 8_000, "carpenter": 9_000}
+    entries = ["the walrus", "the oyster", "the carpenter", "the walrus the oyster", "the the the"]
+    ordered = covering([], entries, ranks, np.random.default_rng(0))
+    assert sorted(ordered) == sorted(entries)
+    assert coverage(ordered[:3], ranks)["3k-10k"] == (3, 0)
+
+
+def test_words_are_counted_wrong_as_few_as_possible() -> None:
+    assert distance(["the", "cat", "sat"], ["the", "cat", "sat"]) == 0
+    assert distance(["the", "cat", "sat"], ["a", "cat", "sat", "down"]) == 2
+    assert distance([], ["so"]) == distance(["so"], []) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""The encoder chunk by chunk, as live streams run it, over whole recordings at once.
+
+A chunk's frames see themselves, a limited stretch of the chunks before, and a look-ahead. The look-ahead is encoded anew with
+every chunk, as in Emformer (Shi et al., 2021), so that no layer sees further ahead than that. Group norm, which the stem has
+over a whole recording, is over the last seconds.
+
+All chunks of a recording are computed side by side: x [B, N, C + R, D] holds, for each of N chunks, its own C frames and the R
+that it sees ahead. What a step with a cache would have kept of earlier chunks is gathered from their own frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training.model import Block, Encoder, rotate
+from training.moonshine import FRAME_SAMPLES, STEM_REACH, STEM_STEP, STEM_WIDTH, WIDTH, Attention, Layers, Stem, attend
+from training.moonshine import rotate as rotate_moonshine
+
+STACK = 4
+"""Frames of 24 ms for each frame of the whole encoder: 96 ms."""
+NORM_SECS = 4.0
+"""Over how much audio the stem's group norm is taken."""
+PRIOR_SECS, PRIOR_VARIANCE = 0.5, 0.009
+"""What the norm assumes before it has heard anything, with mean zero; the variance is that of speech at a usual level."""
+_Turn = Callable[[Tensor], Tensor]
+_STEPS = FRAME_SAMPLES // STEM_STEP
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a stream is cut; lengths are in frames of the layer that looks at it."""
+
+    chunk: int
+    left: int
+    right: int
+
+    def halved(self) -> Cut:
+        """Return the same at half the frame rate."""
+        return Cut(self.chunk // 2, self.left // 2, self.right // 2)
+
+
+def cut(chunk: int, left: int, right: int) -> Cut:
+    """Return a cut for `encode`, of lengths in frames of 96 ms."""
+    return Cut(chunk * STACK, left * STACK, right * STACK)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Positions in the chunked form, for one frame rate.
+
+    Attributes:
+        cut: In frames of this rate.
+        frames: How many frames of each recording are real [B].
+        chunks: Number of chunks, N.
+    """
+
+    cut: Cut
+    frames: Tensor
+    chunks: int
+
+    def halved(self) -> _Layout:
+        return _Layout(self.cut.halved(), (self.frames + 1) // 2, self.chunks)
+
+    @property
+    def at(self) -> Tensor:
+        """Position of each query [N, C + R]."""
+        first = torch.arange(self.chunks, device=self.frames.device)[:, None] * self.cut.chunk
+        return first + torch.arange(self.cut.chunk + self.cut.right, device=self.frames.device)
+
+    @property
+    def real(self) -> Tensor:
+        """Whether a query lies within its recording [B, N, C + R]."""
+        return self.at < self.frames[:, None, None]
+
+    def keys(self, left: int) -> Tensor:
+        """Position of each key [N, left + C + R]."""
+        first = torch.arange(self.chunks, device=self.frames.device)[:, None] * self.cut.chunk - left
+        return first + torch.arange(left + self.cut.chunk + self.cut.right, device=self.frames.device)
+
+    def with_history(self, x: Tensor, left: int) -> Tensor:
+        """Put the `left` frames of earlier chunks in front of each chunk: [B, N, C + R, D] to [B, N, left + C + R, D]."""
+        own = x[:, :, : self.cut.chunk].flatten(1, 2)
+        own = functional.pad(own, (0, 0, left, 0))
+        own = own.unfold(1, left + self.cut.chunk, self.cut.chunk).transpose(2, 3)
+        return torch.cat((own, x[:, :, self.cut.chunk :]), dim=2)
+
+    def attention(self, left: int, reach: int | None, turn_q: _Turn, turn_k: _Turn) -> Attention:
+        """Return attention over q, k and v [B N, H, C + R, D], within `left` frames of history and `reach`."""
+        keys, at = self.keys(left), self.at
+        mask = ((keys >= 0) & (keys < self.frames[:, None, None]))[:, :, None]
+        distance = keys[:, None] - at[:, :, None]
+        if reach is not None:
+            mask = mask & (distance.abs() <= reach)
+        mask = (mask | (distance == 0)).flatten(0, 1)[:, None]  # a frame sees itself: no row is empty
+
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (self._gathered(x, left) for x in (k, v))
+            return attend(turn_q(q), turn_k(k), v, mask)
+
+        return attention
+
+    def _gathered(self, x: Tensor, left: int) -> Tensor:
+        rows, heads, count, size = x.shape
+        x = x.transpose(1, 2).reshape(rows // self.chunks, self.chunks, count, heads * size)
+        return self.with_history(x, left).reshape(rows, -1, heads, size).transpose(1, 2)
+
+
+def encode(encoder: Encoder, samples: Tensor, frames: Tensor, by: Cut, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Map samples [B, 384 T] to outputs [B, ceil(T / 4), D] as `encoder` does, but chunk by chunk."""
+    longest = samples.shape[1] // FRAME_SAMPLES
+    layout = _Layout(by, frames, -(-longest // by.chunk))
+    x = _stem(encoder.stem, samples, layout)
+    if hidden is not None:
+        index = layout.at.clamp(max=longest - 1)
+        x = x.masked_fill(hidden[:, index][..., None], 0)
+    x = _layers(encoder.lower, x, layout)
+    x = encoder.norm(_layers(encoder.upper, x, layout))
+    x, layout = encoder.to_48_ms(_pairs(x, layout)), layout.halved()
+    for block in encoder.at_48_ms:
+        x = _block(block, x, layout)
+    x, layout = encoder.to_96_ms(_pairs(x, layout)), layout.halved()
+    for block in encoder.at_96_ms:
+        x = _block(block, x, layout)
+    x = (x * layout.real[..., None].to(x.dtype))[:, :, : layout.cut.chunk].flatten(1, 2)
+    return x[:, : -(-longest // STACK)], layout.frames
+
+
+def _stem(stem: Stem, samples: Tensor, layout: _Layout) -> Tensor:
+    """Return features [B, N, C + R, 288]; what is behind a chunk's look-ahead is seen as far as the stem itself reaches."""
+    chunks, size = layout.chunks, layout.cut.chunk + layout.cut.right
+    needed = ((chunks - 1) * layout.cut.chunk + size) * FRAME_SAMPLES + STEM_REACH
+    x = torch.tanh(stem.conv1(functional.pad(samples, (0, needed - samples.shape[1]))[:, None]))
+    steps = (layout.frames * FRAME_SAMPLES + STEM_REACH - STEM_WIDTH) // STEM_STEP + 1
+    real = torch.arange(x.shape[2], device=x.device) < steps[:, None]
+    x = x * real[:, None].to(x.dtype)
+    window = size * _STEPS + (STEM_REACH - STEM_WIDTH) // STEM_STEP + 1
+    ends = (torch.arange(chunks, device=x.device) * layout.cut.chunk + size) * _STEPS
+    starts = (ends - round(NORM_SECS * 16_000 / STEM_STEP)).clamp(min=0)
+    weights = PRIOR_SECS * 16_000 / STEM_STEP * WIDTH
+
+    def over(values: Tensor) -> Tensor:
+        run = functional.pad(values.double().cumsum(1), (1, 0))
+        return (run[:, ends] - run[:, starts]).float()
+
+    count = over(real.float()) * WIDTH + weights
+    mean = over(x.sum(1, dtype=torch.float32)) / count
+    squares = over((x * x).sum(1, dtype=torch.float32)) + weights * PRIOR_VARIANCE
+    scale = torch.rsqrt((squares / count - mean**2).clamp(min=1e-6) + 1e-5)
+    x = x.unfold(2, window, layout.cut.chunk * _STEPS).transpose(1, 2)  # [B, N, 288, steps]
+    x = (x - mean[..., None, None].to(x.dtype)) * scale[..., None, None].to(x.dtype)
+    return stem.above(x.flatten(0, 1)).unflatten(0, (-1, chunks))
+
+
+def _layers(layers: Layers, x: Tensor, layout: _Layout) -> Tensor:
+    left = layout.cut.left
+    own, seen = layers.turn(layout.at[0] + left), layers.turn(layout.keys(left)[0] + left)
+    attention = layout.attention(left, None, lambda q: rotate_moonshine(q, own), lambda k: rotate_moonshine(k, seen))
+    y = x.flatten(0, 1)
+    for layer in layers.layers:
+        y = layer.around(y, attention)
+    return layers.norm(y).view(x.shape)
+
+
+def _block(block: Block, x: Tensor, layout: _Layout) -> Tensor:
+    left, before = min(block.reach, layout.chunks * layout.cut.chunk), block.depthwise.kernel_size[0] // 2
+    own, seen = layout.at[0] + left, layout.keys(left)[0] + left
+    attention = layout.attention(left, block.reach, lambda q: rotate(q, own), lambda k: rotate(k, seen))
+
+    def convolve(y: Tensor) -> Tensor:
+        y = layout.with_history(y.unflatten(0, (-1, layout.chunks)), before).flatten(0, 1)
+        return block.convolve_within(functional.pad(y, (0, 0, 0, before)))
+
+    y = x.flatten(0, 1)
+    return block.around(y, layout.real.flatten(0, 1), attention, convolve).view(x.shape)
+
+
+def _pairs(x: Tensor, layout: _Layout) -> Tensor:
+    """Join neighbouring frames: [B, N, T, D] to [B, N, T / 2, 2 D]; what is not real is zero."""
+    x = x * layout.real[..., None].to(x.dtype)
+    return x.reshape(*x.shape[:2], x.shape[2] // 2, 2 * x.shape[3])
