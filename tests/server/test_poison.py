@@ -15,7 +15,7 @@ from amira.engine import process
 from amira.paths import MODEL_REPOSITORY
 from tests.support.chaos import Backend
 from tests.support.clients import gateway_metrics, growth, transcribe
-from tests.support.commands import edit
+from tests.support.commands import edit, until
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 POISON = np.array([31_111, -31_112, 31_113], np.int16)
@@ -69,21 +69,28 @@ async def gateway(trap: Trap) -> AsyncIterator[Gateway]:
         yield gateway
 
 
+async def until_ready(gateway: Gateway, http: httpx.AsyncClient) -> None:
+    async def ready() -> bool:
+        return (await http.get(f"{gateway.url}/health/ready")).status_code == 200
+
+    await until(ready, 60)
+
+
 def poisoned(samples: Samples) -> Samples:
     """A recording that kills the decoder after 3 s."""
     return np.concatenate((samples[:48_000], POISON, samples[48_000:]))
 
 
 async def test_recording_that_ends_a_backend_is_not_sent_again(trap: Trap, gateway: Gateway, recordings: Recordings) -> None:
-    before, deaths = await gateway_metrics(gateway.url), trap.deaths
+    before, deaths, pid = await gateway_metrics(gateway.url), trap.deaths, trap.backend.triton.pid
     headers = {"Content-Type": "audio/pcm"}
     async with httpx.AsyncClient(timeout=90) as http:
         answer = await http.post(gateway.batch_url(), content=poisoned(recordings["jfk"]).tobytes(), headers=headers)
         assert answer.status_code == 502
         assert answer.json()["error"]["code"] == "backend_died"
         assert answer.json()["error"]["retryable"] is False
-        await trap.backend.ready_again()
-        await asyncio.sleep(1)
+        await trap.backend.started_anew(pid)
+        await until_ready(gateway, http)
         assert trap.deaths - deaths == 1
         # Others are served.
         answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=headers)
