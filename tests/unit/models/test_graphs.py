@@ -178,9 +178,9 @@ def test_a_graph_that_can_not_run_is_refused(source: Path, tmp_path: Path) -> No
     path = source / "encoder-model.onnx"
     edit_graph(path, lambda graph: graph.node[0].ClearField("input"))
     into = tmp_path / "into"
-    with pytest.raises(ModelError, match=r"mine_encoder/1/model.onnx can't be loaded by ONNX Runtime: "):
+    with pytest.raises(ModelError, match=f"{path} can't be loaded by ONNX Runtime: "):
         import_model(str(source), "mine", into, None, gpu=False)
-    assert not list(into.iterdir())
+    assert not into.exists()
 
 
 @pytest.mark.parametrize(
