@@ -305,8 +305,9 @@ def _load_settings() -> Loaded:
     except ConfigError as error:
         _fail(str(error))
     configure_logging(loaded.settings)
+    log = structlog.get_logger(__name__)
     for notice in loaded.notices:
-        structlog.get_logger(__name__).warning("configuration", notice=notice)
+        log.warning("configuration", notice=notice)
     return loaded
 
 
