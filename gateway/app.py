@@ -19,7 +19,7 @@ from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
-from gateway.middleware import AccessLog, BodyLimit
+from gateway.middleware import AccessLog, BodyLimit, BodyLimits
 from gateway.service import Service
 from gateway.tracing import Tracing
 
@@ -59,7 +59,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_crash)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_request_size, patience_secs=settings.stream_timeout_secs)
+    bodies = settings.max_concurrent_batches + settings.inference_queue_size
+    limits = BodyLimits(
+        settings.max_request_size,
+        settings.max_json_size,
+        max_total_bytes=bodies * settings.max_request_size,
+        patience_secs=settings.stream_timeout_secs,
+    )
+    app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(AccessLog, settings=settings, spans=spans)
     if settings.enable_cors:
         app.add_middleware(

@@ -75,6 +75,7 @@ class RequestMeter:
         self._piece_bytes = 0
         self._head_bytes = 0  # of a head that is not complete
         self._unfinished = b""
+        self._tail = b""  # what was handed on last of a head: its end may begin there
         self._target = b""
         self._lines = self._longest_line_bytes = 0
 
@@ -99,6 +100,7 @@ class RequestMeter:
             piece = data[start : start + MAX_HEAD_BYTES - self._head_bytes]
             self._feed(piece)
             start += len(piece)
+        self._tail = (self._tail + data)[-3:] if self.part is Part.HEAD else b""
         return data
 
     def on_message_begin(self) -> None:
@@ -149,10 +151,11 @@ class RequestMeter:
 
     def _without_offers(self, data: bytes) -> bytes:
         """Remove offers to upgrade from a head's lines, and keep back a line that may become one."""
-        end = data.find(b"\r\n\r\n")
-        unfinished = UNFINISHED_LINE.search(data) if end < 0 else None
+        end = (self._tail + data).find(b"\r\n\r\n") - len(self._tail)
+        ends = end >= -len(self._tail)
+        unfinished = None if ends else UNFINISHED_LINE.search(data)
         lines, self._unfinished = (data[: unfinished.start()], unfinished[0]) if unfinished else (data, b"")
-        head_end = end + 2 if end >= 0 else len(lines)
+        head_end = max(0, end + 2) if ends else len(lines)
         return UPGRADE_OFFER.sub(b"", lines[:head_end]) + lines[head_end:]
 
 

@@ -49,7 +49,7 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(max(level, logging.WARNING))  # lines of libraries may contain API keys, as part of headers
     for ours in ("gateway", "amira"):
         logging.getLogger(ours).setLevel(level)
-    logging.getLogger("uvicorn.error").addFilter(_is_no_denial)
+    logging.getLogger("uvicorn.error").addFilter(_is_fault)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -61,9 +61,16 @@ def configure_logging(settings: Settings) -> None:
     )
 
 
-def _is_no_denial(record: logging.LogRecord) -> bool:
-    """Return False for uvicorn's complaint about a WebSocket that was refused by an HTTP response, which is no fault."""
-    return record.getMessage() != "ASGI callable returned without completing handshake."
+NO_FAULTS = {
+    "ASGI callable returned without completing handshake.",  # a WebSocket refused by an HTTP response
+    "Invalid UTF-8 sequence received from client.",  # closed by 1007
+}
+"""What uvicorn logs as an error, and is a client's doing."""
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Return whether an event of uvicorn's is a fault."""
+    return record.getMessage() not in NO_FAULTS
 
 
 def _add_ids(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -24,39 +25,68 @@ BATCH_PREFIX = "/v2/decode/batch/"
 log = structlog.get_logger()
 
 
+@dataclass(frozen=True)
+class BodyLimits:
+    """Limits on bodies.
+
+    Attributes:
+        max_bytes: one body.
+        max_json_bytes: one body of JSON, which takes many times its size when it is parsed.
+        max_total_bytes: all bodies of requests in flight together.
+        patience_secs: time after which a body has to keep to ``MIN_BODY_BYTES_PER_SEC``.
+    """
+
+    max_bytes: int
+    max_json_bytes: int
+    max_total_bytes: int
+    patience_secs: float
+
+
+@dataclass
+class InMemory:
+    """Bytes that have come of all requests in flight."""
+
+    bytes: int = 0
+
+
 class BodyLimit:
     """Refuses a body that is too large or comes too slowly, while it comes.
 
     Args:
         app: the application.
-        max_bytes: largest body.
-        patience_secs: time after which the body has to keep to ``MIN_BODY_BYTES_PER_SEC``.
+        limits: on one body and on all of them.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, patience_secs: float) -> None:
+    def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self._app = app
-        self._max_bytes = max_bytes
-        self._patience_secs = patience_secs
+        self._limits = limits
+        self._in_memory = InMemory()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
-            body = _Body(scope, receive, send, self._max_bytes, self._patience_secs)
-            receive, send = body.receive, body.send
-        await self._app(scope, receive, send)
+            body = _Body(scope, receive, send, self._limits, self._in_memory)
+            try:
+                await self._app(scope, body.receive, body.send)
+            finally:
+                self._in_memory.bytes -= body.received_bytes
+        else:
+            await self._app(scope, receive, send)
 
 
 class _Body:
     """One request's body, as it comes."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_bytes: int, patience_secs: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, in_memory: InMemory) -> None:
+        headers = Headers(scope=scope)
+        is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         self._receive = receive
         self._send = send
-        self._max_bytes = max_bytes
-        self._patience_secs = patience_secs
+        self._max_bytes = min(limits.max_json_bytes, limits.max_bytes) if is_json else limits.max_bytes
+        self._limits = limits
+        self._in_memory = in_memory
         self._began = time.monotonic()
-        self._received_bytes = 0
-        headers = Headers(scope=scope)
+        self.received_bytes = 0
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         self._complete = not self._declared_bytes and "transfer-encoding" not in headers
@@ -65,7 +95,7 @@ class _Body:
         """Return the next part of the body.
 
         Raises:
-            ApiError: the body is too large, or comes too slowly.
+            ApiError: the body is too large, comes too slowly, or does not fit in beside the others.
         """
         if self._declared_bytes > self._max_bytes:
             raise ApiError(
@@ -76,13 +106,17 @@ class _Body:
         except asyncio.TimeoutError:
             raise ApiError(
                 ErrorKind.BODY_TOO_SLOW,
-                f"{self._received_bytes} bytes of the body came in {time.monotonic() - self._began:.1f} s; "
-                f"after the first {self._patience_secs:g} s it has to come at {MIN_BODY_BYTES_PER_SEC} bytes per second",
+                f"{self.received_bytes} bytes of the body came in {time.monotonic() - self._began:.1f} s; "
+                f"after the first {self._limits.patience_secs:g} s it has to come at {MIN_BODY_BYTES_PER_SEC} bytes per second",
             ) from None
-        self._received_bytes += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self.received_bytes += size
+        self._in_memory.bytes += size
         self._complete = not message.get("more_body", False)
-        if self._received_bytes > self._max_bytes:
+        if self.received_bytes > self._max_bytes:
             raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {self._max_bytes} bytes, the most allowed")
+        if self._in_memory.bytes > self._limits.max_total_bytes:
+            raise ApiError(ErrorKind.NO_CAPACITY, "the requests in flight have too many bytes; please retry")
         return message
 
     async def send(self, message: Message) -> None:
@@ -92,7 +126,7 @@ class _Body:
         await self._send(message)
 
     def _left_secs(self) -> float:
-        return self._began + self._patience_secs + self._received_bytes / MIN_BODY_BYTES_PER_SEC - time.monotonic()
+        return self._began + self._limits.patience_secs + self.received_bytes / MIN_BODY_BYTES_PER_SEC - time.monotonic()
 
 
 class AccessLog:

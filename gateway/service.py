@@ -27,6 +27,7 @@ class Service:
         settings: its settings.
         triton: the Triton servers that decode.
         places: how many streams and recordings are served at once.
+        quotas: what each caller may use.
         files: decodes audio files.
         sessions: the engine of live streams.
         transcriber: the engine of recordings.
@@ -40,7 +41,7 @@ class Service:
         self.triton = TritonPool(settings)
         self.places = Places(settings)
         self.files = FilePool()
-        quotas = Quotas(settings)
+        self.quotas = quotas = Quotas(settings)
         options = {name: value for name in DECODER_SETTINGS if (value := getattr(settings, name)) is not None}
         self.sessions = Sessions(settings, self.triton, self.places, quotas, options)
         self.transcriber = Transcriber(settings, self.triton, self.places, quotas, options)

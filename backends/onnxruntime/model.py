@@ -111,7 +111,7 @@ class TritonPythonModel:
         feeds = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if missing := [name for name in self._inputs if name not in feeds]:
             return self._error(f"inputs {missing} are missing")
-        names = request.requested_output_names()
+        names = list(request.requested_output_names())
         try:
             results = self._infer(feeds, names)
         except RuntimeError as error:

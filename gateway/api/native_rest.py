@@ -13,9 +13,9 @@ from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
 from gateway.api.error_schema import openapi_responses
+from gateway.audio.json_form import unpack_json
 from gateway.audio.media_types import OCTETS
 from gateway.audio.pool import FilePool
-from gateway.audio.raw import unpack_json
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
 from gateway.limits.places import CallerGoneError
@@ -91,14 +91,18 @@ async def decode_batch(request: Request, model: str) -> Response:
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
-    with service.transcriber.admit(model, caller) as recording:
-        samples, opaque = await _read_audio(request, service.files, recording.max_secs)
-        try:
-            transcription = await recording.transcribe(samples, caller_gone=request.receive)
-        except CallerGoneError:
-            raise ClientDisconnect from None
+    with service.quotas.batch(caller, request.client.host if request.client else None):
+        with service.transcriber.admit(model, caller):
+            pass  # refused before its body is read, if it can be
+        body, content_type = await _read_body(request)
+        with service.transcriber.admit(model, caller) as recording:  # a body that does not come holds no place
+            samples, opaque = await _decode(request, service.files, body, content_type, recording.max_secs)
+            try:
+                transcription = await recording.transcribe(samples, caller_gone=request.receive)
+            except CallerGoneError:
+                raise ClientDisconnect from None
     (segment,) = transcription.segments
-    body = {
+    answer = {
         "text": segment.text,
         "tokens": segment.tokens,
         "audio_length_samples": transcription.samples,
@@ -108,11 +112,26 @@ async def decode_batch(request: Request, model: str) -> Response:
         "words": segment.words,
         **opaque,
     }
-    return Response(orjson.dumps(body), media_type="application/json")
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
-async def _read_audio(request: Request, files: FilePool, max_secs: float) -> tuple[Samples, dict[str, Any]]:
-    """Read and decode the body.
+async def _read_body(request: Request) -> tuple[bytes, str]:
+    """Return the recording's bytes, and their content type.
+
+    Raises:
+        ApiError: the form has no file.
+        ClientDisconnect: the client left.
+    """
+    content_type = request.headers.get("content-type", "")
+    if _media_type(content_type) == "multipart/form-data":
+        return await _read_form(request)
+    return await request.body(), content_type
+
+
+async def _decode(
+    request: Request, files: FilePool, body: bytes, content_type: str, max_secs: float
+) -> tuple[Samples, dict[str, Any]]:
+    """Decode the body.
 
     Returns:
         16 kHz mono audio [n], and the fields that the answer repeats: ``opaque``, if the request has it.
@@ -121,17 +140,15 @@ async def _read_audio(request: Request, files: FilePool, max_secs: float) -> tup
         ApiError: the body is not audio, or is longer than ``max_secs``.
         ClientDisconnect: the client left.
     """
-    content_type = request.headers.get("content-type", "")
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type == "multipart/form-data":
-        body, content_type = await _read_form(request)
-    else:
-        body = await request.body()
     opaque: dict[str, Any] = {}
-    if media_type == "application/json":
+    if _media_type(request.headers.get("content-type", "")) == "application/json":
         body, opaque = await run_in_threadpool(unpack_json, body)  # off the event loop: parsing numbers takes long
         content_type = OCTETS
     return await _unless_gone(request, asyncio.ensure_future(files.decode(body, content_type, max_secs))), opaque
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
 
 
 async def _unless_gone(request: Request, work: asyncio.Future[Samples]) -> Samples:

@@ -270,8 +270,8 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
-            place.enter_context(service.sessions.admit(caller))
-            session = service.sessions.open(model, caller, resumable=resumable)
+            held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
+            session = service.sessions.open(model, caller, place=held, resumable=resumable)
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error, service)

@@ -148,6 +148,8 @@ class Settings(
 
     max_request_size: Annotated[int, Field(ge=1, le=2**30)] = 10 * 2**20
     """Maximum body of a batch request, in bytes."""
+    max_json_size: Annotated[int, Field(ge=1, le=2**26)] = 8 * 2**20
+    """Maximum JSON body of a batch request, in bytes; 8 MiB are 50 s of audio as numbers."""
     max_batch_audio_length_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 30.0
     """Maximum length of a recording in a batch request, in seconds of audio."""
 
@@ -159,6 +161,9 @@ class Settings(
     """Idle time after which a stream is closed, in seconds; keep it below Triton's max_sequence_idle_microseconds."""
     max_stream_audio_secs: Annotated[float, Field(ge=0.001, le=31_536_000)] = 14_400.0
     """Maximum length of a stream, in seconds of audio."""
+
+    reclaim_silent_secs: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """A stream without audio for this long, in seconds, loses its place to a new stream when all are taken."""
 
     max_connects_per_address: Annotated[float, Field(ge=1, le=1_000_000)] = 50.0
     """Maximum rate of new connections from one address, per second on average; a burst may be twice that."""
@@ -176,6 +181,12 @@ class Settings(
     """Maximum number of open streams per key; if not set, no limit."""
     max_audio_rate_per_key: Annotated[float | None, Field(ge=0.001, le=1_000_000)] = None
     """Maximum audio per key, in seconds of audio per second, averaged over one minute; if not set, no limit."""
+    max_batches_per_key: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Maximum batch requests in flight of one key; not limited if not set."""
+    max_streams_per_address: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Maximum concurrent streams of one client address; not limited if not set."""
+    max_batches_per_address: Annotated[int | None, Field(ge=1, le=100_000)] = None
+    """Maximum batch requests in flight of one client address; not limited if not set."""
     session_key: Annotated[Annotated[SecretStr, Field(min_length=16)] | None, Allowed("a text of 16 characters or more")] = None
     """Key that signs the sessions of resumable streams; use the same key on every gateway. If not set, a random one."""
     enable_cors: bool = False

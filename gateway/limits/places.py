@@ -21,6 +21,23 @@ class CallerGoneError(Exception):
     """The caller left while its recording waited."""
 
 
+class Place:
+    """A place that is held.
+
+    Args:
+        free: called once, when it is released.
+    """
+
+    def __init__(self, free: Callable[[], None]) -> None:
+        self._free: Callable[[], None] | None = free
+
+    def release(self) -> None:
+        """Give the place back, if that has not happened."""
+        if free := self._free:
+            self._free = None
+            free()
+
+
 class Places:
     """The places of one gateway.
 
@@ -46,26 +63,26 @@ class Places:
         self._idle.set()
 
     @contextmanager
-    def stream(self) -> Iterator[None]:
-        """Hold a place for a stream.
+    def stream(self) -> Iterator[Place]:
+        """Hold a place for a stream, until the context is left or the place is released.
 
         Raises:
             ApiError: all places are taken, or the gateway drains.
         """
         self._refuse_while_draining()
-        if self.streams >= self._max_streams:
+        if self.full:
             raise ApiError(ErrorKind.NO_CAPACITY, f"all {self._max_streams} streams are in use; please retry")
         self.streams += 1
         self._report()
+        place = Place(self._free_stream)
         try:
-            yield
+            yield place
         finally:
-            self.streams -= 1
-            self._report()
+            place.release()
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Hold a place in the queue of recordings, from before the body is read until the answer is made.
+        """Hold a place in the queue of recordings, from when the body is there until the answer is made.
 
         Raises:
             ApiError: the queue is full, or the gateway drains.
@@ -121,6 +138,11 @@ class Places:
                 raise CallerGoneError
             raise ApiError(ErrorKind.NO_CAPACITY, f"no place came free within {self._max_queue_secs:g} s; please retry")
 
+    @property
+    def full(self) -> bool:
+        """Whether all places for streams are taken."""
+        return self.streams >= self._max_streams
+
     def drain(self) -> None:
         """Refuse new work from now on."""
         self.draining = True
@@ -133,6 +155,10 @@ class Places:
         except asyncio.TimeoutError:
             return False
         return True
+
+    def _free_stream(self) -> None:
+        self.streams -= 1
+        self._report()
 
     def _refuse_while_draining(self) -> None:
         if self.draining:

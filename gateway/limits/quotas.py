@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 
 from gateway.config.settings import Settings
@@ -16,6 +16,40 @@ BURST_SECS = 60.0
 """Burst of a caller that was silent: the audio that its rate allows in this time, in seconds."""
 
 
+class InUse:
+    """Counts what is in use by key.
+
+    Args:
+        limit: maximum in use of one key; None for no limit.
+        what: what is counted, in the plural, for messages.
+    """
+
+    def __init__(self, limit: int | None, what: str) -> None:
+        self._limit = limit
+        self._what = what
+        self._counts: Counter[Hashable] = Counter()
+
+    @contextmanager
+    def hold(self, key: Hashable | None) -> Iterator[None]:
+        """Hold one of a key; None is not limited.
+
+        Raises:
+            ApiError: all of the key are in use.
+        """
+        if key is None or self._limit is None:
+            yield
+            return
+        if self._counts[key] >= self._limit:
+            raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"all {self._limit} {self._what} are in use; please retry")
+        self._counts[key] += 1
+        try:
+            yield
+        finally:
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._counts[key]
+
+
 class Quotas:
     """What each caller uses of its quota.
 
@@ -25,26 +59,35 @@ class Quotas:
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_streams = settings.max_streams_per_key
         self._audio_rate = settings.max_audio_rate_per_key
         self._clock = clock
-        self._streams: Counter[int] = Counter()
+        self._streams_of_key = InUse(settings.max_streams_per_key, "streams of this key")
+        self._streams_of_address = InUse(settings.max_streams_per_address, "streams of this address")
+        self._batches_of_key = InUse(settings.max_batches_per_key, "batch requests of this key")
+        self._batches_of_address = InUse(settings.max_batches_per_address, "batch requests of this address")
         self._audio: dict[int, TokenBucket] = {}  # seconds of audio
 
     @contextmanager
-    def stream(self, caller: int) -> Iterator[None]:
-        """Hold one of the caller's streams.
+    def stream(self, caller: int, address: str | None = None) -> Iterator[None]:
+        """Hold one of the streams of a caller and of a client address.
 
         Raises:
             ApiError: all of them are in use.
         """
-        if caller != ANONYMOUS and self._max_streams is not None and self._streams[caller] >= self._max_streams:
-            raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"all {self._max_streams} streams of this key are in use; please retry")
-        self._streams[caller] += 1
-        try:
+        key = None if caller == ANONYMOUS else caller
+        with self._streams_of_key.hold(key), self._streams_of_address.hold(address):
             yield
-        finally:
-            self._streams[caller] -= 1
+
+    @contextmanager
+    def batch(self, caller: int, address: str | None = None) -> Iterator[None]:
+        """Hold one of the batch requests of a caller and of a client address, from its head to its answer.
+
+        Raises:
+            ApiError: all of them are in use.
+        """
+        key = None if caller == ANONYMOUS else caller
+        with self._batches_of_key.hold(key), self._batches_of_address.hold(address):
+            yield
 
     def spend(self, caller: int, audio_secs: float) -> None:
         """Charge audio to a caller; the last piece may exceed what is left.

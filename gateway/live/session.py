@@ -24,6 +24,7 @@ from gateway import metrics, tracing
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.limits.places import Place
 from gateway.limits.priority import Priority
 from gateway.live.buffer import AudioBuffer, BufferUsage
 from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
@@ -95,6 +96,7 @@ class Session:
         utterance: the stream at Triton.
         spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
         resumable: whether to issue session tokens.
+        place: what ``reclaim`` releases.
         clock: monotonic time in seconds.
 
     Attributes:
@@ -111,6 +113,7 @@ class Session:
         spend: Callable[[float], None],
         *,
         resumable: bool,
+        place: Place | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = State.CONNECTING
@@ -121,6 +124,8 @@ class Session:
         self._spend = spend
         self._resumable = resumable
         self._clock = clock
+        self.place = place
+        self._heard_at = clock()
         self._running = shared.running
         self._tokens = shared.tokens
         self._priority = shared.priority
@@ -166,6 +171,19 @@ class Session:
         """Audio received since the start of the stream, including earlier connections, in seconds."""
         return (self._resumed.samples + self._received) / RATE
 
+    @property
+    def silent_secs(self) -> float:
+        """Time since audio came, or since the session began, in seconds."""
+        return self._clock() - self._heard_at
+
+    def reclaim(self) -> None:
+        """Fail, and release the place at once, because another stream waits and this one has sent no audio for long."""
+        if self.state is State.ENDED or not self.place:
+            return
+        waited = f"no audio came for {self.silent_secs:.0f} s, and another stream needs the place"
+        self._fail(ApiError(ErrorKind.STREAM_IDLE, f"{waited}; connect again when there is audio"))
+        self.place.release()
+
     def resume(self, token: str) -> None:
         """Continue the stream of a session token.
 
@@ -196,6 +214,7 @@ class Session:
         """
         if self.ending:
             return
+        self._heard_at = self._clock()
         try:
             self._spend(len(samples) / RATE)
             self._received += len(samples)

@@ -7,16 +7,21 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+import structlog
+
 from gateway import metrics
 from gateway.audio import BYTES_PER_SAMPLE
 from gateway.config.settings import Settings
-from gateway.limits.places import Places
+from gateway.limits.places import Place, Places
 from gateway.limits.priority import Priority
 from gateway.limits.quotas import Quotas
+from gateway.limits.reclaim import longest_silent
 from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
-from gateway.live.session import Session, Shared
+from gateway.live.session import Session, Shared, State
 from gateway.triton.pool import TritonPool
+
+log = structlog.get_logger()
 
 
 class Sessions:
@@ -43,20 +48,28 @@ class Sessions:
         metrics.BUFFER_USAGE.set_function(usage.share)
 
     @contextlib.contextmanager
-    def admit(self, caller: int) -> Iterator[None]:
-        """Hold a place for one stream of a caller at a time.
+    def admit(self, caller: int, address: str | None = None) -> Iterator[Place]:
+        """Hold a place for one stream at a time; take that of a silent stream if there is none.
+
+        Args:
+            caller: by whose key the stream is counted.
+            address: by which client address it is counted.
 
         Raises:
-            ApiError: the caller or the gateway has none left, or the gateway drains.
+            ApiError: the caller, the address or the gateway has none left, or the gateway drains.
         """
-        with self._quotas.stream(caller), self._places.stream():
-            yield
+        with self._quotas.stream(caller, address):
+            if self._places.full and not self._places.draining:
+                self._reclaim()
+            with self._places.stream() as place:
+                yield place
 
     def open(
         self,
         model: str,
         caller: int,
         *,
+        place: Place | None = None,
         resumable: bool = False,
         options: Mapping[str, str | int] | None = None,
     ) -> Session:
@@ -65,6 +78,7 @@ class Sessions:
         Args:
             model: public name of the model, one of the settings'.
             caller: who is charged for the audio.
+            place: that ``admit`` gave, which the session releases early if it is reclaimed.
             resumable: whether the client can resume the stream by session tokens.
             options: of the decoder, which override those of every stream; ``latency`` names the windows.
 
@@ -74,7 +88,15 @@ class Sessions:
         ensemble = self._triton.ensemble(self._settings.models[model])
         utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
         spend = partial(self._quotas.spend, caller)
-        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable)
+        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place)
+
+    def _reclaim(self) -> None:
+        """End the stream that was silent for the longest time, if that was long."""
+        least_secs = self._settings.reclaim_silent_secs
+        holders = [session for session in self._shared.running if session.place and session.state is not State.ENDED]
+        if session := longest_silent(holders, least_secs):
+            log.info("stream reclaimed", silent_secs=round(session.silent_secs, 1))
+            session.reclaim()
 
     def drain(self) -> None:
         """End every session, because the server shuts down."""

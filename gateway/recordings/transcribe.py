@@ -114,7 +114,7 @@ class Transcriber:
 
     @contextmanager
     def admit(self, model: str, caller: int, options: Mapping[str, str | int] | None = None) -> Iterator[Recording]:
-        """Hold a place in the queue for one recording, from before its audio is read.
+        """Hold a place in the queue for one recording, whose bytes are there.
 
         Args:
             model: public name of the model, one of the settings'.

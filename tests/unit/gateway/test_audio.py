@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.audio.files import decode_audio
-from gateway.audio.raw import unpack_json
+from gateway.audio.json_form import unpack_json
 from gateway.errors import ApiError, ErrorKind
 
 if TYPE_CHECKING:

@@ -67,6 +67,14 @@ def test_pending_heads_in_any_cut(requests: list[bytes], places: list[int]) -> N
     assert meter.health_only is all(request is GET for request in requests)
 
 
+@pytest.mark.parametrize("requests", [GET * 2, POST + b"abc\r\n" + GET, CHUNKED + POST + b"a\r\n\r\n"])
+def test_pipelined_heads_end_in_any_cut(requests: bytes) -> None:
+    for place in range(len(requests)):
+        meter = RequestMeter()
+        assert b"".join(meter.take(piece) for piece in cuts(requests, [place])) == requests
+        assert (meter.heads, meter.head_pending) == (2, False)
+
+
 def test_large_body_is_no_head() -> None:
     meter = RequestMeter()
     meter.take(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
-from gateway.middleware import AccessLog, BodyLimit
+from gateway.middleware import AccessLog, BodyLimit, BodyLimits
 from gateway.tracing import Tracing
 
 
@@ -29,6 +29,10 @@ def http_scope(path: str = "/v2/decode/batch/amira", method: str = "POST", **hea
 
 def parts(*bodies: bytes) -> list[Message]:
     return [{"type": "http.request", "body": body, "more_body": i < len(bodies) - 1} for i, body in enumerate(bodies)]
+
+
+def limits(max_bytes: int, *, patience_secs: float = 1.0, json_bytes: int = 10, total_bytes: int = 1000) -> BodyLimits:
+    return BodyLimits(max_bytes, json_bytes, total_bytes, patience_secs)
 
 
 class Client:
@@ -60,7 +64,7 @@ async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 async def test_body_up_to_the_limit_is_answered() -> None:
     client = Client(parts(bytes(60), bytes(40)))
-    await BodyLimit(read_all, 100, 1.0)(http_scope(transfer_encoding="chunked"), client.receive, client.send)
+    await BodyLimit(read_all, limits(100))(http_scope(transfer_encoding="chunked"), client.receive, client.send)
     assert [message["type"] for message in client.got] == ["http.response.start", "http.response.body"]
     assert client.got[0]["headers"] == []
 
@@ -69,30 +73,58 @@ async def test_body_up_to_the_limit_is_answered() -> None:
 async def test_body_over_the_limit_is_refused(headers: dict[str, str]) -> None:
     client = Client(parts(bytes(60), bytes(41)))
     with pytest.raises(ApiError, match="100") as error:
-        await BodyLimit(read_all, 100, 1.0)(http_scope(**headers), client.receive, client.send)
+        await BodyLimit(read_all, limits(100))(http_scope(**headers), client.receive, client.send)
     assert error.value.kind is ErrorKind.BODY_TOO_LARGE
     assert len(client.messages) == (2 if "content_length" in headers else 0)  # a declared size is enough to know
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
+async def test_json_has_a_limit_of_its_own(content_type: str) -> None:
+    client = Client(parts(bytes(11)))
+    scope = http_scope(content_type=content_type, content_length="11")
+    with pytest.raises(ApiError, match="at most 10") as error:
+        await BodyLimit(read_all, limits(100))(scope, client.receive, client.send)
+    assert error.value.kind is ErrorKind.BODY_TOO_LARGE
+
+
+async def test_bodies_in_flight_have_a_limit_together() -> None:
+    limited = BodyLimit(read_all, limits(100, total_bytes=150))
+    waiting = Client([{"type": "http.request", "body": bytes(90), "more_body": True}])
+    scope = http_scope(content_length="100")
+    first = asyncio.create_task(limited(scope, waiting.receive, waiting.send))
+    await asyncio.sleep(0.05)
+    second = Client(parts(bytes(70)))
+    with pytest.raises(ApiError) as error:
+        await limited(scope, second.receive, second.send)
+    assert error.value.kind is ErrorKind.NO_CAPACITY
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    third = Client(parts(bytes(70)))
+    await limited(scope, third.receive, third.send)
+    assert third.got
 
 
 async def test_body_that_does_not_come_is_refused() -> None:
     client = Client([{"type": "http.request", "body": bytes(1600), "more_body": True}])
     loop = asyncio.get_running_loop()
     began = loop.time()
+    limited = BodyLimit(read_all, limits(10_000, patience_secs=0.1, total_bytes=10_000))
     with pytest.raises(ApiError, match="1600 bytes") as error:
-        await BodyLimit(read_all, 10_000, 0.1)(http_scope(content_length="3200"), client.receive, client.send)
+        await limited(http_scope(content_length="3200"), client.receive, client.send)
     assert error.value.kind is ErrorKind.BODY_TOO_SLOW
     assert loop.time() - began > 0.19  # its bytes earned it 0.1 s
 
 
 async def test_answer_before_the_end_of_the_body_closes_the_connection() -> None:
     client = Client(parts(bytes(10), bytes(10)))
-    await BodyLimit(answer, 100, 1.0)(http_scope(content_length="20"), client.receive, client.send)
+    await BodyLimit(answer, limits(100))(http_scope(content_length="20"), client.receive, client.send)
     assert (b"connection", b"close") in client.got[0]["headers"]
 
 
 async def test_request_without_a_body_keeps_its_connection() -> None:
     client = Client([])
-    await BodyLimit(answer, 100, 1.0)(http_scope(method="GET"), client.receive, client.send)
+    await BodyLimit(answer, limits(100))(http_scope(method="GET"), client.receive, client.send)
     assert client.got[0]["headers"] == []
 
 
@@ -105,7 +137,7 @@ async def test_websockets_are_not_limited() -> None:
     client = Client([])
     scope = {"type": "websocket", "headers": []}
     receive, send = client.receive, client.send
-    await BodyLimit(AccessLog(application, Settings(), Tracing(Settings(), {})), 1, 1.0)(scope, receive, send)
+    await BodyLimit(AccessLog(application, Settings(), Tracing(Settings(), {})), limits(1))(scope, receive, send)
     assert seen == [(receive, send)]
 
 
