@@ -28,12 +28,14 @@ class _NoticedDeath:
         generation: of the Triton, as the monitor counts.
         noticed_at: when a request first failed by it, in seconds of ``time.perf_counter``.
         suspects: requests in flight then that had been in flight at an earlier death.
+        alone: whether only one request was in flight then.
         confirmed: whether it is certain that the network was not the cause.
     """
 
     generation: int
     noticed_at: float
     suspects: int
+    alone: bool
     confirmed: bool = False
 
 
@@ -104,7 +106,7 @@ class Endpoint:
         generation = self.monitor.generation
         if not self._death or self._death.generation != generation:
             suspects = sum(other.suspect for other in self.in_flight)
-            self._death = _NoticedDeath(generation, time.perf_counter(), suspects)
+            self._death = _NoticedDeath(generation, time.perf_counter(), suspects, alone=len(self.in_flight) == 1)
         death = self._death
         if fault is Fault.DISCONNECTED and not death.confirmed:
             await self.monitor.inspect_anew()
@@ -118,7 +120,7 @@ class Endpoint:
             log.error("backend died", endpoint=self.address, requests_in_flight=len(self.in_flight))
         if sequence.sent_at > death.noticed_at:
             return None
-        return Death((self.address, generation), sole=sequence.suspect and death.suspects == 1)
+        return Death((self.address, generation), sole=sequence.suspect and death.suspects == 1, alone=death.alone)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

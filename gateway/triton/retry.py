@@ -1,10 +1,11 @@
 """Failed requests to Triton: what an error means, and whether the request is sent again.
 
 A request that was in flight when a backend died may be the cause: it took all memory, or crashed a kernel. So it is not sent
-again at will (the poison rule). A recording gets no second try: it is the request that is large enough to exhaust memory, and
-its caller can send it again. A live stream's caller can't, and its windows are small, so a stream survives the first death.
-After the second one it is given up if no other request was in flight at both. Where others were, any of them may be the cause:
-each is then sent by itself, and the one that is in flight at a third death is given up.
+again at will (the poison rule). A recording is large enough to exhaust memory. If it was the only request in flight at a death,
+it is given up. Where others were in flight too, any of them may be the cause: the recording is sent once more, by itself, and
+given up at a second death. The windows of a live stream are small, so a stream survives the first death. After the second one
+it is given up if no other request was in flight at both. Where others were, each is then sent by itself, and the one that is in
+flight at a third death is given up.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ MAX_PATIENCE = 4
 MAX_DEATHS = 3
 """Backend deaths with the same audio in flight after which a stream is given up."""
 
+MAX_RECORDING_DEATHS = 2
+"""The same for a recording; one is enough if no other request was in flight."""
+
 MAX_SOLE_DEATHS = 2
-"""The same where no other request was in flight at all of them."""
+"""The same for a stream where no other request was in flight at all of them."""
 
 
 class Fault(Enum):
@@ -94,10 +98,12 @@ class Death:
     Attributes:
         backend: what died; equal for all requests that one death hit.
         sole: whether no other request in flight was also in flight at an earlier death.
+        alone: whether no other request was in flight at all.
     """
 
     backend: tuple[str, int]
     sole: bool
+    alone: bool
 
 
 class TritonError(ApiError):
@@ -175,10 +181,11 @@ class RetryPolicy:
     def poisoned(self, failures: Failures) -> bool:
         """Return whether the request must be taken for the cause of the deaths that it was in flight at."""
         if self.whole:
-            return failures.deaths > 0
+            alone = failures.last_death is not None and failures.last_death.alone
+            return failures.deaths >= (1 if alone else MAX_RECORDING_DEATHS)
         sole = failures.last_death is not None and failures.last_death.sole
         return failures.deaths >= (MAX_SOLE_DEATHS if sole else MAX_DEATHS)
 
     def isolates(self, failures: Failures) -> bool:
         """Return whether the request must be the only one of its kind in flight, so that the next death shows its cause."""
-        return failures.deaths >= MAX_SOLE_DEATHS
+        return failures.deaths >= (1 if self.whole else MAX_SOLE_DEATHS)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 with atheris.instrument_imports(include=["gateway.audio", "soundfile"]):
     from gateway.audio import RATE
     from gateway.audio.files import decode_audio
-    from gateway.audio.raw import unpack_json
+    from gateway.audio.json_form import unpack_json
 from gateway.errors import ApiError
 from tests.fuzz.guided import main
 from tests.fuzz.recordings import files, pcm

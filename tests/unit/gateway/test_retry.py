@@ -44,12 +44,21 @@ def test_invalid_request_is_a_foreign_state_only_where_one_is_restored() -> None
     assert classify("StatusCode.INVALID_ARGUMENT", "sequence 5 is not known", restores=False) is Fault.UNKNOWN_SEQUENCE
 
 
-def died(generation: int, *, sole: bool = True) -> Death:
-    return Death(("a:8001", generation), sole)
+def died(generation: int, *, sole: bool = True, alone: bool = False) -> Death:
+    return Death(("a:8001", generation), sole, alone)
 
 
-def test_recording_is_never_sent_again_after_a_death() -> None:
-    failures = Failures().after(Fault.DISCONNECTED, died(1, sole=False))
+def test_recording_alone_at_a_death_is_given_up() -> None:
+    failures = Failures().after(Fault.DISCONNECTED, died(1, sole=False, alone=True))
+    assert not RECORDING.retries(failures, Fault.DISCONNECTED)
+    assert RECORDING.poisoned(failures)
+
+
+def test_recording_among_others_is_sent_once_more_by_itself() -> None:
+    failures = Failures().after(Fault.BACKEND_DIED, died(1, sole=False))
+    assert RECORDING.retries(failures, Fault.BACKEND_DIED)
+    assert RECORDING.isolates(failures)
+    failures = failures.after(Fault.DISCONNECTED, died(2, sole=False))
     assert not RECORDING.retries(failures, Fault.DISCONNECTED)
     assert RECORDING.poisoned(failures)
 
