@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FAILURE, USAGE_ERROR = 1, 2
 """Exit codes: a server did not do what it was asked; the command can't begin as it was given."""
 
+RETRY_SECS = 10.0
+"""Time in which ``amira transcribe`` tries again to reach a server, or one that is full: a person waits for it."""
+
 MODULES: Mapping[str, tuple[str, ...]] = {
     "server": ("fastapi", "orjson", "pydantic", "soundfile", "soxr", "structlog", "tritonclient", "uvicorn", "uvloop"),
     "engine": ("onnxruntime", "psutil", "pytriton"),
@@ -74,7 +77,7 @@ def transcribe(
 ) -> None:
     """Transcribe recordings on a running server; print one transcript per line."""
     try:
-        with Client(url, api_key=api_key) as client:
+        with Client(url, api_key=api_key, retry_secs=RETRY_SECS) as client:
             for recording in recordings:
                 typer.echo(client.transcribe(recording, model=model).text)
     except RequestError as error:
