@@ -103,7 +103,7 @@ async def test_a_flood_of_small_frames_is_ended(make_gateway: MakeGateway) -> No
         conversation = await converse(gateway.stream_url(), [KEEPALIVE] * 2500)
     assert conversation.close_code == 4429
     assert conversation.error["code"] == "quota_exceeded"
-    assert "500 frames a second" in conversation.error["message"]
+    assert "500 frames per second" in conversation.error["message"]
 
 
 async def test_a_client_that_is_gone_while_its_final_is_due(make_gateway: MakeGateway, recordings: Recordings) -> None:
