@@ -16,7 +16,7 @@ import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from amira import LiveStream
+from amira import LiveStream, Word
 from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
@@ -259,7 +259,8 @@ async def test_a_stream_outlives_its_killed_gateway(
                 await stream.send(frame)
             final = await stream.finish()
         assert stream.reconnects == 1
-        assert (final.text, final.tokens, final.words) == (plain["text"], plain["tokens"], plain["words"])
+        words = tuple(Word(word["word"], word["start"], word["end"], word["confidence"]) for word in plain["words"])
+        assert (final.text, final.tokens, final.words) == (plain["text"], tuple(plain["tokens"]), words)
 
 
 async def test_a_recording_is_never_sent_twice(
