@@ -775,9 +775,15 @@ def test_junk_between_pages_is_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    "filling", [b"OggS", b"OggS\0", b"OggS\0\0" + bytes(20) + b"\xff" * 256, b"OggS\0" + bytes(22), ogg_page([], 5), b"\0"]
+    "filling",
+    [b"OggS", b"OggS\0", b"OggS\0\0" + bytes(20) + b"\xff" * 256, b"OggS\0" + bytes(22), ogg_page([], 5), b"\0"],
+    ids=["capture pattern", "version", "255 segments", "no segment", "empty page", "zeros"],
 )
-@pytest.mark.parametrize("head", [b"", encode(tone(RATE), "OGG", "VORBIS")[:58], encode(tone(RATE), "OGG", "OPUS"), b"OggS"])
+@pytest.mark.parametrize(
+    "head",
+    [b"", encode(tone(RATE), "OGG", "VORBIS")[:58], encode(tone(RATE), "OGG", "OPUS"), b"OggS"],
+    ids=["nothing", "Vorbis header", "Opus file", "capture pattern"],
+)
 def test_time_of_a_damaged_ogg_is_linear(head: bytes, filling: bytes) -> None:
     body = (head or filling) + filling * (5_000_000 // len(filling)) + b"\0\4"
     began = time.process_time()
