@@ -119,9 +119,7 @@ class Connection(asyncio.Protocol):
         self._cancel_timer()
         self._guard.leave(self)
         self._unparsed = b""
-        if self._inner:
-            self._inner.connection_lost(exc)
-        self._inner = None  # a reference cycle
+        self._leave_inner(exc)
 
     def data_received(self, data: bytes) -> None:
         """Hand on data as far as the limits allow."""
@@ -150,12 +148,14 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Stop parsing frames: answers to pings would pile up."""
         self._peer_reads = False
-        self._inner.pause_writing()
+        if self._inner:
+            self._inner.pause_writing()
 
     def resume_writing(self) -> None:
         """Parse on."""
         self._peer_reads = True
-        self._inner.resume_writing()
+        if self._inner:
+            self._inner.resume_writing()
         self.parse_soon()
 
     # What uvicorn's protocol causes through its transport
@@ -179,7 +179,7 @@ class Connection(asyncio.Protocol):
         """Close at once, or after a while if the peer is about to send more."""
         self._cancel_timer()
         if self._frames:
-            sending = self._frames.within_frame or bool(self._unparsed)
+            sending = self._frames.within_frame or self._parsed_bytes < len(self._unparsed)
         else:
             sending = self._requests.part is not Part.NONE or self._requests.head_pending
         if sending and self._inner and not self._transport.at_eof:
@@ -187,6 +187,7 @@ class Connection(asyncio.Protocol):
             self._linger_until = self.loop.time() + LINGER_SECS
             self._transport.hold(False)
             self._linger()
+            self.loop.call_soon(self._leave_inner)  # uvicorn is done with it; a server that stops must not close it again
         else:
             self._transport.close_now()
 
@@ -207,7 +208,13 @@ class Connection(asyncio.Protocol):
 
     def close_when_idle(self) -> None:
         """Close now, or after the answer that is due."""
-        self._inner.shutdown()
+        if self._inner:
+            self._inner.shutdown()
+
+    def _leave_inner(self, error: Exception | None = None) -> None:
+        if self._inner:
+            self._inner.connection_lost(error)
+        self._inner = None  # a reference cycle
 
     def _take_request(self, data: bytes) -> None:
         self._guard.touch(self, self.loop.time())
