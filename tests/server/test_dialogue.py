@@ -18,10 +18,11 @@ from tests.support.servers import Gateway, Recordings
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
-async def test_dialogues(gateway: Gateway, recordings: Recordings) -> None:
+@pytest.mark.parametrize("examples", [4, pytest.param(12, marks=pytest.mark.slow)])
+async def test_dialogues(gateway: Gateway, recordings: Recordings, examples: int) -> None:
     speech = np.concatenate([*recordings.values()])
     server = Server(gateway.url, Settings().max_frame_bytes, speech, transcriber(gateway.url, speech))
-    chosen = {"max_examples": 12, "stateful_step_count": 12, "derandomize": True, "database": None}
+    chosen = {"max_examples": examples, "stateful_step_count": 12, "derandomize": True, "database": None}
     await asyncio.to_thread(converse, server, **chosen)
 
 

@@ -92,9 +92,10 @@ async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.Asyn
 
 async def test_metrics_equal_the_documented_ones(gateway: Gateway, triton: Ports, http: httpx.AsyncClient) -> None:
     """All from the start, and no others except those of Python and Triton."""
-    _, _, section = (ROOT / "docs" / "API.md").read_text().partition("## Metrics\n")
+    _, _, section = (ROOT / "docs" / "Monitoring.md").read_text().partition("## Metrics\n")
     section, _, _ = section.partition("\n## ")
-    documented = {name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    entries = re.findall(r"^(?:\| (`.+?) \||- (`.+?):)", section, re.MULTILINE)
+    documented = {name for entry in entries for name in re.findall(r"`(\w+)[`{]", "".join(entry))}
     pages = [(await http.get(url)).text for url in (f"{gateway.url}/metrics", f"http://{triton.host}:{triton.metrics}/metrics")]
     families = [family for page in pages for family in text_string_to_metric_families(page) if family.samples]
     exported = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}

@@ -47,7 +47,9 @@ def test_latencies_are_in_order() -> None:
     assert waits == sorted(set(waits))
 
 
-@pytest.mark.parametrize("latency", ["low", "balanced", "throughput"])
+@pytest.mark.parametrize(
+    "latency", ["low", *(pytest.param(latency, marks=pytest.mark.slow) for latency in ("balanced", "throughput"))]
+)
 async def test_each_latency_has_its_own_windows(make_gateway: MakeGateway, speech: Samples, latency: str) -> None:
     chunk_ms, right_ms = chunk_and_right_ms(latency)
     async with make_gateway(latency=latency, max_frame_bytes=2 * len(speech)) as gateway:

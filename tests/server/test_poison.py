@@ -52,7 +52,7 @@ class Trap:
         return len(self._deaths.read_text()) if self._deaths.exists() else 0
 
 
-@pytest.fixture(scope="module", params=DEATHS)
+@pytest.fixture(scope="module", params=["Triton", pytest.param("model process", marks=pytest.mark.slow)])
 async def trap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trap]:
     trap = Trap(tmp_path_factory.mktemp("poison"), request.param)
     with pytest.MonkeyPatch.context() as monkeypatch:

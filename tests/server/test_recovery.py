@@ -74,7 +74,7 @@ async def test_killed_twice_in_a_row(two: list[Backend], speech: tuple[list[Samp
     assert_nothing_lost(outcome, deaths=2)
 
 
-@pytest.mark.parametrize("model", ["rnnt_greedy_bls", "encoder"])
+@pytest.mark.parametrize("model", ["encoder", pytest.param("rnnt_greedy_bls", marks=pytest.mark.slow)])
 async def test_a_stub_is_killed(two: list[Backend], speech: tuple[list[Samples], list[str]], model: str) -> None:
     async with run_gateway(triton_endpoint=two[0].target) as gateway:
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill_stub(two[0], model))
@@ -128,7 +128,7 @@ async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: R
             assert {status for status, _ in answers} <= {200, 502, 503}
 
 
-@pytest.mark.parametrize("how", ["reset", "forget", "silent", "deaf"])
+@pytest.mark.parametrize("how", ["reset", "silent", *(pytest.param(how, marks=pytest.mark.slow) for how in ("forget", "deaf"))])
 async def test_a_bad_network(two: list[Backend], speech: tuple[list[Samples], list[str]], how: str) -> None:
     proxy = Proxy(two[0].ports)
 

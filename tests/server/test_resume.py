@@ -24,6 +24,7 @@ from gateway.live.resume import SessionToken, SessionTokens
 from gateway.triton.breaker import BreakerState
 from tests.support.chaos import Proxy, backends, gateway_process
 from tests.support.clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
+from tests.support.commands import until
 from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -43,6 +44,11 @@ async def talk(stream: LiveStream, samples: Samples, pace: float = 8.0) -> None:
     for frame in cut(samples, 1600):
         await stream.send(frame)
         await asyncio.sleep(0.1 / pace)
+
+
+async def streamed_secs(gateway: Gateway) -> float:
+    """Return the seconds of audio that streams had decoded."""
+    return (await gateway_metrics(gateway.url))["asr_audio_seconds_total", (("endpoint", "stream"), ("model", "amira"))]
 
 
 def same(final: Message, plain: dict[str, Any]) -> bool:
@@ -166,11 +172,22 @@ async def test_client_resumes_at_the_next_gateway(
 
 
 async def test_slow_consumer_gets_the_newest_message(gateway: Gateway, speech: Samples) -> None:
+    before = await streamed_secs(gateway)
+
+    async def until_decoded(secs: float) -> None:
+        async def decoded() -> bool:
+            return await streamed_secs(gateway) - before > secs
+
+        await until(decoded)
+        await asyncio.sleep(0.5)  # the message is on its way
+
     async with LiveStream(gateway.stream_url()) as stream:
         messages = aiter(stream)
         await talk(stream, speech[: 16_000 * 10])
+        await until_decoded(6)
         first = await anext(messages)
         await talk(stream, speech[16_000 * 10 :])
+        await until_decoded(21)
         newer = await anext(messages)
         final = await asyncio.wait_for(stream.finish(), 60)
         assert first.audio_processed_ms > 5000

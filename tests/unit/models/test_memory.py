@@ -52,6 +52,7 @@ def test_the_bundled_repository_declares_what_is_measured() -> None:
             replace(bundled, parameters=parameters).check_memory()
 
 
+@pytest.mark.slow
 def test_an_imported_model_declares_what_was_measured(tmp_path: Path) -> None:
     build(tmp_path / "source", "rnnt")
     import_model(str(tmp_path / "source"), "mine", tmp_path / "into", None, gpu=False)
