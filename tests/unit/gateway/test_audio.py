@@ -772,6 +772,8 @@ def test_junk_between_pages_is_skipped() -> None:
     file = encode(tone(48_000, 3), "OGG", "OPUS", 48_000)
     first, *pages = split_ogg(file)
     np.testing.assert_array_equal(decode(first + b"".join(b"junk OggS\0 junk" + page for page in pages)), decode(file))
+    long_page = b"OggS\0" + bytes(21) + b"\xff" + b"\xff" * 255  # a header of the largest page that there is
+    np.testing.assert_array_equal(decode(first + b"".join((long_page + page) for page in pages)), decode(file))
 
 
 @pytest.mark.parametrize(
