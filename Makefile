@@ -39,9 +39,9 @@ run: setup  ## Serve on an embedded Triton until Ctrl-C
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
-test: setup  ## Run the tests, on real Tritons with the bundled model, two files at a time
+test: setup  ## Run the tests, on real Tritons with the bundled model, three files at a time
 	@tools/system-packages
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@$(BIN)/pytest -n 3 --dist loadfile
 
 test-full: setup  ## Run all tests, slow ones too, with more examples and with coverage
 	@tools/system-packages

@@ -86,6 +86,7 @@ async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordi
         assert (await transcribe(gateway.stream_url(), recordings["jfk"])).final["text"] == expected
 
 
+@pytest.mark.slow
 async def test_stopped_process_on_a_triton_that_nobody_restarts() -> None:
     async with unkept() as backend, run_gateway(triton_endpoint=backend.target) as gateway:
         assert await readiness(gateway) == 200
@@ -126,6 +127,7 @@ async def test_new_streams_go_where_speech_is_recognised(backend: Backend, recor
         process.resume()
 
 
+@pytest.mark.slow
 async def test_readiness_stays_under_heavy_load(triton: Ports, recordings: Recordings) -> None:
     """More than the machine can take: answers come late, and no canary calls that a failure."""
     settings: dict[str, Any] = {

@@ -153,7 +153,7 @@ async def own_triton() -> AsyncIterator[Ports]:
         yield backend.ports
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 async def test_client_resumes_at_the_next_gateway(
     own_triton: Ports, gateway: Gateway, speech: Samples, number: signal.Signals
 ) -> None:
