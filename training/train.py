@@ -162,7 +162,7 @@ class Trainer:
             if step % len(batches) == 0:
                 shuffled = self._random.permutation(len(batches))
             for group in optimiser.param_groups:
-                group["lr"] = _LANGUAGE_RATE * min(1.0, step / 50) * (1 - step / total)
+                group["lr"] = _LANGUAGE_RATE * min(1.0, (step + 1) / 50) * (1 - step / total)
             chosen = [rows[i] for i in batches[shuffled[step % len(batches)]]]
             padded = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-100).to(self._device)
             history = functional.pad(padded.clamp(min=0), (1, 0), value=self.model.blank)[:, :-1]
