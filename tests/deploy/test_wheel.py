@@ -182,7 +182,9 @@ def test_setup_says_what_it_needs(tmp_path: Path, variables: list[str], uname: s
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")
     (tmp_path / "uname").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    # The tests may run below make themselves, whose variables would change the prefix of its messages.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
     command = ["make", "setup", *variables]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
