@@ -12,7 +12,7 @@ INTO ?= model-repo
 MEASURED = $(if $(REPOSITORY),--repository $(REPOSITORY)) $(if $(MODEL),--model $(MODEL))
 SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
 # What requirements.lock has: these extras and groups. Training is left out, since torch is larger than all the rest.
-LOCKED := --extra engine --extra models --extra tracing --group perf --group docs --group fuzz --group build --group dev
+LOCKED := --extra engine --extra models --extra containers --extra mic --extra tracing --group perf --group docs --group fuzz --group build --group dev
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
@@ -127,7 +127,7 @@ soak: setup  ## Load a server in every way and look whether anything grows: make
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv
 	@$(BIN)/uv $(LOCK) $(LOCKED) --output-file requirements.lock
-	@$(BIN)/uv $(LOCK) --extra server --extra tracing --group build --no-annotate --constraint requirements.lock \
+	@$(BIN)/uv $(LOCK) --extra server --extra containers --extra tracing --group build --no-annotate --constraint requirements.lock \
 		--output-file deploy/requirements.lock
 
 wheel: setup  ## Build the wheel and the source distribution into dist/
