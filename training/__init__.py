@@ -1,1 +1,1 @@
-"""The making of the bundled model: data, training, export and the figures of its card."""
+"""Training of the bundled model: data, training, export, and the word error rates of its card."""

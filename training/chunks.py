@@ -1,11 +1,12 @@
-"""The encoder chunk by chunk, as live streams run it, over whole recordings at once.
+"""Run the encoder chunk by chunk, as live streams do, on whole recordings at once.
 
-A chunk's frames see themselves, a limited stretch of the chunks before, and a look-ahead. The look-ahead is encoded anew with
-every chunk, as in Emformer (Shi et al., 2021), so that no layer sees further ahead than that. Group norm, which the stem has
-over a whole recording, is over the last seconds.
+A frame attends to its chunk, to a limited history of earlier chunks, and to a look-ahead. The look-ahead is encoded again with
+every chunk, as in Emformer (Shi et al., 2021), so no layer sees further ahead. The stem's group norm covers the last seconds
+instead of the whole recording.
 
-All chunks of a recording are computed side by side: x [B, N, C + R, D] holds, for each of N chunks, its own C frames and the R
-that it sees ahead. What a step with a cache would have kept of earlier chunks is gathered from their own frames.
+All chunks of a recording are computed in parallel: x [B, N, C + R, D] holds the C own frames and the R look-ahead frames of
+each of N chunks. The history of a chunk is gathered from the own frames of the earlier chunks; a streaming encoder would cache
+it.
 """
 
 from __future__ import annotations
@@ -22,30 +23,31 @@ from training.moonshine import FRAME_SAMPLES, STEM_REACH, STEM_STEP, STEM_WIDTH,
 from training.moonshine import rotate as rotate_moonshine
 
 STACK = 4
-"""Frames of 24 ms for each frame of the whole encoder: 96 ms."""
+"""Number of 24 ms frames in one output frame of the encoder, which is 96 ms long."""
 NORM_SECS = 4.0
-"""Over how much audio the stem's group norm is taken."""
+"""Length of the audio that the stem's group norm covers, in seconds."""
 PRIOR_SECS, PRIOR_VARIANCE = 0.5, 0.009
-"""What the norm assumes before it has heard anything, with mean zero; the variance is that of speech at a usual level."""
+"""Prior of the group norm: its weight in seconds of audio, and its variance around a mean of zero. The variance is that of
+speech at a typical level."""
 _Turn = Callable[[Tensor], Tensor]
 _STEPS = FRAME_SAMPLES // STEM_STEP
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a stream is cut; lengths are in frames of the layer that looks at it."""
+    """Lengths of chunk, left context and right context, in frames of one layer's frame rate."""
 
     chunk: int
     left: int
     right: int
 
     def halved(self) -> Cut:
-        """Return the same at half the frame rate."""
+        """Return the same lengths at half the frame rate."""
         return Cut(self.chunk // 2, self.left // 2, self.right // 2)
 
 
 def cut(chunk: int, left: int, right: int) -> Cut:
-    """Return a cut for `encode`, of lengths in frames of 96 ms."""
+    """Return the cut for `encode` from lengths in frames of 96 ms."""
     return Cut(chunk * STACK, left * STACK, right * STACK)
 
 
@@ -54,9 +56,9 @@ class _Layout:
     """Positions in the chunked form, for one frame rate.
 
     Attributes:
-        cut: In frames of this rate.
-        frames: How many frames of each recording are real [B].
-        chunks: Number of chunks, N.
+        cut: lengths in frames of this rate.
+        frames: number of frames of each recording without padding [B].
+        chunks: number of chunks, N.
     """
 
     cut: Cut
@@ -68,35 +70,42 @@ class _Layout:
 
     @property
     def at(self) -> Tensor:
-        """Position of each query [N, C + R]."""
+        """Positions of the queries [N, C + R]."""
         first = torch.arange(self.chunks, device=self.frames.device)[:, None] * self.cut.chunk
         return first + torch.arange(self.cut.chunk + self.cut.right, device=self.frames.device)
 
     @property
     def real(self) -> Tensor:
-        """Whether a query lies within its recording [B, N, C + R]."""
+        """Mask of the queries that lie within their recording [B, N, C + R]."""
         return self.at < self.frames[:, None, None]
 
     def keys(self, left: int) -> Tensor:
-        """Position of each key [N, left + C + R]."""
+        """Return the positions of the keys [N, left + C + R]."""
         first = torch.arange(self.chunks, device=self.frames.device)[:, None] * self.cut.chunk - left
         return first + torch.arange(left + self.cut.chunk + self.cut.right, device=self.frames.device)
 
     def with_history(self, x: Tensor, left: int) -> Tensor:
-        """Put the `left` frames of earlier chunks in front of each chunk: [B, N, C + R, D] to [B, N, left + C + R, D]."""
+        """Prepend `left` frames of earlier chunks to each chunk: [B, N, C + R, D] to [B, N, left + C + R, D]."""
         own = x[:, :, : self.cut.chunk].flatten(1, 2)
         own = functional.pad(own, (0, 0, left, 0))
         own = own.unfold(1, left + self.cut.chunk, self.cut.chunk).transpose(2, 3)
         return torch.cat((own, x[:, :, self.cut.chunk :]), dim=2)
 
     def attention(self, left: int, reach: int | None, turn_q: _Turn, turn_k: _Turn) -> Attention:
-        """Return attention over q, k and v [B N, H, C + R, D], within `left` frames of history and `reach`."""
+        """Return a function that attends over q, k and v [B N, H, C + R, D].
+
+        Args:
+            left: frames of history.
+            reach: maximum distance of a key from its query in frames; None: no maximum.
+            turn_q: rotates queries to their positions.
+            turn_k: rotates keys to their positions.
+        """
         keys, at = self.keys(left), self.at
         mask = ((keys >= 0) & (keys < self.frames[:, None, None]))[:, :, None]
         distance = keys[:, None] - at[:, :, None]
         if reach is not None:
             mask = mask & (distance.abs() <= reach)
-        mask = (mask | (distance == 0)).flatten(0, 1)[:, None]  # a frame sees itself: no row is empty
+        mask = (mask | (distance == 0)).flatten(0, 1)[:, None]  # each frame attends to itself, so no row is empty
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = (self._gathered(x, left) for x in (k, v))
@@ -111,7 +120,15 @@ class _Layout:
 
 
 def encode(encoder: Encoder, samples: Tensor, frames: Tensor, by: Cut, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Map samples [B, 384 T] to outputs [B, ceil(T / 4), D] as `encoder` does, but chunk by chunk."""
+    """Encode samples [B, 384 T] chunk by chunk, and return outputs [B, ceil(T / 4), D] and their lengths [B].
+
+    Args:
+        encoder: the encoder.
+        samples: 16 kHz audio, zero after the end of each row.
+        frames: number of 24 ms frames of each row without padding [B].
+        by: lengths of chunks and contexts.
+        hidden: mask of frames [B, T] whose features are set to zero.
+    """
     longest = samples.shape[1] // FRAME_SAMPLES
     layout = _Layout(by, frames, -(-longest // by.chunk))
     x = _stem(encoder.stem, samples, layout)
@@ -131,7 +148,7 @@ def encode(encoder: Encoder, samples: Tensor, frames: Tensor, by: Cut, hidden: T
 
 
 def _stem(stem: Stem, samples: Tensor, layout: _Layout) -> Tensor:
-    """Return features [B, N, C + R, 288]; what is behind a chunk's look-ahead is seen as far as the stem itself reaches."""
+    """Return features [B, N, C + R, 288]. The stem sees `STEM_REACH` samples beyond a chunk's look-ahead."""
     chunks, size = layout.chunks, layout.cut.chunk + layout.cut.right
     needed = ((chunks - 1) * layout.cut.chunk + size) * FRAME_SAMPLES + STEM_REACH
     x = torch.tanh(stem.conv1(functional.pad(samples, (0, needed - samples.shape[1]))[:, None]))
@@ -180,6 +197,6 @@ def _block(block: Block, x: Tensor, layout: _Layout) -> Tensor:
 
 
 def _pairs(x: Tensor, layout: _Layout) -> Tensor:
-    """Join neighbouring frames: [B, N, T, D] to [B, N, T / 2, 2 D]; what is not real is zero."""
+    """Join neighbouring frames: [B, N, T, D] to [B, N, T / 2, 2 D]. Padding becomes zero."""
     x = x * layout.real[..., None].to(x.dtype)
     return x.reshape(*x.shape[:2], x.shape[2] // 2, 2 * x.shape[3])

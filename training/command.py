@@ -1,4 +1,4 @@
-"""The steps of a training as commands."""
+"""Run the steps of a training as commands."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import typer
 
 
 class TrainingError(ValueError):
-    """What a step was given can't be used; one line that says what to do."""
+    """An input of a step is not usable; the message is one line and says what to do."""
 
 
 def run(main: Callable[..., None]) -> None:
-    """Run a step; what its user can mend is one line: a file or program that is missing, or one that can't be used."""
+    """Run a step. Print an error that the user can fix, such as a missing file or program, as one line."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(main)
     try:

@@ -1,4 +1,4 @@
-"""The configuration of a training: what is spoken, what is learnt, for how long."""
+"""Configuration of a training: data, model, and schedule."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Part(BaseModel):
-    """A table of the configuration; a key it doesn't know is an error."""
+    """A table of the configuration; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(Part):
-    """What is spoken, and by whom."""
+    """Sentences, vocabulary, voices and recordings."""
 
     sentences: Path
     most_sentences: int | None = Field(default=None, gt=0)
@@ -40,7 +40,7 @@ class Data(Part):
 
 
 class Model(Part):
-    """Sizes of what is learnt from nothing."""
+    """Sizes of the layers that are trained from scratch."""
 
     width: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -54,7 +54,7 @@ class Model(Part):
 
 
 class Chunks(Part):
-    """How the encoder is cut in training, as live streams cut it; lengths are in frames of 96 ms."""
+    """Range of chunk and context lengths in training, in frames of 96 ms; live streams use such chunks."""
 
     share: Share
     shortest: int = Field(gt=0)
@@ -65,7 +65,7 @@ class Chunks(Part):
 
 
 class Train(Part):
-    """How it is learnt: for so many minutes by the clock, or so many steps."""
+    """Optimisation and schedule; the training ends after `minutes` of wall time or after `steps`."""
 
     minutes: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
@@ -86,7 +86,7 @@ class Train(Part):
 
 
 class Config(Part):
-    """All of it."""
+    """The whole configuration."""
 
     seed: int
     data: Data
@@ -95,10 +95,10 @@ class Config(Part):
 
 
 def load(path: Path) -> Config:
-    """Read a configuration; paths in it are relative to its file.
+    """Read a configuration file. Relative paths in the file are resolved against its directory.
 
     Raises:
-        TrainingError: It is no TOML, or a value is missing, unknown or not allowed.
+        TrainingError: the file is not TOML, or a value is missing, unknown or not allowed.
     """
     try:
         config = Config.model_validate(tomllib.loads(path.read_text()))

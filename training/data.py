@@ -1,6 +1,6 @@
-"""`make data`: speak the sentences, read the recordings; nothing that is already there is made again.
+"""`make data`: synthesise the sentences and read the recordings. Existing shards are kept.
 
-A training may run beside: it takes up shards as they appear.
+A training can run at the same time: it reads shards as they appear.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from training.text import normalise, sentences
 
 TOKENS = "tokens.model"
 LANGUAGE = "language.npz"
-"""All text as pieces: `tokens` of all sentences in a row, and the `lengths` of each."""
+"""File with all text as pieces: the concatenated `tokens` of all sentences, and the `lengths` of the sentences."""
 _RECORDINGS_A_SHARD = 100
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to make: numbers of sentences, or recordings."""
+    """One shard to write: indices of sentences to synthesise, or recordings."""
 
     name: str
     sentences: range | None = None
@@ -43,12 +43,18 @@ class Job:
 
 
 def held_out(found: list[Recording], every: int) -> tuple[list[Recording], list[Recording]]:
-    """Split recordings into those to train on and those to choose by."""
+    """Split recordings into a training set and a validation set, which gets one of `every`."""
     return [r for i, r in enumerate(found) if i % every], found[::every]
 
 
 def jobs(config: Config, speech: Path | None, choose: Path | None) -> Iterator[Job]:
-    """List the shards that the configuration asks for, recordings first; without `choose` some of `speech` are held out."""
+    """Yield the shards of a configuration, recordings first.
+
+    Args:
+        config: the configuration.
+        speech: directory of recordings to train on.
+        choose: directory of recordings to validate on; without it, some of `speech` are held out.
+    """
     data = config.data
     train = recordings(speech) if speech else []
     if choose:
@@ -67,7 +73,7 @@ def jobs(config: Config, speech: Path | None, choose: Path | None) -> Iterator[J
 
 
 class Maker:
-    """Makes shards, one after the other, in a process of its own."""
+    """Writes shards, one at a time, in its own process."""
 
     def __init__(self, config: Config, directory: Path) -> None:
         self._config, self._directory = config, directory
@@ -75,7 +81,7 @@ class Maker:
         self._sentences = sentences(config.data.sentences)
 
     def make(self, job: Job) -> str:
-        """Make one shard; its random choices depend on the seed and its name alone."""
+        """Write one shard, and return its name. Random choices depend only on the seed and the name."""
         random = np.random.default_rng([self._config.seed, *job.name.encode()])
         made = self._spoken(job, random) if job.sentences else ((r.read(), r.text, r.set) for r in job.recordings)
         store.write(made, self._directory / f"{job.name}.json")
@@ -86,7 +92,7 @@ class Maker:
         for group in grouped([self._sentences[i] for i in job.sentences or ()], random):
             voice, audio = self._voices.speak(group, random)
             if len(audio) > longest:
-                group = group[:1]  # noqa: PLW2901 - too long together
+                group = group[:1]  # noqa: PLW2901 - together the sentences are too long
                 voice, audio = self._voices.speak(group, random)
             if len(audio) <= longest:
                 yield audio, normalise(" ".join(group)), voice
@@ -96,7 +102,7 @@ _maker: Maker | None = None
 
 
 def _start(config: Config, directory: Path) -> None:
-    global _maker  # noqa: PLW0603 - the one of this process
+    global _maker  # noqa: PLW0603 - one maker per process
     os.nice(5)
     _maker = Maker(config, directory)
 
@@ -108,7 +114,7 @@ def _make(job: Job) -> str:
 
 
 def tokens(config: Config, directory: Path, speech: Path | None) -> None:
-    """Take the pieces that the configuration names, or learn some from all text (Kudo's unigram model, 2018); once."""
+    """Copy the configured vocabulary, or train a unigram model (Kudo, 2018) on all text. Keep an existing vocabulary."""
     if (directory / TOKENS).exists():
         return
     if config.data.tokens:
@@ -134,7 +140,7 @@ def _encode(lines: list[str], model: Path) -> list[list[int]]:
 
 
 def language(config: Config, directory: Path, pool: ProcessPoolExecutor) -> None:
-    """Write all text as pieces, for the predictor to learn from; once."""
+    """Write all text as pieces, from which the predictor learns. Keep an existing file."""
     if (directory / LANGUAGE).exists():
         return
     lines, share = sentences(config.data.sentences)[: config.data.most_sentences], 5_000
@@ -146,13 +152,13 @@ def language(config: Config, directory: Path, pool: ProcessPoolExecutor) -> None
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where speech, checkpoints and the log go")],
+    work: Annotated[Path, typer.Option(help="Directory for speech, checkpoints and the log")],
     speech: Annotated[Path | None, typer.Option(help="Labelled recordings with their manifest.tsv")] = None,
-    choose: Annotated[Path | None, typer.Option(help="Labelled recordings to choose by, instead of some of those")] = None,
+    choose: Annotated[Path | None, typer.Option(help="Recordings to validate on, instead of a part of --speech")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
-    processes: Annotated[int, typer.Option(help="How many at once")] = os.cpu_count() or 1,
+    processes: Annotated[int, typer.Option(help="Number of processes")] = os.cpu_count() or 1,
 ) -> None:
-    """Make the speech to train on."""
+    """Write the shards of speech to train on."""
     settings = configuration.load(config)
     check_installed(settings.data.voices)
     directory = work / "speech"

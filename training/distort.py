@@ -1,6 +1,6 @@
-"""What rooms, lines and distance do to speech, drawn anew for every batch, on the device that trains.
+"""Augment speech with random rooms, telephone lines and noise, for each batch, on the training device.
 
-Speech is a batch of rows [B, N] at 16 kHz with `lengths` [B] in samples, zero behind them; so is what comes back.
+Input and output are batches of rows [B, N] at 16 kHz with `lengths` [B] in samples; each row is zero after its length.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch.nn import functional
 from training.speech import RATE
 
 _IN_ROOMS, _OVER_LINES, _COLOURED, _IN_NOISE, _AMONG_PEOPLE = 0.4, 0.12, 0.7, 0.65, 0.3
-"""How often; the last is a share of the noises."""
+"""Probabilities of each distortion per row; the last is the share of noises that are other speakers."""
 _PLAYED_FASTER, _FASTEST = 0.6, 1.12
-"""How often, and up to how much, speech is played faster or slower, pitch and all."""
+"""Probability and largest factor of a changed speed, which changes the pitch too."""
 _TAPS = 12
 _BANDS_HZ = (60.0, 150.0, 300.0, 600.0, 1200.0, 2400.0, 4800.0, 8000.0)
 _NOISE_DB, _LEVEL_DB = (5.0, 35.0), (-18.0, 0.0)
 
 
 class Distorter:
-    """Draws distortions from its own generator, so that a training can be repeated."""
+    """Draws distortions from its own random generator, so that a training is reproducible."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._device = device
         self._random = torch.Generator(device).manual_seed(seed)
-        self._speeds = np.random.default_rng(seed)  # lengths follow from them, which the host has to know
+        self._speeds = np.random.default_rng(seed)  # on the host, which computes the lengths from the speeds
 
     def speeds(self, count: int) -> list[float]:
-        """Draw by how much each of so many rows is played faster; some stay as they are."""
+        """Draw a speed factor for each of `count` rows; 1 for a part of the rows."""
         octaves = self._speeds.uniform(-math.log(_FASTEST), math.log(_FASTEST), count)
         return np.where(self._speeds.random(count) < _PLAYED_FASTER, np.exp(octaves), 1.0).tolist()
 
     def __call__(self, speech: Tensor, lengths: Tensor) -> Tensor:
-        """Pass each row through a random room, line and noise, and give it a random level."""
+        """Apply a random room, line and noise to each row, and set a random level."""
         rows, count = speech.shape
         real = torch.arange(count, device=self._device) < lengths[:, None]
         speech = speech / _peak(speech)
@@ -62,7 +62,7 @@ class Distorter:
         return torch.randn(*sizes, generator=self._random, device=self._device)
 
     def _line(self, rows: int, bins: int) -> Tensor:
-        """Gains [B, F] of a smooth curve, and of a telephone's band."""
+        """Return gains [B, F] of a random smooth curve, for some rows limited to a telephone band."""
         frequency = torch.linspace(0, RATE / 2, bins, device=self._device)
         at = torch.tensor(_BANDS_HZ, device=self._device).log()
         place = frequency.clamp(min=_BANDS_HZ[0]).log()
@@ -75,7 +75,7 @@ class Distorter:
         return torch.where(self._chance(rows, _OVER_LINES)[:, None], curve * narrow, curve)
 
     def _room(self, rows: int, size: int) -> Tensor:
-        """Spectra [B, F] of decaying noise as a room's response, 60 dB down after 0.1 to 0.5 s."""
+        """Return spectra [B, F] of room impulse responses: noise that decays by 60 dB within 0.1 to 0.5 s."""
         time = torch.arange(RATE // 2, device=self._device)
         decay = torch.exp(-6.9 * time / (self._uniform(rows, 0.1, 0.5) * RATE)[:, None])
         response = self._normal(rows, len(time)) * decay * self._uniform(rows, 0.01, 0.2)[:, None]
@@ -83,14 +83,14 @@ class Distorter:
         return torch.fft.rfft(response, size)
 
     def _noise(self, rows: int, count: int) -> Tensor:
-        """White to brown noise [B, N]."""
+        """Return white to brown noise [B, N]."""
         size = _fast_size(count)
         bins = size // 2 + 1
         slope = (torch.arange(bins, device=self._device) + 1.0) ** -self._uniform(rows, 0, 1.2)[:, None]
         return torch.fft.irfft(torch.complex(self._normal(rows, bins), self._normal(rows, bins)) * slope, size)[:, :count]
 
     def _talk(self, speech: Tensor) -> Tensor:
-        """One to three of the other rows, from anywhere in them, at once [B, N]."""
+        """Return babble [B, N]: the sum of one to three other rows, shifted in time."""
         rows, count = speech.shape
         shift = int(torch.randint(count, (1,), generator=self._random, device=self._device))
         others = [speech[torch.randperm(rows, generator=self._random, device=self._device)].roll(shift, 1) for _ in range(3)]
@@ -99,7 +99,7 @@ class Distorter:
 
 
 def resample(speech: Tensor, factors: Tensor, count: int) -> Tensor:
-    """Play each row [B, N] faster by its factor [B], as `count` samples: interpolation with a windowed sinc."""
+    """Resample each row [B, N] by its speed factor [B] to `count` samples, with a windowed sinc."""
     place = torch.arange(count, device=speech.device, dtype=torch.float64) * factors[:, None].double()
     first = place.floor()
     part = (place - first).float()
@@ -116,9 +116,9 @@ def resample(speech: Tensor, factors: Tensor, count: int) -> Tensor:
 
 
 def _fast_size(count: int) -> int:
-    """Return the next size that a Fourier transform is fast for: a multiple of 1,024 whose rest has small factors."""
+    """Return the next size for which a Fourier transform is fast: 1,024 times a number with small prime factors."""
     units = -(-count // 1024)
-    while _largest_factor(units) > 7:  # noqa: PLR2004 - what the libraries have code for
+    while _largest_factor(units) > 7:  # noqa: PLR2004 - the largest factor that FFT libraries handle fast
         units += 1
     return units * 1024
 
@@ -135,5 +135,5 @@ def _peak(speech: Tensor) -> Tensor:
 
 
 def _loudness(speech: Tensor, real: Tensor) -> Tensor:
-    """Root mean square of each row [B]."""
+    """Return the root mean square of each row [B] without its padding."""
     return ((speech**2 * real).sum(1) / real.sum(1).clamp(min=1)).sqrt()

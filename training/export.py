@@ -1,8 +1,8 @@
-"""`make export`: the trained model as the three graphs and the vocabulary of a model repository.
+"""`make export`: write the trained model as the three graphs and the vocabulary of a model repository.
 
-Tensor names and layout are those of NeMo's export. Matrices are stored as int8 with a scale for each output, other large
-weights as float16, and both are turned into float32 by operators that ONNX Runtime folds when it loads the graph. Its own
-DequantizeLinear would not do: the runtime fuses it into kernels that quantise activations over a batch, padding included.
+Tensor names and layouts are those of NeMo's export. Matrices are stored as int8 with one scale per output, other large weights
+as float16. Operators that ONNX Runtime folds when it loads the graph convert both to float32. DequantizeLinear is not used:
+the runtime fuses it into kernels that quantise activations over the whole batch, padding included.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from training.moonshine import FRAME_SAMPLES
 from training.weights import averaged
 
 _SMALL = 4096
-"""Weights that are not worth storing in fewer bits."""
+"""Smallest number of weights in a tensor that is compressed."""
 
 
 class Preprocessor(nn.Module):
     """Cuts samples into the encoder's frames."""
 
     def forward(self, waveforms: Tensor, waveforms_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Map waveforms [B, N] to features [B, 384, T], what lies behind a row's end being zero, and their lengths [B]."""
+        """Map waveforms [B, N] to features [B, 384, T], zero after the end of each row, and their lengths [B]."""
         real = torch.arange(waveforms.shape[1]) < waveforms_lens[:, None]
         samples = functional.pad(waveforms * real.to(waveforms.dtype), (0, FRAME_SAMPLES - 1))
         frames = (waveforms.shape[1] + FRAME_SAMPLES - 1) // FRAME_SAMPLES
@@ -46,7 +46,7 @@ class Preprocessor(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder, from the preprocessor's features."""
+    """The encoder as a graph; its input is the preprocessor's output."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
 
 class DecoderJoint(nn.Module):
-    """Predictor and joint in one graph."""
+    """Predictor and joint network as one graph."""
 
     def __init__(self, model: Transducer) -> None:
         super().__init__()
@@ -77,7 +77,13 @@ class DecoderJoint(nn.Module):
 
 
 def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onnx.ModelProto]:
-    """Trace the three graphs."""
+    """Return the three graphs by name.
+
+    Args:
+        model: the trained model.
+        predictor_width: size of the predictor's states.
+        width: size of the encoder's frames.
+    """
     states = torch.zeros(1, 2, predictor_width)
     targets, target_length = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32)
     return {
@@ -106,15 +112,15 @@ def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onn
 
 
 def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: dict[str, str]) -> onnx.ModelProto:
-    """Export a module; a letter for a tensor's axis names an open dimension, `-` stands for a fixed one."""
+    """Trace a module to a graph. For each tensor, a letter names a dynamic axis, and `-` marks a fixed one."""
     axes = {name: letters for name, (_, letters) in inputs.items()} | outputs
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the tracer warns of every Python number, and these are meant to be constant
+        warnings.simplefilter("ignore")  # the tracer warns about every Python number; here they are constants
         torch.onnx.export(
             module.eval(),
             tuple(tensor for tensor, _ in inputs.values()),
-            buffer,  # type: ignore[arg-type,unused-ignore] # torch takes files too, but does not say so
+            buffer,  # type: ignore[arg-type,unused-ignore] # torch accepts files, but its annotation does not
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_axes={n: {i: a for i, a in enumerate(letters) if a != "-"} for n, letters in axes.items()},
@@ -126,13 +132,13 @@ def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: di
     for value, result in zip(model.graph.output, results, strict=True):
         dims = value.type.tensor_type.shape.dim
         for dim, size, axis in zip(dims, result.shape, outputs[value.name], strict=True):
-            if axis == "-":  # the tracer leaves some of them open, and config.pbtxt has to name what the graph does
+            if axis == "-":  # the tracer leaves some open; config.pbtxt must match the graph
                 dim.dim_value = size
     return model
 
 
 def compress(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Store large weights in fewer bits."""
+    """Return the graph with large weights in 8 or 16 bits."""
     stored, nodes = [], []
     for weight in model.graph.initializer:
         array, name = numpy_helper.to_array(weight), weight.name
@@ -158,21 +164,21 @@ def compress(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _inputs_axis(graph: onnx.GraphProto, name: str) -> int:
-    """Return the axis over which a matrix sums, so that the scale is one for each output (or row of a table)."""
+    """Return the axis that a matrix product sums over. The scales are per output, or per row of an embedding."""
     user = next(node for node in graph.node if name in node.input)
     rows = user.op_type == "Gather" or any(a.name == "transB" and a.i for a in user.attribute)
     return 1 if rows else 0
 
 
 def write(config: configuration.Config, work: Path, repository: Path) -> int:
-    """Write graphs and vocabulary of the trained model into a model repository; return their size in bytes."""
+    """Write graphs and vocabulary of the trained model into a model repository, and return the graphs' size in bytes."""
     model = build(config)
     model.load_state_dict(averaged(work))
     size = 0
     for name, graph in graphs(model, config.model.predictor, config.model.width).items():
         path = repository / name / "1" / "model.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # it may be a link to another repository's
+        path.unlink(missing_ok=True)  # it may be a link into another repository
         onnx.save(compress(graph), path)
         size += path.stat().st_size
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
@@ -182,13 +188,13 @@ def write(config: configuration.Config, work: Path, repository: Path) -> int:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where the checkpoint or its copies are")],
-    into: Annotated[Path, typer.Option(help="The model repository")],
+    work: Annotated[Path, typer.Option(help="Directory of the checkpoint or of its copies")],
+    into: Annotated[Path, typer.Option(help="Model repository to write to")],
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
 ) -> None:
-    """Write the trained model's graphs."""
+    """Write the graphs of the trained model."""
     size = write(configuration.load(config), work, into)
-    typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {STACK * FRAME_SAMPLES} samples a frame")
+    typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {STACK * FRAME_SAMPLES} samples per frame")
 
 
 if __name__ == "__main__":

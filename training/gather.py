@@ -1,7 +1,7 @@
-"""`make text`: gather sentences to speak from packages of Debian, and order them by the words they cover.
+"""`make text`: gather sentences from Debian packages, and order them by the words that they cover.
 
-The order matters because a training speaks as many sentences as its time allows, from the top: sentences that hold words
-still rare among those above come first, so that any prefix of the file covers as many words as it can.
+A training synthesises as many sentences as its time allows, from the top of the file. Sentences with words that are still rare
+among the earlier ones come first, so any prefix of the file covers as many words as possible.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from training.text import normalise, sentences
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "dict-gcide", "dict-wn", "dict-jargon", "dict-devil", "fortunes", "fortunes-min")
 FEWEST_WORDS, MOST_WORDS = 3, 34
-"""Length of a sentence that is spoken, in words."""
+"""Shortest and longest sentence to synthesise, in words."""
 COMMON, RARE = 1_000, 30_000
-"""Frequency ranks of the words to cover: the model knows the commoner ones, and rarer ones are hardly ever said."""
+"""Frequency ranks of the words to cover. More common words are covered anyway; rarer ones hardly occur in speech."""
 _ENTRIES = {"webster", "wordnet", "jargon"}
-"""Sources that are entries of dictionaries rather than prose."""
+"""Sources with dictionary entries instead of prose."""
 _LEFT_OUT = {"pratchett", "startrek", "songs-poems", "knghtbrd", "translate-me", "art", "ascii-art", "perl", "magic", "ethnic"}
-"""Fortunes that quote protected works at length, aren't prose, or insult."""
+"""Fortune files that are left out: long quotations of protected works, text that is not prose, or insults."""
 _WEBSTER = "[1913 Webster]"
 _SPOKEN = re.compile(r"[A-Za-z' ,.;:!?-]+")
 _ABBREVIATIONS = {"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor", "St": "Saint"}
 
 
 def _prose(text: str) -> Iterator[str]:
-    """Yield the sentences of a text that a voice can read as they stand."""
+    """Yield the sentences of a text that a voice can read without changes."""
     text = re.sub(r"\s+", " ", text.replace("_", "").replace("--", ", ").replace("’", "'").replace('"', ""))
     text = re.sub(r"\b(Mr|Mrs|Dr|St)\.", lambda found: _ABBREVIATIONS[found[1]], text)
     for sentence in re.split(r"(?<=[.!?;:])[')\]]*\s+", text):
@@ -56,7 +56,7 @@ def _dictionary(root: Path, name: str) -> str:
 
 
 def _bible(root: Path) -> Iterator[str]:
-    """Yield the verses of the King James Version, which its own program prints."""
+    """Yield the verses of the King James Version, printed by the package's program."""
     program = [f"{root}/usr/bin/bible", "-p", f"{root}/usr/lib", "-f", "gen1:1-rev22:21"]
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout  # noqa: S603 - our own words
     for line in printed.splitlines():
@@ -64,7 +64,7 @@ def _bible(root: Path) -> Iterator[str]:
 
 
 def _webster(root: Path) -> Iterator[str]:
-    """Yield definitions and quotations of Webster's dictionary of 1913, which is what GCIDE marks as such."""
+    """Yield definitions and quotations of Webster's dictionary of 1913, as marked in GCIDE."""
     for entry in _dictionary(root, "gcide").split("\n\n"):
         text, mark, _ = entry.partition(_WEBSTER)
         if not mark:
@@ -74,7 +74,7 @@ def _webster(root: Path) -> Iterator[str]:
 
 
 def _wordnet(root: Path) -> Iterator[str]:
-    """Yield WordNet's definitions and the examples that it quotes."""
+    """Yield WordNet's definitions and examples."""
     text = _dictionary(root, "wn")
     for quoted in re.findall(r'"([^"]{12,300})"', text):
         yield from _prose(quoted)
@@ -90,7 +90,7 @@ def _fortunes(root: Path) -> Iterator[str]:
 
 
 def gather(root: Path) -> dict[str, list[str]]:
-    """Return the sentences of each source under `root`, where the packages are unpacked."""
+    """Return the sentences of each source from the packages unpacked under `root`."""
     found: dict[str, Iterable[str]] = {
         "bible-kjv": _bible(root),
         "webster": _webster(root),
@@ -103,10 +103,16 @@ def gather(root: Path) -> dict[str, list[str]]:
 
 
 def covering(prose: list[str], entries: list[str], ranks: dict[str, int], random: np.random.Generator) -> list[str]:
-    """Order sentences so that words of ranks `COMMON` to `RARE` come early and evenly, and every other one is prose.
+    """Order sentences so that words of ranks `COMMON` to `RARE` come early and evenly; alternate prose and entries.
 
-    Entries of dictionaries are dealt to rounds: one goes to the round in which the rarest of its words is said again, so that
-    each round says as many of the words as are left. Prose comes as it falls.
+    Dictionary entries are assigned to rounds: an entry goes to the round in which its rarest word occurs next, so each round
+    covers as many of the remaining words as possible. Prose is in random order.
+
+    Args:
+        prose: sentences of prose.
+        entries: sentences of dictionaries.
+        ranks: frequency rank of each word.
+        random: shuffles both.
     """
     said: Counter[str] = Counter()
     rounds: list[int] = []
@@ -124,7 +130,7 @@ def covering(prose: list[str], entries: list[str], ranks: dict[str, int], random
 
 
 def coverage(texts: Iterable[str], ranks: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Return how many words of each band of ranks occur in the texts at least once and at least five times."""
+    """Return, for each band of ranks, the number of words that occur at least once and at least five times."""
     counts = Counter(word for text in texts for word in normalise(text).split())
     bands = {"1-1k": (0, 1_000), "1k-3k": (1_000, 3_000), "3k-10k": (3_000, 10_000), "10k-30k": (10_000, 30_000)}
     many = 5
@@ -136,14 +142,14 @@ def coverage(texts: Iterable[str], ranks: dict[str, int]) -> dict[str, tuple[int
 
 
 def ranked() -> dict[str, int]:
-    """Return the frequency rank of English words, from wordfreq."""
-    from wordfreq import top_n_list  # noqa: PLC0415 - takes a second, and only this step needs it
+    """Return the frequency rank of each English word, from wordfreq."""
+    from wordfreq import top_n_list  # noqa: PLC0415 - the import takes a second, and only this step needs it
 
     return {word: rank for rank, word in enumerate(top_n_list("en", 2 * RARE)) if re.fullmatch(r"[a-z']+", word)}
 
 
 def unpack(root: Path) -> None:
-    """Fetch the packages with apt and unpack them under `root`."""
+    """Download the packages with apt, and unpack them under `root`."""
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run(["apt-get", "download", "-q", *PACKAGES], cwd=scratch, check=True)  # noqa: S603, S607 - our own words
         for package in Path(scratch).glob("*.deb"):
@@ -151,11 +157,11 @@ def unpack(root: Path) -> None:
 
 
 def main(
-    into: Annotated[Path, typer.Option(help="The file to write: a sentence a line, gzip-compressed")],
-    packages: Annotated[Path | None, typer.Option(help="Where the packages are unpacked already")] = None,
-    config: Annotated[Path, typer.Option(help="The configuration, whose sentences are taken too")] = configuration.DEFAULT,
+    into: Annotated[Path, typer.Option(help="File to write: one sentence per line, gzip-compressed")],
+    packages: Annotated[Path | None, typer.Option(help="Directory of packages that are already unpacked")] = None,
+    config: Annotated[Path, typer.Option(help="The configuration; its sentences are included")] = configuration.DEFAULT,
 ) -> None:
-    """Gather text, order it, and print what it covers."""
+    """Gather and order text, and print its coverage."""
     settings = configuration.load(config)
     with tempfile.TemporaryDirectory() as scratch:
         root = packages or Path(scratch)

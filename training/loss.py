@@ -1,7 +1,7 @@
-"""The transducer's loss: minus the log probability of a text, over all ways to place it in the frames.
+"""Transducer loss: the negative log probability of a text, summed over all its alignments to the frames (Graves, 2012).
 
-Everything is a batch on one device. The lattice of a text is walked by anti-diagonals, forwards and backwards at once, and its
-gradient is computed with it, so that autograd keeps no step of the walk.
+Forward and backward variables of a batch are computed together, one anti-diagonal of the lattice at a time. The gradient is
+computed in the same pass, so autograd stores no intermediate step.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _IMPOSSIBLE = -1e30
 def transducer_loss(
     joint: Joint, encoded: Tensor, predicted: Tensor, targets: Tensor, frames: Tensor, counts: Tensor, blank: int
 ) -> Tensor:
-    """Return the loss [B] of each target.
+    """Return the loss of each row [B].
 
     Args:
-        joint: Makes logits of a frame and a token.
-        encoded: The encoder's frames [B, T, D].
-        predicted: The predictor's outputs [B, U + 1, P], the first of them before any token.
-        targets: The tokens [B, U], anything below `blank` behind a row's end.
-        frames: How many frames of each row are real [B], at least one.
-        counts: How many tokens of each row are real [B].
-        blank: Blank's index.
+        joint: the joint network.
+        encoded: encoder frames [B, T, D].
+        predicted: predictor outputs [B, U + 1, P]; the first one precedes all tokens.
+        targets: tokens [B, U]; padding may be any index below `blank`.
+        frames: number of frames of each row without padding [B], at least 1.
+        counts: number of tokens of each row without padding [B].
+        blank: index of the blank.
     """
     logits = joint(joint.frame(encoded)[:, :, None], joint.token(predicted)[:, None])  # [B, T, U + 1, V + 1]
     blanks, labels = _Chosen.apply(logits, targets, blank)
@@ -38,7 +38,7 @@ def transducer_loss(
 
 
 class _Chosen(torch.autograd.Function):
-    """Log probabilities of blank [B, T, U + 1] and of the next label [B, T, U], without those of all others in memory."""
+    """Log probabilities of the blank [B, T, U + 1] and of the next label [B, T, U]; the others are never stored."""
 
     @staticmethod
     def forward(context: Any, logits: Tensor, targets: Tensor, blank: int) -> tuple[Tensor, Tensor]:
@@ -70,17 +70,17 @@ class _Lattice(torch.autograd.Function):
     def forward(context: Any, blanks: Tensor, labels: Tensor, frames: Tensor, counts: Tensor) -> Tensor:
         batch, most, wide = blanks.shape
         blanks, labels = blanks.double(), labels.double().clamp(min=-1e4)
-        # Turned around, a row's lattice starts at its last frame and token, and its arcs lead from where they led to.
+        # The reversed lattice of a row starts at its last frame and token; its arcs have the opposite direction.
         at, token = torch.arange(most, device=blanks.device), torch.arange(wide, device=blanks.device)
         back = (frames[:, None] - 1 - at).clamp(min=0)
         behind = (counts[:, None] - token).clamp(min=0)
-        turned_blanks = _pick(blanks, (back - 1).clamp(min=0), behind)  # from (t - 1, u) to (t, u), seen from its end
+        turned_blanks = _pick(blanks, (back - 1).clamp(min=0), behind)  # arc from (t - 1, u) to (t, u), indexed by its end
         turned_labels = _pick(functional.pad(labels, (0, 1)), back, (behind - 1).clamp(min=0))
         real_labels = functional.pad(labels, (0, 1)).masked_fill((token >= counts[:, None])[:, None], _IMPOSSIBLE)
         turned_labels = turned_labels.masked_fill((token >= counts[:, None])[:, None], _IMPOSSIBLE)
         reached = _walk(torch.cat((blanks, turned_blanks)), torch.cat((real_labels, turned_labels)))
         forwards, backwards = reached.split(batch)
-        backwards = _pick(backwards, back, behind)  # log probability of all that may follow, but the last blank
+        backwards = _pick(backwards, back, behind)  # log probability of the rest, without the final blank
         row = torch.arange(batch, device=blanks.device)
         last = blanks[row, frames - 1, counts]
         total = forwards[row, frames - 1, counts] + last
@@ -89,7 +89,7 @@ class _Lattice(torch.autograd.Function):
         onwards = functional.pad(backwards[:, 1:], (0, 0, 0, 1), value=_IMPOSSIBLE)
         onwards[row, frames - 1] = _IMPOSSIBLE
         by_blank = torch.where(real, (forwards + blanks + onwards + weight[:, None, None]).exp(), 0)
-        by_blank[row, frames - 1, counts] = 1  # every way ends with it
+        by_blank[row, frames - 1, counts] = 1  # every alignment ends with the final blank
         by_label = (forwards + real_labels + functional.pad(backwards[:, :, 1:], (0, 1), value=_IMPOSSIBLE)).add_(
             weight[:, None, None]
         )
@@ -105,25 +105,25 @@ class _Lattice(torch.autograd.Function):
 
 
 def _pick(values: Tensor, frames: Tensor, tokens: Tensor) -> Tensor:
-    """Reorder values [B, T, U] by each row's frames [B, T'] and tokens [B, U']."""
+    """Gather values [B, T, U] at each row's frames [B, T'] and tokens [B, U']."""
     by_frame = values.gather(1, frames[:, :, None].expand(-1, -1, values.shape[2]))
     return by_frame.gather(2, tokens[:, None].expand(-1, frames.shape[1], -1))
 
 
 def _walk(blanks: Tensor, labels: Tensor) -> Tensor:
-    """Return the forward variable [B, T, U + 1]: the log probability to come to a frame and a token, from the first of both.
+    """Return the forward variable [B, T, U + 1]: the log probability of reaching a frame and a token from the first of both.
 
-    All of an anti-diagonal t + u = n follows from the one before, so arcs are laid out by n and u.
+    Each anti-diagonal t + u = n depends only on the one before, so arcs are indexed by n and u.
     """
     batch, most, wide = blanks.shape
     token = torch.arange(wide, device=blanks.device)
     diagonal = torch.arange(most + wide - 1, device=blanks.device)
-    frame = diagonal[:, None] - token  # [N, U + 1], outside of the lattice in two corners
+    frame = diagonal[:, None] - token  # [N, U + 1]; two corners lie outside the lattice
     inside = (frame >= 0) & (frame < most)
     index = frame.clamp(0, most - 1)
     from_left = blanks[:, (index - 1).clamp(min=0), token].masked_fill(~(inside & (frame > 0)), _IMPOSSIBLE)
     from_below = labels[:, index, (token - 1).clamp(min=0)].masked_fill(~(inside & (token > 0)), _IMPOSSIBLE)
-    # Along the lattice's diagonals first; a column in front of the tokens is never reached.
+    # The diagonal is the first axis. An extra column before the tokens is never reached.
     from_left, from_below = from_left.transpose(0, 1).contiguous(), from_below.transpose(0, 1).contiguous()
     reached = torch.full((len(diagonal), batch, wide + 1), _IMPOSSIBLE, dtype=blanks.dtype, device=blanks.device)
     reached[0, :, 1] = 0

@@ -1,7 +1,7 @@
-"""The transducer: Moonshine's layers and conformer blocks as the encoder, an LSTM predictor, a joint net.
+"""The transducer (Graves, 2012): Moonshine's layers and Conformer blocks as encoder, an LSTM predictor, and a joint network.
 
-Graves, "Sequence Transduction with Recurrent Neural Networks" (2012); the blocks are Conformers (Gulati et al., 2020) whose
-attention is local and whose norms look at one frame only, so that padding never matters.
+The blocks are Conformers (Gulati et al., 2020) with local attention. Their norms cover one frame each, so padding never changes
+the result.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ LSTMState = tuple[Tensor, Tensor]
 
 
 LOWER = 3
-"""Moonshine's layers that are trained least; those above follow the text faster."""
+"""Number of lower Moonshine layers, which have a learning rate of their own (`lower_rate`)."""
 
 
 class Block(nn.Module):
-    """A Conformer block: half a feed-forward net, local attention, convolution, the other half."""
+    """A Conformer block: half a feed-forward net, local attention, convolution, the other half.
+
+    Args:
+        sizes: sizes of the layers.
+        reach: maximum distance that attention covers, in frames each way.
+    """
 
     def __init__(self, sizes: configuration.Model, reach: int) -> None:
         super().__init__()
@@ -51,15 +56,22 @@ class Block(nn.Module):
         self.out_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
-        """Map x [B, T, D] to the same; `frames` [B] says how many of each row are real."""
+        """Map x [B, T, D] to the same shape; `frames` [B] is the number of frames of each row without padding."""
         at = torch.arange(x.shape[1], device=x.device)
         real = at < frames[:, None]
         near = (at - at[:, None]).abs() <= self.reach
-        mask = ((real[:, None] & near) | (at == at[:, None]))[:, None]  # a frame sees itself: no row is empty
+        mask = ((real[:, None] & near) | (at == at[:, None]))[:, None]  # each frame attends to itself, so no row is empty
         return self.around(x, real, lambda q, k, v: attend(rotate(q, at), rotate(k, at), v, mask), self.convolve)
 
     def around(self, x: Tensor, real: Tensor, attention: Attention, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-        """Do what the block does around its attention and its convolution over time; `real` [B, T] says which frames are."""
+        """Apply the block with the given attention and convolution over time.
+
+        Args:
+            x: frames [B, T, D].
+            real: mask of the frames that are not padding [B, T].
+            attention: maps q, k and v [B, H, T, D / H] to the same shape.
+            convolve: maps frames [B, T, D] to the same shape.
+        """
         batch, count, width = x.shape
         x = x + 0.5 * self.before(x)
         q, k, v = (
@@ -72,16 +84,16 @@ class Block(nn.Module):
         return self.out_norm(x + 0.5 * self.after(x))
 
     def convolve(self, y: Tensor) -> Tensor:
-        """Convolve y [B, T, D] over time, zeros around it."""
+        """Convolve y [B, T, D] over time, padded with zeros."""
         if y.is_cuda:
             around = self.depthwise.kernel_size[0] // 2
             return self.convolve_within(functional.pad(y, (0, 0, around, around)))
         return self.depthwise(y.transpose(1, 2)).transpose(1, 2)
 
     def convolve_within(self, y: Tensor) -> Tensor:
-        """Convolve y [B, T, D] over time to [B, T - 8, D], where its kernel fits.
+        """Convolve y [B, T, D] over time to [B, T - 8, D], without padding.
 
-        A GPU adds up shifted frames faster than it convolves channel by channel.
+        On a GPU, the sum of shifted frames is faster than a depthwise convolution.
         """
         weight, taps = self.depthwise.weight.to(y.dtype), self.depthwise.kernel_size[0]
         count = y.shape[1] - taps + 1
@@ -95,7 +107,7 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, at: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of x [B, H, T, D] at the positions `at` [T], halves paired."""
+    """Apply rotary position embedding (Su et al., 2021) to x [B, H, T, D] at positions `at` [T]; halves are paired."""
     half = x.shape[-1] // 2
     rates = 10000.0 ** (-torch.arange(half, device=x.device) / half)
     angles = at[:, None] * rates
@@ -105,7 +117,7 @@ def rotate(x: Tensor, at: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """From samples to the encoder's frames of 96 ms."""
+    """Maps samples to encoder frames of 96 ms."""
 
     def __init__(self, stem: Stem, lower: Layers, upper: Layers, sizes: configuration.Model) -> None:
         super().__init__()
@@ -118,12 +130,12 @@ class Encoder(nn.Module):
         self.at_96_ms = nn.ModuleList(Block(sizes, sizes.reach_frames) for _ in range(sizes.blocks_at_96_ms))
 
     def forward(self, samples: Tensor, frames: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map samples [B, 384 T] to outputs [B, ceil(T / 4), D], and say how many of these are real.
+        """Map samples [B, 384 T] to outputs [B, ceil(T / 4), D] and their lengths [B].
 
         Args:
-            samples: At 16 kHz; what lies behind a row's frames is zero.
-            frames: How many frames of 24 ms of each row are real [B].
-            hidden: Frames [B, T] whose features are put to zero.
+            samples: 16 kHz audio, zero after the end of each row.
+            frames: number of 24 ms frames of each row without padding [B].
+            hidden: mask of frames [B, T] whose features are set to zero.
         """
         x = self.stem(samples, frames)
         if hidden is not None:
@@ -143,13 +155,13 @@ def _real(x: Tensor, frames: Tensor) -> Tensor:
 
 
 def _pairs(x: Tensor, frames: Tensor) -> Tensor:
-    """Join neighbouring frames: [B, T, D] to [B, ceil(T / 2), 2 D]; what is not real is zero."""
+    """Join neighbouring frames: [B, T, D] to [B, ceil(T / 2), 2 D]. Padding becomes zero."""
     x = functional.pad(x * _real(x, frames), (0, 0, 0, x.shape[1] % 2))
     return x.reshape(x.shape[0], x.shape[1] // 2, 2 * x.shape[2])
 
 
 class Predictor(nn.Module):
-    """The tokens so far, summed up by an embedding and one LSTM; blank, which starts a hypothesis, embeds as zero."""
+    """An embedding and one LSTM over the tokens so far. A hypothesis starts with the blank, whose embedding is zero."""
 
     def __init__(self, blank: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -164,7 +176,7 @@ class Predictor(nn.Module):
 
 
 class Joint(nn.Module):
-    """Logits of every token and blank (last), for an encoder's frame and a predictor's output."""
+    """Computes the logits of all tokens and the blank (last) from an encoder frame and a predictor output."""
 
     def __init__(self, width: int, predictor: int, blank: int) -> None:
         super().__init__()
@@ -173,12 +185,12 @@ class Joint(nn.Module):
         self.out = nn.Linear(width, blank + 1)
 
     def forward(self, frame: Tensor, token: Tensor) -> Tensor:
-        """Combine what `self.frame` and `self.token` made, broadcast to one shape [..., D]."""
+        """Combine outputs of `self.frame` and `self.token`, broadcast to one shape [..., D]."""
         return self.out(torch.tanh(frame + token))
 
 
 class Transducer(nn.Module):
-    """All that is learnt, the CTC layer that helps the encoder along included."""
+    """The whole model, with a CTC layer for the auxiliary loss of the encoder."""
 
     def __init__(self, moonshine_parts: tuple[Stem, Layers, Layers], blank: int, sizes: configuration.Model) -> None:
         super().__init__()
@@ -190,15 +202,20 @@ class Transducer(nn.Module):
 
 
 def build(config: configuration.Config) -> Transducer:
-    """Return an untrained transducer on top of Moonshine's encoder."""
+    """Return a transducer with Moonshine's published weights in its lower layers and random weights above."""
     return Transducer(moonshine.load(LOWER), config.data.pieces, config.model)
 
 
 @torch.inference_mode()
 def greedy(model: Transducer, encoded: Tensor, frames: Tensor, max_symbols: int = 4, penalty: float = 0.0) -> list[list[int]]:
-    """Decode encoder frames [B, T, D], `frames` [B] of them real, frame by frame; return each row's tokens.
+    """Decode frame by frame, and return the tokens of each row.
 
-    `penalty` is taken off blank's logit.
+    Args:
+        model: the transducer.
+        encoded: encoder frames [B, T, D].
+        frames: number of frames of each row without padding [B].
+        max_symbols: maximum number of tokens on one frame.
+        penalty: subtracted from the blank's logit.
     """
     batch = encoded.shape[0]
     projected = model.joint.frame(encoded)
@@ -225,6 +242,6 @@ def greedy(model: Transducer, encoded: Tensor, frames: Tensor, max_symbols: int 
 
 
 def collapse(model: Transducer, encoded: Tensor, frames: Tensor) -> list[list[int]]:
-    """Decode by the CTC layer: the best token of each frame, repeats and blanks taken out."""
+    """Decode with the CTC layer: the best token of each frame, without repeats and blanks."""
     rows = zip(model.ctc(encoded).argmax(-1), frames.tolist(), strict=True)
     return [[t for t in torch.unique_consecutive(best[:count]).tolist() if t != model.blank] for best, count in rows]

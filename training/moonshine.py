@@ -1,8 +1,8 @@
-"""Moonshine tiny's encoder in PyTorch, so that it can be trained on and exported safe for batches.
+"""Moonshine tiny's encoder in PyTorch, for training and for an export that is independent of padding.
 
 Moonshine (Jeffries et al., 2024, arXiv:2410.15608) is published in the wheel `moonshine-voice` as a quantised ONNX Runtime
-file. Its own graph normalises over the padding of a batch; this one masks by length, so that a recording gives the same in
-any company. The weights are the file's, dequantised.
+file. The published graph normalises over the padding of a batch. This module masks by length, so the result for a recording
+does not depend on the rest of its batch. The weights are dequantised from the file.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from torch.nn import functional
 
 WIDTH = 288
 FRAME_SAMPLES = 384
-"""Samples at 16 kHz for each frame of the encoder: 24 ms."""
+"""Number of 16 kHz samples per frame of Moonshine's encoder: 24 ms."""
 LAYERS = 6
 _HEADS = 8
 _FEED_FORWARD = 1152
 _ROTARY = 32
 STEM_STEP = 64
-"""Samples at 16 kHz for each step of the stem's first convolution: 4 ms, six to a frame."""
+"""Stride of the stem's first convolution in samples: 4 ms, six steps per frame."""
 STEM_WIDTH = 127
-"""Samples that a step sees."""
+"""Kernel of the stem's first convolution in samples."""
 STEM_REACH = 511
-"""Samples that the stem sees behind a frame's first: with so many zeros added, every begun frame gives one output."""
+"""Receptive field of a frame beyond its first sample, in samples. Padding of this length gives one output for each frame that
+has begun."""
 
 
 def assets() -> Path:
-    """Return the directory of the wheel that holds the model."""
+    """Return the directory of the model files in the wheel."""
     return Path(str(importlib.resources.files("moonshine_voice"))) / "assets" / "tiny-en"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of q [B, H, T, D] to what `mask` (broadcast to [B, H, T, S]) allows of k and v [B, H, S, D].
+    """Attend from q [B, H, T, D] to k and v [B, H, S, D] where `mask` (broadcast to [B, H, T, S]) is set.
 
-    Written out on a CPU, where torch's fused one takes three times as long to differentiate.
+    On a CPU the operations are separate: the backward pass of torch's fused attention takes three times as long there.
     """
     if q.is_cuda:
         return _fused(q, k, v, mask)
@@ -54,7 +55,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The same by torch's fused kernels, which want sizes that are multiples of eight."""
+    """Attend with torch's fused kernels. They need sizes that are multiples of eight."""
     size, extra = q.shape[-1], -q.shape[-1] % 8
     q, k, v = (functional.pad(x, (0, extra)) for x in (q.to(v.dtype), k.to(v.dtype), v))
     return functional.scaled_dot_product_attention(q, k, v, mask, scale=size**-0.5)[..., :size]
@@ -64,7 +65,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """One layer: attention over the whole input, then a feed-forward net, each behind a norm."""
+    """One layer: attention over the whole input, then a feed-forward net, each after a norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,11 +76,17 @@ class Layer(nn.Module):
         self.fc2 = nn.Linear(_FEED_FORWARD, WIDTH)
 
     def forward(self, x: Tensor, mask: Tensor, turn: Tensor) -> Tensor:
-        """Map x [B, T, 288] to the same; mask [B, 1, 1, T] says which frames are real, turn [2, T, 32] rotates."""
+        """Map x [B, T, 288] to the same shape.
+
+        Args:
+            x: frames.
+            mask: set for frames that are not padding [B, 1, 1, T].
+            turn: cosines and sines of the positions [2, T, 32].
+        """
         return self.around(x, lambda q, k, v: attend(rotate(q, turn), rotate(k, turn), v, mask))
 
     def around(self, x: Tensor, attention: Attention) -> Tensor:
-        """Do what the layer does around its attention, which maps q, k and v [B, H, T, 36] to the same."""
+        """Apply the layer with the given attention, which maps q, k and v [B, H, T, 36] to the same shape."""
         batch, frames, _ = x.shape
         y = self.input_layernorm(x)
         q, k, v = (
@@ -90,7 +97,7 @@ class Layer(nn.Module):
 
 
 class Stem(nn.Module):
-    """From samples to frames: three convolutions, with one group norm over all that is real."""
+    """Maps samples to frames: three convolutions, with one group norm over everything but padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,12 +108,12 @@ class Stem(nn.Module):
         self.conv3 = nn.Conv1d(2 * WIDTH, WIDTH, 3, stride=2)
 
     def forward(self, samples: Tensor, frames: Tensor) -> Tensor:
-        """Map samples [B, N], zero behind each row's `frames` x 384, to [B, ceil(N / 384), 288]."""
+        """Map samples [B, N] to [B, ceil(N / 384), 288]; each row is zero after its `frames` x 384 samples."""
         lengths = frames * FRAME_SAMPLES + STEM_REACH
         x = torch.tanh(self.conv1(functional.pad(samples, (0, STEM_REACH))[:, None]))
         steps = (lengths - STEM_WIDTH) // STEM_STEP + 1
         real = (torch.arange(x.shape[2], device=x.device) < steps[:, None])[:, None].to(x.dtype)
-        count = (steps * WIDTH)[:, None, None].float()  # sums of so many need float32
+        count = (steps * WIDTH)[:, None, None].float()  # sums of this size need float32
         x = (x * real).float()
         mean = x.sum((1, 2), keepdim=True) / count
         variance = (((x - mean) * real) ** 2).sum((1, 2), keepdim=True) / count
@@ -119,7 +126,7 @@ class Stem(nn.Module):
 
 
 class Layers(nn.Module):
-    """Some of the encoder's layers; the last ones end in its norm."""
+    """Consecutive layers of the encoder, followed by a norm; the identity unless they are the last ones."""
 
     def __init__(self, layers: list[Layer], norm: nn.Module) -> None:
         super().__init__()
@@ -128,7 +135,7 @@ class Layers(nn.Module):
         self.register_buffer("rates", 10000.0 ** (-torch.arange(0, _ROTARY, 2) / _ROTARY), persistent=False)
 
     def forward(self, x: Tensor, frames: Tensor) -> Tensor:
-        """Map x [B, T, 288] to the same; `frames` [B] says how many of each row are real."""
+        """Map x [B, T, 288] to the same shape; `frames` [B] is the number of frames of each row without padding."""
         at = torch.arange(x.shape[1], device=x.device)
         turn = self.turn(at)
         mask = (at < frames[:, None])[:, None, None]
@@ -137,21 +144,21 @@ class Layers(nn.Module):
         return self.norm(x)
 
     def turn(self, at: Tensor) -> Tensor:
-        """Return cosines and sines [2, T, 32] that rotate what is at the positions `at` [T]."""
+        """Return cosines and sines [2, T, 32] of the rotations at positions `at` [T]."""
         angles = at[:, None] * self.get_buffer("rates")
-        angles = torch.stack((angles, angles), dim=-1).reshape(-1, _ROTARY)  # the exporter gets repeat_interleave wrong
+        angles = torch.stack((angles, angles), dim=-1).reshape(-1, _ROTARY)  # the exporter mistranslates repeat_interleave
         return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of the first 32 of each head's dimensions, by neighbouring pairs."""
+    """Apply rotary position embedding (Su et al., 2021) to the first 32 dimensions of each head, in neighbouring pairs."""
     part, rest = x[..., :_ROTARY], x[..., _ROTARY:]
     crossed = torch.stack((-part[..., 1::2], part[..., 0::2]), dim=-1).reshape(part.shape)
     return torch.cat((part * turn[0] + crossed * turn[1], rest), dim=-1).to(x.dtype)
 
 
 def load(lower: int) -> tuple[Stem, Layers, Layers]:
-    """Read the published weights: the stem, the first `lower` layers, and the layers above with the final norm."""
+    """Return the published encoder: the stem, the first `lower` layers, and the other layers with the final norm."""
     graph = _graph()
     tensors = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
     stem = Stem()
@@ -188,7 +195,7 @@ def load(lower: int) -> tuple[Stem, Layers, Layers]:
 
 
 def _graph() -> onnx.GraphProto:
-    """Return the published file as ONNX: the runtime can write what it reads."""
+    """Return the published graph as ONNX: the runtime saves the file that it loads in this format."""
     with tempfile.TemporaryDirectory() as scratch:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

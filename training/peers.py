@@ -1,4 +1,4 @@
-"""`make peers`: word error rates of the encoder's own recogniser and of PocketSphinx over labelled recordings."""
+"""`make peers`: print word error rates of Moonshine tiny and PocketSphinx on labelled recordings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from training.text import normalise
 
 _START, _END = 1, 2
 _TOKENS_A_SECOND = 6.5
-"""Moonshine's own limit: beyond it, its decoder repeats itself."""
+"""Moonshine's own limit of tokens per second; beyond the limit its decoder repeats words."""
 _LONGEST_SECS = 30
 
 
 class Moonshine:
-    """Moonshine tiny as published: the encoder that the bundled model starts from, with its own decoder, greedy."""
+    """Moonshine tiny as published, with greedy decoding. The bundled model starts from its encoder."""
 
     def __init__(self) -> None:
         self._encoder, self._decoder = (
@@ -66,11 +66,11 @@ class Moonshine:
 
 
 def _pieces(data: bytes) -> list[bytes]:
-    """Read Moonshine's tokenizer: for each piece its length (in two bytes from 128 on) and its bytes."""
+    """Parse Moonshine's tokenizer: for each piece its length, in two bytes from 128 on, and its bytes."""
     pieces, at = [], 0
     while at < len(data):
         length, at = data[at], at + 1
-        if length >= 128:  # noqa: PLR2004 - the format's
+        if length >= 128:  # noqa: PLR2004 - of the format
             length, at = data[at] * 128 + length - 128, at + 1
         piece, at = data[at : at + length], at + length
         if piece.startswith(b"<0x"):
@@ -82,10 +82,10 @@ def _pieces(data: bytes) -> list[bytes]:
 
 
 class PocketSphinx:
-    """PocketSphinx 5 with the English model of its wheel."""
+    """PocketSphinx 5 with the English model in its wheel."""
 
     def __init__(self) -> None:
-        from pocketsphinx import Decoder  # noqa: PLC0415 - loads its model's dictionary
+        from pocketsphinx import Decoder  # noqa: PLC0415 - the import loads a dictionary
 
         self._decoder = Decoder(samprate=RATE, loglevel="FATAL")
 
@@ -99,7 +99,7 @@ class PocketSphinx:
 
 
 def main(speech: Annotated[Path, typer.Argument(help="Labelled recordings with their manifest.tsv")]) -> None:
-    """Print the word error rates, by set."""
+    """Print the word error rates by set."""
     found = recordings(speech)
     sets = sorted({recording.set for recording in found})
     table = Table("", *sets, "all")

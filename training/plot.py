@@ -1,4 +1,4 @@
-"""Draws a training's log: the losses, and the word error rates on what was held out."""
+"""Plot the log of a training: losses, and word error rates on held-out recordings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from matplotlib import pyplot as plt
 
 def main(
     log: Annotated[Path, typer.Argument(help="log.jsonl of a training")],
-    picture: Annotated[Path, typer.Argument(help="The PNG to write")],
+    picture: Annotated[Path, typer.Argument(help="PNG file to write")],
 ) -> None:
-    """Draw a training's log."""
+    """Plot the log of a training."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     figure, (losses, errors) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     learnt = [line for line in lines if "losses" in line]
     for name in ("transducer", "ctc"):
         losses.plot([x["at"]["step"] for x in learnt], [x["losses"][name] for x in learnt], label=name)
-    losses.set(xlabel="steps", ylabel="loss a token (CTC weighted)", yscale="log")
+    losses.set(xlabel="steps", ylabel="loss per token (CTC weighted)", yscale="log")
     checked = [line for line in lines if "errors" in line]
     for name in sorted(checked[-1]["errors"]) if checked else ():
         steps = [x["at"]["step"] for x in checked]

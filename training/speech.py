@@ -1,4 +1,4 @@
-"""Where speech comes from: synthetic voices, and labelled recordings."""
+"""Read labelled recordings, and synthesise speech."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Audio = NDArray[np.float32]
 
 HIBARI_RATE = 24_000
 _VOICED_HZ = 40.0
-"""Hibari's network marks frames without a voice by a lower pitch."""
+"""Lowest pitch of voiced frames; hibari's network marks unvoiced frames by a lower one."""
 _REST_DB = -6.0
-"""What hibari adds with fixed phases belongs to its own pitch; an octave off, it is this much lower."""
+"""Gain of hibari's component with fixed phases per octave of pitch change: the component fits only the original pitch."""
 _PROGRAMS = {"flite": "flite", "espeak": "espeak-ng"}
 _FLITE = ("kal16", "awb", "rms", "slt")
 _ESPEAK = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m3", "en-us+m7", "en-gb+f2")
@@ -33,23 +33,29 @@ _ESPEAK = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m3", "en-us+m7
 
 @dataclass(frozen=True)
 class Recording:
-    """A labelled recording; `set` groups those of one origin, text is normalised."""
+    """A labelled recording.
+
+    Attributes:
+        path: the audio file.
+        set: name of the set that the recording belongs to.
+        text: normalised transcript.
+    """
 
     path: Path
     set: str
     text: str
 
     def read(self) -> Audio:
-        """Return the samples, one channel at 16 kHz."""
+        """Return the samples [n], 16 kHz mono."""
         samples, rate = soundfile.read(self.path, dtype="float32", always_2d=True)
         return np.asarray(soxr.resample(samples.mean(axis=1), rate, RATE), np.float32)
 
 
 def recordings(directory: Path) -> list[Recording]:
-    """Read a directory's manifest.tsv: columns `file` and `text`, and `set` or `source` where there are several.
+    """Read a directory's manifest.tsv: columns `file` and `text`, and optionally `set` or `source`.
 
     Raises:
-        FileNotFoundError: There is no manifest, or no file that it names.
+        FileNotFoundError: the manifest or a file that it names is missing.
     """
     with (directory / "manifest.tsv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
@@ -59,15 +65,15 @@ def recordings(directory: Path) -> list[Recording]:
     ]
     for recording in found:
         if not recording.path.is_file():
-            raise FileNotFoundError(f"{directory}/manifest.tsv names {recording.path.name}, which is not there")
+            raise FileNotFoundError(f"{directory}/manifest.tsv names {recording.path.name}, which is missing")
     return found
 
 
 def check_installed(voices: Iterable[str]) -> None:
-    """Look for the programs that some voices are.
+    """Check that the programs of the voices are installed.
 
     Raises:
-        FileNotFoundError: One is missing.
+        FileNotFoundError: a program is missing.
     """
     missing = [program for voice, program in _PROGRAMS.items() if voice in voices and not shutil.which(program)]
     if missing:
@@ -76,15 +82,15 @@ def check_installed(voices: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Character:
-    """How an item is spoken.
+    """Voice parameters of one item.
 
     Attributes:
-        speed: Of speaking, 1 as the voice itself.
-        pitch: Factor of the fundamental frequency.
-        melody: Factor of how far the pitch moves, in octaves.
-        formants: Factor of the resonances' frequencies: above 1 for a shorter vocal tract.
-        breath_db: Level of the voice's noise.
-        variety: For whatever else a voice draws.
+        speed: factor of the speaking rate.
+        pitch: factor of the fundamental frequency.
+        melody: factor of the pitch range in octaves.
+        formants: factor of the formant frequencies; above 1 for a shorter vocal tract.
+        breath_db: gain of the noise component.
+        variety: seed of all other random choices of a voice.
     """
 
     speed: float
@@ -96,7 +102,7 @@ class Character:
 
 
 def character(random: np.random.Generator) -> Character:
-    """Draw how an item is spoken: deep voices come from long vocal tracts, but not always."""
+    """Draw voice parameters. A low pitch usually comes with low formants, as with a long vocal tract."""
     octaves = random.uniform(-1.1, 0.35)
     return Character(
         speed=float(np.exp(random.normal(0.0, 0.15)).clip(0.75, 1.3)),
@@ -109,10 +115,13 @@ def character(random: np.random.Generator) -> Character:
 
 
 class Voices:
-    """Synthetic voices: hibari (one good neural voice), flite and espeak (programs of these names).
+    """Synthetic voices: hibari (one neural voice), and the programs flite and espeak-ng.
 
-    Each item gets a character of its own. Hibari's network names pitch, resonances and noise, which are changed one by one;
-    of the others, pitch and resonances are changed together, by resampling what was spoken faster or slower.
+    Each item has its own character. Hibari's network outputs pitch, formants and noise, which are changed separately. With
+    flite, pitch and formants change together, by resampling speech that was synthesised faster or slower.
+
+    Args:
+        shares: relative frequency of each voice.
     """
 
     def __init__(self, shares: Mapping[Any, float]) -> None:
@@ -121,7 +130,7 @@ class Voices:
         self._hibari = Hibari() if "hibari" in shares else None
 
     def speak(self, sentences: list[str], random: np.random.Generator) -> tuple[str, Audio]:
-        """Say the sentences with one voice, a pause between them; return the voice's name and the samples."""
+        """Synthesise sentences with one voice and pauses; return the voice's name and the samples at 16 kHz."""
         name = str(random.choice(self._names, p=self._shares))
         how = character(random)
         parts = [_silence(random, 0.5)]
@@ -151,16 +160,16 @@ class Voices:
 
 
 class Hibari:
-    """The voice of the wheel `hibari-tts`, its network's outputs changed before they are made audible."""
+    """The voice of the wheel `hibari-tts`. The network's outputs are changed before the waveform is synthesised."""
 
     def __init__(self) -> None:
-        from hibari import Hibari as Model  # noqa: PLC0415 - takes a second, and only this voice needs it
+        from hibari import Hibari as Model  # noqa: PLC0415 - the import takes a second, and only this voice needs it
         from hibari import dsp  # noqa: PLC0415
 
         self._model, self._dsp = Model(threads=1), dsp
 
     def __call__(self, sentence: str, how: Character) -> Audio:
-        """Say a sentence."""
+        """Return the samples of a sentence at 24 kHz."""
         random = np.random.default_rng(how.variety)
         parts = [self._say(self._model.ids(sounds), how, random) for sounds in self._model.phonemize(sentence)]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
@@ -180,7 +189,7 @@ class Hibari:
 
 
 def _stretched(spectra: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-    """Stretch log spectra [bins, F] along frequency; what is missing on top repeats the last bin."""
+    """Stretch log spectra [bins, F] along the frequency axis; bins above the highest one repeat it."""
     place = (np.arange(len(spectra)) / factor).clip(0, len(spectra) - 1.001)
     first = place.astype(int)
     part = (place - first).astype(np.float32)[:, None]
@@ -199,7 +208,7 @@ def _silence(random: np.random.Generator, most_secs: float) -> Audio:
 
 
 def grouped(sentences: list[str], random: np.random.Generator) -> Iterator[list[str]]:
-    """Join neighbouring sentences to items of one to three, since people don't stop after each."""
+    """Group neighbouring sentences into items of one to three: speech does not always pause after a sentence."""
     at = 0
     while at < len(sentences):
         count = int(random.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))

@@ -1,7 +1,7 @@
-"""Starting from a model repository: the weights of its graphs, put back into a model of the same architecture.
+"""Load the weights of a model repository's graphs into a model of the same architecture.
 
-Names don't survive an export, the order of the operators does. So the graphs' operators that have weights are paired, one by
-one, with the modules in the order in which they run; and what comes out must then compute the same.
+An export keeps the order of the operators, but not the names of their weights. Operators with weights are therefore paired with
+the modules in the order of execution. Afterwards both must compute the same output.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from training.model import Transducer
 from training.moonshine import FRAME_SAMPLES
 
 _GATES = [0, 2, 3, 1]
-"""ONNX's input, output, forget, cell as torch's input, forget, cell, output."""
+"""Indices of ONNX's gates (input, output, forget, cell) in torch's order (input, forget, cell, output)."""
 _TOLERANCE = 1e-3
 
 Arrays = list[NDArray[np.float32]]
 
 
 def load(model: Transducer, repository: Path) -> None:
-    """Copy a repository's weights into a model.
+    """Copy a model repository's weights into a model.
 
     Raises:
-        TrainingError: its graphs are those of another architecture.
+        TrainingError: the graphs have another architecture.
     """
     frames = torch.tensor([60])
     audio = torch.randn(1, FRAME_SAMPLES, 60, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -50,13 +50,13 @@ def load(model: Transducer, repository: Path) -> None:
 
 
 class _Pair:
-    """A module and the graph that it was exported to."""
+    """A module and its exported graph."""
 
     def __init__(self, module: nn.Module, path: Path) -> None:
         self._module, self._path = module.eval(), path
 
     def copy(self, inputs: tuple[Tensor, ...], names: list[str]) -> Tensor:
-        """Copy the weights, and compare what both make of the inputs; return the first output."""
+        """Copy the graph's weights into the module, compare the outputs of both, and return the first output."""
         stored = list(_stored(self._path))
         used = self._used(inputs)
         if len(stored) != len(used):
@@ -74,7 +74,7 @@ class _Pair:
         return ours.clone()
 
     def _used(self, inputs: tuple[Tensor, ...]) -> list[nn.Module]:
-        """Return the modules with weights, in the order in which they run."""
+        """Return the modules with weights in the order of execution."""
         used: list[nn.Module] = []
         leaves = [
             m for m in self._module.modules() if isinstance(m, nn.Linear | nn.LayerNorm | nn.Conv1d | nn.Embedding | nn.LSTM)
@@ -110,7 +110,7 @@ def _reordered(gates: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _weights(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Return a graph's weights in float32, as the runtime folds them."""
+    """Return a graph's weights in float32, after constant folding by the runtime."""
     with tempfile.TemporaryDirectory() as scratch:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -121,9 +121,9 @@ def _weights(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _stored(path: Path) -> Iterator[Arrays]:
-    """Yield the weights of each operator that has some, a matrix product's bias being in the addition behind it.
+    """Yield the weights of each operator that has any. The bias of a matrix product is in the addition that follows it.
 
-    The order is the file's, which is that of the trace; the runtime orders anew.
+    The operators are in the order of the file, which is the order of the trace. The runtime would reorder them.
     """
     graph, tensors = onnx.load(path).graph, _weights(path)
     biases = {i: tensors[j] for n in graph.node if n.op_type == "Add" for i, j in (n.input, reversed(n.input)) if j in tensors}

@@ -1,7 +1,7 @@
-"""Speech on disk and on the device: shards of labelled speech, and batches drawn from them.
+"""Store shards of labelled speech on disk, and draw batches from them.
 
-A shard is `NAME.npy`, 16-bit samples [N] at 16 kHz, and `NAME.json`, its items, which lie in it one after the other. The
-description is written last, so a shard that has one is complete, and a training can begin while others are still spoken.
+A shard is `NAME.npy`, 16-bit samples [N] at 16 kHz, and `NAME.json`, the items whose samples it concatenates. The JSON file is
+written last, so a shard with a JSON file is complete, and a training can start while other shards are still written.
 """
 
 from __future__ import annotations
@@ -25,12 +25,18 @@ from training.speech import RATE, Audio
 
 _OUTPUT_SAMPLES = 4 * FRAME_SAMPLES
 _POOL_BATCHES = 8
-"""Batches drawn at once, then sorted to batches of similar lengths."""
+"""Number of batches drawn at once and then grouped by length."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One stretch of speech: its text, which set or voice it is of, and its length in samples."""
+    """One piece of speech.
+
+    Attributes:
+        text: normalised transcript.
+        set: name of its set or voice.
+        samples: length in samples.
+    """
 
     text: str
     set: str
@@ -38,7 +44,12 @@ class Item:
 
 
 def write(items: Iterable[tuple[Audio, str, str]], path: Path) -> None:
-    """Write a shard of (samples between -1 and 1, text, set)."""
+    """Write a shard.
+
+    Args:
+        items: samples within -1 … 1, text and set of each item.
+        path: the shard's JSON file.
+    """
     described, parts = [], []
     for audio, text, name in items:
         described.append(Item(text, name, len(audio)))
@@ -51,7 +62,7 @@ def write(items: Iterable[tuple[Audio, str, str]], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Example:
-    """An item with its tokens and its samples (16-bit integers) on the device."""
+    """An item with its tokens, and its samples as 16-bit integers on the device."""
 
     item: Item
     tokens: list[int]
@@ -59,12 +70,12 @@ class Example:
 
     @property
     def room(self) -> int:
-        """Frames of 96 ms that CTC needs at least: one a token, and a blank between two that are the same."""
+        """Minimum number of 96 ms frames for CTC: one per token, and a blank between equal neighbours."""
         return len(self.tokens) + sum(a == b for a, b in zip(self.tokens, self.tokens[1:], strict=False))
 
 
 def read(path: Path, pieces: sentencepiece.SentencePieceProcessor, device: torch.device) -> list[Example]:
-    """Return the examples of the shard whose description is `path` that have a text."""
+    """Return the examples with text of the shard whose JSON file is `path`."""
     items = [Item(**item) for item in json.loads(path.read_text())]
     samples: NDArray[np.int16] = np.load(path.with_suffix(".npy"))
     parts = torch.from_numpy(samples).to(device).split([item.samples for item in items])
@@ -73,7 +84,7 @@ def read(path: Path, pieces: sentencepiece.SentencePieceProcessor, device: torch
 
 @dataclass
 class Pool:
-    """Examples of one kind, drawn evenly: each once before any comes again, new ones first."""
+    """Examples of one kind, drawn evenly: those drawn least often come first, in random order."""
 
     random: np.random.Generator
     examples: list[Example] = field(default_factory=list)
@@ -82,14 +93,14 @@ class Pool:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, examples: list[Example]) -> None:
-        """Take in more examples, from any thread."""
+        """Add examples; thread-safe."""
         with self._lock:
             self.examples.extend(examples)
             self._drawn.extend([0] * len(examples))
             self.hours += sum(e.item.samples for e in examples) / RATE / 3600
 
     def take(self, secs: float) -> list[Example]:
-        """Draw examples until `secs` of audio are reached."""
+        """Draw examples with `secs` seconds of audio in total."""
         taken: list[Example] = []
         with self._lock:
             order = np.argsort(np.array(self._drawn) + self.random.random(len(self._drawn)))
@@ -104,7 +115,7 @@ class Pool:
 
 @dataclass
 class Store:
-    """The shards of a directory, which may still grow."""
+    """The shards of a directory. New ones may appear at any time."""
 
     directory: Path
     pieces: sentencepiece.SentencePieceProcessor
@@ -114,14 +125,19 @@ class Store:
     _seen: set[Path] = field(default_factory=set)
 
     def refresh(self) -> None:
-        """Read what is new."""
+        """Read the new shards."""
         for path in sorted(set(self.directory.glob("s*.json")) - self._seen):
             self._seen.add(path)
             pool = self.speech if path.name.startswith("speech") else self.synthetic
             pool.add([e for e in read(path, self.pieces, self.device) if _learnable(e)])
 
     def batches(self, batch_secs: float, speech_share: float) -> list[list[Example]]:
-        """Draw some batches in the given mixture of real and synthetic speech."""
+        """Draw batches from recordings and synthetic speech.
+
+        Args:
+            batch_secs: maximum audio of a batch, padding included.
+            speech_share: share of the audio that comes from recordings.
+        """
         share = speech_share if self.speech.examples else 0.0
         share = share if self.synthetic.examples else 1.0
         secs = _POOL_BATCHES * batch_secs
@@ -130,12 +146,12 @@ class Store:
 
 
 def _learnable(example: Example) -> bool:
-    """Say whether there is as much time as text, at any speed that it is played at."""
+    """Return whether the text fits into the frames at any speed that augmentation may choose."""
     return example.room * 1.2 <= example.item.samples / _OUTPUT_SAMPLES
 
 
 def grouped(examples: list[Example], most_secs: float, random: np.random.Generator) -> list[list[Example]]:
-    """Group examples of similar lengths so that a batch, padding included, has at most `most_secs`."""
+    """Group examples of similar length into batches of at most `most_secs` of audio, padding included."""
     groups: list[list[Example]] = [[]]
     for example in sorted(examples, key=lambda e: e.item.samples * random.uniform(0.97, 1.03)):
         longest = max((e.item.samples for e in [*groups[-1][-8:], example]), default=0) / RATE
@@ -147,15 +163,15 @@ def grouped(examples: list[Example], most_secs: float, random: np.random.Generat
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side.
+    """A padded batch of examples.
 
     Attributes:
-        samples: Between -1 and 1, zero behind a row's length [B, 384 T].
-        lengths: In samples [B].
-        targets: Tokens, zero behind a row's count [B, U].
-        counts: Tokens of each row [B].
-        samples_of_rows: The lengths once more, to be read without waiting for the device.
-        tokens_of_rows: The counts likewise.
+        samples: within -1 … 1, zero after the end of each row [B, 384 T].
+        lengths: number of samples of each row [B].
+        targets: tokens, zero after the end of each row [B, U].
+        counts: number of tokens of each row [B].
+        samples_of_rows: `lengths` on the host, readable without a synchronisation.
+        tokens_of_rows: `counts` on the host.
     """
 
     samples: Tensor
@@ -167,12 +183,12 @@ class Batch:
 
     @property
     def frames(self) -> Tensor:
-        """Frames of 24 ms of each row [B]."""
+        """Number of 24 ms frames of each row [B]."""
         return (self.lengths + FRAME_SAMPLES - 1) // FRAME_SAMPLES
 
 
 def collate(examples: list[Example], device: torch.device, speeds: list[float] | None = None) -> Batch:
-    """Put examples side by side, each played faster by its factor if `speeds` are given."""
+    """Pad examples to one batch. Resample each example by its factor if `speeds` are given."""
     given = [e.item.samples for e in examples]
     samples = torch.zeros(len(examples), max(given), device=device)
     for row, example in zip(samples, examples, strict=True):

@@ -1,4 +1,4 @@
-"""Text as the model writes it: lower case, numbers spelled, no punctuation but the apostrophe."""
+"""Normalise text to the model's form: lower case, numbers spelled out, no punctuation but the apostrophe."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from num2words import num2words
 
 _TITLES = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
 _YEARS = range(1100, 2100)
-_LONGEST_NUMBER = 9  # digits; anything longer is a code, not a number to say
+_LONGEST_NUMBER = 9  # digits; a longer one is a code, not a number that is spoken
 
 
 def normalise(text: str) -> str:
-    """Bring any spelling to the model's.
+    """Return a text in the model's form.
 
     >>> normalise("Mr. O’Neil paid 1,250 on the 3rd, in 1999 -- 100%!")
     "mister o'neil paid one thousand two hundred and fifty on the third in nineteen ninety nine one hundred percent"
@@ -42,6 +42,6 @@ def _say(match: re.Match[str]) -> str:
 
 
 def sentences(path: Path) -> list[str]:
-    """One sentence a line, gzip-compressed UTF-8."""
+    """Read a file of sentences: one per line, gzip-compressed UTF-8."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [line.strip() for line in file if line.strip()]

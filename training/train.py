@@ -1,6 +1,6 @@
-"""`make train`: learn a language model of the text, then the transducer; stopped by Ctrl-C, it goes on where it was.
+"""`make train`: train a language model of the text, then the transducer. Ctrl-C stops it; the next call continues.
 
-The rate falls to zero over so many minutes by the clock, or over so many steps, whatever the device manages in them.
+The learning rate decays to zero over the configured minutes of wall time or over the configured steps.
 """
 
 from __future__ import annotations
@@ -34,19 +34,25 @@ from training.store import Batch, Example, Pool, Store, collate, grouped, read
 from training.weights import copies
 
 _LANGUAGE_TOKENS = 16_384
-"""Tokens of a batch of the language model, padding included."""
+"""Maximum number of tokens in a batch of the language model, padding included."""
 _LANGUAGE_RATE = 2e-3
 _LOG_STEPS = 20
-"""Losses are read from the device that often, since reading waits for it."""
+"""Interval between two reads of the losses, in steps; each read waits for the device."""
 _CHECK_CHUNK = chunks.cut(chunk=10, left=31, right=5)
-"""How what is held out is cut: as the server's streams are at their default latency."""
+"""Chunks of held-out recordings: those of the server's default latency."""
 _CHECK_SECS = 240
 _SMALLEST_BATCH_SECS = 20.0
 
 
 @dataclass
-class Progressed:
-    """How far the training is."""
+class Progress:
+    """Progress of the training.
+
+    Attributes:
+        step: number of finished steps.
+        minutes: wall time.
+        hours: audio of all steps.
+    """
 
     step: int = 0
     minutes: float = 0.0
@@ -54,7 +60,18 @@ class Progressed:
 
 
 class Trainer:
-    """The model, what it was on average, and the optimiser, in one checkpoint."""
+    """Trains the model; the checkpoint has the weights, their moving average and the optimiser's state.
+
+    Args:
+        config: the configuration.
+        work: directory of speech, checkpoint and log.
+        device: device to train on.
+        begin: model repository whose weights the training starts from.
+        copy_to: directory for 16-bit copies of the averaged weights.
+
+    Raises:
+        FileNotFoundError: the vocabulary is missing.
+    """
 
     def __init__(
         self, config: Config, work: Path, device: torch.device, begin: Path | None = None, copy_to: Path | None = None
@@ -66,14 +83,14 @@ class Trainer:
         self._pieces = pieces
         torch.manual_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        # cuDNN's attention builds a plan for every new shape, which takes half a second; here every batch has one.
+        # cuDNN's attention takes half a second to plan for a new shape, and here every batch has a new shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self.model, self.average = build(config), build(config)
-        self.at = Progressed()
+        self.at = Progress()
         self._begun = begin is not None
         if begin and not self._checkpoint.exists():
             start.load(self.model, begin)
-            _, lower, upper = moonshine.load(LOWER)  # as published: what hears many voices, whatever the start has unlearnt
+            _, lower, upper = moonshine.load(LOWER)  # as published: the start's weights may be worse on other voices
             self.model.encoder.lower.load_state_dict(lower.state_dict())
             self.model.encoder.upper.load_state_dict(upper.state_dict())
         self.average.load_state_dict(self.model.state_dict())
@@ -89,7 +106,7 @@ class Trainer:
             self.model.load_state_dict(kept["model"])
             self.average.load_state_dict(kept["average"])
             self._optimiser.load_state_dict(kept["optimiser"])
-            self.at = Progressed(**kept["at"])
+            self.at = Progress(**kept["at"])
             self._random = np.random.default_rng([config.seed, self.at.step])
             torch.manual_seed(config.seed + self.at.step)
         self._distorter = Distorter(config.seed + self.at.step, device)
@@ -118,7 +135,7 @@ class Trainer:
         return self._work / "checkpoint.pt"
 
     def run(self) -> None:
-        """Train to the end, or until Ctrl-C; a checkpoint is kept in either case."""
+        """Train to the end, or until Ctrl-C; write a checkpoint in either case."""
         stop = threading.Event()
         reader = threading.Thread(target=self._read_shards, args=(stop,), daemon=True)
         reader.start()
@@ -126,8 +143,8 @@ class Trainer:
             if not self.at.step:
                 self._learn_language()
             self._run()
-        except KeyboardInterrupt:  # the step that it broke may be half done: a step is little
-            self._keep()
+        except KeyboardInterrupt:  # the interrupted step may be half done, which costs little
+            self._save_checkpoint()
             raise
         finally:
             stop.set()
@@ -138,7 +155,7 @@ class Trainer:
             self._store.refresh()
 
     def _learn_language(self) -> None:
-        """Train predictor and joint to foretell the text without a frame, as the joint does with a frame of zeros."""
+        """Train predictor and joint network as a language model of the text: the joint's frame input is zero."""
         path = self._work / LANGUAGE
         if not (self._config.train.language_epochs and path.exists()):
             return
@@ -152,7 +169,7 @@ class Trainer:
                 batches.append([])
             batches[-1].append(int(index))
         joint, predictor = self.model.joint, self.model.predictor
-        # A start's joint already knows what frames mean; without one, there is nothing to keep.
+        # The output layer of a model to start from already fits its frames, so it is kept.
         learnt = [*predictor.parameters(), *joint.token.parameters()]
         learnt += [] if self._begun else [*joint.out.parameters()]
         optimiser = torch.optim.AdamW(learnt, lr=_LANGUAGE_RATE, betas=(0.9, 0.98), fused=self._device.type == "cuda")
@@ -179,7 +196,7 @@ class Trainer:
         self.average.load_state_dict(self.model.state_dict())
 
     def _autocast(self) -> torch.autocast:
-        # With AVX2 alone oneDNN has no LSTM in bfloat16 and refuses the call.
+        # On a CPU with AVX2 alone, oneDNN has no LSTM in bfloat16 and raises an error.
         able = self._device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
         return torch.autocast(self._device.type, torch.bfloat16, enabled=able)
 
@@ -212,7 +229,7 @@ class Trainer:
         self.check(began)
 
     def _done(self) -> float:
-        """Return how much of the training is behind, from 0 to 1."""
+        """Return the finished share of the training, 0 … 1."""
         settings = self._config.train
         return self.at.step / settings.steps if settings.steps else self.at.minutes / (settings.minutes or 1)
 
@@ -220,7 +237,11 @@ class Trainer:
         return {"speech": round(self._store.speech.hours, 2), "synthetic": round(self._store.synthetic.hours, 2)}
 
     def _batches(self) -> Iterator[list[Example]]:
-        """Yield batches for ever; wait for the first shard if one is still to come."""
+        """Yield batches for ever; wait for the first shard.
+
+        Raises:
+            FileNotFoundError: there is no shard after two minutes, or none is being written.
+        """
         patience = time.monotonic() + 120
         while not (self._store.speech.examples or self._store.synthetic.examples):
             if not any((self._work / "speech").glob("*")) or time.monotonic() > patience:
@@ -245,12 +266,12 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self._optimiser.step()
         self.at.step += 1
-        self._follow()
+        self._update_average()
         self.at.hours += sum(batch.samples_of_rows) / 16_000 / 3600
         return {"rate": torch.tensor(rate), "norm": norm.detach()} | {name: value.detach() for name, value in losses.items()}
 
     def _losses(self, batch: Batch, samples: Tensor) -> dict[str, Tensor]:
-        """Return the losses a token; CTC's (Graves et al., 2006) has its weight."""
+        """Return the losses per token; the CTC loss (Graves et al., 2006) is weighted."""
         settings, blank, count = self._config.train, self.model.blank, sum(batch.tokens_of_rows)
         with self._autocast():
             encoded, frames = self._encode(samples, batch.frames)
@@ -271,8 +292,8 @@ class Trainer:
         return {"transducer": loss.sum() / count, "ctc": settings.ctc_weight * ctc / count}
 
     def _encode(self, samples: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode whole recordings or chunk by chunk, with some stretches hidden."""
-        by, hidden = self._config.train.chunks, _hidden(frames, samples.shape[1] // FRAME_SAMPLES)
+        """Encode whole recordings or chunk by chunk, with random frames masked."""
+        by, hidden = self._config.train.chunks, _time_mask(frames, samples.shape[1] // FRAME_SAMPLES)
         if self._random.random() >= by.share:
             return self.model.encoder(samples, frames, hidden)
         size = int(self._random.integers(by.shortest, by.longest + 1))
@@ -280,15 +301,15 @@ class Trainer:
         return chunks.encode(self.model.encoder, samples, frames, chunks.cut(size, left, by.look_ahead), hidden)
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Move the average after the weights (Polyak and Juditsky, 1992)."""
+    def _update_average(self) -> None:
+        """Update the moving average of the weights (Polyak and Juditsky, 1992)."""
         keep = min(self._config.train.average, (self.at.step + 1) / (self.at.step + 10))
         theirs, ours = list(self.model.state_dict().values()), list(self.average.state_dict().values())
         torch._foreach_lerp_(ours, theirs, 1 - keep)
 
     def check(self, began: float) -> None:
-        """Measure the average on what was held out, write it to the log, keep a checkpoint."""
-        self._keep()
+        """Write a checkpoint, evaluate the averaged weights on the held-out recordings, and log the result."""
+        self._save_checkpoint()
         choose = self._work / "speech" / "choose.json"
         if choose.exists():
             examples = read(choose, self._pieces, self._device)
@@ -301,8 +322,8 @@ class Trainer:
         with (self._work / "log.jsonl").open("a") as file:
             file.write(line + "\n")
 
-    def _keep(self) -> None:
-        """Write the checkpoint, and copies of the averaged weights where they are wanted."""
+    def _save_checkpoint(self) -> None:
+        """Write the checkpoint, and copies of the averaged weights if configured."""
         if self._copy_to:
             copies(self.average.state_dict(), self._copy_to)
         kept: dict[str, Any] = {"model": self.model.state_dict(), "average": self.average.state_dict()}
@@ -313,7 +334,7 @@ class Trainer:
 
     @torch.inference_mode()
     def _errors(self, examples: list[Example], by: chunks.Cut | None) -> dict[str, float]:
-        """Return the word error rate in percent, of each set and of all."""
+        """Return the word error rate in percent for each set and for all."""
         counts: dict[str, list[int]] = {}
         for group in grouped(examples, _CHECK_SECS, np.random.default_rng(0)):
             batch = collate(group, self._device)
@@ -332,7 +353,7 @@ class Trainer:
 
 
 def distance(reference: list[str], hypothesis: list[str]) -> int:
-    """Return how many words have to be put in, left out or changed (Levenshtein, 1966)."""
+    """Return the number of insertions, deletions and substitutions of words (Levenshtein, 1966)."""
     row = list(range(len(hypothesis) + 1))
     for number, word in enumerate(reference, 1):
         corner, row[0] = row[0], number
@@ -341,8 +362,8 @@ def distance(reference: list[str], hypothesis: list[str]) -> int:
     return row[-1]
 
 
-def _hidden(frames: Tensor, longest: int) -> Tensor:
-    """Mask time as SpecAugment does (Park et al., 2019): up to 0.3 s at a time, about once in 2.5 s [B, T]."""
+def _time_mask(frames: Tensor, longest: int) -> Tensor:
+    """Return a time mask [B, T] as in SpecAugment (Park et al., 2019): up to 0.3 s, about once in 2.5 s."""
     many, device = max(1, round(longest * FRAME_SAMPLES / 16_000 / 2.5)), frames.device
     starts = torch.rand(len(frames), many, device=device) * frames[:, None]
     widths = torch.randint(0, 13, (len(frames), many), device=device)
@@ -355,14 +376,14 @@ def _mean_of(losses: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where `make data` put the speech; checkpoints and the log go there too")],
+    work: Annotated[Path, typer.Option(help="Directory of the speech from `make data`, the checkpoint and the log")],
     begin: Annotated[Path | None, typer.Option(help="Model repository to start from")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or one of several: cuda:1")] = "cpu",
-    minutes: Annotated[float | None, typer.Option(help="How long to train, instead of what the configuration says")] = None,
-    copy_to: Annotated[Path | None, typer.Option(help="Where to put the averaged weights at each check, in 16 bits")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Duration of the training; overrides the configuration")] = None,
+    copy_to: Annotated[Path | None, typer.Option(help="Directory for 16-bit copies of the averaged weights")] = None,
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
 ) -> None:
-    """Train the transducer; go on from the checkpoint if there is one."""
+    """Train the transducer, or continue from a checkpoint."""
     settings = configuration.load(config)
     if minutes:
         settings = settings.model_copy(update={"train": settings.train.model_copy(update={"minutes": minutes, "steps": None})})

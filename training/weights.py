@@ -1,4 +1,4 @@
-"""Averaged weights on disk: in the checkpoint of a training, or as smaller copies of them."""
+"""Read and write averaged weights: in the checkpoint of a training, or as smaller 16-bit copies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 _COPY_BYTES = 14_000_000
-"""Size of a file with a part of the averaged weights."""
+"""Maximum size of one file of a copy, in bytes."""
 
 
 def copies(average: dict[str, Tensor], directory: Path) -> None:
-    """Write averaged weights in 16 bits, in files of limited size."""
+    """Write averaged weights as float16, in files of at most `_COPY_BYTES`."""
     directory.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Tensor]] = [{}]
     for name, tensor in average.items():
@@ -25,10 +25,10 @@ def copies(average: dict[str, Tensor], directory: Path) -> None:
 
 
 def averaged(work: Path) -> dict[str, Tensor]:
-    """Read the averaged weights, from a checkpoint or from copies in several files.
+    """Return the averaged weights from a checkpoint or from copies.
 
     Raises:
-        FileNotFoundError: There are neither.
+        FileNotFoundError: both are missing.
     """
     if (checkpoint := work / "checkpoint.pt").exists():
         average: dict[str, Tensor] = torch.load(checkpoint, weights_only=True, map_location="cpu")["average"]
