@@ -1,1 +1,1 @@
-"""Measurements against a real server: accuracy and speed."""
+"""Measure accuracy and speed of a real server."""

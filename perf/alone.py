@@ -1,4 +1,4 @@
-"""The gateway alone, before a stand-in for Triton: what it adds to a request, to live streams, and over an hour."""
+"""Measure the gateway with a stand-in for Triton: the time it adds to requests and streams, and its growth over an hour."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from perf.speech import Samples
 from perf.streams import PATH, Script, play
 
 INFERENCE_MS = 50.0
-"""Of the stand-in where a request's time is measured: without any, eight at once would only queue for the gateway."""
+"""Inference time of the stand-in while request times are measured. Without it, eight requests at once would only queue for the
+gateway."""
 
 REQUESTS_A_TURN = 100
 
 
 class Added(NamedTuple):
-    """Time that the gateway adds to a request: the difference of the percentiles with and without it."""
+    """Time that the gateway adds to a request: the difference of the percentiles with and without the gateway."""
 
     p50_ms: float
     p99_ms: float
@@ -57,14 +58,20 @@ async def _standin(inference_ms: float) -> AsyncIterator[Process]:
 
 
 async def added_time(samples: Samples, at_once: int, times: int) -> Added:
-    """The same requests by REST through the gateway and by gRPC without it, in turns."""
+    """Measure the same requests through the gateway (REST) and without it (gRPC), in alternation.
+
+    Args:
+        samples: the recording of every request.
+        at_once: number of requests in flight.
+        times: number of alternations.
+    """
     async with _standin(INFERENCE_MS) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
         rest, grpc = RestClient(gateway.url), GrpcClient(standin.url)
         latencies: dict[str, list[float]] = {"REST": [], "gRPC": []}
         try:
             for _ in range(times):
                 for name, send in (("REST", rest.transcribe), ("gRPC", grpc.ours)):
-                    # The first ones come all in the same instant, which is another load.
+                    # The first requests arrive at the same instant, which is another load, so they do not count.
                     latencies[name] += (await closed_loop(send, [samples] * REQUESTS_A_TURN, at_once))[at_once:]
         finally:
             await rest.close()
@@ -74,9 +81,15 @@ async def added_time(samples: Samples, at_once: int, times: int) -> Added:
 
 
 async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: float) -> float:
-    """The p99 that a gateway on one core adds to the partials of paced streams, in milliseconds.
+    """Return the p99 of the time that a gateway on one core adds to partials of paced streams, in milliseconds.
 
-    The last two of each stream don't count: when they come others end already, and all do within a second.
+    The last two partials of each stream do not count: at that time other streams end already, all within a second.
+
+    Args:
+        samples: audio of every stream.
+        windows: geometry of the recogniser's windows.
+        streams: number of streams at once.
+        hold_secs: duration of the load.
     """
     first, *others = sorted(os.sched_getaffinity(0))
     rest = set(others or [first])
@@ -91,7 +104,7 @@ async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: flo
 
 @contextlib.contextmanager
 def _on(pid: int, cores: set[int]) -> Iterator[None]:
-    """Keep a process to some cores."""
+    """Pin a process to a set of cores."""
 
     def pin(chosen: set[int]) -> None:
         for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -106,7 +119,7 @@ def _on(pid: int, cores: set[int]) -> Iterator[None]:
 
 
 async def long_stream(samples: Samples, windows: Windows) -> Growth:
-    """A long stream through the gateway, each chunk as soon as the last one's partial is here."""
+    """Measure a long stream through the gateway; a chunk is sent when the partial of the one before has arrived."""
     async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
         meter = Meter({"gateway": gateway.pid})
         watch = Watch(windows, lambda: meter.rss_mb()["gateway"])
@@ -118,7 +131,7 @@ async def long_stream(samples: Samples, windows: Windows) -> Growth:
                 sent, processed_ms = windows.chunk_due(chunk), 0
                 while processed_ms < (chunk + 1) * windows.chunk * 1000 // RATE:
                     message = await socket.recv()
-                    took_secs = time.perf_counter() - began  # without our own reading of what is long by then
+                    took_secs = time.perf_counter() - began  # without the client's parsing, which grows with the text
                     processed_ms = orjson.loads(message)["audio_processed_ms"]
                 watch.note(took_secs)
         return watch.growth()

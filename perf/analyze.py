@@ -1,21 +1,21 @@
-"""Throughput and latency of the ensemble under load by Triton's own perf_analyzer: real speech over gRPC, no gateway.
+"""Measure throughput and latency of the ensemble with Triton's perf_analyzer: real speech over gRPC, no gateway.
 
     python -m perf.analyze [SPEECH_DIR] [--quick] [--endpoint HOST:PORT]
 
-Two kinds of load, each at several concurrencies:
+There are two kinds of load, each at several concurrencies:
 
-* ``stream``: a sequence for each recording, cut into pieces of 0.96 s; the concurrency is the number of streams in flight.
-* ``whole``: one request for each recording with ``context=whole``, which starts and ends its sequence.
+* ``stream``: one sequence per recording, cut into pieces of 0.96 s; the concurrency is the number of streams in flight.
+* ``whole``: one request per recording with ``context=whole``, which starts and ends its sequence.
 
-The loop is closed: perf_analyzer sends a stream's next piece as soon as the last one is answered, so streams run as fast as the
-server lets them. That measures throughput, and latency under full load; it is not the latency of streams paced in real time.
-perf_analyzer picks recordings at random, in the same order at every level.
+The loop is closed: perf_analyzer sends the next piece of a stream when the one before is answered. So the result is the
+throughput, and the latency under full load, not the latency of streams in real time. perf_analyzer picks recordings at random,
+in the same order at every level.
 
-Requests a second and latencies are perf_analyzer's, over three measurement windows. Audio seconds a second are its requests a
-second times the mean audio of a request: seconds of audio received divided by requests answered, both counted by the server
-from before the level to after it. Other clients of the same server would blur that mean.
+Requests per second and latencies are perf_analyzer's, over three measurement windows. Audio seconds per second are its requests
+per second times the mean audio per request. This mean is the audio that the server received during the level, divided by the
+requests that it answered; other clients of the same server distort it.
 
-Without an endpoint a server is started on free ports. The inputs stay in ``perf/data``, the results in ``perf/results``.
+Without an endpoint, a server is started on free ports. Inputs are written to ``perf/data``, results to ``perf/results``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,21 +43,21 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from amira.engine.errors import EngineError
 from amira.paths import ENGINE_HOME, ROOT, SPEECH
 from gateway.audio import RATE
+from perf.output import circumstances, publish
 from perf.recogniser import DECODER, MODEL
-from perf.server import PerfError, Target, cpu_model, read_counters, triton_server
+from perf.server import PerfError, Target, read_counters, triton_server
 from perf.speech import Samples, audio_secs, cut, read_speech
 
 LOCK = ROOT / "perf" / "perf_analyzer.lock"
 DATA = Path("perf", "data")
-"""perf_analyzer's files, from the checkout's root, where it runs."""
+"""Directory of perf_analyzer's files, relative to the root of the checkout, where it runs."""
 
 REPORT = DATA / "report.csv"
-RESULTS = ROOT / "perf" / "results"
 LIBRARIES = ("libb64.so.0d", "libcrypto.so.3", "libcudart.so.12", "libssl.so.3")
-"""What perf_analyzer needs and few machines have; nvidia-pytriton carries them under other names."""
+"""Libraries that perf_analyzer needs and few machines have; nvidia-pytriton includes them under other names."""
 
 FIXED_WINDOWS = ("--max-trials", "3", "--stability-percentage", "999")
-"""Three windows, whatever they vary: a busy machine then gives noisy figures instead of none."""
+"""Accept three measurement windows of any variation: a busy machine then gives noisy figures instead of none."""
 
 WARM_UP = ("--request-count", "16")
 
@@ -67,22 +66,22 @@ TITLES = (
     "mode",
     "concurrency",
     "requests/s",
-    "audio seconds a second",
+    "audio seconds per second",
     "p50 ms",
     "p95 ms",
     "p99 ms",
-    "decoder calls an audio second",
+    "decoder calls per audio second",
 )
-"""Of the Markdown table: the recordings' name, then the fields of ``Level``."""
+"""Titles of the Markdown table: the name of the recordings, then the fields of ``Level``."""
 
 
 class Load(NamedTuple):
     """A kind of load.
 
     Attributes:
-        name: its name, and that of its input file.
-        arguments: what perf_analyzer is told beyond what all loads have.
-        concurrencies: sequences in flight, a level each.
+        name: name of the load and of its input file.
+        arguments: further arguments of perf_analyzer.
+        concurrencies: numbers of sequences in flight, one per level.
         quick: the same for a quick run.
     """
 
@@ -93,7 +92,7 @@ class Load(NamedTuple):
 
     @property
     def inputs(self) -> Path:
-        """The input file."""
+        """Path of the input file."""
         return DATA / f"{self.name}.json"
 
 
@@ -101,18 +100,18 @@ STREAM = Load("stream", (), (1, 4, 8, 16), (1, 8))
 WHOLE = Load("whole", ("--request-parameter", "context:whole:string"), (1, 4, 8), (1, 4))
 PIECE_SAMPLES = 15_360
 MAX_WHOLE_SAMPLES = 60 * RATE
-"""The model's limit for ``context=whole``; a longer recording counts as several."""
+"""The model's limit for ``context=whole``; longer recordings are cut."""
 
 
 class Tool(NamedTuple):
-    """A perf_analyzer that runs here, and the environment it needs."""
+    """Path of perf_analyzer, and its environment."""
 
     binary: Path
     environment: Mapping[str, str]
 
 
 class Level(NamedTuple):
-    """The result of one load at one concurrency."""
+    """Result of one load at one concurrency."""
 
     mode: str
     concurrency: int
@@ -125,7 +124,7 @@ class Level(NamedTuple):
 
 
 def write_inputs(recordings: Sequence[Samples]) -> None:
-    """Write both loads' sequences in perf_analyzer's format."""
+    """Write the sequences of both loads in perf_analyzer's format."""
     (ROOT / DATA).mkdir(parents=True, exist_ok=True)
     streams = [[_step(piece) for piece in cut(samples, PIECE_SAMPLES)] for samples in recordings]
     wholes = [[_step(part)] for samples in recordings for part in cut(samples, MAX_WHOLE_SAMPLES)]
@@ -134,15 +133,15 @@ def write_inputs(recordings: Sequence[Samples]) -> None:
 
 
 def _step(samples: Samples) -> dict[str, Any]:
-    """A request; each has a shape of its own, since the last piece of a stream is shorter."""
+    """Return a request. Each has its own shape, since the last piece of a stream is shorter."""
     return {"AUDIO": {"b64": base64.b64encode(samples.astype("<i2").tobytes()).decode(), "shape": [len(samples)]}}
 
 
 def prepare_tool(home: Path) -> Tool:
-    """The locked perf_analyzer in a directory of its own; downloads it the first time.
+    """Return the locked perf_analyzer in a directory; download it the first time.
 
     Raises:
-        PerfError: it can't be downloaded, or nvidia-pytriton isn't installed.
+        PerfError: the download failed, or nvidia-pytriton is not installed.
     """
     binary = home / "perf_analyzer"
     home.mkdir(parents=True, exist_ok=True)
@@ -150,14 +149,14 @@ def prepare_tool(home: Path) -> Tool:
         with Console(stderr=True).status("downloading perf_analyzer"):
             _download(binary)
     try:
-        carried = Path(str(importlib.metadata.distribution("nvidia-pytriton").locate_file("nvidia_pytriton.libs")))
+        libraries = Path(str(importlib.metadata.distribution("nvidia-pytriton").locate_file("nvidia_pytriton.libs")))
     except importlib.metadata.PackageNotFoundError:
-        raise PerfError("nvidia-pytriton, whose libraries perf_analyzer needs, is not installed; run make setup") from None
+        raise PerfError("nvidia-pytriton is not installed; perf_analyzer needs its libraries; run make setup") from None
     for name in LIBRARIES:
         stem, _, version = name.partition(".so.")
         (home / name).unlink(missing_ok=True)
-        (home / name).symlink_to(next(carried.glob(f"{stem}-*.so.{version}*")))
-    return Tool(binary, {**os.environ, "LD_LIBRARY_PATH": f"{home}:{carried}"})
+        (home / name).symlink_to(next(libraries.glob(f"{stem}-*.so.{version}*")))
+    return Tool(binary, {**os.environ, "LD_LIBRARY_PATH": f"{home}:{libraries}"})
 
 
 def _download(binary: Path) -> None:
@@ -166,7 +165,7 @@ def _download(binary: Path) -> None:
         command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(LOCK), "--dest", folder]
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
         if done.returncode:
-            raise PerfError(f"can't download perf_analyzer: {_reason(done.stderr)}; or give one with --perf-analyzer")
+            raise PerfError(f"cannot download perf_analyzer: {_reason(done.stderr)}; pass the path of one with --perf-analyzer")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith("/bin/perf_analyzer"))
@@ -177,7 +176,7 @@ def _download(binary: Path) -> None:
 
 
 def command(target: Target, load: Load, concurrency: int, *measurement: str) -> list[str]:
-    """perf_analyzer's arguments for one level."""
+    """Return perf_analyzer's arguments for one level."""
     return [
         *("-m", MODEL, "-i", "grpc", "-u", target.endpoint, "--input-data", str(load.inputs), *load.arguments),
         *("--concurrency-range", str(concurrency), *measurement, "-f", str(REPORT)),
@@ -185,10 +184,10 @@ def command(target: Target, load: Load, concurrency: int, *measurement: str) -> 
 
 
 async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
-    """Run perf_analyzer and return its report's only row.
+    """Run perf_analyzer, and return the only row of its report.
 
     Raises:
-        PerfError: it failed; the message is the last line that it printed.
+        PerfError: perf_analyzer failed; the message has the last line of its output.
     """
     process = await asyncio.create_subprocess_exec(
         tool.binary,
@@ -197,13 +196,13 @@ async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
         env=tool.environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C in the terminal is for us
+        start_new_session=True,  # so that a Ctrl-C in the terminal does not reach it
     )
     try:
         _, errors = await process.communicate()
     finally:
         if process.returncode is None:
-            process.send_signal(signal.SIGINT)  # it then ends its sequences, for which Triton would wait
+            process.send_signal(signal.SIGINT)  # perf_analyzer then ends its sequences; Triton would keep them open
             await process.wait()
     if process.returncode:
         raise PerfError(f"perf_analyzer: {_reason(errors.decode(errors='replace'))}")
@@ -213,11 +212,15 @@ async def run(tool: Tool, arguments: Sequence[str]) -> dict[str, float]:
 
 
 async def measure(tool: Tool, target: Target, load: Load, concurrency: int, arguments: Sequence[str]) -> Level:
-    """Measure one level."""
+    """Measure one level.
+
+    Raises:
+        PerfError: perf_analyzer failed, or the counters did not change.
+    """
     before = await read_counters(target.metrics_url)
     report = await run(tool, arguments)
     after = await read_counters(target.metrics_url)
-    # The parser names every counter …_total, though Triton does not.
+    # The parser adds _total to the name of every counter.
     keys = (
         ("nv_inference_request_success_total", MODEL),
         ("asr_decoder_audio_seconds_total", DECODER),
@@ -225,7 +228,7 @@ async def measure(tool: Tool, target: Target, load: Load, concurrency: int, argu
     )
     requests, audio_secs, calls = (after[key] - before[key] for key in keys)
     if not (requests and audio_secs):
-        raise PerfError(f"the counters at {target.metrics_url} did not move; are they those of {target.endpoint}?")
+        raise PerfError(f"the counters at {target.metrics_url} did not change; check that they belong to {target.endpoint}")
     rate = report["Inferences/Second"]
     return Level(
         load.name,
@@ -240,10 +243,13 @@ async def measure(tool: Tool, target: Target, load: Load, concurrency: int, argu
 
 
 async def analyze(tool: Tool, directory: Path, given: Target | None, quick: bool) -> dict[str, Any]:
-    """Measure every level.
+    """Measure every level, and return the report.
 
-    Returns:
-        The report.
+    Args:
+        tool: perf_analyzer.
+        directory: the recordings.
+        given: a running server; None: start one.
+        quick: whether to measure fewer and shorter levels.
     """
     recordings = read_speech(directory)
     write_inputs(recordings)
@@ -264,9 +270,7 @@ async def analyze(tool: Tool, directory: Path, given: Target | None, quick: bool
                     commands.append(shlex.join(["perf_analyzer", *arguments]))
                     progress.advance(task)
     return {
-        "date": datetime.now(timezone.utc).isoformat(" ", "minutes"),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        **circumstances(),
         "server": given.endpoint if given else "embedded, on the same machine",
         "recordings": {
             "name": "bundled" if directory == SPEECH else directory.name,
@@ -279,14 +283,14 @@ async def analyze(tool: Tool, directory: Path, given: Target | None, quick: bool
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     name, count, seconds = report["recordings"].values()
     return "\n".join(
         [
             "# perf_analyzer on the ensemble",
             "",
             f"{report['date']}, {report['cpu']}, {report['cores']} cores. Server: {report['server']}.",
-            f"Recordings: {name}, {count} of {seconds} s in all.",
+            f"Recordings: {name}, {count}, {seconds} s in total.",
             "",
             f"| {' | '.join(TITLES)} |",
             f"|---|---{'|--:' * (len(TITLES) - 2)}|",
@@ -301,19 +305,21 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _reason(output: str) -> str:
-    """The line that says why a program failed: pip's first error, or else the last."""
+    """Return the line of a program's output with the reason of a failure: pip's first error, or the last line."""
     lines = output.strip().splitlines() or ["it printed no reason"]
     return next((line for line in lines if line.startswith("ERROR")), lines[-1])
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, measure, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, nargs="?", default=SPEECH, metavar="SPEECH_DIR", help="by default the bundled")
+    parser.add_argument(
+        "directory", type=Path, nargs="?", default=SPEECH, metavar="SPEECH_DIR", help="default: bundled recordings"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and shorter levels, within a minute")
     parser.add_argument("--endpoint", metavar="HOST:PORT", help="gRPC endpoint of a running Triton")
-    parser.add_argument("--metrics-url", help="its metrics; by default http://HOST:8002/metrics")
-    parser.add_argument("--perf-analyzer", type=Path, metavar="PATH", help="one of your own, run as it is")
+    parser.add_argument("--metrics-url", help="URL of its metrics; default: http://HOST:8002/metrics")
+    parser.add_argument("--perf-analyzer", type=Path, metavar="PATH", help="perf_analyzer to run instead of the locked one")
     arguments = parser.parse_args()
     target = None
     if arguments.endpoint:
@@ -328,9 +334,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     page = to_markdown(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "perf_analyzer.md").write_text(page, encoding="utf-8")
-    (RESULTS / "perf_analyzer.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    publish("perf_analyzer", report, page)
     print(page)
 
 

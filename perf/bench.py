@@ -1,25 +1,21 @@
-"""The server against the floor, its peers and its goals: one run, the same graphs, the same recordings.
+"""Compare the server with the floor, its peers and its goals, with the same graphs and recordings.
 
     python -m perf.bench [SPEECH_DIR] [--quick]
 
-Contenders take turns at the same work, several times over; a figure is the median of its turns, and what counts are the ratios
-within the run. The results go to ``perf/results/bench.md`` and ``bench.json``, the pictures to ``docs/``. perf/README.md says
-what is measured, and how.
+Contenders alternate on the same work. A figure is the median of its turns; only ratios within one run are comparable. The
+results are written to ``perf/results/bench.md`` and ``bench.json``, the plots to ``docs/``. perf/README.md defines all figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import AsyncIterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import orjson
 import uvloop
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TimeElapsedColumn
@@ -29,14 +25,14 @@ from amira.paths import MODEL_REPOSITORY, ROOT, SPEECH
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
-from perf.analyze import RESULTS
 from perf.clients import GrpcClient, RestClient
+from perf.output import circumstances, publish
 from perf.peers import merged_repository
 from perf.plan import FULL, QUICK, Plan
 from perf.plots import draw
 from perf.recogniser import windows_of
 from perf.report import to_markdown
-from perf.server import PerfError, amira, cpu_model, triton_server
+from perf.server import PerfError, amira, triton_server
 from perf.speech import audio_secs, cut, read_speech, repeat
 from perf.stages import LONG_SECS, STAGES, Bench
 
@@ -47,12 +43,12 @@ ROOM = {
     "max_batch_audio_length_secs": LONG_SECS,
     "inference_timeout_secs": 60,
 }
-"""The gateway's settings: the benchmark, not its limits, says how much it gets."""
+"""Settings of the gateway that keep its limits above the benchmark's load."""
 
 
 @contextlib.asynccontextmanager
 async def prepare(directory: Path, plan: Plan) -> AsyncIterator[Bench]:
-    """The servers and their clients."""
+    """Start the servers, and yield them with their clients."""
     recordings = [part for samples in read_speech(directory) for part in cut(samples, round(LONG_SECS * RATE))]
     recordings = recordings[: len(repeat(recordings, plan.recordings_secs))]
     with merged_repository() as repository:
@@ -69,10 +65,11 @@ async def prepare(directory: Path, plan: Plan) -> AsyncIterator[Bench]:
 
 
 async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
-    """Run every stage.
+    """Run every stage, and return the report.
 
-    Returns:
-        The report.
+    Args:
+        directory: the recordings.
+        quick: whether to measure less, in about three minutes.
     """
     plan, stage_secs = QUICK if quick else FULL, dict[str, float]()
     columns = (SpinnerColumn(), *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
@@ -81,16 +78,14 @@ async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
         async with prepare(directory, plan) as bench:
             for name, stage in STAGES.items():
                 progress.update(task, description=name)
-                if not progress.console.is_terminal:  # where no bar is drawn
+                if not progress.console.is_terminal:  # no bar is drawn
                     progress.console.print(name)
                 began = time.monotonic()
                 await stage(bench)
                 stage_secs[name] = round(time.monotonic() - began, 1)
                 progress.advance(task)
     return {
-        "date": datetime.now(timezone.utc).isoformat(" ", "minutes"),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        **circumstances(),
         "quick": quick,
         "recordings": {
             "name": "bundled" if directory == SPEECH else directory.name,
@@ -109,10 +104,12 @@ async def measure_all(directory: Path, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, measure, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, nargs="?", default=SPEECH, metavar="SPEECH_DIR", help="by default the bundled")
-    parser.add_argument("--quick", action="store_true", help="less of everything, in about three minutes")
+    parser.add_argument(
+        "directory", type=Path, nargs="?", default=SPEECH, metavar="SPEECH_DIR", help="default: bundled recordings"
+    )
+    parser.add_argument("--quick", action="store_true", help="measure less, in about three minutes")
     arguments = parser.parse_args()
     configure_logging(Settings(log_level="error"))
     try:
@@ -122,9 +119,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     page = to_markdown(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "bench.md").write_text(page, encoding="utf-8")
-    (RESULTS / "bench.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+    publish("bench", report, page)
     draw(report, ROOT / "docs")
     print(page)
 

@@ -1,4 +1,4 @@
-"""Clients that send a whole recording and give its tokens: by gRPC straight to Triton, and by REST to the gateway."""
+"""Clients that return the tokens of a recording: over gRPC from Triton, and over REST from the gateway."""
 
 from __future__ import annotations
 
@@ -20,27 +20,39 @@ PATH = "/v2/decode/batch/amira"
 
 
 class GrpcClient:
-    """Triton's own client."""
+    """Sends requests to Triton over gRPC.
+
+    Args:
+        endpoint: host and port.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._client = grpcclient.InferenceServerClient(endpoint)
 
     async def ours(self, samples: Samples) -> list[int]:
-        """Tokens by the ensemble."""
+        """Return the tokens of a recording from the ensemble."""
         result = await self.request(samples, new_sequence(), start=True, end=True, context="whole")
         return _tokens(result)
 
     async def frame_synchronous(self, samples: Samples) -> list[int]:
-        """Tokens by the peer."""
+        """Return the tokens of a recording from the frame-synchronous model."""
         return _tokens(await self._client.infer(FRAME_SYNCHRONOUS, _audio(samples)))
 
     async def request(self, samples: Samples, sequence: int, *, start: bool, end: bool, **options: str | int) -> Any:
-        """One request of a sequence to the ensemble, with the decoder's options; all its outputs."""
+        """Send one request of a sequence to the ensemble, and return all its outputs.
+
+        Args:
+            samples: audio [n].
+            sequence: id of the sequence, not 0.
+            start: whether the request is the first of its sequence.
+            end: whether it is the last.
+            options: options of the decoder.
+        """
         flags = {"sequence_id": sequence, "sequence_start": start, "sequence_end": end}
         return await self._client.infer(MODEL, _audio(samples), **flags, parameters=options)
 
     async def chunks(self, samples: Samples, windows: Windows) -> AsyncIterator[Any]:
-        """The answers to a stream that is sent chunk after chunk, as the gateway sends it."""
+        """Send audio chunk by chunk as the gateway does, and yield each response."""
         sequence, sent = new_sequence(), 0
         for chunk in range(windows.complete(len(samples))):
             piece, sent = samples[sent : windows.chunk_due(chunk)], windows.chunk_due(chunk)
@@ -53,7 +65,7 @@ class GrpcClient:
 
 
 def new_sequence() -> int:
-    """An id; 0 is none."""
+    """Return a random sequence id, 1 or more."""
     return secrets.randbelow(2**63 - 1) + 1
 
 
@@ -69,14 +81,18 @@ def _tokens(result: Any) -> list[int]:
 
 
 class RestClient:
-    """A client of the gateway that keeps its connections; aiohttp, since httpx takes longer than the gateway does."""
+    """Sends recordings to the gateway over persistent connections. Uses aiohttp: httpx takes more time than the gateway.
+
+    Args:
+        url: base URL of the gateway.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = f"{url}{PATH}"
         self._client = aiohttp.ClientSession(raise_for_status=True, headers={"Content-Type": "application/octet-stream"})
 
     async def transcribe(self, samples: Samples) -> list[int]:
-        """Tokens of a recording, sent as raw PCM."""
+        """Return the tokens of a recording, sent as raw PCM."""
         async with self._client.post(self._url, data=samples.tobytes()) as answer:
             tokens: list[int] = orjson.loads(await answer.read())["tokens"]
             return tokens

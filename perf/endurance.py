@@ -1,4 +1,4 @@
-"""What a server is like over time: a stream of an hour, many open streams, a start."""
+"""Measure a stream of an hour, the memory of open streams, and the time to start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTLE_SECS = 1.0
 
 
 class Growth(NamedTuple):
-    """What a stream's last minute takes over what its first one took; 1 is none."""
+    """Time and memory of a stream's last minute, relative to its first minute."""
 
     time: float
     memory: float
@@ -35,11 +35,11 @@ class Growth(NamedTuple):
 
 @dataclass
 class Watch:
-    """Watches a stream chunk by chunk. The first minute begins when the stream's window is full.
+    """Records the time of each chunk. The first minute begins when the stream's window is full.
 
     Attributes:
-        windows: of the stream.
-        rss_mb: tells the memory of what serves it.
+        windows: geometry of the stream's windows.
+        rss_mb: returns the memory of the serving process in MB.
     """
 
     windows: Windows
@@ -48,13 +48,13 @@ class Watch:
     _first_rss_mb: float = 0.0
 
     def note(self, secs: float) -> None:
-        """Note what the next chunk took."""
+        """Record the time of the next chunk in seconds."""
         self._secs.append(secs)
         if len(self._secs) == self._lead + self._minute:
             self._first_rss_mb = self.rss_mb()
 
     def growth(self) -> Growth:
-        """Over all chunks noted."""
+        """Return the growth over all recorded chunks."""
         first, last = self._secs[self._lead : self._lead + self._minute], self._secs[-self._minute :]
         return Growth(median(last) / median(first), self.rss_mb() / self._first_rss_mb)
 
@@ -68,7 +68,7 @@ class Watch:
 
 
 async def long_stream(target: Target, samples: Samples, windows: Windows) -> Growth:
-    """A long stream straight to Triton, each chunk as soon as the last is answered."""
+    """Measure a long stream without the gateway; a chunk is sent when the one before is answered."""
     client, meter = GrpcClient(target.endpoint), Meter({"triton": target.pid or 0})
     watch = Watch(windows, lambda: meter.rss_mb()[DECODER])
     began = time.perf_counter()
@@ -80,16 +80,20 @@ async def long_stream(target: Target, samples: Samples, windows: Windows) -> Gro
 
 
 class Memory(NamedTuple):
-    """Megabytes."""
+    """Memory of the gateway and the decoder in MB."""
 
     gateway: float
     decoder: float
 
 
 async def memory_a_stream(samples: Samples, streams: int) -> Memory:
-    """What an open stream that has sent its audio and is silent now takes.
+    """Return the memory per open stream after it has sent its audio.
 
-    The servers are new, and have served one stream before.
+    The servers are started for this measurement, and serve one stream before it.
+
+    Args:
+        samples: audio of every stream.
+        streams: number of open streams.
     """
     variables = {"max_concurrent_streams": streams + 1, "inference_timeout_secs": 60}
     async with triton_server(None) as target, amira("serve", triton_endpoint=target.endpoint, **variables) as gateway:
@@ -101,19 +105,19 @@ async def memory_a_stream(samples: Samples, streams: int) -> Memory:
 
 
 async def _with_open_streams(url: str, target: Target, samples: Samples, streams: int, meter: Meter) -> Mapping[str, float]:
-    """Memory of the servers while so many streams are open, in MB."""
+    """Return the memory of the servers in MB while `streams` streams are open."""
     address = f"{url.replace('http', 'ws', 1)}{PATH}"
     async with contextlib.AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(connect(address, compression=None)) for _ in range(streams)]
         for frame in cut(samples, FRAME_SAMPLES):
             await asyncio.gather(*(socket.send(frame.tobytes()) for socket in sockets))
         await _settled(target)
-        await asyncio.sleep(TRIM_SECS + SETTLE_SECS)  # by then the gateway has given freed memory back
+        await asyncio.sleep(TRIM_SECS + SETTLE_SECS)  # until the gateway has returned freed memory
         return meter.rss_mb()
 
 
 async def _settled(target: Target) -> None:
-    """Wait until the decoder has no window encoded any more, by whichever encoder."""
+    """Wait until the decoder's counter of encoded windows no longer changes."""
     before: object = None
     while (now := (await read_counters(target.metrics_url))["asr_decoder_windows_total", DECODER]) != before:
         before = now
@@ -121,7 +125,7 @@ async def _settled(target: Target) -> None:
 
 
 async def start_secs(times: int) -> float:
-    """Seconds from the command that runs everything to ready; the median."""
+    """Return the median time from ``amira run`` to ready in seconds."""
     return median([await _start_secs() for _ in range(times)])
 
 

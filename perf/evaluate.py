@@ -1,9 +1,9 @@
-"""Word error rates of a server over labelled speech: whole recordings by REST, and the same as live streams by WebSocket.
+"""Measure word error rates on labelled speech: whole recordings over REST, and the same as live streams over WebSocket.
 
     python -m perf.evaluate DIR [--url URL] [--repository DIR] [--model NAME]
 
-DIR holds recordings and ``manifest.tsv``: a header line, then file and text separated by tabs, and set or source where rates
-are wanted by origin. Without a URL a server is started on free ports. Texts are compared in lower case without punctuation.
+DIR has recordings and a tab-separated ``manifest.tsv`` with the columns file and text, and set or source for rates by origin.
+Without a URL, a server is started on free ports. Texts are compared in lower case without punctuation.
 """
 
 from __future__ import annotations
@@ -45,7 +45,15 @@ CONCURRENCY = 4
 
 
 class Recording(NamedTuple):
-    """A labelled recording: its file's bytes, its samples at 16 kHz, its normalised text, and where it is from."""
+    """A labelled recording.
+
+    Attributes:
+        name: name of the file.
+        body: bytes of the file.
+        samples: 16 kHz audio [n].
+        text: normalised transcript.
+        set: its set or source.
+    """
 
     name: str
     body: bytes
@@ -55,7 +63,7 @@ class Recording(NamedTuple):
 
 
 def read_speech(directory: Path) -> list[Recording]:
-    """The labelled recordings of a directory with a manifest."""
+    """Read the labelled recordings of a directory with a manifest."""
     recordings = []
     with (directory / "manifest.tsv").open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines, delimiter="\t"):
@@ -67,12 +75,12 @@ def read_speech(directory: Path) -> list[Recording]:
 
 
 def normalise(text: str) -> str:
-    """Lower case, words and apostrophes only."""
+    """Return a text in lower case, with words and apostrophes only."""
     return " ".join(re.sub(r"[^\w' ]", " ", text.lower()).split())
 
 
 async def batch(url: str, model: str, recording: Recording) -> str:
-    """Return the transcript of a recording sent in one piece."""
+    """Return the transcript of a recording sent in one request."""
     async with httpx.AsyncClient(timeout=60) as client:
         answer = await client.post(
             f"{url}/v2/decode/batch/{model}", content=recording.body, headers={"Content-Type": "application/octet-stream"}
@@ -82,7 +90,7 @@ async def batch(url: str, model: str, recording: Recording) -> str:
 
 
 async def stream(url: str, model: str, recording: Recording) -> str:
-    """Return the transcript of a recording sent as a stream, as fast as the server takes it."""
+    """Return the transcript of a recording sent as a stream, as fast as the server accepts it."""
     async with connect(f"{url.replace('http', 'ws', 1)}/v2/decode/stream/{model}", compression=None) as socket:
         for start in range(0, len(recording.samples), FRAME_SAMPLES):
             await socket.send(recording.samples[start : start + FRAME_SAMPLES].tobytes())
@@ -98,12 +106,12 @@ async def stream(url: str, model: str, recording: Recording) -> str:
 
 @contextlib.asynccontextmanager
 async def server(url: str | None, repository: Path, model: str | None) -> AsyncIterator[tuple[str, str]]:
-    """Give the server to measure and the public name of its model: the one at the URL, or one of our own.
+    """Yield the URL of the server to measure and the public name of its model; start a server unless there is a URL.
 
     Args:
-        url: base URL of a running server; None for one of our own.
-        repository: model repository of our own server.
-        model: public name at the URL, or an ensemble of the repository; None for the default, or the only one.
+        url: base URL of a running server; None: start one.
+        repository: model repository of the server that is started.
+        model: public name at the URL, or an ensemble of the repository; None: the default, or the only one.
     """
     if url:
         yield url, model or DEFAULT_MODEL
@@ -117,7 +125,7 @@ async def server(url: str | None, repository: Path, model: str | None) -> AsyncI
 
 
 def rates(recordings: Sequence[Recording], texts: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Word and character error rates in per cent: of all, and of each set where there are several."""
+    """Return word and character error rates in percent, for all recordings and, with several sets, for each set."""
     sets = sorted({recording.set for recording in recordings})
     chosen = {"all": sets, **({name: [name] for name in sets} if len(sets) > 1 else {})}
     found = {}
@@ -129,12 +137,12 @@ def rates(recordings: Sequence[Recording], texts: Sequence[str]) -> dict[str, tu
 
 
 async def evaluate(directory: Path, url: str | None, repository: Path, model: str | None) -> None:
-    """Measure and print a table."""
+    """Measure the error rates, and print a table."""
     recordings = read_speech(directory)
     seconds = sum(len(recording.samples) for recording in recordings) / RATE
     console = Console()
     table = Table(title=f"{len(recordings)} recordings, {seconds:.0f} s of {directory}")
-    for column in ("", "set", "word error rate %", "character error rate %", "audio seconds a second"):
+    for column in ("", "set", "word error rate %", "character error rate %", "audio seconds per second"):
         table.add_column(column, justify="left" if column in ("", "set") else "right")
     places = asyncio.Semaphore(CONCURRENCY)
     texts: dict[str, list[str]] = {}
@@ -160,14 +168,16 @@ async def evaluate(directory: Path, url: str | None, repository: Path, model: st
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="recordings and their manifest.tsv")
+    parser.add_argument("directory", type=Path, help="directory of recordings with a manifest.tsv")
     parser.add_argument("--url", help="base URL of a running server")
     parser.add_argument(
         "--repository", type=Path, default=MODEL_REPOSITORY, help="model repository of the server that is started"
     )
-    parser.add_argument("--model", help="public name at the URL, or an ensemble of the repository; not needed where it has one")
+    parser.add_argument(
+        "--model", help="public name at the URL, or an ensemble of the repository; optional if there is only one"
+    )
     arguments = parser.parse_args()
     try:
         asyncio.run(evaluate(arguments.directory, arguments.url, arguments.repository.resolve(), arguments.model))

@@ -1,4 +1,4 @@
-"""The floor: preprocessor and encoder alone, in ONNX Runtime in this process. No server can be faster on the same cores."""
+"""The floor: preprocessor and encoder in ONNX Runtime in this process. No server can be faster on the same cores."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Lengths = NDArray[np.int64]
 
 
 def graph_path(repository: Path, model: str) -> Path:
-    """Return the file of one of the repository's graphs."""
+    """Return the path of a graph in a model repository."""
     return repository / model / "1" / "model.onnx"
 
 
 def open_graph(path: Path, threads: int) -> Any:
-    """Open a session of a graph with this many threads."""
+    """Open an ONNX Runtime session with `threads` threads; 0: one per core."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -31,32 +31,43 @@ def open_graph(path: Path, threads: int) -> Any:
 
 
 def to_waveforms(samples: Samples) -> tuple[Floats, Lengths]:
-    """A recording as the preprocessor takes it: [1, n] at full scale 1, and its length [1]."""
+    """Return the preprocessor's inputs for a recording: samples [1, n] within -1 … 1, and the length [1]."""
     return samples[None].astype(np.float32) / np.float32(32768), np.array([len(samples)], np.int64)
 
 
 class FrontEnd:
-    """Preprocessor and encoder, a session each, of this many threads."""
+    """Preprocessor and encoder, each in its own session.
+
+    Args:
+        preprocessor, encoder: paths of the graphs.
+        threads: threads of each session; 0: one per core.
+    """
 
     def __init__(self, preprocessor: Path, encoder: Path, threads: int) -> None:
         self._preprocessor = open_graph(preprocessor, threads)
         self._encoder = open_graph(encoder, threads)
 
     def preprocess(self, waveforms: Floats, waveforms_lens: Lengths) -> tuple[Floats, Lengths]:
-        """Features [B, F, T] and their lengths [B]."""
+        """Return features [B, F, T] and their lengths [B]."""
         inputs = {"waveforms": waveforms, "waveforms_lens": waveforms_lens}
         features, lengths = self._preprocessor.run(["features", "features_lens"], inputs)
         return features, lengths
 
     def encode(self, features: Floats, lengths: Lengths) -> tuple[Floats, Lengths]:
-        """Frames [B, D, T] and their lengths [B]."""
+        """Return encoder frames [B, D, T] and their lengths [B]."""
         inputs = {"audio_signal": features, "length": lengths}
         frames, lengths = self._encoder.run(["outputs", "encoded_lengths"], inputs)
         return frames, lengths
 
 
 class Floor:
-    """So many front ends side by side, each of so many threads."""
+    """Front ends that run in parallel.
+
+    Args:
+        repository: model repository with the graphs.
+        sessions: number of front ends.
+        threads: threads of each session.
+    """
 
     def __init__(self, repository: Path, sessions: int, threads: int) -> None:
         self.sessions = sessions

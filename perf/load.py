@@ -1,4 +1,4 @@
-"""Closed loops over recordings: contenders take turns at the same work, so that what else the machine does hits them alike."""
+"""Closed-loop load on recordings. Contenders alternate on the same work, so other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from perf.processes import Meter
 from perf.speech import Samples, audio_secs
 
 Calls = Callable[[], Awaitable[float]]
-"""How often decoder_joint has been called so far."""
+"""Returns the number of decoder_joint calls so far."""
 
 
 class Figure(NamedTuple):
-    """What one contender did under one load.
+    """Result of one contender under one load.
 
     Attributes:
         contender, load: their names.
         concurrency: recordings or streams in flight.
-        audio_secs_per_sec: throughput; the median of the turns.
-        p50_ms, p95_ms, p99_ms: of one request, over all turns.
-        decoder_calls_per_audio_sec: calls of decoder_joint, whoever shares them.
-        cpu_secs_per_audio_sec: by process.
-        peak_rss_mb: of all its processes together.
+        audio_secs_per_sec: throughput, the median of the turns.
+        p50_ms, p95_ms, p99_ms: latency of a request, over all turns.
+        decoder_calls_per_audio_sec: calls of decoder_joint; a shared call counts once.
+        cpu_secs_per_audio_sec: CPU time by process.
+        peak_rss_mb: sum of the peak resident sets of all processes.
     """
 
     contender: str
@@ -50,13 +50,13 @@ async def _no_calls() -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """Someone who can transcribe a recording.
+    """A system that transcribes recordings.
 
     Attributes:
-        name: its name in the tables.
+        name: name in the tables.
         send: transcribes 16 kHz audio [n].
-        roots: its processes, see ``Meter``.
-        calls: counts decoder_joint.
+        roots: its processes; see ``Meter``.
+        calls: returns the number of decoder_joint calls so far.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Contender:
 
 @dataclass
 class Tally:
-    """The sum of a contender's turns."""
+    """Sums over the turns of one contender."""
 
     rates: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Tally:
     peak_rss_mb: float = 0.0
 
     def figure(self, contender: str, load: str, concurrency: int) -> Figure:
-        """What the turns come to."""
+        """Return the figure of all turns."""
         p50, p95, p99 = percentiles_ms(self.latencies)
         cpu = {name: round(secs / self.audio_secs, 5) for name, secs in sorted(self.cpu_secs.items()) if secs}
         return Figure(
@@ -95,23 +95,20 @@ class Tally:
 
 
 class Turn(NamedTuple):
-    """A contender, and how many recordings it has in flight."""
+    """A contender, and its number of recordings in flight."""
 
     contender: Contender
     concurrency: int
 
 
 async def alternate(turns: Sequence[Turn], recordings: Sequence[Samples], times: int, load: str) -> list[Figure]:
-    """Let contenders take turns at the same recordings.
+    """Run contenders in alternation on the same recordings, and return a figure for each.
 
     Args:
-        turns: who takes part, in order.
-        recordings: the work of one turn.
-        times: how many turns each gets.
-        load: the work's name.
-
-    Returns:
-        A figure for each.
+        turns: the contenders in order.
+        recordings: work of one turn.
+        times: number of turns of each contender.
+        load: name of the work.
     """
     tallies = [Tally() for _ in turns]
     for _ in range(times):
@@ -138,11 +135,7 @@ async def _take_turn(contender: Contender, concurrency: int, recordings: Sequenc
 async def closed_loop(
     send: Callable[[Samples], Awaitable[Any]], recordings: Sequence[Samples], concurrency: int
 ) -> list[float]:
-    """Send every recording, so many at once.
-
-    Returns:
-        Seconds that each took.
-    """
+    """Send every recording, `concurrency` at a time, and return the latency of each in seconds."""
     waiting = iter(recordings)
     latencies = []
 
@@ -157,6 +150,6 @@ async def closed_loop(
 
 
 def percentiles_ms(latencies: Sequence[float]) -> tuple[float, float, float]:
-    """p50, p95 and p99 of seconds, in milliseconds."""
+    """Return p50, p95 and p99 of latencies in seconds, in milliseconds."""
     p50, p95, p99 = (round(1000 * float(value), 1) for value in np.percentile(latencies, (50, 95, 99), method="higher"))
     return p50, p95, p99

@@ -1,4 +1,4 @@
-"""The peers: onnx-asr's transducer loop in this process, and a frame-synchronous model in the same Triton as ours."""
+"""Peers for comparison: onnx-asr's transducer loop in this process, and a frame-synchronous model in the same Triton."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FRAME_SYNCHRONOUS = "frame_synchronous"
 
 @contextmanager
 def merged_repository() -> Iterator[Path]:
-    """One model repository of our models and the peer's, as links."""
+    """Yield a model repository with links to the project's models and the peer's."""
     with tempfile.TemporaryDirectory(prefix="amira-bench-") as folder:
         for source in (MODEL_REPOSITORY, PEER_REPOSITORY):
             for path in source.iterdir():
@@ -31,9 +31,13 @@ def merged_repository() -> Iterator[Path]:
 
 
 class OnnxAsr(NemoConformerRnnt):
-    """onnx-asr's decoding class over our graphs, with ONNX Runtime's own choice of threads.
+    """onnx-asr's decoding class with the graphs of a model repository and ONNX Runtime's default threads.
 
-    Its own front end is NeMo's; the bundled model has another, which takes its place. The blank's penalty is ours.
+    The repository's preprocessor replaces onnx-asr's NeMo front end, and the blank penalty is applied.
+
+    Args:
+        repository: the model repository.
+        parameters: parameters of its decoder.
     """
 
     def __init__(self, repository: Path, parameters: Mapping[str, str]) -> None:
@@ -54,7 +58,7 @@ class OnnxAsr(NemoConformerRnnt):
         return logits, step, state
 
     async def transcribe(self, samples: Samples) -> list[int]:
-        """Tokens of a recording."""
+        """Return the tokens of a recording."""
         return await asyncio.to_thread(self._transcribe, samples)
 
     def _transcribe(self, samples: Samples) -> list[int]:
@@ -63,5 +67,5 @@ class OnnxAsr(NemoConformerRnnt):
         return list(tokens)
 
     async def count(self) -> float:
-        """Calls of decoder_joint so far."""
+        """Return the number of decoder_joint calls so far."""
         return self.calls

@@ -1,4 +1,4 @@
-"""How much a benchmark measures."""
+"""Extent of a benchmark run."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from perf.analyze import STREAM, WHOLE
 
 
 class Plan(NamedTuple):
-    """How much of everything.
+    """Repetitions, durations and levels of a run; 0 skips a measurement.
 
     Attributes:
         alternations: turns of each contender.
-        recordings_secs: of more recordings than last so long only the first ones are used.
-        turn_secs: audio of a turn at least.
-        long_turns: the same as alternations, where a turn is one recording of a minute; 0: there is none.
+        recordings_secs: total length of the recordings; further recordings are not used.
+        turn_secs: minimum audio of a turn.
+        long_turns: turns with one recording of a minute.
         levels: further concurrencies of whole recordings.
-        analyzed: concurrencies of perf_analyzer, for streams and for whole recordings.
-        interval_ms: perf_analyzer's measurement interval.
-        hold_secs: how long a number of paced streams is tried.
-        proof_secs: how long the largest that held is tried once more; 0: it is not.
-        precision: of the search for that number.
+        analyzed: concurrencies of perf_analyzer by load.
+        interval_ms: measurement interval of perf_analyzer.
+        hold_secs: duration of a trial of paced streams.
+        proof_secs: duration of the final trial, with the largest number of streams that was held.
+        precision: relative precision of the search for that number.
         crowds: numbers of streams for the gateway alone.
-        long_secs: length of the long stream; 0: there is none.
-        idle_streams: open streams whose memory is measured; 0: it is not.
-        starts: how often the server is started.
+        long_secs: length of the long stream.
+        idle_streams: number of open streams whose memory is measured.
+        starts: number of starts of the server.
     """
 
     alternations: int

@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""Plots of benchmark results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DPI = 110
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
-    """Write the pictures into a folder."""
+    """Write the plots of a benchmark report into a folder."""
     about = f"{report['cpu']}, {report['cores']} cores, {report['date'][:10]}"
     for name, plot in (("streams", _streams), ("throughput", _throughput), ("cpu", _cpu)):
         figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
@@ -29,7 +29,7 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_windows(report: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of ``perf.windows``: word error rate by the streams that windows allow, coloured by latency."""
+    """Write the plot of ``perf.windows``: word error rate against streams, coloured by latency."""
     figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
     points = report["points"]
     latency = [point["chunk_secs"] + point["right_secs"] for point in points]
@@ -55,22 +55,20 @@ def draw_windows(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _streams(axes: Any, report: Mapping[str, Any]) -> None:
-    """Latency of partials by the number of paced streams."""
+    """Plot the latency of partials against the number of paced streams."""
     trials = sorted(report["trials"], key=lambda trial: trial["streams"])
     streams = [trial["streams"] for trial in trials]
     axes.plot(streams, [trial["p95_ms"] / 1000 for trial in trials], "o-", label="p95")
     axes.plot(streams, [trial["p50_ms"] / 1000 for trial in trials], "o:", label="p50")
     limit = report["latency_limit_ms"] / 1000
     axes.axhline(limit, color="tab:red", label=f"limit {limit:.2f} s: chunk + right context + 0.3 s")
-    axes.axvline(
-        report["floor_streams"], color="gray", ls="--", label=f"the floor's windows allow {report['floor_streams']:.0f}"
-    )
+    axes.axvline(report["floor_streams"], color="gray", ls="--", label=f"floor: {report['floor_streams']:.0f} streams")
     axes.set(xlabel="streams at once", ylabel="latency of partials, s", ylim=(0, 3 * limit), title="Live streams in real time")
     axes.legend(fontsize=8)
 
 
 def _throughput(axes: Any, report: Mapping[str, Any]) -> None:
-    """Audio seconds a second by concurrency, whole recordings and streams."""
+    """Plot throughput against concurrency, for whole recordings and streams."""
     lines: dict[str, dict[int, float]] = {}
     for figure in report["figures"]:
         if figure["load"] in ("whole", "stream"):
@@ -80,13 +78,13 @@ def _throughput(axes: Any, report: Mapping[str, Any]) -> None:
         axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="at once", ylabel="audio seconds a second", title="Throughput")
+    axes.set(xlabel="at once", ylabel="audio seconds per second", title="Throughput")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7, ncols=2)
 
 
 def _cpu(axes: Any, report: Mapping[str, Any]) -> None:
-    """CPU seconds an audio second, stacked by process."""
+    """Plot CPU seconds per audio second, stacked by process."""
     bars = [figure for figure in report["figures"] if figure["load"] != "windows"]
     labels = [f"{figure['contender']}, {figure['load']}, {figure['concurrency']}" for figure in bars]
     processes = sorted({process for figure in bars for process in figure["cpu_secs_per_audio_sec"]})
@@ -98,5 +96,5 @@ def _cpu(axes: Any, report: Mapping[str, Any]) -> None:
         left = [done + value for done, value in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set(xlabel="CPU seconds an audio second", title="Where the time goes")
+    axes.set(xlabel="CPU seconds per audio second", title="CPU time by process")
     axes.legend(fontsize=7)

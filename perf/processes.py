@@ -1,4 +1,4 @@
-"""CPU time and memory of the servers' processes, by what they do."""
+"""Measure CPU time and memory of server processes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import psutil
 
 STUB = "triton_python_backend_stub"
 RESET_PEAK = "5"
-"""Written to ``/proc/PID/clear_refs``, this makes the present resident set the peak (proc(5))."""
+"""Value for ``/proc/PID/clear_refs`` that resets the peak of the resident set (proc(5))."""
 
 
 class Usage(NamedTuple):
-    """What processes used over some time, by their names.
+    """Resource use over an interval, by the name of the process.
 
     Attributes:
-        cpu_secs: user and system time; processes that ended meanwhile are missing.
-        peak_rss_mb: the largest resident set; memory that processes share counts in each.
+        cpu_secs: user and system time; processes that have ended are missing.
+        peak_rss_mb: largest resident set; shared memory counts in each process.
     """
 
     cpu_secs: Mapping[str, float]
@@ -29,10 +29,10 @@ class Usage(NamedTuple):
 
 
 class Meter:
-    """Measures processes and all their descendants; of this process, whose descendants the servers are, only itself.
+    """Measures processes with all their descendants. Of this process only itself is measured: the servers are its children.
 
     Args:
-        roots: process ids by name. A Python stub of Triton counts under its model's name.
+        roots: process ids by name. A stub of Triton's Python backend counts under the name of its model.
     """
 
     def __init__(self, roots: Mapping[str, int]) -> None:
@@ -40,14 +40,14 @@ class Meter:
         self._before: Mapping[str, float] = {}
 
     def start(self) -> None:
-        """Begin."""
+        """Start an interval."""
         for _, process in self._processes():
             with contextlib.suppress(OSError):
                 Path(f"/proc/{process.pid}/clear_refs").write_text(RESET_PEAK, encoding="ascii")
         self._before = self._cpu_secs()
 
     def stop(self) -> Usage:
-        """What was used since the start."""
+        """Return the use since the start of the interval."""
         after = self._cpu_secs()
         peaks: defaultdict[str, float] = defaultdict(float)
         for name, process in self._processes():
@@ -55,7 +55,7 @@ class Meter:
         return Usage({name: after[name] - self._before.get(name, 0.0) for name in after}, peaks)
 
     def rss_mb(self) -> Mapping[str, float]:
-        """Resident memory now."""
+        """Return the current resident memory by name, in MB."""
         sizes: defaultdict[str, float] = defaultdict(float)
         for name, process in self._processes():
             sizes[name] += process.memory_info().rss / 2**20
@@ -78,7 +78,7 @@ class Meter:
 
 
 def _stub_model(command: list[str]) -> str:
-    """The model of a stub, whose last argument but one is its instance: ``encoder_0_1`` is the encoder's second."""
+    """Return the model of a stub. Its last argument but one names the instance: ``encoder_0_1`` is the encoder's second."""
     return command[-2].rsplit("_", 2)[0]
 
 

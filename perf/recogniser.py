@@ -1,4 +1,4 @@
-"""The recogniser under measurement: its names in Triton, its parameters, its windows, its decoder_joint without a server."""
+"""Names, parameters and windows of the measured recogniser, and its decoder_joint without a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from amira.models.configs import ModelError
 from amira.models.repository import Recogniser, recognisers
 from gateway.triton.geometry import Windows, read_windows
 
-if TYPE_CHECKING:  # it is the model repository's, which most of the benchmark knows from outside only
+if TYPE_CHECKING:  # a module of the model repository, which is not on the path at run time
     from greedy import Floats, States, Step
 
 MODEL = "asr_ensemble"
@@ -21,7 +21,7 @@ DECODER = "rnnt_greedy_bls"
 
 
 def windows_of(repository: Path) -> Windows:
-    """Return the windows of streams that a model repository configures, for ``balanced``."""
+    """Return the geometry of the bundled recogniser's windows for ``balanced``."""
     return read_windows(parameters(repository))["balanced"]
 
 
@@ -30,10 +30,10 @@ def choose(repository: Path, name: str | None = None) -> Recogniser:
 
     Args:
         repository: the model repository.
-        name: an ensemble of it; None for the bundled one's name, or for the only one.
+        name: name of an ensemble; None: the bundled one's name, or the only ensemble.
 
     Raises:
-        ModelError: it can't be used, or has no such ensemble.
+        ModelError: the repository is not usable, or has no such ensemble.
     """
     found = {recogniser.name: recogniser for recogniser in recognisers(repository)}
     chosen = name or (MODEL if MODEL in found or len(found) > 1 else next(iter(found)))
@@ -43,12 +43,12 @@ def choose(repository: Path, name: str | None = None) -> Recogniser:
 
 
 def parameters(repository: Path) -> Mapping[str, str]:
-    """Return the parameters of the bundled recogniser's decoder, as ``config.pbtxt`` has them."""
+    """Return the parameters of the bundled recogniser's decoder from ``config.pbtxt``."""
     return choose(repository, MODEL).parameters
 
 
 def joint_step(session: Any) -> Step:
-    """An ONNX Runtime session of decoder_joint as the decoder calls it: a ``greedy.Step``."""
+    """Return a ``greedy.Step`` that calls an ONNX Runtime session of decoder_joint."""
 
     def step(frames: Floats, last_tokens: NDArray[np.int32], states: States) -> tuple[Floats, States]:
         inputs = {

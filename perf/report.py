@@ -1,4 +1,4 @@
-"""What a benchmark found: figures, goals, and the page that shows them."""
+"""Results of a benchmark, and their Markdown report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from perf.load import Figure
 
 
 class Goal(NamedTuple):
-    """A figure with what it must be and what it should be.
+    """A measured figure with its requirement and its target.
 
     Attributes:
-        name: what is measured, with its unit.
+        name: the figure, with its unit.
         measured: the result.
-        must, aim: limits; None: there is none.
-        at_least: whether more is better.
+        must, aim: requirement and target; None: there is none.
+        at_least: whether larger values are better.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Goal(NamedTuple):
     at_least: bool = False
 
     def verdict(self) -> str:
-        """How far it got."""
+        """Return ``aim``, ``pass``, ``**fail**`` or ``not yet``; empty without limits."""
         within = operator.ge if self.at_least else operator.le
         if self.aim is not None and within(self.measured, self.aim):
             return "aim"
@@ -36,7 +36,7 @@ class Goal(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """So many paced streams at once, and the p50 and p95 of their partials' latency."""
+    """A trial of paced streams: their number, and p50 and p95 of the latency of partials."""
 
     streams: int
     p50_ms: float
@@ -61,7 +61,7 @@ GOAL_TITLES = ("figure", "measured", "must", "aim", "")
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     goals = [Goal(**goal) for goal in report["goals"]]
     figures = [Figure(**figure) for figure in report["figures"]]
     name, count, seconds = report["recordings"].values()
@@ -71,14 +71,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             f"# Benchmark{' (quick)' if report['quick'] else ''}",
             "",
             f"{report['date']}, {report['cpu']}, {report['cores']} cores.",
-            f"Recordings: {name}, {count} of {seconds} s in all. Windows of {' + '.join(f'{part:g}' for part in windows)} s.",
-            f"Medians of {report['alternations']} alternations. perf/README.md says what each row is.",
+            f"Recordings: {name}, {count}, {seconds} s in total. Windows of {' + '.join(f'{part:g}' for part in windows)} s.",
+            f"Medians of {report['alternations']} alternations. perf/README.md defines each row.",
             "",
             *_table(GOAL_TITLES, map(_goal_cells, goals), left=1),
             "",
             *_table(FIGURE_TITLES, map(_figure_cells, figures), left=2),
             "",
-            "Paced streams, by how many:",
+            "Paced streams by number:",
             "",
             *_table(Trial._fields, (list(map(_number, trial.values())) for trial in report["trials"]), left=0),
             "",
@@ -87,7 +87,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> list[str]:
-    """A Markdown table whose first columns are aligned to the left."""
+    """Return the lines of a Markdown table; the first `left` columns are aligned to the left."""
     rule = "".join("|---" if i < left else "|--:" for i in range(len(titles)))
     return [f"| {' | '.join(titles)} |", f"{rule}|", *(f"| {' | '.join(row)} |" for row in rows)]
 
@@ -115,5 +115,5 @@ def _figure_cells(figure: Figure) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format a number with three significant digits, or as an integer from 100 on."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: PLR2004

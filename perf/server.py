@@ -1,4 +1,4 @@
-"""The servers to measure: an embedded Triton of our own or one that runs, its counters, and a gateway as a process."""
+"""Servers to measure: an embedded or a running Triton, its counters, and a gateway process."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ AMIRA = Path(sys.prefix) / "bin" / "amira"
 AMIRA_LOG = ENGINE_HOME / "amira-perf.log"
 START_TIMEOUT_SECS = 60.0
 READY_POLL_SECS = 0.02
-COUNTED_SECS = 0.1  # after which an answered request is in Triton's own counters
-REPORTED_SECS = 0.8  # the decoder reports twice a second
+COUNTED_SECS = 0.1
+"""Maximum delay until Triton's own counters include an answered request."""
+
+REPORTED_SECS = 0.8
+"""Maximum delay until the decoder's counters include an answered request; the decoder reports twice a second."""
 
 
 class PerfError(RuntimeError):
-    """Nothing can be measured; one line that says why."""
+    """A measurement is not possible; the message is one line with the reason."""
 
 
 class Target(NamedTuple):
-    """A Triton: its gRPC endpoint, the URL of its metrics, and its process id where it is ours."""
+    """A Triton server: gRPC endpoint, URL of its metrics, and process id if it was started here."""
 
     endpoint: str
     metrics_url: str
@@ -43,19 +46,19 @@ class Target(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A server of ours as a process: its base URL and its process id."""
+    """A server process: base URL and process id."""
 
     url: str
     pid: int
 
 
 Counters = Mapping[tuple[str, str], float]
-"""Counters by their name and the model they belong to."""
+"""Values of counters by name and model."""
 
 
 @contextlib.asynccontextmanager
 async def triton_server(given: Target | None, repository: Path = MODEL_REPOSITORY) -> AsyncIterator[Target]:
-    """The server given, or an embedded Triton of our own."""
+    """Yield the given server, or start an embedded Triton."""
     if given:
         yield given
         return
@@ -71,14 +74,14 @@ async def triton_server(given: Target | None, repository: Path = MODEL_REPOSITOR
 
 @contextlib.asynccontextmanager
 async def amira(command: str, **variables: Any) -> AsyncIterator[Process]:
-    """``amira serve`` or ``amira run`` as a process of its own, once it is ready.
+    """Run ``amira serve`` or ``amira run`` in a process, and yield the process when it is ready.
 
     Args:
-        command: which of the two.
-        variables: settings by their names in lower case; those of the launcher too.
+        command: ``serve`` or ``run``.
+        variables: environment variables in lower case, without ``AMIRA_``.
 
     Raises:
-        PerfError: it ended, or was not ready in time.
+        PerfError: the process ended, or was not ready in time.
     """
     (port,) = free_ports(LOOPBACK, 1)
     given = {"server_host": LOOPBACK, "server_port": port, "log_level": "error", **variables}
@@ -102,32 +105,30 @@ async def _ready(url: str, process: asyncio.subprocess.Process) -> None:
     async with httpx.AsyncClient(timeout=5) as client:
         while time.monotonic() < deadline:
             if process.returncode is not None:
-                raise PerfError(
-                    f"{AMIRA.name} ended with exit code {process.returncode} while it started; {AMIRA_LOG} says why"
-                )
+                raise PerfError(f"{AMIRA.name} ended with exit code {process.returncode} during start-up; see {AMIRA_LOG}")
             with contextlib.suppress(httpx.HTTPError):
                 if (await client.get(f"{url}/health/ready")).is_success:
                     return
             await asyncio.sleep(READY_POLL_SECS)
-    raise PerfError(f"{AMIRA.name} was not ready within {START_TIMEOUT_SECS:g} s; {AMIRA_LOG} says why")
+    raise PerfError(f"{AMIRA.name} was not ready within {START_TIMEOUT_SECS:g} s; see {AMIRA_LOG}")
 
 
 async def read_counters(url: str, settle_secs: float = REPORTED_SECS) -> Counters:
-    """Triton's counters and the decoder's, once it has reported what it did until now.
+    """Read the counters of Triton and the decoder after they include all answered requests.
 
     Args:
-        url: of Triton's metrics.
-        settle_secs: wait so long first; ``COUNTED_SECS`` will do for what Triton counts itself.
+        url: URL of Triton's metrics.
+        settle_secs: wait before the request; ``COUNTED_SECS`` is enough for Triton's own counters.
 
     Raises:
-        PerfError: there are none at the URL.
+        PerfError: the metrics cannot be read.
     """
     await asyncio.sleep(settle_secs)
     try:
         async with httpx.AsyncClient(timeout=10) as client:
             page = (await client.get(url)).raise_for_status().text
     except httpx.HTTPError as error:
-        raise PerfError(f"can't read Triton's metrics at {url} ({error}); say where they are with --metrics-url") from None
+        raise PerfError(f"cannot read Triton's metrics at {url} ({error}); pass their URL with --metrics-url") from None
     counters: defaultdict[tuple[str, str], float] = defaultdict(float)
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -136,7 +137,7 @@ async def read_counters(url: str, settle_secs: float = REPORTED_SECS) -> Counter
 
 
 def cpu_model() -> str:
-    """The processor's name, as Linux tells it."""
+    """Return the name of the processor from ``/proc/cpuinfo``."""
     with contextlib.suppress(OSError):
         if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
             return found[1]

@@ -1,4 +1,4 @@
-"""The recordings to measure with."""
+"""Read recordings to measure with, and cut and join them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ AUDIO_SUFFIXES = frozenset((".flac", ".ogg", ".opus", ".wav"))
 
 
 def read_speech(directory: Path) -> list[Samples]:
-    """The recordings in a directory: those of its ``manifest.tsv``, or else every audio file.
+    """Read the recordings of a directory: those in its ``manifest.tsv``, or all audio files without a manifest.
 
     Raises:
-        PerfError: one can't be decoded, or there is none.
+        PerfError: a recording cannot be decoded, or there is none.
     """
     manifest = directory / "manifest.tsv"
     if manifest.is_file():
@@ -40,22 +40,22 @@ def read_speech(directory: Path) -> list[Samples]:
         except ApiError as error:
             raise PerfError(f"{path}: {error}") from None
     if not recordings:
-        raise PerfError(f"{directory} holds no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
+        raise PerfError(f"{directory} has no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return recordings
 
 
 def cut(samples: Samples, size: int) -> list[Samples]:
-    """Pieces of so many samples; the last may be shorter."""
+    """Cut audio into pieces of `size` samples; the last may be shorter."""
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def join(recordings: Sequence[Samples], secs: float) -> Samples:
-    """The recordings one after another, from the first again where they are too few, cut at so many seconds."""
+    """Concatenate recordings to exactly `secs` seconds; repeat them if they are too short."""
     return np.concatenate(repeat(recordings, secs))[: round(secs * RATE)]
 
 
 def repeat(recordings: Sequence[Samples], secs: float) -> list[Samples]:
-    """As many recordings as last so many seconds at least, from the first again where they are too few."""
+    """Return the first recordings that last at least `secs` seconds; repeat them if they are too short."""
     chosen: list[Samples] = []
     samples = 0
     for recording in cycle(recordings):
@@ -67,5 +67,5 @@ def repeat(recordings: Sequence[Samples], secs: float) -> list[Samples]:
 
 
 def audio_secs(recordings: Sequence[Samples]) -> float:
-    """How long the recordings last together."""
+    """Return the total length of recordings in seconds."""
     return sum(map(len, recordings)) / RATE

@@ -1,4 +1,4 @@
-"""The stages of a benchmark: what each measures, and which goals it is held against."""
+"""Stages of the benchmark: each measures figures and compares them with goals."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ T = TypeVar("T")
 CALLS = "nv_inference_request_success_total", "decoder_joint"
 OURS_GRPC, OURS_REST, OURS_SOCKET, OURS_ANALYZED = "ours, gRPC", "ours, REST", "ours, WebSocket", "ours, perf_analyzer"
 FLOORS = {"floor, 2 threads": (1, 2), "floor, 2 sessions": (2, 1)}
-"""Sessions and threads of each."""
+"""Number of sessions, and threads of each session, by contender."""
 
 ONNX_ASR = "onnx-asr"
 AT_ONCE = 8
 SHORT_SECS, LONG_SECS = 10.0, 60.0
 BATCH_SECS = 30.0
 SLACK_MS = 300.0
-"""A chunk may take this much longer than it and its right context last."""
+"""Maximum latency of a partial beyond the length of its chunk and right context."""
 
 SCRIPTS = 4
 
 
 @dataclass
 class Bench:
-    """What the stages share, and what they find."""
+    """Servers, clients and recordings that the stages share, and their results."""
 
     plan: Plan
     recordings: Sequence[Samples]
@@ -62,16 +62,16 @@ class Bench:
 
     @property
     def limit_ms(self) -> float:
-        """What the p95 of partials' latency may be."""
+        """Maximum p95 of the latency of partials with which a number of streams is held."""
         return (self.windows.chunk + self.windows.right) * 1000 / RATE + SLACK_MS
 
     def figure(self, contender: str, load: str, concurrency: int) -> Figure:
-        """One that was measured before."""
+        """Return a figure that was measured before."""
         key = contender, load, concurrency
         return next(figure for figure in self.figures if figure[:3] == key)
 
     def floor(self, load: str) -> Figure:
-        """The faster arrangement of the floor."""
+        """Return the figure of the faster layout of the floor."""
         return max((f for f in self.figures if f.contender in FLOORS and f.load == load), key=lambda f: f.audio_secs_per_sec)
 
     def add(
@@ -81,17 +81,17 @@ class Bench:
         self.goals.append(Goal(name, round(measured, 3), must, aim, at_least))
 
     async def calls(self) -> float:
-        """Calls of decoder_joint so far."""
+        """Return the number of decoder_joint calls so far."""
         counters = await read_counters(self.triton.metrics_url, COUNTED_SECS)
         return counters[CALLS]
 
     def roots(self, gateway: bool) -> Mapping[str, int]:
-        """The servers' processes."""
+        """Return the process ids of the servers by name."""
         roots = {"triton": self.triton.pid or 0}
         return {**roots, "gateway": self.gateway.pid} if gateway else roots
 
     def contender(self, name: str) -> Contender:
-        """One of those that are served."""
+        """Return a contender that runs in a server."""
         send = {
             OURS_GRPC: self.grpc.ours,
             FRAME_SYNCHRONOUS: self.grpc.frame_synchronous,
@@ -101,7 +101,7 @@ class Bench:
 
 
 async def whole_recordings(bench: Bench) -> None:
-    """Everyone on whole recordings, on 60 s in one piece, and on 10 s."""
+    """Measure all contenders on whole recordings, on 60 s in one request, and on 10 s."""
     plan, me = bench.plan, {"in-process": os.getpid()}
     peer = OnnxAsr(MODEL_REPOSITORY, parameters(MODEL_REPOSITORY))
     onnx_asr = Turn(Contender(ONNX_ASR, peer.transcribe, me, peer.count), 1)
@@ -126,7 +126,13 @@ async def whole_recordings(bench: Bench) -> None:
     bench.add(
         "batch by REST, 8 at once: throughput over the floor's", rest.audio_secs_per_sec / floor_rate, 0.75, 0.9, at_least=True
     )
-    bench.add("the same over onnx-asr's in-process", rest.audio_secs_per_sec / peer_rate, 1.3, 2.0, at_least=True)
+    bench.add(
+        "batch by REST, 8 at once: throughput over onnx-asr's in-process",
+        rest.audio_secs_per_sec / peer_rate,
+        1.3,
+        2.0,
+        at_least=True,
+    )
     times = [bench.figure(name, "10 s", 1).p50_ms for name in (OURS_REST, ONNX_ASR)]
     bench.add("10 s by REST: time over onnx-asr's in-process", times[0] / times[1], 1.2, 1.0)
     cpu = [
@@ -139,10 +145,10 @@ async def whole_recordings(bench: Bench) -> None:
 
 
 async def _check_tokens(bench: Bench, peer: OnnxAsr, recordings: Sequence[Samples]) -> None:
-    """Hold the contenders' tokens against each other; warms everyone up, too.
+    """Check that all contenders return the same tokens. This also warms them up.
 
     Raises:
-        PerfError: they differ.
+        PerfError: tokens differ.
     """
     for i, samples in enumerate(recordings):
         tokens = await bench.grpc.ours(samples)
@@ -152,11 +158,11 @@ async def _check_tokens(bench: Bench, peer: OnnxAsr, recordings: Sequence[Sample
             (OURS_REST, bench.rest.transcribe),
         ):
             if await transcribe(samples) != tokens:
-                raise PerfError(f"recording {i}, {len(samples) / RATE:.2f} s: {name} and {OURS_GRPC} give different tokens")
+                raise PerfError(f"recording {i}, {len(samples) / RATE:.2f} s: {name} and {OURS_GRPC} return different tokens")
 
 
 async def decoder_calls(bench: Bench) -> None:
-    """Calls of decoder_joint for each whole recording, against what blocks of frames should need."""
+    """Compare the decoder_joint calls of each whole recording with the number that blocks of frames need."""
     given = parameters(MODEL_REPOSITORY)
     frame_samples, block_frames = int(given["frame_samples"]), int(given.get("block_frames", 32))
     shares, before = [], await bench.calls()
@@ -170,7 +176,7 @@ async def decoder_calls(bench: Bench) -> None:
 
 
 async def floor_windows(bench: Bench) -> None:
-    """What the floor takes for windows of streams; each gives a chunk."""
+    """Measure the floor on the windows of a stream; each window gives one chunk."""
     windows = bench.windows
     audio = join(bench.recordings, LONG_SECS)
     starts = range(0, len(audio) - windows.size, windows.chunk)
@@ -186,7 +192,7 @@ async def floor_windows(bench: Bench) -> None:
 
 
 async def perf_analyzer(bench: Bench) -> None:
-    """The ensemble under Triton's own load generator."""
+    """Measure the ensemble with perf_analyzer."""
     tool = prepare_tool(ENGINE_HOME / "perf_analyzer")
     write_inputs(bench.recordings)
     measurement = ("--measurement-interval", str(bench.plan.interval_ms), *FIXED_WINDOWS)
@@ -202,7 +208,7 @@ async def perf_analyzer(bench: Bench) -> None:
 
 
 class Spent(NamedTuple):
-    """The last fields of a figure, and the audio seconds a second that the decoder received meanwhile."""
+    """Throughput of the decoder, and the last fields of a figure."""
 
     audio_secs_per_sec: float
     decoder_calls_per_audio_sec: float
@@ -211,7 +217,7 @@ class Spent(NamedTuple):
 
 
 async def _spending(bench: Bench, work: Awaitable[T], *, gateway: bool) -> tuple[T, Spent]:
-    """Do some work and see what the servers spend on it; audio is what the decoder receives."""
+    """Await some work, and return its result and what the servers spent per second of audio that the decoder received."""
 
     async def count() -> tuple[float, float]:
         counters = await read_counters(bench.triton.metrics_url)
@@ -235,7 +241,7 @@ async def _spending(bench: Bench, work: Awaitable[T], *, gateway: bool) -> tuple
 
 
 async def paced_streams(bench: Bench) -> None:
-    """How many live streams are held, and how they fare while recordings are transcribed."""
+    """Measure the number of live streams that are held, and their latency while recordings are transcribed."""
     plan, tried = bench.plan, dict[int, Figure]()
     scripts = await _scripts(bench, max(plan.hold_secs, plan.proof_secs))
 
@@ -267,7 +273,7 @@ async def paced_streams(bench: Bench) -> None:
 
 
 async def _scripts(bench: Bench, hold_secs: float) -> list[Script]:
-    """Streams of different audio that last long enough."""
+    """Return scripts of different audio that last for a trial."""
     scripts = []
     for i in range(SCRIPTS):
         first = i * len(bench.recordings) // SCRIPTS
@@ -277,12 +283,12 @@ async def _scripts(bench: Bench, hold_secs: float) -> list[Script]:
 
 
 def _stream_secs(windows: Windows, hold_secs: float) -> float:
-    """A stream's length: until its window is full it costs less, so that part does not count."""
+    """Return the length of a stream. The part before its window is full costs less, so it is added to the trial."""
     return hold_secs + (windows.size + windows.chunk + windows.right) / RATE
 
 
 async def _hold(bench: Bench, scripts: Sequence[Script], streams: int, secs: float, load: str) -> Figure:
-    """Play so many streams."""
+    """Play `streams` streams, and return their figure."""
     size = round(_stream_secs(bench.windows, secs) * RATE)
     chosen = [scripts[i % len(scripts)].cut(size, bench.windows) for i in range(streams)]
     playing = play(bench.gateway.url, chosen, bench.windows, lead_secs=bench.windows.size / RATE)
@@ -297,11 +303,11 @@ async def _forever(bench: Bench, recordings: Sequence[Samples]) -> None:
 
 
 async def gateway_alone(bench: Bench) -> None:
-    """The gateway before a stand-in for Triton."""
+    """Measure the gateway with a stand-in for Triton."""
     windows = bench.windows
     added = await alone.added_time(join(bench.recordings, SHORT_SECS), AT_ONCE, 2 * bench.plan.alternations)
     bench.add("gateway: time added to a request, 8 at once, p50 ms", added.p50_ms, 3.0, 1.5)
-    bench.add("gateway: the same, p99 ms", added.p99_ms, 15.0)
+    bench.add("gateway: time added to a request, 8 at once, p99 ms", added.p99_ms, 15.0)
     for i, streams in enumerate(bench.plan.crowds):
         p99_ms = await alone.crowd(join(bench.recordings, LONG_SECS), windows, streams, bench.plan.hold_secs)
         must, aim = (20.0, None) if i == 0 else (None, 20.0)
@@ -309,30 +315,30 @@ async def gateway_alone(bench: Bench) -> None:
 
 
 async def long_stream(bench: Bench) -> None:
-    """One stream straight to Triton and one through a gateway alone, each chunk as soon as the last is answered."""
+    """Measure a long stream to Triton, and one through a gateway with a stand-in; neither is paced."""
     if not bench.plan.long_secs:
         return
     audio = join(bench.recordings, bench.plan.long_secs)
     in_triton = await endurance.long_stream(bench.triton, audio, bench.windows)
     in_gateway = await alone.long_stream(audio, bench.windows)
     name = f"stream of {bench.plan.long_secs / 60:.3g} min, last minute over first"
-    bench.add(f"{name}: Triton's time a chunk", in_triton.time, 1.05, 1.0)
+    bench.add(f"{name}: Triton's time per chunk", in_triton.time, 1.05, 1.0)
     bench.add(f"{name}: the decoder's memory", in_triton.memory, 1.05, 1.0)
-    bench.add(f"{name}: the gateway's time a chunk", in_gateway.time, 1.05, 1.0)
+    bench.add(f"{name}: the gateway's time per chunk", in_gateway.time, 1.05, 1.0)
     bench.add(f"{name}: the gateway's memory", in_gateway.memory, 1.05, 1.0)
 
 
 async def memory(bench: Bench) -> None:
-    """Memory of open streams, on servers of their own: those above have kept what they once needed."""
+    """Measure the memory of open streams on new servers: used servers keep memory of earlier load."""
     if not bench.plan.idle_streams:
         return
     mb = await endurance.memory_a_stream(join(bench.recordings, SHORT_SECS), bench.plan.idle_streams)
-    bench.add("memory a live stream, gateway + decoder, MB", mb.gateway + mb.decoder, 1.5, 0.5)
-    bench.add("of which the gateway's, MB", mb.gateway)
+    bench.add("memory per live stream, gateway + decoder, MB", mb.gateway + mb.decoder, 1.5, 0.5)
+    bench.add("memory per live stream, gateway, MB", mb.gateway)
 
 
 async def start(bench: Bench) -> None:
-    """From the command to ready."""
+    """Measure the time from the command to ready."""
     bench.add("start to ready, s", await endurance.start_secs(bench.plan.starts), 12.0, 6.0)
 
 
@@ -344,6 +350,6 @@ STAGES: Mapping[str, Callable[[Bench], Awaitable[None]]] = {
     "paced streams": paced_streams,
     "long stream": long_stream,
     "the gateway alone": gateway_alone,
-    "memory a stream": memory,
+    "memory of streams": memory,
     "start": start,
 }

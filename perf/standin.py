@@ -1,9 +1,9 @@
-"""A stand-in for Triton that answers at once, or after a set time, so that what is measured is the gateway alone.
+"""A stand-in for Triton that responds at once, or after a fixed time, to measure the gateway alone.
 
     python -m perf.standin PORT [--delay-ms MS]
 
-It speaks as much of Triton's gRPC protocol as the gateway does, and has the bundled models' configurations. A stream gets one
-word a window, so every window changes the text; a segment ends after as many as the recogniser's do.
+It implements the part of Triton's gRPC protocol that the gateway uses, with the configurations of the bundled models. A stream
+gets one word per window, so every window changes the text. A segment ends after ``SEGMENT_WORDS`` words.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from gateway.triton.geometry import Windows
 from perf.recogniser import MODEL, windows_of
 
 SEGMENT_WORDS = 20
+"""Number of words in a segment, about the number in a segment of 20 s."""
+
 STATE = b"." * 4000
-"""About as long as a recogniser's."""
+"""Saved state of a stream, about as long as the recogniser's."""
 
 
 class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated code has no types
-    """The three calls that the gateway makes, with Triton's own names.
+    """Implements the three calls that the gateway makes.
 
     Args:
-        windows: of the recogniser.
-        delay_secs: how long an inference takes.
+        windows: geometry of the recogniser's windows.
+        delay_secs: time of an inference.
     """
 
     def __init__(self, windows: Windows, delay_secs: float) -> None:
@@ -45,17 +47,17 @@ class StandIn(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
         self._samples: defaultdict[int | str, int] = defaultdict(int)
 
     async def RepositoryIndex(self, _request: Any, _context: Any) -> Any:  # noqa: N802
-        """Every model of the repository is ready."""
+        """Report every model of the repository as ready."""
         names = [path.parent.name for path in MODEL_REPOSITORY.glob("*/config.pbtxt")]
         index = service_pb2.RepositoryIndexResponse.ModelIndex
         return service_pb2.RepositoryIndexResponse(models=[index(name=name, version="1", state="READY") for name in names])
 
     async def ModelConfig(self, request: Any, _context: Any) -> Any:  # noqa: N802
-        """The configuration as the file has it."""
+        """Return a model's configuration from its file."""
         return service_pb2.ModelConfigResponse(config=read_config(MODEL_REPOSITORY / request.name / "config.pbtxt"))
 
     async def ModelInfer(self, request: Any, _context: Any) -> Any:  # noqa: N802
-        """One more word for each window that the audio completes."""
+        """Add one word for each window that the audio completes."""
         chosen = request.parameters["sequence_id"]
         sequence = chosen.string_param or chosen.int64_param
         end = request.parameters["sequence_end"].bool_param
@@ -101,7 +103,7 @@ def _response(words: int, segment: int, final: bool, samples: int, state: bytes)
 
 
 def _string(value: bytes) -> bytes:
-    """A string as an element of Triton's BYTES tensors."""
+    """Encode a string as an element of a BYTES tensor."""
     return len(value).to_bytes(4, "little") + value
 
 
@@ -115,12 +117,12 @@ async def serve(port: int, delay_secs: float) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, and serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("port", type=int, help="to listen on")
+    parser.add_argument("port", type=int, help="port to listen on")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="time of an inference")
     arguments = parser.parse_args()
-    gc.disable()  # a full collection takes 130 ms, which would count as the gateway's
+    gc.disable()  # a full collection takes 130 ms, which would count as the gateway's time
     uvloop.run(serve(arguments.port, arguments.delay_ms / 1000))
 
 

@@ -1,8 +1,8 @@
-"""Live streams paced in real time over WebSockets, and the search for how many a server holds.
+"""Play live streams in real time over WebSockets, and search for the largest number that a server sustains.
 
-A stream sends its frames when they would come from a microphone. The latency of a chunk is the time from when its last sample
-was due to be sent to the first message that covers it, so it includes the right context that the chunk waits for. A chunk that
-does not change the text gets no message; a trial of the same audio beforehand tells which chunks do.
+A stream sends its frames at the times at which a microphone would. The latency of a chunk is the time from the due time of its
+last sample to the first message that covers the chunk; it includes the right context. A chunk that does not change the text
+gets no message, so the same audio is decoded beforehand to find the chunks that do.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ FRAME_SAMPLES = 1600
 END = b"\x00"
 PATH = "/v2/decode/stream/amira"
 PATIENCE_SECS = 3.0
-"""How long a stream's last messages are waited for; what has not come by then counts as coming then."""
+"""Timeout for the last messages of a stream; a missing message counts as arriving at that time."""
 
 CONNECT_LEAD_SECS = 0.2
 
 
 class Script(NamedTuple):
-    """What a stream sends, and which of its chunks change the text."""
+    """Audio of a stream, and the indices of the chunks that change the text."""
 
     samples: Samples
     chunks: Sequence[int]
 
     def cut(self, size: int, windows: Windows) -> Script:
-        """The beginning of it, in samples."""
+        """Return the first `size` samples of the script."""
         complete = windows.complete(size)
         return Script(self.samples[:size], [chunk for chunk in self.chunks if chunk < complete])
 
 
 class Message(NamedTuple):
-    """When a message came, in seconds of ``time.perf_counter``, and how much audio it covers."""
+    """Arrival of a message, in seconds of ``time.perf_counter``, and the audio that it covers."""
 
     arrived: float
     processed_ms: int
 
 
 class Partial(NamedTuple):
-    """The time that a chunk's text took, in seconds.
+    """Times until a chunk's text arrived, in seconds.
 
     Attributes:
-        latency: since its last sample was due.
-        added: since the frame was sent that completed its window; what is left is the server's doing.
+        latency: time since the chunk's last sample was due.
+        added: time since the frame was sent that completed the chunk's window: the time of the server alone.
     """
 
     latency: float
@@ -66,7 +66,7 @@ class Partial(NamedTuple):
 
 
 async def rehearse(client: GrpcClient, samples: Samples, windows: Windows) -> Script:
-    """Send audio chunk by chunk straight to Triton, and see which chunks change the text."""
+    """Decode audio chunk by chunk without the gateway, and return a script with the chunks that change the text."""
     changing, chunk = [], 0
     final_text = text = ""
     async for answer in client.chunks(samples, windows):
@@ -80,21 +80,21 @@ async def rehearse(client: GrpcClient, samples: Samples, windows: Windows) -> Sc
 
 
 async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs: float) -> list[Partial]:
-    """Play a stream for each script, at random phases of a chunk, and wait for their finals.
+    """Play one stream per script, at random phases of a chunk, and wait for the finals.
 
     Args:
-        url: the gateway's.
-        scripts: one for each stream; they may repeat.
-        windows: of the recogniser.
-        lead_secs: audio at the beginning whose chunks are not counted.
+        url: URL of the gateway.
+        scripts: one per stream; they may repeat.
+        windows: geometry of the recogniser's windows.
+        lead_secs: length of the audio at the start whose chunks do not count.
 
     Returns:
-        The partials of all counted chunks that change the text.
+        Partials of all counted chunks that change the text.
 
     Raises:
-        PerfError: a stream was refused, or ended by an error.
+        PerfError: a stream was refused, or ended with an error.
     """
-    phases = random.Random(len(scripts))  # noqa: S311 (the same for every run)
+    phases = random.Random(len(scripts))  # noqa: S311 (the same phases in every run)
     address = f"{url.replace('http', 'ws', 1)}{PATH}"
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -114,7 +114,7 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
 
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
-    """Look for no garbage, for up to 90 ms, while arrivals are timed."""
+    """Disable garbage collection, which takes up to 90 ms, while arrivals are timed."""
     gc.collect()
     gc.disable()
     try:
@@ -151,16 +151,16 @@ def timings(
     messages: Sequence[Message],
     gave_up: float,
 ) -> list[Partial]:
-    """What a stream's messages say of its chunks' times.
+    """Return the times of a stream's chunks.
 
     Args:
-        script: what was sent.
-        windows: of the recogniser.
-        lead_secs: audio at the beginning whose chunks are not counted.
-        start: when the stream began; this and all times in seconds of one clock.
-        sent_at: when each frame was sent.
-        messages: what came, in order.
-        gave_up: when nothing more was waited for.
+        script: audio and chunks of the stream.
+        windows: geometry of the recogniser's windows.
+        lead_secs: length of the audio at the start whose chunks do not count.
+        start: start of the stream; all times are in seconds of one clock.
+        sent_at: time at which each frame was sent.
+        messages: messages in order of arrival.
+        gave_up: arrival time of missing messages.
     """
     partials = []
     for chunk in script.chunks:
@@ -173,10 +173,10 @@ def timings(
 
 
 async def _listen(socket: ClientConnection, messages: list[Message]) -> None:
-    """Note what comes until the final.
+    """Collect messages until the final.
 
     Raises:
-        PerfError: an error came instead.
+        PerfError: the server sent an error.
     """
     async for data in socket:
         message = orjson.loads(data)
@@ -186,25 +186,25 @@ async def _listen(socket: ClientConnection, messages: list[Message]) -> None:
 
 
 def _frame_with(samples: int) -> int:
-    """Index of the frame with the last of so many samples."""
+    """Return the index of the frame that completes `samples` samples."""
     return (samples - 1) // FRAME_SAMPLES
 
 
 def _due(start: float, frame: int) -> float:
-    """When a frame has been spoken."""
+    """Return the time at which a frame's last sample is due."""
     return start + (frame + 1) * FRAME_SAMPLES / RATE
 
 
 async def most_held(holds: Callable[[int], Awaitable[bool]], start: int, precision: float) -> int:
-    """The largest number that holds, as far as doubling and bisecting find it.
+    """Search for the largest number that holds, by doubling and bisection.
 
     Args:
-        holds: whether a number does; taken to be so for every smaller one.
-        start: where to begin.
-        precision: share of the result within which it is enough to know it.
+        holds: whether a number holds; assumed to be monotonic.
+        start: first number to try.
+        precision: relative precision of the result.
 
     Returns:
-        A number that held; 0 if not even 1 does.
+        A number that held; 0 if 1 does not.
     """
     low, high = 0, start
     while await holds(high):

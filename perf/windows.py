@@ -1,18 +1,17 @@
-"""What windows cost and what they are worth: word error rate and encoder time by left context, chunk and right context.
+"""Measure word error rate and encoder time by left context, chunk and right context of the windows.
 
     python -m perf.windows SPEECH_DIR [--quick] [--repository DIR] [--model NAME]
 
-SPEECH_DIR holds labelled recordings, as for ``perf.evaluate``. Each is a stream that the decoder's own code cuts and decodes,
-in this process, with ONNX Runtime's sessions as Triton has them. The results of the bundled model go to
-``perf/results/windows.md`` and ``windows.json``, the picture to ``docs/windows.png``; those of another model are printed only.
-perf/README.md says what the columns are.
+SPEECH_DIR has labelled recordings, as for ``perf.evaluate``. Each recording is a stream, cut and decoded in this process by the
+decoder's own code, with ONNX Runtime sessions like Triton's. The results of the bundled model are written to
+``perf/results/windows.md`` and ``windows.json``, the plot to ``docs/windows.png``; those of another model are only printed.
+perf/README.md defines the columns.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import queue
 import statistics
 import sys
@@ -20,13 +19,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -35,24 +32,23 @@ from amira.models.configs import ModelError
 from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
-from perf.analyze import RESULTS
 from perf.evaluate import Recording, normalise, read_speech
 from perf.floor import FrontEnd, open_graph
+from perf.output import circumstances, publish
 from perf.plots import draw_windows
 from perf.recogniser import choose, joint_step
-from perf.server import cpu_model
 from perf.speech import Samples
 
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
 from batching import Decoder, Encoded, Encoder, recognise
-from greedy import Transducer
+from greedy import JointOutputs
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
 from vocabulary import continuations, read_vocabulary
 from words import text_of, words_of
 
 SESSIONS = 2
-"""Encoder sessions of one thread each, as ``instance_group`` of the encoder has them."""
+"""Number of encoder sessions with one thread each, as in ``instance_group`` of the encoder."""
 
 GEOMETRIES_SECS = (
     (3.0, 0.4, 0.5),
@@ -70,22 +66,22 @@ GEOMETRIES_SECS = (
     (1.9, 2.9, 0.5),
     (3.0, 2.9, 0.5),
 )
-"""Left context, chunk and right context; each is rounded to the model's frames, and its own geometries come first."""
+"""Left context, chunk and right context; each is rounded to the model's frames. The model's own geometries come first."""
 
 TURNS, TURN_WINDOWS = 5, 6
 
 
 class Point(NamedTuple):
-    """What a geometry is worth.
+    """Results of one geometry.
 
     Attributes:
-        latencies: of the model that have it.
-        left_secs, chunk_secs, right_secs: itself.
-        wer: word error rate in per cent.
-        wer_more: how much that is above ``balanced``, in per cent of the words.
-        wer_more_error: standard error of that, from the differences of the single recordings.
-        window_ms: time that preprocessor and encoder take for a full window on one thread while the other sessions work too.
-        streams: that all sessions could carry: chunk over window time, times the sessions.
+        latencies: names of the model's latencies with this geometry.
+        left_secs, chunk_secs, right_secs: the geometry.
+        wer: word error rate in percent.
+        wer_more: difference to ``balanced`` in percent of the words.
+        wer_more_error: standard error of the difference, from the differences of single recordings.
+        window_ms: CPU time of preprocessor and encoder for a full window on one thread while the other sessions work too.
+        streams: number of streams that all sessions can carry: chunk length over window time, times the sessions.
     """
 
     latencies: str
@@ -100,7 +96,7 @@ class Point(NamedTuple):
 
 
 class Networks:
-    """The three graphs, as the decoder calls them."""
+    """The three graphs with the interfaces that the decoder calls."""
 
     def __init__(self, recogniser: Recogniser) -> None:
         self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
@@ -110,7 +106,7 @@ class Networks:
         self.pieces = read_vocabulary(recogniser.vocabulary)
 
     def encode(self, windows: Sequence[Samples], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
-        """One call of preprocessor and encoder on windows of equal length."""
+        """Encode windows of equal length in one call."""
         front_end = self._idle.get()
         try:
             waveforms = np.stack(windows).astype(np.float32) / np.float32(32768)
@@ -124,11 +120,19 @@ class Networks:
 async def transcribe(
     networks: Networks, p: Parameters, geometry: Geometry, recordings: Sequence[Recording], done: Callable[[], None]
 ) -> list[str]:
-    """Normalised texts of recordings as streams in windows of a geometry."""
+    """Return the normalised texts of recordings that are decoded as streams with a geometry.
+
+    Args:
+        networks: the graphs.
+        p: parameters of the decoder.
+        geometry: geometry of the windows.
+        recordings: the recordings.
+        done: called after each recording.
+    """
     pieces = networks.pieces
     p = replace(p, geometries={p.options.latency: geometry}, continuations=continuations(pieces[: p.blank]))
     encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
-    decoder = Decoder(networks.step, Transducer(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
+    decoder = Decoder(networks.step, JointOutputs(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
 
     async def one(recording: Recording) -> str:
         stream = Stream(p, p.options)
@@ -143,11 +147,11 @@ async def transcribe(
 
 
 def window_secs(networks: Networks, windows: Mapping[Geometry, Samples], done: Callable[[], None]) -> dict[Geometry, float]:
-    """Time of a thread for a window of each geometry while all sessions work; geometries take turns."""
+    """Return the CPU time of a window of each geometry while all sessions work; geometries alternate."""
     turns: dict[Geometry, list[float]] = {geometry: [] for geometry in windows}
 
     def work(window: Samples) -> float:
-        began = time.thread_time()  # what the machine does besides is no cost of the window's
+        began = time.thread_time()  # CPU time of this thread, without other load on the machine
         networks.encode([window])
         return time.thread_time() - began
 
@@ -160,24 +164,20 @@ def window_secs(networks: Networks, windows: Mapping[Geometry, Samples], done: C
 
 
 def errors(recordings: Sequence[Recording], texts: Sequence[str]) -> NDArray[np.int64]:
-    """Wrong, missing and surplus words of each recording."""
+    """Return the number of substitutions, deletions and insertions in each recording."""
     counts = [jiwer.process_words(recording.text, text) for recording, text in zip(recordings, texts, strict=True)]
     return np.array([count.substitutions + count.deletions + count.insertions for count in counts])
 
 
 def geometries(p: Parameters, quick: bool) -> list[Geometry]:
-    """Those to measure, the model's own first, ``balanced`` before the others."""
+    """Return the geometries to measure: ``balanced``, the model's others, then all others unless `quick`."""
     own = sorted(p.geometries.items(), key=lambda item: item[0] != p.options.latency)
     others = [] if quick else [Geometry(*(round(s * RATE / p.frame_samples) for s in secs)) for secs in GEOMETRIES_SECS]
     return list(dict.fromkeys([*(geometry for _, geometry in own), *others]))
 
 
 def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
-    """Measure every geometry.
-
-    Returns:
-        The report.
-    """
+    """Measure every geometry, and return the report."""
     p = Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
     networks, recordings, chosen = Networks(recogniser), read_speech(directory), geometries(p, quick)
     everything = np.concatenate([recording.samples for recording in recordings])
@@ -194,9 +194,7 @@ def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, A
     words = sum(len(recording.text.split()) for recording in recordings)
     wrong = [errors(recordings, text) for text in texts]
     return {
-        "date": datetime.now(timezone.utc).isoformat(" ", "minutes"),
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        **circumstances(),
         "quick": quick,
         "sessions": SESSIONS,
         "recordings": len(recordings),
@@ -220,7 +218,7 @@ def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, A
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     titles = ("", "left s", "chunk s", "right s", "latency s", "word error rate %", "above balanced", "window ms", "streams")
     lines = [
         f"| {point.latencies} | {point.left_secs:.2f} | {point.chunk_secs:.2f} | {point.right_secs:.2f} "
@@ -232,7 +230,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     ]
     about = (
         f"{report['date']}, {report['cpu']}, {report['cores']} cores; {report['recordings']} recordings of "
-        f"{report['seconds']} s and {report['words']} words. perf/README.md says what the columns are."
+        f"{report['seconds']} s and {report['words']} words. perf/README.md defines the columns."
     )
     return "\n".join(
         [
@@ -249,14 +247,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line, measure, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="recordings and their manifest.tsv")
+    parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="directory of recordings with a manifest.tsv")
     parser.add_argument("--quick", action="store_true", help="only the model's own geometries")
-    parser.add_argument(
-        "--repository", type=Path, default=MODEL_REPOSITORY, help="model repository; by default the bundled one"
-    )
-    parser.add_argument("--model", help="ensemble of the repository; not needed where it has one")
+    parser.add_argument("--repository", type=Path, default=MODEL_REPOSITORY, help="model repository; default: the bundled one")
+    parser.add_argument("--model", help="ensemble of the repository; optional if there is only one")
     arguments = parser.parse_args()
     try:
         recogniser = choose(arguments.repository, arguments.model)
@@ -265,9 +261,7 @@ def main() -> None:
     report = measure(arguments.directory, arguments.quick, recogniser)
     page = to_markdown(report)
     if arguments.repository.resolve() == MODEL_REPOSITORY:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "windows.md").write_text(page, encoding="utf-8")
-        (RESULTS / "windows.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        publish("windows", report, page)
         draw_windows(report, ROOT / "docs" / "windows.png")
     print(page)
 

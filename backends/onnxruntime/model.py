@@ -1,16 +1,16 @@
-"""ONNX Runtime for the embedded Triton, as a Python-based backend.
+"""ONNX Runtime backend for the embedded Triton, as a Python-based backend.
 
-The embedded engine comes from PyPI and has no native ONNX Runtime backend. This file takes its place, so a model repository
-whose models say ``backend: "onnxruntime"`` loads unchanged; the stock Triton container has the native backend and does not use
-this file. It takes the native backend's settings with the same meaning, and refuses what the native backend refuses
-(``onnxruntime.cc`` of onnxruntime_backend, ``ModelState::ModelState`` and ``LoadModel``, read at commit 00fd3e8 of June 2026):
+The embedded engine comes from PyPI without a native ONNX Runtime backend. This file replaces the native backend, so a model
+repository with ``backend: "onnxruntime"`` loads without changes. The stock Triton container has the native backend and does not
+use this file. Settings have the meaning that they have in the native backend, and invalid ones are refused as there
+(``onnxruntime.cc`` of onnxruntime_backend, ``ModelState::ModelState`` and ``LoadModel``, as of commit 00fd3e8 of June 2026):
 
 - ``instance_group`` of KIND_CPU, ``default_model_filename``, ``model_operations { op_library_filename }``, ``model_warmup``
-- ``optimization { graph { level } }`` and ``optimization { execution_accelerators }``, of which it has none
+- ``optimization { graph { level } }``, and ``optimization { execution_accelerators }``; there are no accelerators
 - the parameters ``intra_op_thread_count``, ``inter_op_thread_count``, ``execution_mode``, ``enable_mem_arena``,
   ``enable_mem_pattern``, ``session.use_device_allocator_for_initializers`` and ``memory.enable_memory_arena_shrinkage``
 
-It also takes ``optimization { priority }`` as the priority of the process: a model of ``PRIORITY_MIN`` yields to all others.
+In addition, ``optimization { priority }`` sets the priority of the process: a model of ``PRIORITY_MIN`` yields to all others.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ GRAPH_LEVELS = {
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     2: ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-"""The native backend's numbers for ``optimization { graph { level } }``; any other means all optimizations."""
+"""Optimization levels by the native backend's numbers for ``optimization { graph { level } }``; others mean all."""
 
 EXECUTION_MODES = {0: ort.ExecutionMode.ORT_SEQUENTIAL, 1: ort.ExecutionMode.ORT_PARALLEL}
 BOOLEANS = {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}
 INTEGER = re.compile(r"\s*([+-]?\d+)")
-"""The beginning of a text that C++'s ``std::stoi`` takes for a number; it ignores the rest."""
+"""Beginning of a text that C++'s ``std::stoi`` parses as a number; it ignores the rest."""
 
 INT32_MAX = 2**31 - 1
 
@@ -57,8 +57,8 @@ DEVICE_ALLOCATOR = "session.use_device_allocator_for_initializers"
 ARENA_SHRINKAGE = "memory.enable_memory_arena_shrinkage"
 
 LOW_NICENESS = 5
-"""Niceness of a model of ``PRIORITY_MIN``: it gets a third of the time of another model on the same core (sched(7): a factor of
-1.25 for each step)."""
+"""Niceness of a model of ``PRIORITY_MIN``. The model gets a third of the CPU time of another one on the same core (sched(7): a
+factor of 1.25 for each step)."""
 
 
 class TritonPythonModel:
@@ -69,7 +69,7 @@ class TritonPythonModel:
 
         Raises:
             pb_utils.TritonModelException: the graph is missing or malformed, a setting is not allowed, the tensors of graph and
-                configuration differ, or a warm-up sample fails.
+                configuration differ, or a warm-up sample failed.
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
@@ -103,7 +103,7 @@ class TritonPythonModel:
         self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Run each request by itself; a failed one is answered with its own error."""
+        """Run each request separately. A failed request gets an error response."""
         with self._stall_guard:
             return [self._run(request) for request in requests]
 
@@ -122,7 +122,7 @@ class TritonPythonModel:
     def _infer(self, feeds: dict[str, npt.NDArray[Any]], outputs: list[str]) -> list[npt.NDArray[Any]]:
         try:
             results: list[npt.NDArray[Any]] = self._session.run(outputs, feeds, self._run_options)
-        except Exception as error:  # ONNX Runtime has a class of its own for every status code
+        except Exception as error:  # ONNX Runtime has one class per status code
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise RuntimeError(f"inference failed on inputs {shapes}: {error}") from error
         return results
@@ -133,9 +133,9 @@ class TritonPythonModel:
     def _warm_up(self, samples: list[dict[str, Any]], data: Path) -> None:
         """Run the configuration's samples before Triton runs them again.
 
-        Triton itself must not see a sample fail. The thread that reports the failure puts its instance into a list; another
-        thread takes the last entry of that list to stop it. If the list is still empty, Triton ends with SIGSEGV and without a
-        message (``StopBackendThread`` in its core).
+        Triton must not run a sample that fails: it would end with SIGSEGV and without a message. One thread appends the failed
+        instance to a list, and another thread reads the last entry of the list, which may still be empty
+        (``StopBackendThread`` in Triton's core).
         """
         for sample in samples:
             inputs = sample["inputs"]
@@ -146,9 +146,9 @@ class TritonPythonModel:
                 raise pb_utils.TritonModelException(f"{self._name}: warm-up {sample['name']!r}: {error}") from error
 
     def _check(self, kind: str, configured: list[dict[str, Any]], nodes: list[Any], batch: list[int]) -> None:
-        """Raise unless every configured tensor is in the graph, with its type and a shape that the native backend accepts.
+        """Raise unless the graph has every configured tensor with its type and a shape that the native backend accepts.
 
-        An output's shape must equal the graph's, with -1 for open sizes; an input's shape may be narrower than the graph's.
+        An output's shape must equal the graph's, with -1 for dynamic sizes. An input may have a fixed size instead.
         """
         by_name = {node.name: node for node in nodes}
         for tensor in configured:
@@ -173,7 +173,7 @@ class TritonPythonModel:
 
 
 def _sample_input(tensor: dict[str, Any], data: Path) -> npt.NDArray[Any]:
-    """Return an input of a warm-up sample: the content of its file, or zeros."""
+    """Return an input of a warm-up sample: the contents of its file, or zeros."""
     dtype = pb_utils.triton_string_to_numpy(tensor["data_type"])
     shape = [int(dim) for dim in tensor["dims"]]
     if file := tensor.get("input_data_file"):
@@ -185,7 +185,7 @@ def session_options(config: dict[str, Any]) -> ort.SessionOptions:
     """Return ONNX Runtime's session options for a model's configuration, with the native backend's names and defaults.
 
     Raises:
-        ValueError: the native backend refuses a setting, or needs an accelerator that the embedded engine lacks.
+        ValueError: the native backend refuses a setting, or it names an accelerator, which the embedded engine lacks.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -228,7 +228,7 @@ def _parameters(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _integer(parameters: dict[str, str], name: str) -> int:
-    """Return a parameter as the native backend's ``ParseIntValue`` reads it; 0 where it is not set."""
+    """Parse a parameter like the native backend's ``ParseIntValue``; 0 if it is not set."""
     text = parameters.get(name, "0")
     number = INTEGER.match(text)
     if not number or abs(int(number[1])) > INT32_MAX:
@@ -237,7 +237,7 @@ def _integer(parameters: dict[str, str], name: str) -> int:
 
 
 def _boolean(parameters: dict[str, str], name: str) -> bool:
-    """Return a parameter as the native backend's ``ParseBoolValue`` reads it; true, as in ONNX Runtime, where it is not set."""
+    """Parse a parameter like the native backend's ``ParseBoolValue``; true, ONNX Runtime's default, if it is not set."""
     text = parameters.get(name, "true")
     if text.lower() not in BOOLEANS:
         raise ValueError(f"parameter {name} is {text!r}; it must be true, on or 1, or false, off or 0")
@@ -248,5 +248,5 @@ def _register(options: ort.SessionOptions, library: str) -> None:
     """Load a library of custom operators."""
     try:
         options.register_custom_ops_library(library)
-    except Exception as error:  # ONNX Runtime has a class of its own for every status code
+    except Exception as error:  # ONNX Runtime has one class per status code
         raise ValueError(f"model_operations: {library} cannot be loaded: {error}") from error

@@ -1,4 +1,4 @@
-"""A small random transducer, and the plain frame-by-frame decoding that decoding in blocks must agree with."""
+"""A small random joint, and the plain frame-by-frame decoding that decoding in blocks must agree with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from greedy import Floats, Predictor, States, Token, Transducer
+from greedy import Floats, JointOutputs, PredictorState, States, Token
 
 VOCABULARY = 7
 LAYERS, HIDDEN, DIMENSION = 2, 5, 4
@@ -34,13 +34,13 @@ class RandomTransducer:
 
     def __init__(self, seed: int, durations: tuple[int, ...] = (), blank_bias: float = 2.0, memory: float = 1.0) -> None:
         random = np.random.default_rng(seed)
-        self.transducer = Transducer(VOCABULARY, durations)
+        self.joint = JointOutputs(VOCABULARY, durations)
         self.calls = 0
         self._embedding = quantised(random.normal(size=(VOCABULARY + 1, HIDDEN)))
         self._recurrence = quantised(random.normal(size=(HIDDEN, HIDDEN)))
-        self._encoder = quantised(random.normal(size=(DIMENSION, self.transducer.outputs)))
-        self._predictor = quantised(random.normal(size=(HIDDEN, self.transducer.outputs)) * memory)
-        self._bias = np.zeros(self.transducer.outputs, np.float32)
+        self._encoder = quantised(random.normal(size=(DIMENSION, self.joint.size)))
+        self._predictor = quantised(random.normal(size=(HIDDEN, self.joint.size)) * memory)
+        self._bias = np.zeros(self.joint.size, np.float32)
         self._bias[VOCABULARY] = blank_bias
 
     def __call__(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
@@ -50,14 +50,14 @@ class RandomTransducer:
         logits = frames.swapaxes(1, 2) @ self._encoder + (fed[-1] @ self._predictor)[:, None] + self._bias
         return logits, (fed, hidden)
 
-    def fresh(self) -> Predictor:
+    def fresh(self) -> PredictorState:
         state = np.zeros((LAYERS, HIDDEN), np.float32)
-        return Predictor(VOCABULARY, (state, state))
+        return PredictorState(VOCABULARY, (state, state))
 
 
 def decode_frame_by_frame(network: RandomTransducer, frames: Floats, max_symbols_per_step: int) -> list[Token]:
     """One call a frame and symbol, in the manner of onnx-asr's transducer loop."""
-    blank, durations = network.transducer.blank, network.transducer.durations
+    blank, durations = network.joint.blank, network.joint.durations
     tokens: list[Token] = []
     last_token, states = blank, tuple(state[:, None] for state in network.fresh().states)
     t = symbols = 0

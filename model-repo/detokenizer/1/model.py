@@ -1,4 +1,4 @@
-"""Tokens to text and words inside Triton."""
+"""Convert tokens to text and words inside Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from words import text_of, words_of
 
 
 class TritonPythonModel:
-    """The model ``detokenizer``; keeps no state between requests."""
+    """The model ``detokenizer``. It has no state between requests."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the vocabulary.
@@ -33,7 +33,7 @@ class TritonPythonModel:
         self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request by itself."""
+        """Return a response for each request."""
         with self._stall_guard:
             return [self._respond(request) for request in requests]
 

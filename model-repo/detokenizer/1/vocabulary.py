@@ -1,6 +1,6 @@
-"""A model's vocabulary: subword pieces by token id, where ``▁`` begins a word (SentencePiece, Kudo & Richardson 2018).
+"""Read a model's vocabulary: subword pieces by token id; ``▁`` begins a word (SentencePiece, Kudo & Richardson 2018).
 
-``rnnt_greedy_bls`` has a symbolic link to this file; ``stall_guard.py`` says why.
+``rnnt_greedy_bls`` has a symbolic link to this file; ``stall_guard.py`` gives the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def read_vocabulary(path: Path) -> list[str]:
-    """Read pieces by token id, from lines ``piece id``.
+    """Return the pieces by token id from a file with lines ``piece id``.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is empty or not UTF-8, a line has another form, or the ids are not 0, 1, 2, …; the message names it.
+        ValueError: the file is empty or not UTF-8, a line has another form, or the ids are not 0, 1, 2, ….
     """
     pieces: list[str] = []
     with path.open(encoding="utf-8") as lines:

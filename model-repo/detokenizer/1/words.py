@@ -1,4 +1,4 @@
-"""Text and timed words of the tokens of one segment."""
+"""Convert the tokens of one segment to text and timed words."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import NamedTuple
 from vocabulary import BYTE_PIECE, SEPARATORS
 
 ROUNDINGS = (3, 5, 7)
-"""Decimals of a word's times: milliseconds, unless a word would have no length. 7 tell the samples of 16 kHz audio apart."""
+"""Numbers of decimals of times in seconds; a larger one is used if a word would have no length. 7 decimals distinguish samples
+of 16 kHz audio."""
 
 FLOATING_POINT_ERROR = 1e-4
-"""Largest difference of a computed time from a multiple of its last decimal that is not a difference, in such multiples."""
+"""Largest difference between a time and a multiple of its last decimal that counts as a rounding error, in these multiples."""
 
 
 class Word(NamedTuple):
@@ -22,7 +23,7 @@ class Word(NamedTuple):
     Attributes:
         word: text without white space; not empty.
         start, end: seconds from the start of the stream, start < end.
-        confidence: lowest probability of its tokens, 0 … 1: a word is as certain as its least certain token.
+        confidence: lowest probability of its tokens, 0 … 1.
     """
 
     word: str
@@ -32,7 +33,7 @@ class Word(NamedTuple):
 
 
 class _Fragment(NamedTuple):
-    """Text of one token, or of its part between two separators; empty where the token has no text of its own."""
+    """Text of one token, or of its part between two separators; empty if the token has no text."""
 
     text: str
     begins_word: bool
@@ -51,14 +52,14 @@ def words_of(
 ) -> list[Word]:
     """Return the words of a segment's pieces.
 
-    Byte pieces become characters. A character whose last bytes are missing is left out, since they may follow; if the segment
-    is final, U+FFFD takes its place.
+    Byte pieces become characters. An incomplete character at the end is left out, since its last bytes may follow; in a final
+    segment it becomes U+FFFD.
 
     Args:
-        pieces: the segment's pieces. The first one begins a word, whether it has a separator or not.
-        starts: time of each piece in seconds, not descending.
-        ends: end of each piece, later than its start and not later than the next start.
-        probabilities: of each piece.
+        pieces: pieces of the segment. The first one begins a word even without a separator.
+        starts: start of each piece in seconds, not descending.
+        ends: end of each piece in seconds, later than its start and not later than the next start.
+        probabilities: probability of each piece, 0 … 1.
         final: whether no more pieces of the segment follow.
 
     Returns:
@@ -75,7 +76,7 @@ def words_of(
 
 
 def text_of(words: Sequence[Word], segment: int) -> str:
-    """Return a segment's text: its words, separated by spaces; from segment 1 on a space separates it from the one before."""
+    """Return a segment's text: its words, separated by spaces. From segment 1 on, the text begins with a space."""
     text = " ".join(word.word for word in words)
     return f" {text}" if text and segment > 0 else text
 
@@ -90,7 +91,7 @@ def _fragments(
         if byte := BYTE_PIECE.fullmatch(piece):
             text = decoder.decode(bytes.fromhex(byte[1]))
         else:
-            text = decoder.decode(b"", final=True) + piece  # bytes that another piece interrupts stay incomplete
+            text = decoder.decode(b"", final=True) + piece  # another piece interrupts a character, which stays incomplete
             decoder.reset()
         yield from _split(text, start, end, probability)
         last = start, end, probability
@@ -99,7 +100,7 @@ def _fragments(
 
 
 def _split(text: str, start: float, end: float, probability: float) -> Iterator[_Fragment]:
-    """Split a token at its separators; its parts share its time evenly."""
+    """Split a token at its separators. The parts share the time of the token evenly."""
     head, *others = SEPARATORS.split(text)
     parts = [(head, False)] if head or not others else []
     parts += [(part, True) for part in others]
@@ -110,7 +111,7 @@ def _split(text: str, start: float, end: float, probability: float) -> Iterator[
 
 
 def _rounded(words: list[Word]) -> list[Word]:
-    """Round times down, to as few decimals as leave every word its length; so they stay in order and within the audio."""
+    """Round times down to the fewest decimals at which every word has a length. Words stay in order and within the audio."""
     for decimals in ROUNDINGS:
         scale = 10.0**decimals
         rounded = [word._replace(start=_floor(word.start, scale), end=_floor(word.end, scale)) for word in words]
@@ -120,6 +121,6 @@ def _rounded(words: list[Word]) -> list[Word]:
 
 
 def _floor(secs: float, scale: float) -> float:
-    """Round down to 1 / scale; a time that differs from a multiple by its floating-point error alone is that multiple."""
+    """Round down to a multiple of 1 / scale; a time that is below a multiple by a rounding error becomes this multiple."""
     nearest = round(secs * scale)
     return (nearest if abs(secs * scale - nearest) < FLOATING_POINT_ERROR else math.floor(secs * scale)) / scale

@@ -1,12 +1,12 @@
-"""How streams share the networks: windows queue for encoder calls, rows of frames join and leave between decoder calls.
+"""Share the networks among streams: windows queue for encoder calls, and rows of frames join and leave between decoder calls.
 
-No stream waits for a batch to fill or to drain. A window is encoded as soon as a call is free, together with queued windows of
-equal length; a row joins the next decoder call and leaves with its own last token. So the encoder works on some streams while
-others are decoded, and a long recording delays no stream. This is continuous batching as Orca does it for text (Yu et al., OSDI
-2022). Only rows of recordings wait for each other, while the encoder has a backlog. ``scheduling.py`` has the rules.
+No stream waits for a batch to fill or to drain. A window is encoded when a call is free, together with queued windows of equal
+length. A row joins the next decoder call and leaves after its last token. So some streams are encoded while others are decoded,
+and a long recording delays no stream. This is continuous batching, as in Orca (Yu et al., OSDI 2022). Only rows of recordings
+wait for each other, while the encoder has a backlog. ``scheduling.py`` has the rules.
 
-Everything runs in one event loop. Encoder calls block threads of their own; decoder calls are short and block the loop. A call
-runs in the context (``contextvars``) of its first caller.
+All state is changed in one event loop. Encoder calls run in their own threads; decoder calls are short and block the loop. A
+call runs in the context (``contextvars``) of its first caller.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
-from greedy import Floats, Row, Step, Transducer, advance
+from greedy import Floats, JointOutputs, Row, Step, advance
 from scheduling import GATHER_SECS, Occupancy, Queued, choose, is_exclusive, next_decoder_call
-from stream import Answer, Samples, Stream, Window
+from stream import Decoded, Samples, Stream, Window
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes of one window.
+    """The encoder's result for one window.
 
     Attributes:
         frames: encoder frames [D, T].
-        features: number of feature frames behind them.
+        features: number of feature frames that they were computed from.
     """
 
     frames: Floats
@@ -41,19 +41,19 @@ Encode = Callable[[Sequence[Samples], bool], Sequence[Encoded]]
 
 
 class _Caller(NamedTuple):
-    """Where a window's frames go, and the context of the task that waits for them."""
+    """The task that waits for a window: the future of its frames, and its context."""
 
     encoded: asyncio.Future[Encoded]
     context: contextvars.Context
 
 
 class Encoder:
-    """The encoder, for all streams.
+    """Queues the windows of all streams, and runs encoder calls.
 
     Args:
-        encode: one call; blocks its thread.
-        calls: number of calls that may run at once.
-        windows_per_call: maximum number of windows in a call, by their length in samples.
+        encode: runs one call; blocks its thread.
+        calls: maximum number of calls that run at once.
+        windows_per_call: returns the maximum number of windows in a call for their length in samples.
 
     Attributes:
         backlog: number of windows for which no call was free. A window that has just arrived does not count.
@@ -72,11 +72,11 @@ class Encoder:
         self._last_met_at = -math.inf
 
     def is_busy(self) -> bool:
-        """Whether there is a backlog: its frames are certain to come."""
+        """Return whether there is a backlog, so that more frames are certain to come."""
         return self.backlog > 0
 
     async def encode(self, window: Window) -> Encoded:
-        """Encode a window.
+        """Queue a window, and return its frames when they are encoded.
 
         Raises:
             RuntimeError: the call failed.
@@ -90,7 +90,7 @@ class Encoder:
         return await caller.encoded
 
     def _dispatch(self) -> None:
-        """Start as many calls as may start."""
+        """Start all calls that may start now."""
         now = asyncio.get_running_loop().time()
         if self._running + len(self._queue) > 1:
             self._last_met_at = now
@@ -102,7 +102,7 @@ class Encoder:
         return Occupancy(self._calls, self._running, self._running_recordings, self._last_live_at)
 
     def _start(self, group: Sequence[Queued], *, exclusive: bool) -> None:
-        """Take windows out of the queue and encode them."""
+        """Remove windows from the queue, and start their call."""
         callers = [self._queue.pop(queued) for queued in group]
         recordings = not group[0].window.live
         self._running += 1
@@ -125,32 +125,32 @@ class Encoder:
 
 
 class _Decoding(NamedTuple):
-    """A row in the decoder.
+    """The task that waits for a row.
 
     Attributes:
         done: set when the row is decoded.
-        due: until when the row may wait for others, in seconds of the event loop.
-        context: of the task that waits for the row.
+        waits_until: latest start of the next call, in seconds of the event loop's clock.
+        context: context of the task.
     """
 
     done: asyncio.Future[None]
-    due: float
+    waits_until: float
     context: contextvars.Context
 
 
 class Decoder:
-    """The predictor and joint network, for all streams.
+    """Decodes the rows of all streams in shared calls.
 
     Args:
-        step: one call; blocks the event loop for a moment.
-        transducer: the meaning of the network's outputs.
+        step: runs one call; blocks the event loop for a moment.
+        joint: layout of the network's logits.
         block_frames: frames scored by one call.
-        rows_are_coming: whether more rows are certain to arrive; rows wait only then.
+        rows_are_coming: returns whether more rows are certain to arrive; rows wait only then.
     """
 
-    def __init__(self, step: Step, transducer: Transducer, block_frames: int, rows_are_coming: Callable[[], bool]) -> None:
+    def __init__(self, step: Step, joint: JointOutputs, block_frames: int, rows_are_coming: Callable[[], bool]) -> None:
         self._step = step
-        self._transducer = transducer
+        self._joint = joint
         self._block_frames = block_frames
         self._rows_are_coming = rows_are_coming
         self._rows: dict[Row, _Decoding] = {}
@@ -161,11 +161,11 @@ class Decoder:
 
         Args:
             row: frames of one stream.
-            patience_secs: how long the row may wait to share its calls with others.
+            patience_secs: maximum delay of the row's first call to share the call with other rows.
 
         Raises:
             RuntimeError: a call failed.
-            ValueError: the network's outputs are not those of the transducer, or this row's are not finite.
+            ValueError: the network's outputs have another layout, or this row's are not finite.
         """
         if row.finished:
             return
@@ -178,20 +178,23 @@ class Decoder:
             raise ValueError(row.error)
 
     def _schedule(self) -> None:
-        """Set the time of the next call anew."""
+        """Schedule the next call, and cancel the one that was scheduled before."""
         if self._next:
             self._next.cancel()
-        # At the earliest in the loop's next turn: tasks whose rows have just finished can add their next rows before.
-        at = next_decoder_call((decoding.due for decoding in self._rows.values()), self._rows_are_coming())
-        self._next = asyncio.get_running_loop().call_at(at, self._call)
+        loop = asyncio.get_running_loop()
+        waits_until = (decoding.waits_until for decoding in self._rows.values())
+        at = next_decoder_call(waits_until, loop.time(), rows_are_coming=self._rows_are_coming())
+        # A timer fires in the next turn of the loop at the earliest, so tasks whose rows have just finished can add rows
+        # before.
+        self._next = loop.call_at(at, self._call)
 
     def _call(self) -> None:
-        """Advance all rows by one call of the network."""
+        """Advance all rows with one call of the network."""
         self._next = None
         rows = list(self._rows)
         try:
-            self._rows[rows[0]].context.run(advance, self._step, self._transducer, rows, self._block_frames)
-        except Exception as error:  # noqa: BLE001 (any error is the rows', not the decoder's)
+            self._rows[rows[0]].context.run(advance, self._step, self._joint, rows, self._block_frames)
+        except Exception as error:  # noqa: BLE001 (an error fails these rows, not the decoder)
             for row in rows:
                 self._rows.pop(row).done.set_exception(error)
         else:
@@ -202,18 +205,18 @@ class Decoder:
             self._schedule()
 
 
-async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Answer:
-    """Decode the windows of a stream that are due, and return its answer.
+async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: bool) -> Decoded:
+    """Decode the windows of a stream that are due, and return the result.
 
     Args:
-        stream: has the new audio already.
+        stream: the stream, with the new audio.
         encoder: shared by all streams.
         decoder: shared by all streams.
-        end: no more audio follows.
+        end: whether no more audio follows.
 
     Raises:
         RuntimeError: a network failed; the stream's state is lost.
-        ValueError: a network's outputs do not fit; the stream's state is lost.
+        ValueError: a network's outputs have a wrong size; the stream's state is lost.
     """
     tail: Floats | None = None
     while window := stream.next_window(end):
@@ -227,4 +230,4 @@ async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: 
         row = stream.tail_row(tail)
         await decoder.decode(row)
         stream.show(row)
-    return stream.answer(end)
+    return stream.finish_request(end)

@@ -1,11 +1,11 @@
-"""Greedy decoding of transducers in blocks of frames, in plain numpy.
+"""Decode transducers greedily in blocks of frames, in plain numpy.
 
-A transducer's predictor changes only when a token is emitted. So one call of the network scores a whole block of frames against
-a constant predictor state; the walk to the first token happens here, and then the network is called again. A row of frames
-costs its tokens + 1 calls, and one more for each further block that it crosses. Rows are independent streams and share calls.
+A transducer's predictor changes only when a token is emitted. So one call of the network scores a whole block of frames with a
+constant predictor state. This module finds the first token in the scores; then the network is called again. A row of frames
+costs its tokens + 1 calls, and one more for each further block. Rows belong to independent streams and share calls.
 
-One walk decodes two kinds: RNN-T (Graves 2012, arXiv:1211.3711) and TDT (Xu et al. 2023, arXiv:2304.06795), whose network also
-gives the number of frames to jump. An RNN-T is a TDT whose blanks always jump one frame and whose tokens jump none.
+The same loop decodes RNN-T (Graves 2012, arXiv:1211.3711) and TDT (Xu et al. 2023, arXiv:2304.06795). A TDT's network also
+outputs the number of frames to jump. An RNN-T is a TDT whose blanks always jump one frame and whose tokens jump none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ States = tuple[Floats, ...]
 
 
 class Step(Protocol):
-    """The predictor and joint network, for one block of frames after one token per row."""
+    """Predictor and joint network: scores one block of frames per row after the row's last token."""
 
     def __call__(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
         """Score the frames.
@@ -40,8 +40,8 @@ class Step(Protocol):
 
 
 @dataclass(frozen=True)
-class Transducer:
-    """The meaning of the network's outputs.
+class JointOutputs:
+    """Layout of the joint network's logits, and their use.
 
     Attributes:
         blank: index of the blank; the tokens are 0 … blank - 1, and the logits of the durations follow the blank's.
@@ -54,19 +54,19 @@ class Transducer:
     blank_penalty: float = 0.0
 
     @property
-    def outputs(self) -> int:
+    def size(self) -> int:
         """Number of logits per frame."""
         return self.blank + 1 + len(self.durations)
 
 
 @dataclass
-class Predictor:
-    """The state that one row carries from call to call.
+class PredictorState:
+    """Decoding state of a stream, carried from call to call and from row to row.
 
     Attributes:
-        last_token: last token emitted, blank at the start.
-        states: the predictor's states before ``last_token`` was fed, each [L, H].
-        symbols: number of tokens already emitted on the next frame; between rows it is 0 unless ``max_tokens`` stopped one.
+        last_token: last token emitted; the blank at the start.
+        states: predictor states before ``last_token`` was fed, each [L, H].
+        symbols: number of tokens emitted on the next frame; between rows it is 0 unless ``max_tokens`` ended a row.
         surplus_frames: number of frames of the next row that a TDT jump has already passed.
     """
 
@@ -94,20 +94,20 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """Frames of one stream on their way through the decoder.
+    """Frames of one stream that are being decoded.
 
     Attributes:
         frames: encoder frames [D, T]; T may be 0.
-        predictor: carried state of the stream, changed in place; after the last frame, the next row begins with it.
-        max_symbols_per_step: number of tokens on one frame after which the walk moves on; at least 1.
+        predictor: state of the stream, changed in place; the next row continues from it.
+        max_symbols_per_step: number of tokens on one frame after which decoding moves on; at least 1.
         max_tokens: number of tokens after which decoding stops; the next row has the rest of the frames.
-        tokens: tokens emitted so far, frames counted from the row's start.
-        position: the next frame; behind the row's end if a TDT jumped there.
-        error: why the row cannot be decoded to its end; empty if it can.
+        tokens: tokens emitted so far; frames are counted from the start of the row.
+        position: index of the next frame; beyond the end of the row if a TDT jumped there.
+        error: why decoding failed; empty if it did not.
     """
 
     frames: Floats
-    predictor: Predictor
+    predictor: PredictorState
     max_symbols_per_step: int
     max_tokens: int
     tokens: list[Token] = field(default_factory=list)
@@ -129,14 +129,15 @@ class Row:
         return min(self.position, self.frames.shape[1])
 
     def pass_blanks(self, frames: int) -> None:
-        """Move over this many frames of blanks."""
+        """Skip this many frames of blanks."""
         self.predictor.symbols = 0
         self._move(frames)
 
     def emit(self, token: int, jump: int, probability: float, states: States) -> None:
-        """Take a token on the next frame, jump by ``jump`` frames, and commit the predictor's states [L, H].
+        """Append a token on the next frame, jump by ``jump`` frames, and keep the predictor states [L, H].
 
-        A frame whose logits are NaN always ends here, since no comparison with NaN chooses the blank; it fails this row alone.
+        A frame whose logits are NaN always emits a token, since no comparison with NaN chooses the blank. Its probability is
+        not finite, so only this row fails.
         """
         if not math.isfinite(probability):
             self.error = f"token {token} has probability {probability} at frame {self.position}: the logits are not finite"
@@ -156,38 +157,38 @@ class Row:
         self.predictor.surplus_frames = max(0, self.position - self.frames.shape[1])
 
 
-def decode(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
+def decode(step: Step, joint: JointOutputs, rows: Sequence[Row], block_frames: int) -> None:
     """Decode rows to their end.
 
     Args:
-        step: the network.
-        transducer: the meaning of its outputs.
+        step: predictor and joint network.
+        joint: layout of the network's logits.
         rows: one per stream; lengths may differ.
         block_frames: frames scored by one call.
 
     Raises:
-        ValueError: the network's outputs are not those of the transducer, or not finite.
+        ValueError: the network's outputs have another layout, or are not finite.
     """
     while unfinished := [row for row in rows if not row.finished]:
-        advance(step, transducer, unfinished, block_frames)
+        advance(step, joint, unfinished, block_frames)
     for error in filter(None, (row.error for row in rows)):
         raise ValueError(error)
 
 
-def advance(step: Step, transducer: Transducer, rows: Sequence[Row], block_frames: int) -> None:
-    """Move each row to its next token, or over a block without one, with one call of the network; see ``decode``."""
+def advance(step: Step, joint: JointOutputs, rows: Sequence[Row], block_frames: int) -> None:
+    """Advance each row to its next token or over a block without tokens, with one call of the network; see ``decode``."""
     logits, states = _score(step, rows, block_frames)
-    best, jumps = _choose(transducer, logits)
+    best, jumps = _choose(joint, logits)
     for b, row in enumerate(rows):
         length = min(block_frames, row.frames.shape[1] - row.position)
         t = 0
-        while t < length and best[b][t] == transducer.blank:
+        while t < length and best[b][t] == joint.blank:
             t += max(jumps[b][t], 1)
         if t:
             row.pass_blanks(t)
         if t < length:
             token = best[b][t]
-            probability = _probability(transducer, logits[b, t], token)
+            probability = _probability(joint, logits[b, t], token)
             row.emit(token, jumps[b][t], probability, tuple(state[:, b].copy() for state in states))
 
 
@@ -202,26 +203,26 @@ def _score(step: Step, rows: Sequence[Row], block_frames: int) -> tuple[Floats, 
     return step(frames, last_tokens, states)
 
 
-def _choose(transducer: Transducer, logits: Floats) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the best token and jump of every row and frame; a TDT's two are separate distributions (its paper, section 3)."""
-    if logits.shape[-1] != transducer.outputs:
+def _choose(joint: JointOutputs, logits: Floats) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the best token and jump for every row and frame; TDT has a distribution for each (section 3 of its paper)."""
+    if logits.shape[-1] != joint.size:
         raise ValueError(
-            f"the joint network gives {logits.shape[-1]} logits per frame, but blank {transducer.blank} and "
-            f"{len(transducer.durations)} durations need {transducer.outputs}"
+            f"the joint network gives {logits.shape[-1]} logits per frame, but blank {joint.blank} and "
+            f"{len(joint.durations)} durations need {joint.size}"
         )
-    tokens = logits[..., : transducer.blank]
+    tokens = logits[..., : joint.blank]
     best = tokens.argmax(axis=-1)
-    best[tokens.max(axis=-1) < logits[..., transducer.blank] - np.float32(transducer.blank_penalty)] = transducer.blank
-    if transducer.durations:
-        jumps = np.asarray(transducer.durations)[logits[..., transducer.blank + 1 :].argmax(axis=-1)]
+    best[tokens.max(axis=-1) < logits[..., joint.blank] - np.float32(joint.blank_penalty)] = joint.blank
+    if joint.durations:
+        jumps = np.asarray(joint.durations)[logits[..., joint.blank + 1 :].argmax(axis=-1)]
     else:
         jumps = np.zeros_like(best)
     return best.tolist(), jumps.tolist()
 
 
-def _probability(transducer: Transducer, logits: Floats, token: int) -> float:
+def _probability(joint: JointOutputs, logits: Floats, token: int) -> float:
     """Return one token's softmax over the tokens and blank of a frame; NaN if the logits are not finite."""
-    scores = logits[: transducer.blank + 1].astype(np.float64)
+    scores = logits[: joint.blank + 1].astype(np.float64)
     if math.isinf(scores[token]):
-        return math.nan  # numpy gives the same, with a warning
+        return math.nan  # numpy returns the same with a warning
     return float(1.0 / np.exp(scores - scores[token]).sum())

@@ -1,10 +1,10 @@
-"""Streaming transducer recognition inside Triton: requests of Triton's sequence batcher in, tokens out.
+"""Decode audio to tokens inside Triton: a model for Triton's sequence batcher.
 
-All state of a stream is one ``Stream`` in ``_sequences``. Decoding is in ``greedy.py``, ``stream.py`` and ``batching.py``,
-which do not depend on Triton. This module turns requests into calls of these and results into responses.
+The state of each sequence is a ``Stream`` in ``_sequences``. Decoding is in ``greedy.py``, ``stream.py`` and ``batching.py``,
+which do not depend on Triton. This module converts requests to calls of these modules, and results to responses.
 
-``execute`` only takes requests. Each is answered by itself when it is ready, from the event loop in which everything else runs
-(response senders in the default mode: Triton 24.06 and later).
+``execute`` only queues requests. Each response is sent separately when it is ready, from the event loop that runs everything
+else (response senders in the default mode: Triton 24.06 and later).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from batching import Decoder, Encoder, recognise
-from greedy import Transducer
+from greedy import JointOutputs
 from metrics import Metrics
 from network import TRACE, Network, own
 from parameters import SAMPLE_RATE, ParameterError, Parameters
 from stall_guard import StallGuard
-from stream import Answer, Samples, Stream
+from stream import Decoded, Samples, Stream
 from vocabulary import continuations, read_vocabulary
 
 REPORT_SECS = 0.5
@@ -37,24 +37,23 @@ REPORT_SECS = 0.5
 TRIM_SECS = 5.0
 """Interval at which freed memory is returned to the system, in seconds."""
 
-
 SequenceId = int | str
-"""A sequence's id as its client chose it. Triton keeps ``5`` and ``"5"`` apart, and so does a ``dict``."""
+"""Id of a sequence as the client set it. Triton distinguishes ``5`` and ``"5"``, as a ``dict`` does."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request, copied out of Triton's memory, which does not outlive ``execute``.
+    """A copy of a request outside Triton's memory, which is valid only during ``execute``.
 
     Attributes:
-        sequence: id of its sequence, 64 bits or a string.
+        sequence_id: id of its sequence, 64 bits or a string.
         start, end: whether it is the first, and the last, of its sequence.
         samples: 16 kHz audio [n]; n may be 0.
         parameters: its request parameters, a JSON object.
-        sender: takes the answer.
+        sender: sends the response.
     """
 
-    sequence: SequenceId
+    sequence_id: SequenceId
     start: bool
     end: bool
     samples: Samples
@@ -69,7 +68,7 @@ class Request:
             ParameterError: its sequence id is not UTF-8.
         """
         return cls(
-            sequence=_sequence_id(request),
+            sequence_id=_sequence_id(request),
             start=bool(_input(request, "START").item()),
             end=bool(_input(request, "END").item()),
             samples=own(_input(request, "AUDIO").reshape(-1)),
@@ -79,13 +78,13 @@ class Request:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One of Triton's sequences.
+class OpenSequence:
+    """A sequence that has started and not ended.
 
     Attributes:
         stream: its state.
-        turn: held by the request in service; Triton may send the next one before that is answered.
-        used_at: when the last request arrived, in seconds of ``time.monotonic``.
+        turn: lock of the request that is being served; Triton may send the next request before the response.
+        used_at: arrival of the last request, in seconds of ``time.monotonic``.
     """
 
     stream: Stream
@@ -109,9 +108,9 @@ class TritonPythonModel:
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])
         network = Network(parameters, self._metrics)
         self._encoder = Encoder(network.encode, parameters.encoder_calls, parameters.windows_per_call)
-        transducer = Transducer(parameters.blank, parameters.durations, parameters.blank_penalty)
-        self._decoder = Decoder(network.step, transducer, parameters.block_frames, self._encoder.is_busy)
-        self._sequences: dict[SequenceId, Sequence] = {}  # in the order of their last use
+        joint = JointOutputs(parameters.blank, parameters.durations, parameters.blank_penalty)
+        self._decoder = Decoder(network.step, joint, parameters.block_frames, self._encoder.is_busy)
+        self._sequences: dict[SequenceId, OpenSequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
         self._thread.start()
@@ -120,26 +119,26 @@ class TritonPythonModel:
         self._stall_guard = StallGuard(self._name)
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests, and answer them later, each by itself."""
+        """Queue requests; each response is sent when it is ready."""
         traced = []
         with self._stall_guard:
             for request in requests:
                 try:
-                    taken = Request.read(request)
+                    copied = Request.read(request)
                 except ParameterError as error:
                     self._refuse(request.get_response_sender(), error)
                     continue
                 trace = request.trace()
-                serving = self._serve(taken, trace if trace.get_context() else None)
+                serving = self._serve(copied, trace if trace.get_context() else None)
                 served = asyncio.run_coroutine_threadsafe(serving, self._loop)
                 if trace.get_context():
                     traced.append(served)
-            # A request's trace ends when this method returns.
+            # The trace of a request ends when this method returns.
             for served in traced:
                 served.result()
 
     def finalize(self) -> None:
-        """Stop the event loop, and report that no streams are left."""
+        """Stop the event loop, and report that there are no streams."""
         asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -147,94 +146,96 @@ class TritonPythonModel:
         self._report_now()
 
     async def _serve(self, request: Request, trace: Any) -> None:
-        """Answer one request."""
+        """Decode a request, and send its response."""
         TRACE.set(trace)
         self._evict()
         try:
             response = self._response(*await self._recognise(request))
-        except Exception as error:  # noqa: BLE001 (the client gets an answer to any error)
+        except Exception as error:  # noqa: BLE001 (every request needs a response)
             self._refuse(request.sender, error)
         else:
             request.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _refuse(self, sender: Any, error: Exception) -> None:
-        """Answer one request with its error."""
+        """Send an error response."""
         kind = pb_utils.TritonError.INVALID_ARG if isinstance(error, ParameterError) else pb_utils.TritonError.INTERNAL
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{self._name}: {error}", kind))
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    async def _recognise(self, request: Request) -> tuple[Answer, str]:
+    async def _recognise(self, request: Request) -> tuple[Decoded, str]:
         """Add a request's audio to its stream, and decode the windows that became due.
 
         Returns:
-            The answer, and the state behind it if the stream saves its state.
+            The result, and the state of the stream after it if the stream saves its state, else "".
 
         Raises:
             ParameterError: the sequence or an option is not valid.
             RuntimeError, ValueError: decoding failed; the stream's state is lost.
         """
-        sequence = self._begin(request) if request.start else self._sequences.get(request.sequence)
+        sequence = self._begin(request) if request.start else self._sequences.get(request.sequence_id)
         if sequence:
             sequence.used_at = time.monotonic()
-            self._sequences.pop(request.sequence, None)
-            self._sequences[request.sequence] = sequence
+            self._sequences.pop(request.sequence_id, None)
+            self._sequences[request.sequence_id] = sequence
             async with sequence.turn:
-                if self._sequences.get(request.sequence) is sequence:
+                if self._sequences.get(request.sequence_id) is sequence:
                     return await self._decode(sequence, request)
-        raise ParameterError(f"sequence {request.sequence!r} is not known: it was idle for too long, failed, or never started")
+        raise ParameterError(
+            f"sequence {request.sequence_id!r} is not known: it was idle for too long, failed, or never started"
+        )
 
-    async def _decode(self, sequence: Sequence, request: Request) -> tuple[Answer, str]:
+    async def _decode(self, sequence: OpenSequence, request: Request) -> tuple[Decoded, str]:
         stream, done = sequence.stream, request.end
         try:
             stream.push(request.samples)
             self._metrics.add("audio_seconds", len(request.samples) / SAMPLE_RATE)
-            answer = await recognise(stream, self._encoder, self._decoder, end=request.end)
+            decoded = await recognise(stream, self._encoder, self._decoder, end=request.end)
         except Exception:
             done = True
             raise
         finally:
-            if done and self._sequences.get(request.sequence) is sequence:  # else another START replaced it
-                del self._sequences[request.sequence]
-        self._metrics.add("segments", answer.final)
-        self._metrics.add("tokens", answer.stable if answer.final else 0)
-        return answer, stream.save() if stream.options.save_state and not request.end else ""
+            if done and self._sequences.get(request.sequence_id) is sequence:  # else another START has replaced it
+                del self._sequences[request.sequence_id]
+        self._metrics.add("segments", decoded.final)
+        self._metrics.add("tokens", decoded.stable if decoded.final else 0)
+        return decoded, stream.save() if stream.options.save_state and not request.end else ""
 
-    def _begin(self, request: Request) -> Sequence:
-        """Return a new sequence, or a restored one, by the parameters of its first request."""
-        self._sequences.pop(request.sequence, None)  # a START on a live id replaces its sequence
+    def _begin(self, request: Request) -> OpenSequence:
+        """Return a new or a restored sequence, according to the parameters of its first request."""
+        self._sequences.pop(request.sequence_id, None)  # a START with the id of an open sequence replaces the sequence
         given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
         if saved := given.get("restore"):
-            return Sequence(Stream.restore(self._parameters, options, str(saved)))
-        return Sequence(Stream(self._parameters, options))
+            return OpenSequence(Stream.restore(self._parameters, options, str(saved)))
+        return OpenSequence(Stream(self._parameters, options))
 
-    def _response(self, answer: Answer, state: str) -> Any:
-        seconds_a_frame = self._parameters.frame_samples / SAMPLE_RATE
-        times = np.array(answer.spans, np.float64).reshape(-1, 2) * seconds_a_frame
-        probabilities = np.array([token.probability for token in answer.tokens], np.float32)
+    def _response(self, decoded: Decoded, state: str) -> Any:
+        frame_secs = self._parameters.frame_samples / SAMPLE_RATE
+        times = np.array(decoded.spans, np.float64).reshape(-1, 2) * frame_secs
+        probabilities = np.array([token.probability for token in decoded.tokens], np.float32)
         tensors = {
-            "TOKENS": np.array([token.id for token in answer.tokens], np.int32),
+            "TOKENS": np.array([token.id for token in decoded.tokens], np.int32),
             "TIMES": times.reshape(-1),
             "PROBABILITIES": probabilities,
             "CONFIDENCE": np.array([probabilities.mean() if len(probabilities) else np.nan], np.float32),
-            "STABLE": np.array([answer.stable], np.int32),
-            "SEGMENT": np.array([answer.segment, answer.final], np.int32),
-            "LENGTHS": np.array([answer.samples, answer.features, answer.frames], np.int64),
+            "STABLE": np.array([decoded.stable], np.int32),
+            "SEGMENT": np.array([decoded.segment, decoded.final], np.int32),
+            "LENGTHS": np.array([decoded.samples, decoded.features, decoded.frames], np.int64),
             "STATE": np.array([state], np.object_),
         }
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array[None]) for name, array in tensors.items()])
 
     def _evict(self) -> None:
-        """Remove streams that Triton has given up: it frees an idle sequence's slot without informing the model."""
+        """Remove sequences that Triton has dropped: it frees the slot of an idle sequence without informing the model."""
         oldest = time.monotonic() - self._idle_secs
         stale = []
-        for number, sequence in self._sequences.items():
+        for sequence_id, sequence in self._sequences.items():
             if sequence.used_at >= oldest:
                 break
             if not sequence.turn.locked():
-                stale.append(number)
-        for number in stale:
-            del self._sequences[number]
+                stale.append(sequence_id)
+        for sequence_id in stale:
+            del self._sequences[sequence_id]
         self._metrics.add("evictions", len(stale))
 
     async def _report(self) -> None:
@@ -247,7 +248,7 @@ class TritonPythonModel:
 
 
 def _read_parameters(config: dict[str, Any], directory: Path) -> Parameters:
-    """Read the parameters and, from the model's directory, the vocabulary that they name.
+    """Read the parameters of a configuration, and the vocabulary that they name, relative to the model's directory.
 
     Raises:
         pb_utils.TritonModelException: a parameter is missing or not allowed, or the vocabulary is missing or malformed.
@@ -264,8 +265,8 @@ def _read_parameters(config: dict[str, Any], directory: Path) -> Parameters:
 
 
 async def _trim() -> None:
-    """Return memory to the system that glibc would keep, such as a stream's audio (malloc_trim(3))."""
-    with contextlib.suppress(AttributeError):  # another C library
+    """Return freed memory, such as the audio of streams, to the system at intervals; glibc would keep it (malloc_trim(3))."""
+    with contextlib.suppress(AttributeError):  # not glibc
         trim = ctypes.CDLL(None).malloc_trim
         while True:
             await asyncio.sleep(TRIM_SECS)
@@ -273,7 +274,7 @@ async def _trim() -> None:
 
 
 async def _end_all() -> None:
-    """Cancel the tasks of the event loop; asyncio reports a task that ends with its loop as destroyed."""
+    """Cancel all other tasks of the event loop. Otherwise asyncio reports them as destroyed but pending."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -281,20 +282,20 @@ async def _end_all() -> None:
 
 
 def _sequence_id(request: Any) -> SequenceId:
-    """Return the id of a request's sequence, with the type that its client gave it.
+    """Return the id of a request's sequence with the type that the client gave it.
 
-    ``correlation_id()`` keeps both types since python_backend 24.04 (its ``pb_stub.cc``, "correlation_id"; read up to commit
-    f9088ff of July 2026). A control input CORRID does not: ``SetControlTensors`` of Triton's ``sequence_batch_scheduler.cc``
-    writes the length and characters of a string over the end of a UINT64, and no longer string fits a tensor of a batch.
+    ``correlation_id()`` keeps both types since python_backend 24.04 ("correlation_id" in ``pb_stub.cc``; checked up to commit
+    f9088ff of July 2026). A control input CORRID does not: ``SetControlTensors`` in Triton's ``sequence_batch_scheduler.cc``
+    writes the length and characters of a string over the end of a UINT64, and longer strings do not fit a batched tensor.
 
     Raises:
         ParameterError: the id is not UTF-8.
     """
     try:
-        sequence: SequenceId = request.correlation_id()
-    except UnicodeDecodeError as error:  # Triton's JSON parser lets any byte pass
+        sequence_id: SequenceId = request.correlation_id()
+    except UnicodeDecodeError as error:  # Triton's JSON parser accepts any byte
         raise ParameterError(f"sequence id is not UTF-8: {error.reason} at byte {error.start}") from error
-    return sequence
+    return sequence_id
 
 
 def _input(request: Any, name: str) -> Any:

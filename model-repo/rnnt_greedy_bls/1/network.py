@@ -1,4 +1,4 @@
-"""The three models that the decoder calls inside Triton: preprocessor, encoder, decoder_joint."""
+"""Call the three networks inside Triton: preprocessor, encoder and decoder_joint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from stream import Samples
 INT16_SCALE = np.float32(1 / 32768)
 
 TRACE: ContextVar[Any] = ContextVar("TRACE", default=None)
-"""The parent of the calls in Triton's trace; None if the request is not traced."""
+"""Triton's trace of the request that the calls belong to; None if the request is not traced."""
 
 
 class NetworkError(RuntimeError):
-    """A call of a model failed; the message names the model."""
+    """A call of a model failed. The message names the model."""
 
 
 class Network:
-    """Blocking calls of the three models, with NeMo's tensor names."""
+    """Calls the three models with NeMo's tensor names. Calls block.
+
+    Args:
+        parameters: parameters of the decoder.
+        metrics: counts the calls.
+    """
 
     def __init__(self, parameters: Parameters, metrics: Metrics) -> None:
         self._parameters = parameters
@@ -84,7 +89,7 @@ class Network:
         Raises:
             NetworkError: the call failed.
         """
-        # numpy reads only CPU memory; by default the outputs of a GPU model stay on the GPU.
+        # Numpy can only read CPU memory; by default the outputs of a GPU model stay on the GPU.
         options: dict[str, Any] = {"preferred_memory": pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU)}
         if trace := TRACE.get():
             options["trace"] = trace
@@ -97,6 +102,6 @@ class Network:
 
 
 def own(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return an array outside Triton's memory: a copy, unless the backend has already made one."""
+    """Return an array outside Triton's memory: a copy, unless the backend has already copied it."""
     owner = array if array.base is None else array.base
     return array if isinstance(owner, np.ndarray) and owner.flags.owndata else array.copy()

@@ -1,4 +1,4 @@
-"""The decoder's parameters, from ``config.pbtxt``, and the options of one stream."""
+"""Parameters of the decoder, from ``config.pbtxt``, and options of a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Geometry(NamedTuple):
     Attributes:
         left_frames: context before the chunk.
         chunk_frames: frames that the window decodes for good.
-        right_frames: context after the chunk, which must be spoken before the chunk is decoded.
+        right_frames: context after the chunk; the chunk is decoded when this audio has arrived.
     """
 
     left_frames: int
@@ -31,18 +31,18 @@ class Geometry(NamedTuple):
 
 ASSUMED_BYTES_PER_SEC = 10_000_000
 ASSUMED_BYTES_PER_SEC_SQUARED = 500_000
-"""Growth of an encoder that was not measured: more than the bundled model's, which attends over frames of 24 ms, and with the
-convolutions of a large FastConformer."""
+"""Assumed growth for an encoder that was not measured. It exceeds that of the bundled model, which attends over frames of 24
+ms, and includes the convolutions of a large FastConformer."""
 
 MAX_ENCODE_BYTES = 3 * 2**29
-"""Default limit for the memory of one encoder call: 1.5 GiB, of which every encoder process may keep as much."""
+"""Default limit for the memory of one encoder call: 1.5 GiB. Each encoder process may keep this much."""
 
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """Memory that one window takes in preprocessor and encoder, and its limit.
+    """Memory of one window in preprocessor and encoder, and its limit.
 
-    A window of s seconds takes ``bytes_per_sec`` s + ``bytes_per_sec_squared`` s²: attention compares all frames with all.
+    A window of s seconds takes ``bytes_per_sec`` s + ``bytes_per_sec_squared`` s²: attention compares all pairs of frames.
 
     Attributes:
         bytes_per_sec, bytes_per_sec_squared: measured growth, or the assumed one.
@@ -56,7 +56,7 @@ class WindowMemory:
     measured: bool = False
 
     def window_bytes(self, secs: float) -> float:
-        """Return how much a window of this length takes."""
+        """Return the memory of a window of this length in bytes."""
         return self.bytes_per_sec * secs + self.bytes_per_sec_squared * secs**2
 
     @property
@@ -67,7 +67,7 @@ class WindowMemory:
         return 2 * self.max_bytes / divisor if divisor else math.inf
 
     def windows_per_call(self, secs: float) -> int | float:
-        """Return how many windows of this length fit into one call; infinite without growth."""
+        """Return the number of windows of this length that fit into one call; infinite without growth."""
         size = self.window_bytes(secs)
         return self.max_bytes // size if size else math.inf
 
@@ -75,13 +75,13 @@ class WindowMemory:
         """Raise ParameterError unless a window fits.
 
         Args:
-            name: the parameter that the window's length comes from.
+            name: the parameter that determines the length of the window.
             value: its value.
-            secs: the window's length.
+            secs: length of the window.
         """
         if secs <= self.longest_secs:
             return
-        remedy = "" if self.measured else "; the growth is assumed, amira models check measures it"
+        remedy = "" if self.measured else "; the growth is assumed: run amira models check to measure it"
         raise ParameterError(
             f"{name} is {value}: the encoder takes {self.window_bytes(secs) / 1e9:.2f} GB for a window of {secs:g} s, but "
             f"max_encode_bytes is {self.max_bytes}, which allows {math.floor(self.longest_secs * 10) / 10:g} s; lower {name}, "
@@ -91,25 +91,25 @@ class WindowMemory:
 
 GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "right_frames": (0, 100_000)}
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
-"""The parameter of each latency's geometry; ``balanced`` has one parameter for each part."""
+"""Parameters with the geometries of latencies; ``balanced`` has one parameter for each part."""
 
 RENAMED_PARAMETERS = {"lone_encoder_model": "exclusive_encoder_model"}
-"""New names by old ones. An old name is refused: the gateway and amira models would each have to know it too."""
+"""New names by old names. Old names are refused, so that the gateway and ``amira models`` need not support them."""
 
 LATENCIES = ("low", "balanced", "throughput")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options that a stream sets by request parameters of its first request; the defaults are the model's.
+    """Options of a stream, from the request parameters of its first request. The defaults are the model's.
 
     Attributes:
         context: ``window`` decodes window by window as audio arrives, ``whole`` in one window when the stream ends.
         latency: geometry of the windows: ``low``, ``balanced`` or ``throughput``.
-        max_symbols_per_step: number of tokens on one frame after which decoding moves on, 1 … 1000.
+        max_symbols_per_step: maximum number of tokens on one frame, 1 … 1000.
         max_total_tokens: number of tokens after which a segment ends, 1 … 100,000.
-        endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: none does.
-        save_state: 1 adds the stream's state to every answer, from which another sequence can continue.
+        endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: silence ends no segment.
+        save_state: 1 adds the stream's state to every response; another sequence can continue from it.
     """
 
     context: str = "window"
@@ -120,7 +120,7 @@ class Options:
     save_state: int = 0
 
     def override(self, given: Mapping[str, Any]) -> Options:
-        """Return these options with those of a request's parameters; other names are ignored.
+        """Return the options with the values of a request's parameters; other parameters are ignored.
 
         Raises:
             ParameterError: a value is not allowed.
@@ -135,10 +135,10 @@ class Options:
         return replace(self, **chosen).checked()
 
     def checked(self) -> Options:
-        """Return these options.
+        """Return these options if all are within their ranges.
 
         Raises:
-            ParameterError: one is out of its range.
+            ParameterError: an option is not.
         """
         if self.context not in ("window", "whole"):
             raise ParameterError(f"context is {self.context!r}; allowed are 'window' and 'whole'")
@@ -155,27 +155,27 @@ class Options:
 
 @dataclass(frozen=True)
 class Parameters:
-    """All parameters of the decoder. Frames are the encoder's.
+    """Parameters of the decoder. Frames are encoder frames.
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models that the decoder calls.
-        exclusive_encoder_model: called instead of the encoder for a window that is alone: the same graph with more threads.
+        exclusive_encoder_model: name of the encoder for a window that is alone: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
-        blank: index of the blank in the joint network's outputs.
+        blank: index of the blank in the joint network's logits.
         durations: jumps of a TDT in frames.
         blank_penalty: subtracted from the blank's logit.
         predictor_layers, predictor_hidden: the predictor's states are [layers, batch, hidden].
-        frame_samples: samples of 16 kHz audio per encoder frame.
-        geometries: of windows, by latency; ``balanced`` where the model has no other.
+        frame_samples: number of 16 kHz samples per encoder frame.
+        geometries: geometries of windows by latency; ``balanced`` for a latency without its own.
         block_frames: frames scored by one decoder call.
-        encoder_calls: number of encoder calls at once; the number of its instances keeps all of them busy.
-        encoder_batch: maximum number of windows of equal length in one encoder call, as far as ``memory`` allows.
-        max_segment_secs: a segment ends with the window that reaches this length, or with the word spoken then.
-        max_whole_secs: longest recording with ``context=whole``.
+        encoder_calls: maximum number of encoder calls at once; the number of encoder instances keeps all of them busy.
+        encoder_batch: maximum number of windows in one encoder call; ``memory`` may lower it.
+        max_segment_secs: length at which a segment ends, with its current window or word.
+        max_whole_secs: length of the longest recording with ``context=whole``.
         memory: memory of a window, and its limit.
-        vocabulary: path of the vocabulary, from the decoder's directory.
-        continuations: ids of the tokens that continue a word, by the vocabulary. A segment does not end before one of them.
-        options: defaults of the per-stream options.
+        vocabulary: path of the vocabulary, relative to the decoder's directory.
+        continuations: ids of the tokens that continue a word. A segment does not end before one of them.
+        options: defaults of the options of a stream.
     """
 
     preprocessor_model: str
@@ -205,7 +205,7 @@ class Parameters:
         """Read the ``parameters`` of a model configuration.
 
         Raises:
-            ParameterError: one is missing, unknown or not allowed, or the configuration asks for a ``CORRID`` control.
+            ParameterError: a parameter is missing, unknown or not allowed, or the configuration has a ``CORRID`` control.
         """
         _refuse_corrid(config)
         given = _Reader({name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()})
@@ -246,14 +246,14 @@ class Parameters:
         return parameters
 
     def windows_per_call(self, samples: int) -> int:
-        """Return how many windows of this length may share a call of the encoder; at least 1."""
+        """Return the maximum number of windows of this length in samples in one encoder call; at least 1."""
         return int(max(1, min(self.encoder_batch, self.memory.windows_per_call(samples / SAMPLE_RATE))))
 
     def check_windows(self) -> None:
-        """Raise ParameterError if a window could take more memory than one call of the encoder may.
+        """Raise ParameterError if a window may take more memory than one encoder call is allowed.
 
-        A stream's last window is no longer than its others, and a whole recording is refused beyond ``max_whole_secs``
-        (``stream.py``), so no request can ask for more.
+        The last window of a stream is not longer than its others, and ``stream.py`` refuses whole recordings longer than
+        ``max_whole_secs``, so no request can take more.
         """
         self.memory.check("max_whole_secs", f"{self.max_whole_secs:g}", self.max_whole_secs)
         for latency, geometry in self.geometries.items():
@@ -263,7 +263,7 @@ class Parameters:
 
 
 def _refuse_corrid(config: Mapping[str, Any]) -> None:
-    """Raise ParameterError if Triton is to write sequence ids into an input: string ids overrun it (``model.py``)."""
+    """Raise ParameterError if the configuration has an input for sequence ids: string ids overrun it (``model.py``)."""
     for control_input in config.get("sequence_batching", {}).get("control_input", []):
         if any(control.get("kind") == "CONTROL_SEQUENCE_CORRID" for control in control_input["control"]):
             raise ParameterError(
@@ -272,7 +272,7 @@ def _refuse_corrid(config: Mapping[str, Any]) -> None:
 
 
 class _Reader:
-    """Typed access to string parameters; remembers the names that were read."""
+    """Reads typed values from string parameters, and records which names were read."""
 
     def __init__(self, values: dict[str, str]) -> None:
         self._values = values

@@ -1,4 +1,4 @@
-"""Which windows the next encoder call takes, and when the next decoder call starts: decisions without effects.
+"""Decide which windows the next encoder call takes, and when the next decoder call starts. The functions have no effects.
 
 Times are seconds of one monotonic clock, such as the event loop's.
 """
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from stream import Window
 
 RECORDING_PATIENCE_SECS = 2.0
-"""How long live windows overtake a recording's window. Then it takes its turn, or many streams would starve it."""
+"""Time during which live windows overtake a recording's window, so that many streams cannot starve recordings."""
 
 LIVE_SECS = 2.0
-"""While a live window arrived within this time, recordings leave one encoder call to live windows."""
+"""Time since the last live window during which recordings leave one encoder call free for live windows."""
 
 EXCLUSIVE_AFTER_SECS = 1.0
-"""A window has the encoder to itself if no two windows met within this time."""
+"""Time without two windows at once after which a call may use the encoder that takes all cores."""
 
 GATHER_SECS = 0.5
-"""Maximum delay of a recording's row to share its decoder calls: a call costs little more for many rows than for one."""
+"""Maximum delay of a recording's row to share its decoder calls. A call costs little more for many rows than for one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class Queued:
     """A window that waits for an encoder call.
 
     Attributes:
-        window: its audio.
-        due: when it may be encoded at the latest without being late; windows are encoded in this order.
+        window: the window.
+        due: position in the queue: windows are encoded in the order of this time.
     """
 
     window: Window
@@ -37,23 +37,23 @@ class Queued:
 
     @classmethod
     def at(cls, now: float, window: Window) -> Queued:
-        """Return a window that arrives now."""
+        """Return the queue entry of a window that arrives now."""
         return cls(window, now if window.live else now + RECORDING_PATIENCE_SECS)
 
     def can_share(self, other: Queued) -> bool:
-        """Whether both may share a call: only windows of one kind and length do, since padding costs more than it saves."""
+        """Return whether both may share a call. Kind and length must be equal, since padding costs more than sharing saves."""
         return (self.window.live, len(self.window.samples)) == (other.window.live, len(other.window.samples))
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How busy the encoder is.
+    """Load of the encoder.
 
     Attributes:
-        calls: number of calls that may run at once.
-        running: number of calls that run.
-        running_recordings: how many of these encode recordings.
-        last_live_at: when the last live window arrived.
+        calls: maximum number of calls that run at once.
+        running: number of running calls.
+        running_recordings: number of running calls with windows of recordings.
+        last_live_at: arrival time of the last live window.
     """
 
     calls: int
@@ -65,15 +65,16 @@ class Occupancy:
 def choose(
     queue: Iterable[Queued], occupancy: Occupancy, now: float, windows_per_call: Callable[[int], int]
 ) -> Sequence[Queued]:
-    """Return the windows that the next encoder call takes; none where no call may start.
+    """Return the windows that the next encoder call takes; empty if no call may start.
 
     The rules, in this order:
 
-    1. No more than ``occupancy.calls`` calls run at once.
-    2. While a live window arrived within ``LIVE_SECS``, recordings leave one call free, unless there is only one.
-    3. The window that is due first goes first: live windows when they arrive, recordings ``RECORDING_PATIENCE_SECS`` later.
-    4. Windows that can share its call do, as far as ``windows_per_call`` of their samples allows. They are spread over the free
-       calls first: two calls side by side finish before one with all windows.
+    1. At most ``occupancy.calls`` calls run at once.
+    2. Recordings leave one call free for ``LIVE_SECS`` after a live window, unless there is only one call.
+    3. The window with the earliest ``due`` goes first. This is the arrival time for a live window, and
+       ``RECORDING_PATIENCE_SECS`` later for a recording's window.
+    4. The call takes further windows that can share it, at most ``windows_per_call`` of their length in samples. Windows are
+       spread over all free calls first: two parallel calls finish before one call with all windows.
     """
     free = occupancy.calls - occupancy.running
     if free <= 0:
@@ -90,15 +91,19 @@ def choose(
 
 
 def is_exclusive(last_met_at: float, now: float) -> bool:
-    """Whether a call may use the encoder that takes all cores: no two windows met for ``EXCLUSIVE_AFTER_SECS``."""
+    """Return whether a call may use the encoder that takes all cores: no two windows met for ``EXCLUSIVE_AFTER_SECS``."""
     return now - last_met_at >= EXCLUSIVE_AFTER_SECS
 
 
-def next_decoder_call(due: Iterable[float], rows_are_coming: bool) -> float:
-    """Return when the next decoder call starts.
+def next_decoder_call(waits_until: Iterable[float], now: float, *, rows_are_coming: bool) -> float:
+    """Return the start of the next decoder call; ``now`` means at once.
+
+    Rows wait only while more rows are certain to arrive, and only until the first of them may wait no longer.
 
     Args:
-        due: for each row that waits, until when it may wait for others; not empty.
-        rows_are_coming: whether more rows are certain to arrive. A row waits for nothing else.
+        waits_until: for each row, the latest start of its next call; not empty. A live row does not wait, so this is its
+            arrival.
+        now: the current time.
+        rows_are_coming: whether more rows are certain to arrive.
     """
-    return min(due) if rows_are_coming else 0.0
+    return max(now, min(waits_until)) if rows_are_coming else now

@@ -1,12 +1,13 @@
-"""End a stalled model process before it answers a request with another request's result.
+"""End a stalled model process before it answers a request with the result of another request.
 
-Triton's Python backend gives up a process that sent no heartbeat for one second: one that was stopped or swapped out, or every
-process after a pause of the machine or a forward step of its clock. Triton then answers the request with an error, frees the
-memory of its tensors, and keeps the process. From then on it takes each answer of that process as the answer to the request
-after it, so callers get each other's words (``SendMessageAndReceiveResponse`` in python_backend's ``python_be.cc``).
+Triton's Python backend gives up a process that sent no heartbeat for one second. This happens to a process that was stopped or
+swapped out, and to all processes after a pause of the machine or a forward step of its clock. Triton then answers the request
+with an error, frees the memory of its tensors, and keeps the process. From then on, Triton takes each response of the process
+as the response to the next request, so clients get the words of others (``SendMessageAndReceiveResponse`` in python_backend's
+``python_be.cc``).
 
-``backends/onnxruntime`` and ``detokenizer`` have symbolic links to this file. Triton puts only a model's own directory on the
-module path, and copies only that directory from a bucket, so the models cannot share a module.
+``backends/onnxruntime`` and ``detokenizer`` have symbolic links to this file. Triton adds only a model's own directory to the
+module path, and copies only this directory from a bucket, so models cannot share a module.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ TICK_SECS = 0.1
 """Interval between two checks of the clock, in seconds."""
 
 LIMIT_SECS = 0.6
-"""Shortest stall that ends the process, in seconds. Heartbeats come every 0.3 s, so a stall below 0.7 s cannot cost a second of
-them."""
+"""Shortest stall that ends the process, in seconds. Heartbeats are sent every 0.3 s, so a stall of less than 0.7 s cannot delay
+one by a second."""
 
 MARGIN_SECS = 1.0
-"""A request that ran this long before or after a stall may have been in flight during the stall, in seconds."""
+"""Maximum time between a request and a stall at which the request may have been in flight during the stall, in seconds."""
 
 
 class StallGuard:

@@ -1,9 +1,9 @@
-"""One stream of audio: the windows that it is cut into, and the tokens that its frames were decoded to.
+"""State of one stream of audio: its windows, and the tokens that its frames were decoded to.
 
-An encoder that needs context gets windows of ``left + chunk + right`` frames, by the stream's latency. The chunk's frames are
-decoded for good, from the state behind the previous chunk. The right context's frames are decoded from a copy of that state and
-shown as the unstable tail. Windows lie on a grid that begins with the stream, so they depend on its samples alone, not on how
-these were cut into requests. A recording that is decoded whole is one window without context.
+A window has ``left + chunk + right`` encoder frames; the stream's latency selects the numbers. The chunk's frames are decoded
+for good, from the state after the previous chunk. The right context's frames are decoded from a copy of the state, and their
+tokens are the unstable tail. Windows lie on a grid that begins with the stream, so they do not depend on how the audio was cut
+into requests. A recording that is decoded whole is one window without context.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from greedy import Floats, Predictor, Row, Token
+from greedy import Floats, PredictorState, Row, Token
 from parameters import SAMPLE_RATE, Options, ParameterError, Parameters
 
 Samples = npt.NDArray[np.int16]
@@ -27,17 +27,19 @@ Span = tuple[float, float]
 
 UNLIMITED_TOKENS = 2**31
 STATE_VERSION = 2
+"""Version of the format of saved states."""
+
 COUNTS = "frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames"
-"""The whole numbers of a saved state, from 0 on, except the last token."""
+"""Fields of a saved state that are whole numbers of 0 or more."""
 
 WORD_GAP_SECS = 0.5
-"""A token after a longer gap does not continue the word before the gap, for the end of a segment."""
+"""Silence after a token from which a full segment ends without waiting for the rest of a word."""
 
 MAX_WORD_SECS = 2.0
-"""Longest time by which a segment exceeds its limit to complete a word."""
+"""Maximum time by which a segment exceeds its limit to complete a word."""
 
 MAX_WORD_TOKENS = 16
-"""Maximum number of tokens by which a segment exceeds its limit to complete a word. A script without spaces needs the bound."""
+"""Maximum number of tokens by which a segment exceeds its limit to complete a word; scripts without spaces need the limit."""
 
 
 class Window(NamedTuple):
@@ -45,9 +47,9 @@ class Window(NamedTuple):
 
     Attributes:
         samples: 16 kHz audio [n].
-        left_frames: frames of left context, which are dropped.
-        chunk_frames: frames that are decoded for good; None: all that remain.
-        live: whether a person waits for the words while speaking; False for a recording that is decoded whole.
+        left_frames: number of frames of left context, whose encodings are dropped.
+        chunk_frames: number of frames that are decoded for good; None: all that remain.
+        live: True for a window of a stream, False for a recording that is decoded whole.
     """
 
     samples: Samples
@@ -56,16 +58,16 @@ class Window(NamedTuple):
     live: bool
 
 
-class Answer(NamedTuple):
-    """A stream's answer to one request.
+class Decoded(NamedTuple):
+    """The decoder's result for one request.
 
     Attributes:
-        tokens: the segment's tokens, frames counted from the start of the stream; the unstable tail included. Segments that
-            ended since the last answer, or with the stream, are answered as one.
+        tokens: tokens of the segment, with the unstable tail; frames are counted from the start of the stream. Segments that
+            ended since the last result, or with the stream, are one segment.
         spans: start and end of each token in frames from the start of the stream; see ``token_spans``.
         stable: number of leading tokens that can no longer change.
         segment: index of the segment.
-        final: whether the segment ends here; the next answer then begins a new one.
+        final: whether the segment ends; the next result then has the next segment.
         samples, features, frames: audio samples, feature frames and encoder frames decoded for good since the start.
     """
 
@@ -80,12 +82,12 @@ class Answer(NamedTuple):
 
 
 class Stream:
-    """The whole state of one sequence.
+    """State of one stream.
 
     Attributes:
-        parameters: the decoder's, the same for all streams.
-        options: this stream's.
-        geometry: of its windows.
+        parameters: parameters of the decoder.
+        options: options of this stream.
+        geometry: geometry of the stream's windows.
     """
 
     def __init__(self, parameters: Parameters, options: Options) -> None:
@@ -94,22 +96,22 @@ class Stream:
         self.geometry = parameters.geometries[options.latency]
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # frame index of the first sample of _pcm
-        self._encoded = 0  # frames whose window was given out
+        self._encoded = 0  # frames whose window was returned by next_window
         self._received_samples = 0
         self._features = 0
         self._frames = 0  # frames decoded for good
-        self._predictor = self._fresh_predictor()  # where the next frame is decoded for good
+        self._predictor = self._fresh_predictor()  # before the next frame to decode for good
         self._tokens: list[Token] = []  # of the segment
         self._tail: list[Token] = []  # of the last window's right context
-        self._closed: list[list[Token]] = []  # of segments that ended since the last answer
+        self._closed: list[list[Token]] = []  # of segments that ended since the last result
         self._segment = 0
         self._segment_start_frame = 0
-        self._answered_to = 0.0  # end of the last final answer's last span, in frames
+        self._answered_to = 0.0  # end of the last span of the last final result, in frames
 
     def save(self) -> str:
-        """Return the state behind an answer as text; with the audio from its left context on, it restores the stream.
+        """Return the state after a result as JSON. With the audio from the left context on, it restores the stream.
 
-        The audio is left out: the caller has it, and it is most of the bytes.
+        The state does not include audio: the caller has it, and it is most of the data.
         """
         predictor = self._predictor
         return json.dumps(
@@ -133,10 +135,10 @@ class Stream:
 
     @classmethod
     def restore(cls, parameters: Parameters, options: Options, saved: str) -> Stream:
-        """Return the stream whose state is ``saved``; its next audio begins with the left context of the state's ``frames``.
+        """Return a stream with the state ``saved``. The next audio must begin with the left context of the state's ``frames``.
 
         Raises:
-            ParameterError: ``saved`` is not a state of this model and these windows, or the stream is to be decoded whole.
+            ParameterError: ``saved`` is not a state of this model and this geometry, or the options have ``context=whole``.
         """
         if options.context != "window":
             raise ParameterError("a state cannot be restored with context=whole")
@@ -145,7 +147,7 @@ class Stream:
             state = json.loads(saved)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
-            if state["geometry"] != list(stream.geometry):  # on another grid the audio would begin elsewhere
+            if state["geometry"] != list(stream.geometry):  # on another grid, the left context would differ
                 raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream.geometry)}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
             states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
@@ -160,12 +162,12 @@ class Stream:
             last_token = int(state["last_token"])
             if not 0 <= last_token <= parameters.blank:
                 raise ValueError(f"last token {last_token} instead of 0 to {parameters.blank}")
-            answered_to = float(state.get("answered_to", 0))  # earlier editions do not save it
+            answered_to = float(state.get("answered_to", 0))  # earlier releases do not save it
             if not 0 <= answered_to <= counts["frames"] + counts["surplus_frames"]:
                 raise ValueError(f"answered_to {answered_to} instead of 0 to {counts['frames'] + counts['surplus_frames']}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ParameterError(f"the state to restore is not one of this model: {error!r}") from None
-        stream._predictor = Predictor(last_token, states, counts["symbols"], counts["surplus_frames"])
+        stream._predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"])
         stream._features, stream._segment = counts["features"], counts["segment"]
         stream._frames = stream._encoded = counts["frames"]
         stream._segment_start_frame = counts["segment_start_frame"]
@@ -193,7 +195,7 @@ class Stream:
         """Return the next window that is due, if any.
 
         Args:
-            end: no audio follows; the rest of it is the last window.
+            end: whether no more audio follows; the rest of the audio is then the last window.
         """
         frame_samples = self.parameters.frame_samples
         kept_frames, chunk_frames, right_frames = self.geometry
@@ -214,22 +216,22 @@ class Stream:
         return Window(samples, left_frames, None, live=self.options.context == "window")
 
     def receive(self, window: Window, frames: Floats, features: int) -> tuple[Floats, Floats]:
-        """Take the encoder's frames of a window.
+        """Count the encoder frames of a window, and split them.
 
         Args:
             window: the window.
             frames: its encoder frames [D, T].
-            features: number of feature frames behind them.
+            features: number of feature frames that they were computed from.
 
         Returns:
-            The frames to decode for good, and those of the right context.
+            The frames to decode for good, and the frames of the right context.
 
         Raises:
-            ValueError: there are too few or too many frames, so ``frame_samples`` or the contexts do not suit the encoder.
+            ValueError: there are too few or too many frames: ``frame_samples`` or the contexts do not fit the encoder.
         """
         end = frames.shape[1] if window.chunk_frames is None else window.left_frames + window.chunk_frames
         frame_samples, samples = self.parameters.frame_samples, len(window.samples)
-        # If the stream's end cuts a frame short, an encoder may make a frame of it or none.
+        # For an incomplete frame at the end of the stream, an encoder outputs a frame or none.
         needed = window.left_frames + (window.chunk_frames or min(1, samples // frame_samples - window.left_frames))
         most = -(-samples // frame_samples) + 2  # padding and rounding up add one or two
         if not needed <= frames.shape[1] <= most:
@@ -243,15 +245,15 @@ class Stream:
         return frames[:, window.left_frames : end], frames[:, end:]
 
     def row(self, frames: Floats) -> Row:
-        """Return the next frames as a row to decode for good and then to give to ``commit``."""
-        # Of a full segment, the first token of the next word ends it: one token a row.
+        """Return the next frames as a row to decode for good; pass the decoded row to ``commit``."""
+        # The first token of the next word ends a full segment, so its rows end after one token.
         return self._row(frames, self._predictor, 1 if self._is_full else self._left_tokens)
 
     def commit(self, row: Row) -> Floats:
-        """Take a decoded row, and close the segment where its rules say so.
+        """Append the tokens of a decoded row, and end the segment if a rule says so.
 
         Returns:
-            The frames that the end of the segment left undecoded.
+            The frames that are not yet decoded because the segment ended.
         """
         tokens = self._from_start(row.tokens)
         if tokens and self._tokens and self._is_full and tokens[0].id not in self.parameters.continuations:
@@ -265,15 +267,15 @@ class Stream:
         return row.frames[:, row.done_frames :]
 
     def tail_row(self, frames: Floats) -> Row:
-        """Return the right context's frames as a row to decode from a copy of the state and then to give to ``show``."""
+        """Return the right context's frames as a row to decode from a copy of the state; pass the decoded row to ``show``."""
         return self._row(frames, replace(self._predictor), self._left_tokens)
 
     def show(self, row: Row) -> None:
-        """Take the decoded right context, which may still change."""
+        """Replace the unstable tail with the tokens of the decoded right context."""
         self._tail = self._from_start(row.tokens)
 
-    def answer(self, end: bool) -> Answer:
-        """Return the answer to the request that was just decoded; a final answer begins the next segment."""
+    def finish_request(self, end: bool) -> Decoded:
+        """Return the result of the request that was just decoded; after a final result, begin the next segment."""
         if end:
             self._close_segment()
         final = bool(self._closed)
@@ -286,10 +288,10 @@ class Stream:
             self._answered_to = spans[len(tokens)][0] if following else spans[-1][1]
         samples = self._received_samples if end else self._frames * self.parameters.frame_samples
         spans = spans[: len(tokens)]
-        answer = Answer(tokens, spans, len(stable), self._segment, final, samples, self._features, self._frames)
+        decoded = Decoded(tokens, spans, len(stable), self._segment, final, samples, self._features, self._frames)
         self._closed = []
         self._segment += final
-        return answer
+        return decoded
 
     @property
     def _is_full(self) -> bool:
@@ -312,7 +314,7 @@ class Stream:
 
     @property
     def _silent_frames(self) -> int:
-        """Number of frames behind the segment's last token; 0 while there is none."""
+        """Number of frames after the segment's last token; 0 without tokens."""
         return self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
 
     @property
@@ -320,43 +322,43 @@ class Stream:
         """Number of tokens until the segment's limit, at least 1."""
         return max(1, self.options.max_total_tokens - len(self._tokens))
 
-    def _row(self, frames: Floats, predictor: Predictor, max_tokens: int) -> Row:
+    def _row(self, frames: Floats, predictor: PredictorState, max_tokens: int) -> Row:
         whole = self.options.context == "whole"
         return Row(frames, predictor, self.options.max_symbols_per_step, UNLIMITED_TOKENS if whole else max_tokens)
 
-    def _fresh_predictor(self, surplus_frames: int = 0) -> Predictor:
+    def _fresh_predictor(self, surplus_frames: int = 0) -> PredictorState:
         p = self.parameters
         state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
-        return Predictor(p.blank, (state, state), surplus_frames=surplus_frames)
+        return PredictorState(p.blank, (state, state), surplus_frames=surplus_frames)
 
     def _close_segment(self) -> None:
-        """End the segment; the next one begins with a fresh predictor."""
+        """End the segment. The next one begins with a fresh predictor."""
         self._closed.append(self._tokens)
         self._tokens = []
         self._segment_start_frame = self._frames
-        if not self._predictor.symbols:  # amid a frame, a fresh predictor would emit the frame's tokens once more
+        if not self._predictor.symbols:  # within a frame, a fresh predictor would repeat the frame's tokens
             self._predictor = self._fresh_predictor(self._predictor.surplus_frames)
 
     def _close_segment_before(self, token: Token) -> None:
-        """End the segment before a token that the predictor has already taken, so the predictor goes on."""
+        """End the segment before a token. The predictor already includes the token, so it is kept."""
         self._closed.append(self._tokens)
         self._tokens = []
         self._segment_start_frame = token.frame
 
     def _from_start(self, tokens: list[Token]) -> list[Token]:
-        """Return tokens whose frames count from the stream's start, not from the first frame that is not decoded for good."""
+        """Return a row's tokens with frames counted from the start of the stream instead of the start of the row."""
         return [token._replace(frame=token.frame + self._frames) for token in tokens]
 
 
 def token_spans(tokens: Sequence[Token], begin: float, end: float) -> list[Span]:
-    """Return start and end of each token in frames: in order, none empty, no two overlapping.
+    """Return start and end of each token in frames. Spans are in order, are not empty, and do not overlap.
 
-    A token spans its frame, or its duration where the model gives one. Tokens of one frame share it evenly. A token on a frame
-    behind the audio, which an encoder may add, belongs to the audio's last frame.
+    A token spans its frame, or its duration if the model outputs durations. Tokens of one frame share it evenly. An encoder may
+    add a frame after the end of the audio; a token on this frame counts as one of the last frame.
 
     Args:
-        tokens: in order of their frames.
-        begin: where the span before the first token ended.
+        tokens: tokens in order of their frames.
+        begin: end of the span before the first token.
         end: length of the audio; greater than ``begin``.
     """
     last_frame = math.ceil(end) - 1

@@ -279,7 +279,7 @@ async def test_rows_join_and_leave_between_calls() -> None:
             joined.pop()()
         return count(frames, last_tokens, states)
 
-    decoder = Decoder(step, network.transducer, 4, nothing_comes)
+    decoder = Decoder(step, network.joint, 4, nothing_comes)
     frames = [random_frames(i, length) for i, length in enumerate((40, 25, 20))]
     rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
     late: list[asyncio.Task[None]] = []
@@ -297,7 +297,7 @@ async def test_patient_rows_gather_while_others_come() -> None:
     network = RandomTransducer(3)
     batches: list[int] = []
     coming = True
-    decoder = Decoder(counting(network, batches), network.transducer, 100, lambda: coming)
+    decoder = Decoder(counting(network, batches), network.joint, 100, lambda: coming)
 
     def start(patience_secs: float) -> asyncio.Task[None]:
         return asyncio.ensure_future(decoder.decode(Row(random_frames(1, 5), network.fresh(), 10, 1), patience_secs))
@@ -326,7 +326,7 @@ async def test_last_rows_wait_while_others_come() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
     batches: list[int] = []
     coming = False
-    decoder = Decoder(counting(network, batches), network.transducer, 4, lambda: coming)
+    decoder = Decoder(counting(network, batches), network.joint, 4, lambda: coming)
     frames = [random_frames(i, length) for i, length in enumerate((4, 40, 40, 40, 40, 40))]
     rows = [Row(f, network.fresh(), 10, UNLIMITED) for f in frames]
     tasks = [asyncio.ensure_future(decoder.decode(row, 60)) for row in rows[1:5]]
@@ -350,7 +350,7 @@ async def test_last_rows_wait_while_others_come() -> None:
 async def test_row_waits_at_most_its_patience() -> None:
     network = RandomTransducer(3, blank_bias=4.0)
     coming = True
-    decoder = Decoder(network, network.transducer, 4, lambda: coming)
+    decoder = Decoder(network, network.joint, 4, lambda: coming)
     rows = [Row(random_frames(i, length), network.fresh(), 10, UNLIMITED) for i, length in enumerate((200, 400, 4))]
     hasty = asyncio.ensure_future(decoder.decode(rows[0], 0.1))
     patient = asyncio.ensure_future(decoder.decode(rows[1], 60))
@@ -373,7 +373,7 @@ async def test_failed_call_fails_only_its_rows() -> None:
             raise failures.pop()
         return network(*arguments)  # type: ignore[arg-type]
 
-    decoder = Decoder(step, network.transducer, 4, nothing_comes)  # type: ignore[arg-type]
+    decoder = Decoder(step, network.joint, 4, nothing_comes)  # type: ignore[arg-type]
     frames = random_frames(1, 10)
     rows = [Row(frames, network.fresh(), 10, UNLIMITED) for _ in range(3)]
     both = await asyncio.gather(decoder.decode(rows[0]), decoder.decode(rows[1]), return_exceptions=True)
@@ -384,7 +384,7 @@ async def test_failed_call_fails_only_its_rows() -> None:
 
 async def test_non_finite_logits_fail_only_their_row() -> None:
     network = RandomTransducer(3)
-    decoder = Decoder(network, network.transducer, 4, nothing_comes)
+    decoder = Decoder(network, network.joint, 4, nothing_comes)
     frames = random_frames(1, 10)
     broken = frames.copy()
     broken[:, 6] = np.nan
@@ -409,7 +409,7 @@ async def test_call_runs_in_its_first_callers_context() -> None:
         seen.append(name.get())
         return network(*arguments)  # type: ignore[arg-type]
 
-    encoder, decoder = Encoder(encode, 1, at_most(8)), Decoder(step, network.transducer, 100, nothing_comes)  # type: ignore[arg-type]
+    encoder, decoder = Encoder(encode, 1, at_most(8)), Decoder(step, network.joint, 100, nothing_comes)  # type: ignore[arg-type]
 
     async def serve(who: str) -> None:
         name.set(who)

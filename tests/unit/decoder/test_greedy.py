@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from greedy import Floats, Predictor, Row, States, Step, Token, Transducer, decode
+from greedy import Floats, JointOutputs, PredictorState, Row, States, Step, Token, decode
 from tests.support.transducers import DIMENSION, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame, random_frames
 
 UNLIMITED = 10**9
@@ -34,13 +34,13 @@ def run(
     block_frames: int,
     max_symbols_per_step: int = 10,
     max_tokens: int = UNLIMITED,
-    predictors: Sequence[Predictor] | None = None,
+    predictors: Sequence[PredictorState] | None = None,
 ) -> tuple[list[list[Token]], list[int]]:
     predictors = predictors or [network.fresh() for _ in rows]
     decoded = [
         Row(frames, predictor, max_symbols_per_step, max_tokens) for frames, predictor in zip(rows, predictors, strict=True)
     ]
-    decode(network, network.transducer, decoded, block_frames)
+    decode(network, network.joint, decoded, block_frames)
     return [row.tokens for row in decoded], [row.done_frames for row in decoded]
 
 
@@ -95,7 +95,7 @@ def test_row_costs_a_call_per_token_and_block(network: RandomTransducer, rows: l
         blocks = -(-row.shape[1] // block_frames)
         # The walk begins a block anew behind every token: tokens + 1 calls, one for each further block.
         assert len(tokens) <= network.calls <= len(tokens) + blocks
-        if not tokens and network.transducer.durations == RNNT:
+        if not tokens and network.joint.durations == RNNT:
             assert network.calls == blocks
         alone.append(network.calls)
     network.calls = 0
@@ -122,7 +122,7 @@ def test_rows_have_their_own_limits(durations: tuple[int, ...]) -> None:
     network = RandomTransducer(3, durations, blank_bias=-100.0)
     frames, limits = random_frames(3, 12), [(1, UNLIMITED), (2, 5), (4, UNLIMITED)]
     rows = [Row(frames, network.fresh(), max_symbols, max_tokens) for max_symbols, max_tokens in limits]
-    decode(network, network.transducer, rows, 4)
+    decode(network, network.joint, rows, 4)
     for row, (max_symbols, max_tokens) in zip(rows, limits, strict=True):
         assert_same(row.tokens, decode_frame_by_frame(network, frames, max_symbols)[:max_tokens])
 
@@ -181,53 +181,53 @@ def fixed(*logits: float) -> Step:
     return step
 
 
-def decode_one_frame(step: Step, transducer: Transducer) -> list[Token]:
+def decode_one_frame(step: Step, joint: JointOutputs) -> list[Token]:
     frame = np.zeros((DIMENSION, 1), np.float32)
-    row = Row(frame, Predictor(transducer.blank, ()), 1, UNLIMITED)
-    decode(step, transducer, [row], 1)
+    row = Row(frame, PredictorState(joint.blank, ()), 1, UNLIMITED)
+    decode(step, joint, [row], 1)
     return row.tokens
 
 
 @pytest.mark.parametrize("durations", [RNNT, (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("surplus", [-1, 1])
 def test_wrong_number_of_logits_is_refused(durations: tuple[int, ...], surplus: int) -> None:
-    transducer = Transducer(VOCABULARY, durations)
+    joint = JointOutputs(VOCABULARY, durations)
     needed = VOCABULARY + 1 + len(durations)
     with pytest.raises(ValueError, match=rf"gives {needed + surplus} logits per frame.* need {needed}$"):
-        decode_one_frame(fixed(*[0.0] * (needed + surplus)), transducer)
+        decode_one_frame(fixed(*[0.0] * (needed + surplus)), joint)
 
 
 @pytest.mark.parametrize("logits", [(np.nan, np.nan), (1.0, np.nan), (np.nan, 1.0), (np.inf, 1.0)])
 def test_non_finite_logits_are_refused(logits: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="token 0 has probability nan at frame 0: the logits are not finite"):
-        decode_one_frame(fixed(*logits), Transducer(1))
+        decode_one_frame(fixed(*logits), JointOutputs(1))
 
 
 def test_probability_is_over_tokens_and_blank() -> None:
     expected = np.exp(3.0) / np.exp([1.0, 3.0, 2.0]).sum()
-    for step, transducer in (
-        (fixed(1.0, 3.0, 2.0), Transducer(2)),
-        (fixed(1.0, 3.0, 2.0, 50.0, 60.0), Transducer(2, (1, 2))),
-        (fixed(1001.0, 1003.0, 1002.0), Transducer(2)),
-        (fixed(1.0, 3.0, 2.0), Transducer(2, blank_penalty=7.0)),
+    for step, joint in (
+        (fixed(1.0, 3.0, 2.0), JointOutputs(2)),
+        (fixed(1.0, 3.0, 2.0, 50.0, 60.0), JointOutputs(2, (1, 2))),
+        (fixed(1001.0, 1003.0, 1002.0), JointOutputs(2)),
+        (fixed(1.0, 3.0, 2.0), JointOutputs(2, blank_penalty=7.0)),
     ):
-        (token,) = decode_one_frame(step, transducer)
+        (token,) = decode_one_frame(step, joint)
         assert token.id == 1
         assert token.probability == pytest.approx(expected)
 
 
 def test_token_spans_its_duration() -> None:
-    (token,) = decode_one_frame(fixed(1.0, 0.0, 0.0, 0.0, 1.0), Transducer(1, (0, 1, 4)))
+    (token,) = decode_one_frame(fixed(1.0, 0.0, 0.0, 0.0, 1.0), JointOutputs(1, (0, 1, 4)))
     assert token.frames == 4
-    (token,) = decode_one_frame(fixed(1.0, 0.0), Transducer(1))
+    (token,) = decode_one_frame(fixed(1.0, 0.0), JointOutputs(1))
     assert token.frames == 1
 
 
 @pytest.mark.parametrize(("blank_penalty", "emitted"), [(0.0, 0), (0.4, 0), (0.6, 1), (-5.0, 0)])
 def test_blank_penalty_turns_blanks_into_tokens(blank_penalty: float, emitted: int) -> None:
-    assert len(decode_one_frame(fixed(1.0, 1.5), Transducer(1, blank_penalty=blank_penalty))) == emitted
+    assert len(decode_one_frame(fixed(1.0, 1.5), JointOutputs(1, blank_penalty=blank_penalty))) == emitted
 
 
 def test_negative_blank_penalty_turns_tokens_into_blanks() -> None:
-    assert len(decode_one_frame(fixed(1.5, 1.0), Transducer(1))) == 1
-    assert not decode_one_frame(fixed(1.5, 1.0), Transducer(1, blank_penalty=-1.0))
+    assert len(decode_one_frame(fixed(1.5, 1.0), JointOutputs(1))) == 1
+    assert not decode_one_frame(fixed(1.5, 1.0), JointOutputs(1, blank_penalty=-1.0))

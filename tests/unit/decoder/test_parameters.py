@@ -224,7 +224,7 @@ def test_max_whole_secs_is_bounded_by_memory() -> None:
 
 def test_unmeasured_growth_lowers_the_bound() -> None:
     assert read({**REQUIRED, "max_whole_secs": "47"}).memory.measured is False
-    with pytest.raises(ParameterError, match=r"allows 47\.6 s; .*the growth is assumed, amira models check measures it$"):
+    with pytest.raises(ParameterError, match=r"allows 47\.6 s; .*the growth is assumed: run amira models check to measure it$"):
         read({**REQUIRED, "max_whole_secs": "60"})
 
 

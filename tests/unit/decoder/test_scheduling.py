@@ -134,5 +134,16 @@ def test_window_is_exclusive_after_a_time_without_company() -> None:
 
 
 def test_rows_wait_only_while_others_are_coming() -> None:
-    assert next_decoder_call([3.0, 2.0, 5.0], rows_are_coming=True) == 2.0
-    assert next_decoder_call([3.0, 2.0, 5.0], rows_are_coming=False) == 0.0
+    assert next_decoder_call([3.0, 2.0, 5.0], 1.0, rows_are_coming=True) == 2.0
+    assert next_decoder_call([3.0, 2.0, 5.0], 1.0, rows_are_coming=False) == 1.0
+
+
+def test_row_that_may_not_wait_starts_a_call_at_once() -> None:
+    assert next_decoder_call([3.0, 1.0], 1.0, rows_are_coming=True) == 1.0
+    assert next_decoder_call([3.0, 0.5], 1.0, rows_are_coming=True) == 1.0
+
+
+@given(st.lists(st.floats(0, 10), min_size=1), st.floats(0, 10), st.booleans())
+def test_decoder_call_is_neither_in_the_past_nor_late(waits_until: list[float], now: float, coming: bool) -> None:
+    at = next_decoder_call(waits_until, now, rows_are_coming=coming)
+    assert now <= at <= max(now, min(waits_until))

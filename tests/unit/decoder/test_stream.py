@@ -18,7 +18,7 @@ import batching
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
 from parameters import LATENCIES, Geometry, Options, ParameterError, Parameters, WindowMemory
-from stream import MAX_WORD_TOKENS, Answer, Samples, Stream, Window, token_spans
+from stream import MAX_WORD_TOKENS, Decoded, Samples, Stream, Window, token_spans
 from tests.support.transducers import (
     DIMENSION,
     HIDDEN,
@@ -158,13 +158,13 @@ def execute(
     requests: Sequence[Request],
     windows: list[Window] | None = None,
     encode: Encode = frames_of,
-) -> list[Answer]:
+) -> list[Decoded]:
     """Serve requests that arrive at once, as the model does."""
 
-    async def serve() -> list[Answer]:
+    async def serve() -> list[Decoded]:
         parameters = requests[0].stream.parameters
         encoder = RecordingEncoder(parameters, encode, [] if windows is None else windows)
-        decoder = Decoder(network, network.transducer, parameters.block_frames, encoder.is_busy)
+        decoder = Decoder(network, network.joint, parameters.block_frames, encoder.is_busy)
         for request in requests:
             request.stream.push(request.samples)
         return await asyncio.gather(*(batching.recognise(r.stream, encoder, decoder, end=r.end) for r in requests))
@@ -178,14 +178,14 @@ def recognise(
     pieces: Sequence[Samples],
     options: Options | None = None,
     windows: list[Window] | None = None,
-) -> list[Answer]:
+) -> list[Decoded]:
     """Return the answers to a stream sent in pieces; the last piece ends it."""
     stream = Stream(config, options or config.options)
     requests = [Request(stream, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1)]
     return [answer for request in requests for answer in execute(network, [request], windows)]
 
 
-def final_tokens(answers: Sequence[Answer]) -> list[Token]:
+def final_tokens(answers: Sequence[Decoded]) -> list[Token]:
     return [token for answer in answers if answer.final for token in answer.tokens]
 
 
@@ -211,9 +211,9 @@ def test_recording_rows_gather_during_a_backlog(monkeypatch: pytest.MonkeyPatch,
         batches.append(len(frames))
         return network(frames, last_tokens, states)
 
-    async def serve() -> list[Answer]:
+    async def serve() -> list[Decoded]:
         encoder = RecordingEncoder(config, frames_of, [])
-        decoder = Decoder(step, network.transducer, config.block_frames, encoder.is_busy)
+        decoder = Decoder(step, network.joint, config.block_frames, encoder.is_busy)
         streams = [Stream(config, options) for _ in range(3)]
         for number, stream in enumerate(streams):
             stream.push(audio(number, 5 * FRAME_SAMPLES))
@@ -375,9 +375,9 @@ def decode_words(pieces: Sequence[tuple[int, int]], **changes: Any) -> list[list
             del left[: row.max_tokens]
             row.position = 0 if left else 1
             frames = stream.commit(row)
-        if (answer := stream.answer(end=False)).final:
+        if (answer := stream.finish_request(end=False)).final:
             segments.append([token.id for token in answer.tokens])
-    return [*segments, [token.id for token in stream.answer(end=True).tokens]]
+    return [*segments, [token.id for token in stream.finish_request(end=True).tokens]]
 
 
 def test_long_segment_ends_before_the_next_word() -> None:
@@ -434,7 +434,7 @@ def test_streams_sharing_calls_are_independent(
     all_options = [replace(options, context="whole" if whole else "window") for _, options, whole in kinds_of_streams]
     all_pieces = [data.draw(cuts(audio(seed + i, length))) for i, (length, _, _) in enumerate(kinds_of_streams)]
     streams = [Stream(config, options) for options in all_options]
-    together: list[list[Answer]] = [[] for _ in streams]
+    together: list[list[Decoded]] = [[] for _ in streams]
     for turn in range(max(map(len, all_pieces))):
         live = [i for i, pieces in enumerate(all_pieces) if turn < len(pieces)]
         requests = [Request(streams[i], all_pieces[i][turn], turn == len(all_pieces[i]) - 1) for i in live]
@@ -455,7 +455,7 @@ def test_whole_recording_is_one_window(
     network.calls = 0
     stream = Stream(config, replace(WHOLE, max_total_tokens=1, endpoint_silence_ms=1))
     for piece in data.draw(cuts(samples)):
-        assert execute(network, [Request(stream, piece, end=False)]) == [Answer([], [], 0, 0, False, 0, 0, 0)]
+        assert execute(network, [Request(stream, piece, end=False)]) == [Decoded([], [], 0, 0, False, 0, 0, 0)]
     assert network.calls == 0
     windows: list[Window] = []
     (answer,) = execute(network, [Request(stream, samples[:0], end=True)], windows)
@@ -479,7 +479,7 @@ def test_no_audio_gives_an_empty_final(options: Options) -> None:
     network = RandomTransducer(0)
     nothing = audio(0, 0)
     answers = recognise(network, parameters(), [nothing, nothing], options)
-    assert answers == [Answer([], [], 0, 0, False, 0, 0, 0), Answer([], [], 0, 0, True, 0, 0, 0)]
+    assert answers == [Decoded([], [], 0, 0, False, 0, 0, 0), Decoded([], [], 0, 0, True, 0, 0, 0)]
     assert network.calls == 0
 
 
@@ -494,7 +494,7 @@ def test_audio_shorter_than_a_frame_is_padded_to_one(options: Options) -> None:
     assert (answer.samples, answer.frames) == (5, 1)
 
 
-def receive_all(config: Parameters, samples: Samples, encode: Encode) -> Answer:
+def receive_all(config: Parameters, samples: Samples, encode: Encode) -> Decoded:
     (answer,) = execute(RandomTransducer(0), [Request(Stream(config, config.options), samples, end=True)], encode=encode)
     return answer
 

@@ -15,7 +15,7 @@ from onnx_asr.adapters import TextResultsAsrAdapter
 from onnx_asr.asr import TimestampedResult
 from onnx_asr.models.nemo import NemoConformerRnnt
 
-from greedy import Floats, Predictor, Row, Step, Token, Transducer, decode
+from greedy import Floats, JointOutputs, PredictorState, Row, Step, Token, decode
 from perf.recogniser import joint_step
 from tests.support.cache import built, copied
 from tests.support.synthetic import FRAMES_PER_SECOND, HIDDEN, SIZES, Kind, build, recordings, vocabulary
@@ -39,9 +39,9 @@ class Model:
         return self.adapter.asr
 
     @property
-    def transducer(self) -> Transducer:
+    def joint(self) -> JointOutputs:
         size = SIZES[self.kind]
-        return Transducer(size.pieces, tuple(range(size.durations)))
+        return JointOutputs(size.pieces, tuple(range(size.durations)))
 
     def recognise(self, waveforms: list[Floats]) -> list[list[tuple[int, int, float]]]:
         """What onnx-asr makes of a batch: (id, frame, probability) of each token."""
@@ -72,9 +72,9 @@ class Model:
         """Our decoder's view of the session."""
         return joint_step(self.asr._decoder_joint)
 
-    def fresh(self) -> Predictor:
+    def fresh(self) -> PredictorState:
         state = np.zeros((SIZES[self.kind].layers, HIDDEN), np.float32)
-        return Predictor(self.transducer.blank, (state, state))
+        return PredictorState(self.joint.blank, (state, state))
 
 
 def load(kind: Kind, directory: Path) -> Model:
@@ -137,7 +137,7 @@ def test_the_directory_is_laid_out_as_models_are_published(model: Model) -> None
     lines = files["vocab.txt"].read_text(encoding="utf-8").splitlines()
     pieces = [line.split(" ")[0] for line in lines]
     assert lines == [f"{piece} {index}" for index, piece in enumerate(pieces)]
-    assert len(set(pieces)) == len(lines) == model.transducer.blank + 1
+    assert len(set(pieces)) == len(lines) == model.joint.blank + 1
     assert (pieces[0], pieces[-1]) == ("<unk>", "<blk>")
     assert 0.2 < sum(piece.startswith("▁") for piece in pieces) / len(pieces) < 0.6
 
@@ -175,12 +175,12 @@ def test_tokens_and_blanks_use_all_durations(model: Model, monkeypatch: pytest.M
 
     def counted(*args: object) -> object:
         logits, jump, state = decode_one(*args)  # type: ignore[arg-type]
-        jumps[bool(logits.argmax() == model.transducer.blank), jump] += 1
+        jumps[bool(logits.argmax() == model.joint.blank), jump] += 1
         return logits, jump, state
 
     monkeypatch.setattr(model.asr, "_decode", counted)
     model.recognise(speech())
-    durations = model.transducer.durations or (-1,)  # onnx-asr's word for none
+    durations = model.joint.durations or (-1,)  # onnx-asr's word for none
     assert set(jumps) == {(blank, jump) for blank in (False, True) for jump in durations}
     assert all(jumps[False, jump] + jumps[True, jump] >= 5 for jump in durations)
 
@@ -209,7 +209,7 @@ def test_a_frame_depends_on_half_a_second_to_either_side(model: Model) -> None:
 def test_the_history_matters(model: Model) -> None:
     """After the same last token the same frames give other tokens where what came before was different."""
     (frames, *_) = model.encode(speech())
-    blank = model.transducer.blank
+    blank = model.joint.blank
     histories = np.random.default_rng(0).integers(1, blank, (8, 5), np.int32)
     histories[:, -1] = 7
     states = tuple(np.zeros((SIZES[model.kind].layers, 8, HIDDEN), np.float32) for _ in range(2))
@@ -242,7 +242,7 @@ def test_our_decoder_gives_the_tokens_of_onnx_asr(model: Model, block_frames: in
         found: list[list[Token]] = []
         for batch in batches:
             decoded = [Row(frames, model.fresh(), max_tokens_per_frame, UNLIMITED) for frames in batch]
-            decode(model.step, model.transducer, decoded, block_frames)
+            decode(model.step, model.joint, decoded, block_frames)
             assert [row.done_frames for row in decoded] == [frames.shape[1] for frames in batch]
             found += [row.tokens for row in decoded]
         assert_same(found, expected)
@@ -258,7 +258,7 @@ def test_chunks_change_nothing(model: Model, chunk_frames: int) -> None:
             Row(row[:, start : start + chunk_frames], predictor, 10, UNLIMITED)
             for row, predictor in zip(rows, predictors, strict=True)
         ]
-        decode(model.step, model.transducer, chunks, 16)
+        decode(model.step, model.joint, chunks, 16)
         for row_tokens, chunk in zip(found, chunks, strict=True):
             row_tokens += [token._replace(frame=token.frame + start) for token in chunk.tokens]
     assert_same(found, of_speech(model))
@@ -269,7 +269,7 @@ def test_other_durations_are_ours_alone(model: Model, monkeypatch: pytest.Monkey
     """onnx-asr takes the index of the best duration for the duration: told which it stands for, it finds what we find."""
     durations = (0, 1, 2, 4, 8)
     rows = [Row(frames, model.fresh(), 10, UNLIMITED) for frames in model.encode(speech())]
-    decode(model.step, Transducer(model.transducer.blank, durations), rows, 16)
+    decode(model.step, JointOutputs(model.joint.blank, durations), rows, 16)
     untold = of_speech(model)
     decode_one = model.asr._decode
 

@@ -1,8 +1,8 @@
-"""Frame-synchronous greedy decoding of an RNN-T inside Triton, as published recipes do it: a peer for the benchmark.
+"""Frame-synchronous greedy decoding of an RNN-T inside Triton, as in published recipes: a peer for the benchmark.
 
-All recordings of one ``execute`` move by the same frame: one call of decoder_joint for the frame, and another one while some
-recording emits a token on it. Preprocessor and encoder are called as ``rnnt_greedy_bls`` calls them, on all recordings at once
-and without padding, so the two models differ only in their decoding.
+All recordings of one ``execute`` are decoded frame by frame together. Each frame takes one call of decoder_joint, and one more
+while any recording emits a token on the frame. Preprocessor and encoder are called as in ``rnnt_greedy_bls``, for all
+recordings at the same time and without padding, so the two models differ only in their decoding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TritonPythonModel:
         self._blank_penalty = np.float32(given["blank_penalty"])
 
     async def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request with its recording's tokens; a failed call fails all of them."""
+        """Return the tokens of each request's recording. A failed call fails all requests."""
         audio = [pb_utils.get_input_tensor_by_name(request, "AUDIO").as_numpy()[0] for request in requests]
         tokens = self._decode(await asyncio.gather(*map(_encode, audio)))
         return [
