@@ -1,4 +1,4 @@
-"""AMIRA ASR: clients for the speech recognition server; the ``amira`` command and the server come with the package's extras."""
+"""AMIRA ASR: clients of the speech recognition server. The package's extras add the server and further commands."""
 
 from amira.client.live import LiveStream, Message
 from amira.client.rest import AsyncClient, Client

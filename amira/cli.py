@@ -1,4 +1,4 @@
-"""The ``amira`` command. Each command imports what it needs: the base package has neither server nor engine."""
+"""The ``amira`` command. Commands import modules of extras when they run: the base package has neither server nor engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "engine": ("onnxruntime", "psutil", "pytriton"),
     "models": ("huggingface_hub", "onnx", "onnx_asr", "onnxruntime"),
 }
-"""Modules by which an installed extra of the package is recognised."""
+"""Modules that show that an extra of the package is installed."""
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Speech recognition: server and client."
@@ -52,7 +52,7 @@ GrpcPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_GRPC_PORT", min=1, m
 MetricsPort = Annotated[int, typer.Option(envvar="AMIRA_TRITON_METRICS_PORT", min=1, max=65535, help="Its metrics port.")]
 HttpPort = Annotated[
     int | None,
-    typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port; by default it has none."),
+    typer.Option(envvar="AMIRA_TRITON_HTTP_PORT", min=1, max=65535, help="Its HTTP port; default: no HTTP."),
 ]
 
 
@@ -134,7 +134,7 @@ def serve() -> None:
 def demo(
     recordings: Annotated[
         list[Path] | None,
-        typer.Argument(help="Recordings; by default the bundled ones.", exists=True, dir_okay=False, show_default=False),
+        typer.Argument(help="Recordings; default: the bundled ones.", exists=True, dir_okay=False, show_default=False),
     ] = None,
     model_repository: ModelRepository = MODEL_REPOSITORY,
 ) -> None:
@@ -165,7 +165,7 @@ def demo(
 def config_show(
     output: Annotated[Format, typer.Option("--format", help="Format to print.")] = Format.toml,
 ) -> None:
-    """Print the configuration in force, without keys, and where each value comes from."""
+    """Print the effective configuration without keys, and the source of each value."""
     _require("server")
     from gateway.config.loading import to_toml, to_yaml
 
@@ -184,13 +184,13 @@ def models_group() -> None:
 def models_import(
     source: Annotated[str, typer.Argument(help="A directory with the ONNX files, or a Hugging Face repository (owner/name).")],
     name: Annotated[
-        str | None, typer.Option(help="Name of the new ensemble; by default the source's.", show_default=False)
+        str | None, typer.Option(help="Name of the new ensemble; default: the source's.", show_default=False)
     ] = None,
     into: Annotated[Path, typer.Option(help="Model repository to write to.")] = Path("models"),
     quantization: Annotated[str | None, typer.Option(help="Variant of the graphs, such as int8.", show_default=False)] = None,
     durations: Annotated[
         str,
-        typer.Option(help="Durations of a TDT in frames, if not 0,1,2,3,4 or as its config.json has them.", show_default=False),
+        typer.Option(help="Durations of a TDT in frames; default: those of config.json, or 0,1,2,3,4.", show_default=False),
     ] = "",
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graphs on a GPU.")] = False,
 ) -> None:
@@ -219,7 +219,7 @@ def models_import(
 
 @models.command("list")
 def models_list(repository: Annotated[Path, typer.Argument(help="Model repository.")] = MODEL_REPOSITORY) -> None:
-    """List the ensembles of a model repository, and say what is wrong with those that can't be used."""
+    """List the ensembles of a model repository, with the reason for each that cannot be used."""
     from amira.models.configs import ModelError
     from amira.models.repository import inspect_repository
 
@@ -238,7 +238,7 @@ def models_list(repository: Annotated[Path, typer.Argument(help="Model repositor
 
 @models.command("check")
 def models_check(repository: Annotated[Path, typer.Argument(help="Model repository.")] = MODEL_REPOSITORY) -> None:
-    """Check a model repository: files, graphs and configurations, and one recording on the embedded Triton."""
+    """Check the files, graphs and configurations of a model repository, and transcribe a recording with the embedded Triton."""
     _require("engine")
     from amira.engine.service import transcribe_with_each
     from gateway.config.settings import Settings
@@ -260,7 +260,7 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
 
 
 def _check_graphs(repository: Path) -> list[str]:
-    """Run the graphs of a repository's ensembles; return their names."""
+    """Run the graphs of a repository's ensembles, and return the names of the ensembles."""
     from amira.models.check import check_frames, check_warmups
     from amira.models.configs import ModelError
     from amira.models.repository import recognisers
@@ -284,19 +284,19 @@ def version() -> None:
 
 
 def _require(*extras: str) -> None:
-    """End the command with one line unless these extras of the package are installed."""
+    """Exit with an error unless these extras of the package are installed."""
     missing = [module for extra in extras for module in MODULES[extra] if not find_spec(module)]
     if missing:
         _fail(f"{missing[0]} is not installed; this command needs pip install 'amira-asr[{','.join(extras)}]'")
 
 
 def _settings() -> Settings:
-    """Return the configuration, as ``_load_settings`` does."""
+    """Return the configuration; see ``_load_settings``."""
     return _load_settings().settings
 
 
 def _load_settings() -> Loaded:
-    """Load the configuration and set up logging by it; a bad value ends the command with one line."""
+    """Load the configuration, and set up logging. Exit with an error if a value is not allowed."""
     import structlog
 
     from gateway.config.loading import load_settings
@@ -315,7 +315,7 @@ def _load_settings() -> Loaded:
 
 
 def _main(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a command's coroutine; what keeps it from starting ends the command with one line."""
+    """Run a command's coroutine. Exit with an error of one line if it cannot start."""
     import uvloop
 
     from amira.engine.errors import EngineError

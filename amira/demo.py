@@ -1,4 +1,4 @@
-"""The demonstration: recordings transcribed in one piece, and live while they play."""
+"""Demonstrate the server: transcribe recordings as files, and live as streams."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from gateway.audio.files import decode_audio
 
 FRAME_SAMPLES = 1600
 SPEED = 4.0
-"""Playing speed of streams, as a multiple of real time, so that the demonstration is short."""
+"""Speed of streams as a multiple of real time; above 1 to shorten the demonstration."""
 
 MAX_SECS = 3600
-"""Longest recording, in seconds; the server has limits of its own."""
+"""Maximum length of a recording, in seconds; the server has its own limits."""
 
 console = Console()
 
 
 async def show(url: str, model: str, name: str, body: bytes, api_key: str | None) -> None:
-    """Transcribe a recording both ways; print text, time and real-time factor.
+    """Transcribe a recording as a file and as a stream; print text, time and real-time factor.
 
     Args:
         url: base URL of the server.
         model: public name of the model.
-        name: the recording's.
+        name: name of the recording.
         body: the recording.
-        api_key: a key of the server's, where it needs one.
+        api_key: API key, if the server requires one.
     """
     samples = decode_audio(body, "application/octet-stream", max_secs=MAX_SECS)
     console.print(f"\n[bold]{name}[/bold]  {len(samples) / RATE:.2f} s")
@@ -81,7 +81,7 @@ async def _show_stream(stream: LiveStream, pcm: bytes) -> None:
             console.print(f"  stream  {error}")
             return
         finally:
-            await asyncio.gather(player, return_exceptions=True)  # it fails as the stream does
+            await asyncio.gather(player, return_exceptions=True)  # it fails with the stream
     console.print(
         f"  stream  {text}\n"
         f"          [dim]played at {SPEED:g} times real time; first words after {first_words:.2f} s of audio, "

@@ -1,4 +1,4 @@
-"""Where the package's files are: in a checkout, the checkout's; from a wheel, those that the wheel carries."""
+"""Paths of the package's files, in a checkout or from a wheel."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _WHEEL_DATA = _PACKAGE / "data"
-"""Directory of the data in an installed wheel, which ``pyproject.toml`` fills; a checkout has none."""
+"""Directory of data files in an installed wheel (see ``pyproject.toml``); missing in a checkout."""
 
 ROOT = _PACKAGE.parent
-"""The checkout; from a wheel, the directory that the package is installed in."""
+"""The checkout; from a wheel, the directory of installed packages."""
 
 IN_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 """Whether the package runs from a checkout."""
 
 MODEL_REPOSITORY = ROOT / "model-repo" if IN_CHECKOUT else _WHEEL_DATA / "model-repo"
-"""The bundled models; templates for imported ones too."""
+"""The bundled models, and templates of imported ones."""
 
 ONNXRUNTIME_BACKEND = (ROOT if IN_CHECKOUT else _WHEEL_DATA) / "backends" / "onnxruntime"
-"""The embedded engine's stand-in for Triton's ONNX Runtime backend."""
+"""Replacement for Triton's ONNX Runtime backend in the embedded engine."""
 
 SPEECH = ROOT / "tests" / "speech" if IN_CHECKOUT else _WHEEL_DATA / "speech"
 """The bundled recordings."""
 
 
 def _engine_home() -> Path:
-    """Return the directory that the embedded Triton is prepared in and logs to.
+    """Return the directory of the embedded Triton's backends and logs.
 
-    From a wheel it is in the user's cache, one for each Python environment: it holds a stub for one version of Python, and a
-    link to the environment's packages.
+    From a wheel, the directory is in the user's cache, one per Python environment: it has a stub for one version of Python, and
+    a link to the environment's packages.
     """
     if IN_CHECKOUT:
         return ROOT / ".engine"
-    # As the XDG Base Directory Specification has it: a relative path counts as not set.
+    # A relative path counts as not set (XDG Base Directory Specification).
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = configured if configured.is_absolute() else Path("~/.cache").expanduser()
     environment = hashlib.sha256(f"{sys.prefix} {sys.version_info[:2]}".encode()).hexdigest()[:12]
@@ -43,4 +43,4 @@ def _engine_home() -> Path:
 
 
 ENGINE_HOME = _engine_home()
-"""Directory of the embedded Triton's own: its backends and its logs. It can be deleted while no Triton runs."""
+"""Directory of the embedded Triton's backends and logs. It can be deleted while no embedded Triton is running."""

@@ -1,4 +1,4 @@
-"""Ports to listen on."""
+"""Choose and check ports to listen on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class PortError(RuntimeError):
-    """The server can't listen where it is told to; one line, with what to do about it."""
+    """The server cannot listen on a configured address. The message is one line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Ports:
 
     Attributes:
         host: IPv4 address.
-        grpc: port number.
-        metrics: port number.
-        http: port number; None for no HTTP listener, which nothing here uses.
+        grpc: port of gRPC.
+        metrics: port of the metrics.
+        http: port of HTTP; None: no HTTP listener. The gateway does not use HTTP.
     """
 
     host: str
@@ -32,7 +32,7 @@ class Ports:
     http: int | None = None
 
     def listeners(self) -> list[Listener]:
-        """Return what Triton will listen on.
+        """Return the addresses that Triton listens on.
 
         Raises:
             PortError: the host is not an IPv4 address.
@@ -47,12 +47,12 @@ class Ports:
 
 @dataclass(frozen=True)
 class Listener:
-    """An address that is going to be listened on.
+    """An address to listen on.
 
     Attributes:
         host: name or address.
         port: port number; 0 is always free.
-        setting: the environment variable that sets the port.
+        setting: environment variable of the port.
     """
 
     host: str
@@ -60,7 +60,7 @@ class Listener:
     setting: str
 
     def obstacle(self) -> str | None:
-        """Return why this process can't listen there; None where it can."""
+        """Return the reason for which this process cannot listen on the address; None if it can."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,15 +72,15 @@ class Listener:
 
 
 def gateway_listener(host: str, port: int) -> Listener:
-    """Return what the gateway will listen on."""
+    """Return the address that the gateway listens on."""
     return Listener(host, port, "AMIRA_SERVER_PORT")
 
 
 def check_free(listeners: Iterable[Listener]) -> None:
-    """Check that this process can listen everywhere.
+    """Check that this process can listen on all addresses.
 
     Raises:
-        PortError: it can't; the line names every address at fault.
+        PortError: it cannot. The message names every address that is not available.
     """
     faults = [(listener, reason) for listener in listeners if (reason := listener.obstacle())]
     if faults:
@@ -90,7 +90,7 @@ def check_free(listeners: Iterable[Listener]) -> None:
 
 
 def free_ports(host: str, count: int) -> list[int]:
-    """Return ports that nothing listens on at this moment."""
+    """Return `count` ports of `host` that are free now."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

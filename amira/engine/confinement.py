@@ -1,4 +1,4 @@
-"""What Triton's process is kept from: outliving the launcher, and letting other users read its shared memory."""
+"""Confine Triton's process: it ends with the launcher, and other users cannot read its shared memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ PRIVATE_UMASK = 0o077
 # Constants of prctl(2):
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 
-# Constants of seccomp(2) on x86-64: the call, offsets in struct seccomp_data, and what a filter returns. Without SPEC_ALLOW,
-# kernels before 5.16 slow down a process that has a filter.
+# Constants of seccomp(2) on x86-64: the call, offsets in struct seccomp_data, and results of a filter. Without SPEC_ALLOW,
+# kernels before 5.16 slow down a process with a filter.
 SYSCALL_SECCOMP, SET_MODE_FILTER, SPEC_ALLOW = 317, 1, 4
 OFFSET_NUMBER, OFFSET_ARCHITECTURE, OFFSET_SECOND_ARGUMENT = 0, 4, 24
 ARCHITECTURE_X86_64, SYSCALL_FCHMOD = 0xC000003E, 91
@@ -34,7 +34,8 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
 
 
-# Triton's Python backend makes its shared memory by Boost, which opens it to all users by fchmod(2), whatever the umask.
+# Triton's Python backend creates its shared memory with Boost, which opens it to all users by fchmod(2) regardless of the
+# umask.
 _INSTRUCTIONS = (_Instruction * 8)(
     _Instruction(LOAD, 0, 0, OFFSET_ARCHITECTURE),
     _Instruction(JUMP_IF_EQUAL, 0, 5, ARCHITECTURE_X86_64),
@@ -50,10 +51,10 @@ _LIBC = ctypes.CDLL(None)
 
 
 def confine() -> None:
-    """Confine this process and its children; for the child between fork and exec.
+    """Confine this process and its children; to be called in the child between fork and exec.
 
-    The kernel sends SIGTERM when the launcher dies, however it dies. Files and shared memory are for this user alone; where the
-    kernel has no seccomp filters, shared memory stays readable for other users.
+    The kernel sends SIGTERM when the launcher ends for any reason. Only this user can read files and shared memory. On a kernel
+    without seccomp filters, other users can read the shared memory.
     """
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     os.umask(PRIVATE_UMASK)

@@ -1,5 +1,5 @@
-"""Why an embedded Triton does not run."""
+"""Errors of the embedded Triton."""
 
 
 class EngineError(RuntimeError):
-    """Triton can't be prepared, started or kept ready; one line, with what to do about it."""
+    """Triton cannot be prepared, started or kept ready. The message is one line and says what to do."""

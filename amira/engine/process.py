@@ -1,4 +1,4 @@
-"""The process of the embedded Triton: start it, keep it ready, stop it."""
+"""Start, supervise and stop the process of the embedded Triton."""
 
 from __future__ import annotations
 
@@ -27,43 +27,47 @@ from amira.ports import Ports
 from gateway.triton.canary import Canary, ask
 
 RESTART_DELAY_RANGE_SECS = (1.0, 10.0)
-"""Shortest and longest delay before a restart, in seconds. Streams wait for ``recovery_timeout_secs``, 30 s by default, within
-which Triton must also start."""
+"""Minimum and maximum delay before a restart, in seconds. Delay and start must fit into ``recovery_timeout_secs``, for which
+streams wait (default: 30 s)."""
 
 RESTRICTED = "shared-memory,logging,trace:Nobody=may"
-"""gRPC protocols that nobody may use. Triton asks for a header ``triton-grpc-protocol-Nobody``, which can't be sent: HTTP/2 has
-no capitals in names of headers (RFC 9113, 8.2.1), and gRPC refuses a request that has some. A secret would not do: other users
-can read it in the command line."""
+"""Disabled gRPC protocols. Triton requires the header ``triton-grpc-protocol-Nobody`` for them. No client can send it: HTTP/2
+header names have no capitals (RFC 9113, 8.2.1), and gRPC refuses a request with capitals. A secret value would not help: other
+users can read it in the command line."""
 
 STUB_CHECK_SECS = 0.5
-"""Interval between looks at Triton's child processes, in seconds."""
+"""Interval between checks of Triton's child processes, in seconds."""
 
 CANARY_INTERVAL_SECS = 5.0
+"""Interval between two rounds of canaries, in seconds."""
+
 CANARY_TIMEOUT_SECS = 10.0
+"""Timeout of a canary, in seconds."""
+
 CANARIES_TOGETHER = 2
-"""Canaries sent at once: more than one call of the encoder reach all its instances in turn."""
+"""Number of canaries sent at once: more than one encoder call reach all instances of the encoder in turn."""
 
 MAX_FAILING_SECS = 3.0
-"""Time of canaries answered with errors after which Triton is restarted, in seconds."""
+"""Time of failed canaries after which Triton is restarted, in seconds."""
 
 MAX_LATE_SECS = 30.0
-"""Time of canaries without an answer after which Triton is restarted, in seconds; not while the decoder does other work."""
+"""Time of canaries without a response after which Triton is restarted, in seconds, unless the decoder does other work."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 MIN_SHARED_MEMORY_BYTES = 128 * 2**20
-"""Shared memory that must be free: eight recordings of half a minute at once took 74 MB (2026-11-27)."""
+"""Minimum free shared memory: eight recordings of half a minute at once took 74 MB (2026-11-27)."""
 
 POLL_SECS = 0.1
-"""Interval between looks at the models while Triton starts, in seconds."""
+"""Interval between checks of the models while Triton starts, in seconds."""
 
 log = structlog.get_logger()
 
 
 def check_shared_memory() -> None:
-    """Check that there is enough shared memory, through which tensors pass between Triton and its models.
+    """Check that enough shared memory is free. Triton and its models exchange tensors through it.
 
     Raises:
-        EngineError: there isn't.
+        EngineError: too little is free.
     """
     status = os.statvfs(SHARED_MEMORY)
     free = status.f_frsize * status.f_bavail
@@ -75,13 +79,13 @@ def check_shared_memory() -> None:
 
 
 class Triton:
-    """An embedded Triton: started, kept ready, stopped.
+    """The embedded Triton.
 
     Args:
-        engine: the server to run.
-        model_repository: directory of its models.
+        engine: the installed Triton.
+        model_repository: directory of the models.
         ports: ports to listen on.
-        log_path: file for what it prints.
+        log_path: file for its output.
         options: further options of its command line.
         ensembles: ensembles that must recognise speech; Triton is restarted when one no longer does.
     """
@@ -112,17 +116,17 @@ class Triton:
 
     @property
     def pid(self) -> int | None:
-        """Process id; None while it does not run."""
+        """Process id; None while Triton is not running."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
     async def start(self, on_progress: Callable[[int, int], None] = lambda _ready, _models: None) -> None:
-        """Start it and wait until every model is ready.
+        """Start Triton, and wait until every model is ready.
 
         Args:
-            on_progress: called with the number of models that are ready, and of all.
+            on_progress: called with the number of ready models and of all models.
 
         Raises:
-            EngineError: Triton ended, or a model failed to load; the line names the model and the reason.
+            EngineError: Triton ended, or a model failed to load. The message names the model and the reason.
         """
         models = [path.parent.name for path in self._model_repository.glob("*/config.pbtxt")]
         if not models:
@@ -132,7 +136,7 @@ class Triton:
             while (ready := await self._ready_models()) < len(models):
                 on_progress(ready, len(models))
                 if self.pid is None:
-                    raise EngineError(f"Triton ended while it started: {self._ending()}; all of it is in {self._log_path}")
+                    raise EngineError(f"Triton ended while it started: {self._ending()}; see {self._log_path}")
                 await asyncio.sleep(POLL_SECS)
         except BaseException:
             await self.stop()
@@ -140,7 +144,7 @@ class Triton:
         on_progress(len(models), len(models))
 
     async def keep_alive(self) -> None:
-        """Restart it whenever it ends or is ended here, with a delay that doubles while it does not stay up; never returns."""
+        """Restart Triton whenever it ends; never return. The delay doubles until Triton stays up."""
         shortest, longest = RESTART_DELAY_RANGE_SECS
         delay = 0.0
         while True:
@@ -156,11 +160,11 @@ class Triton:
             try:
                 await self.start()
                 log.info("triton restarted", pid=self.pid)
-            except (EngineError, OSError) as error:  # such as no memory or descriptors, for the moment
+            except (EngineError, OSError) as error:  # such as a temporary lack of memory or descriptors
                 log.error("triton restart failed", reason=str(error))
 
     async def _wait(self, process: asyncio.subprocess.Process) -> int:
-        """Wait until it ends; end it when one of its processes died, which Triton never replaces, or it recognises nothing."""
+        """Wait until Triton ends. Kill it if a child process died (Triton does not replace it), or if recognition fails."""
         for canary in self._canaries:
             canary.forget()
         rounds = [asyncio.create_task(canary.run(lambda: True, lambda: CANARIES_TOGETHER)) for canary in self._canaries]
@@ -170,7 +174,7 @@ class Triton:
                     return await asyncio.wait_for(process.wait(), STUB_CHECK_SECS)
                 if any(canary.health.failures for canary in self._canaries):
                     await self._see_progress()
-                if reason := self._trouble(process):
+                if reason := self._restart_reason(process):
                     log.error("triton killed", pid=process.pid, reason=reason)
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
@@ -179,21 +183,21 @@ class Triton:
                 task.cancel()
             await asyncio.gather(*rounds, return_exceptions=True)
 
-    def _trouble(self, process: asyncio.subprocess.Process) -> str | None:
-        """Return why Triton must be restarted, if it must."""
+    def _restart_reason(self, process: asyncio.subprocess.Process) -> str | None:
+        """Return the reason for which Triton must be restarted, or None."""
         with contextlib.suppress(psutil.Error):
             if any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()):
                 return "a model's process died"
         for canary in self._canaries:
             health, failing_secs = canary.health, canary.health.failing_secs(time.monotonic())
             limit_secs = MAX_FAILING_SECS if health.erred else MAX_LATE_SECS
-            # An ensemble that never recognised anything is misconfigured, and would not after a restart either.
+            # An ensemble that has never recognised anything is misconfigured, so a restart would not help.
             if canary.ever_answered and not health.well and failing_secs >= limit_secs:
                 return f"speech has not been recognised for {failing_secs:.0f} s"
         return None
 
     async def _see_progress(self) -> None:
-        """Tell the canaries that are late where the decoder works on other audio: Triton is slow then, not dead."""
+        """Inform late canaries if the decoder works on other audio: then Triton is slow, but not dead."""
         url = f"http://{self._ports.host}:{self._ports.metrics}/metrics"
         with contextlib.suppress(httpx.HTTPError):
             async with httpx.AsyncClient(timeout=STUB_CHECK_SECS) as http:
@@ -208,10 +212,10 @@ class Triton:
         await ask(self._client, ensemble)
 
     async def stop(self, timeout_secs: float = 20.0) -> None:
-        """Stop Triton after the requests in flight, with all its children.
+        """Stop Triton and all its children after the requests in flight.
 
         Args:
-            timeout_secs: time after which it is killed.
+            timeout_secs: time after which Triton is killed.
         """
         process = self._process
         if process and process.returncode is None:
@@ -236,8 +240,8 @@ class Triton:
             f"--model-repository={self._model_repository}",
             f"--backend-directory={self._engine.backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
-            "--exit-on-error=false",  # so that the index can tell which model failed, and why
-            "--disable-auto-complete-config",  # every config.pbtxt is complete, and asking costs a process for each model
+            "--exit-on-error=false",  # so that the repository index has the failed model and the reason
+            "--disable-auto-complete-config",  # every config.pbtxt is complete; completion would start a process per model
             f"--grpc-restricted-protocol={RESTRICTED}",
             f"--grpc-address={ports.host}",
             f"--grpc-port={ports.grpc}",
@@ -247,19 +251,19 @@ class Triton:
             *self._options,
         ]
         with self._log_path.open(self._log_mode) as output:
-            self._log_mode = "ab"  # a restart keeps what the crash left
+            self._log_mode = "ab"  # a restart keeps the log of the crash
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=self._engine.environment,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the launcher, which stops Triton last
+                start_new_session=True,  # so that a Ctrl-C reaches only the launcher, which stops Triton last
                 preexec_fn=confine,
             )
 
     async def _ready_models(self) -> int:
-        """Return the number of models that are ready; 0 while nothing answers.
+        """Return the number of ready models; 0 while Triton does not respond.
 
         Raises:
             EngineError: a model failed to load.
@@ -271,11 +275,11 @@ class Triton:
             index = (await self._client.get_model_repository_index(client_timeout=1.0)).models
         except InferenceServerException:
             return 0
-        # Triton is live when it has tried to load all. A model whose configuration it could not read has no state.
+        # Triton is live after it has tried to load all models. A model with an unreadable configuration has no state.
         failed = {
             model.name: model.reason or self._refusal(model.name) for model in index if model.state in ("UNAVAILABLE", "")
         }
-        # An ensemble fails because of its parts, and has no reason of its own, or one that says least.
+        # An ensemble fails because of its models, and has no reason or a less specific one.
         for name in sorted(failed, key=lambda name: not failed[name] or "depends on" in failed[name]):
             raise EngineError(f"model {name} failed to load: {_one_line(failed[name]) or f'see {self._log_path}'}")
         return sum(model.state == "READY" for model in index)
@@ -289,7 +293,7 @@ class Triton:
         return self._log_path.read_text(errors="replace")
 
     def _clean_up(self) -> None:
-        """Remove what a dead Triton left: stubs and their shared memory."""
+        """Kill the remaining stubs of a dead Triton, and remove their shared memory."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -297,15 +301,15 @@ class Triton:
             path.unlink(missing_ok=True)
 
     def _ending(self) -> str:
-        """Return how Triton ended, and the last error that it printed."""
+        """Return the signal or exit code of Triton, and the last error in its log."""
         code = self._process.returncode if self._process else None
         how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
         lines = self._log().splitlines()
-        # Those about CUDA are harmless.
+        # Errors about CUDA are harmless.
         errors = [line for line in lines if line.startswith(("E", "error")) and "cuda" not in line.lower()]
         return f"{how}, {_one_line(errors[-1]) if errors else 'no error printed'}"
 
 
 def _one_line(text: str) -> str:
-    """Return the part of a message of Triton's that says what is wrong: without the Python traceback."""
+    """Return an error message of Triton without its Python traceback, as one line."""
     return " ".join(text.split("\n\nAt:", maxsplit=1)[0].split())

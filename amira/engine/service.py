@@ -1,4 +1,4 @@
-"""The gateway and the embedded Triton as one service."""
+"""Run the gateway and the embedded Triton as one service."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from gateway.triton.pool import TritonPool
 
 @dataclass(frozen=True)
 class Running:
-    """A service that is up.
+    """A running service.
 
     Attributes:
-        url: the gateway's base URL on this machine.
+        url: base URL of the gateway on this machine.
         ports: Triton's ports.
-        log_path: what Triton prints.
+        log_path: Triton's log.
     """
 
     url: str
@@ -43,15 +43,15 @@ class Running:
 async def service(
     settings: Settings, model_repository: Path, ports: Ports, on_progress: Callable[[int, int], None]
 ) -> AsyncIterator[tuple[Running, asyncio.Task[None]]]:
-    """Start Triton, wait for its models, start the gateway; stop them in the opposite order.
+    """Start Triton, wait for its models, and start the gateway; stop them in the opposite order.
 
     Yields:
-        The service and the task that ends when the gateway has stopped.
+        The service, and the task that ends when the gateway has stopped.
 
     Raises:
-        PortError: a port is taken.
-        ModelError: the model repository can't be served with these settings.
-        EngineError: Triton or a model can't start.
+        PortError: a port is in use.
+        ModelError: the model repository cannot be served with these settings.
+        EngineError: Triton or a model cannot start.
     """
     check_free([gateway_listener(settings.server_host, settings.server_port), *ports.listeners()])
     check_ensembles(model_repository, settings.models.values())
@@ -68,7 +68,7 @@ async def service(
         while not server.started:
             if serving.done():
                 serving.result()
-                raise EngineError("the gateway ended while it started; its log says why")
+                raise EngineError("the gateway ended while it started; see its log")
             await asyncio.sleep(0.02)
         host = LOOPBACK if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104
         running = Running(f"http://{host}:{server.port}", ports, log_path)
@@ -87,12 +87,22 @@ async def service(
 async def transcribe_with_each(
     model_repository: Path, ensembles: Sequence[str], ports: Ports, recording: bytes
 ) -> AsyncIterator[tuple[str, Answer]]:
-    """Serve a model repository for as long as it takes to transcribe a recording whole with each of its ensembles.
+    """Start Triton with a model repository, and transcribe a recording with each ensemble.
+
+    Args:
+        model_repository: the repository.
+        ensembles: names of the ensembles.
+        ports: ports of Triton.
+        recording: an audio file, decoded in one request.
+
+    Yields:
+        Name and answer of each ensemble.
 
     Raises:
-        EngineError: Triton or a model can't start, or an ensemble can't transcribe.
+        EngineError: Triton or a model cannot start, or an ensemble failed.
     """
-    triton = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), model_repository, ports, ENGINE_HOME / "triton-check.log")
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(engine, model_repository, ports, ENGINE_HOME / "triton-check.log")
     await triton.start()
     client = TritonPool(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
     try:
@@ -102,7 +112,7 @@ async def transcribe_with_each(
             samples = decode_audio(recording, "application/octet-stream", ensemble.max_whole_secs)
             yield name, await client.recording(ensemble, {}).send(samples, end=True)
     except ApiError as error:
-        raise EngineError(f"an utterance failed: {error.message}; {ENGINE_HOME / 'triton-check.log'} tells more") from error
+        raise EngineError(f"a transcription failed: {error.message}; see {ENGINE_HOME / 'triton-check.log'}") from error
     finally:
         await client.close()
         await triton.stop()

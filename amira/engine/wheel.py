@@ -1,6 +1,6 @@
-"""Find the Triton that the ``nvidia-pytriton`` wheel carries, and prepare it to run.
+"""Find the Triton server in the ``nvidia-pytriton`` wheel, and prepare it to run.
 
-Nothing outside the engine's own directory is written, and no root is needed. Where this Triton can't run, its container can.
+Only the engine's own directory is written, and root is not needed. If this Triton cannot run, its container can.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from amira.engine.errors import EngineError
 
 MIN_GLIBC = (2, 35)
 PYTHONS = ("3.10", "3.11", "3.12")
-"""CPythons for which the wheel has a stub, and numpy 1 has wheels: the stub was built against numpy 1."""
+"""Versions of CPython for which the wheel has a stub and numpy 1 has wheels. The stub was built for numpy 1."""
 
 CONTAINER_HINT = "use the Triton container instead (docs/Deployment.md)"
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A Triton that can be started.
+    """An installed Triton server.
 
     Attributes:
-        binary: the server's executable.
+        binary: executable of the server.
         backends: directory for ``--backend-directory``.
         environment: environment variables of the process.
     """
@@ -40,14 +40,14 @@ class Engine:
 
     @classmethod
     def prepare(cls, home: Path, onnxruntime_backend: Path) -> Engine:
-        """Lay out the backends of the installed wheel under ``home``; quick where they are laid out already.
+        """Copy the backends of the installed wheel to ``home``, unless they are there.
 
         Args:
             home: directory that the engine may write to.
-            onnxruntime_backend: directory of the stand-in for Triton's ONNX Runtime backend.
+            onnxruntime_backend: directory of the replacement for Triton's ONNX Runtime backend.
 
         Raises:
-            EngineError: the wheel is missing, or can't run on this machine or with this Python.
+            EngineError: the wheel is missing, or cannot run on this machine or with this Python.
         """
         check_platform()
         try:
@@ -70,7 +70,7 @@ class Engine:
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
-            # The stub finds packages as Python does: those of the virtual environment whose python comes first.
+            # The stub finds packages like Python: those of the virtual environment whose python is first in PATH.
             "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
             "PYTHONUTF8": "1",
         }
@@ -78,10 +78,10 @@ class Engine:
 
 
 def check_platform() -> None:
-    """Check that the wheel's binaries can run here.
+    """Check that the wheel's binaries can run on this machine.
 
     Raises:
-        EngineError: they can't.
+        EngineError: they cannot.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise EngineError(
@@ -102,10 +102,10 @@ def check_platform() -> None:
 
 
 def find_libpython() -> Path:
-    """Return the running interpreter's shared library, which Triton's Python stub loads.
+    """Return the path of the running interpreter's shared library, which Triton's Python stub loads.
 
     Raises:
-        EngineError: there is none in the usual places.
+        EngineError: the library is not in the usual directories.
     """
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     folders = [
@@ -125,7 +125,7 @@ def find_libpython() -> Path:
 
 
 def _copy_if_changed(source: Path, target: Path) -> None:
-    """Copy a file; not as a link, since Triton refuses a backend whose library is one."""
+    """Copy a file if it has changed. A link would not do: Triton refuses a backend whose library is a link."""
     if target.is_symlink() or not target.exists() or not filecmp.cmp(source, target):
         target.unlink(missing_ok=True)
         shutil.copy2(source, target)

@@ -1,1 +1,1 @@
-"""Model repositories: check, import, inspect."""
+"""Import, inspect and check model repositories."""

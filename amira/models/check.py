@@ -1,4 +1,4 @@
-"""What only running a model's graphs tells: how long its frames are, and whether its warm-ups work."""
+"""Check properties of a model by running its graphs: the length of its frames, and its warm-up samples."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from amira.models.graphs import open_session
 from amira.models.repository import Recogniser
 
 FEATURE_COUNTS = (160, 640)
-"""Lengths of the inputs on which a subsampling factor is measured; their difference is a multiple of every usual factor."""
+"""Input lengths for measuring a subsampling factor; their difference is a multiple of all usual factors."""
 
 SAMPLE_COUNTS = (9_600, 48_000)
-"""Lengths of the inputs on which a front end is measured; their difference is a multiple of every usual hop: 160, 384, …"""
+"""Input lengths for measuring a front end; their difference is a multiple of all usual hops: 160, 384, …"""
 
 ELEMENT_TYPES = {pb.TYPE_FP32: np.float32, pb.TYPE_INT32: np.int32, pb.TYPE_INT64: np.int64}
-"""numpy's element types by Triton's, of those that graphs of the convention have."""
+"""Numpy types by Triton's types, for all types in NeMo's export convention."""
 
 
 def check_frames(recogniser: Recogniser) -> None:
-    """Check that the decoder knows the length of an encoder frame.
+    """Check the decoder's parameter for the length of an encoder frame.
 
     Raises:
-        ModelError: its parameter ``frame_samples`` differs from what the graphs make.
+        ModelError: the parameter ``frame_samples`` differs from the length that the graphs have.
     """
     samples = samples_per_feature(recogniser.preprocessor) * features_per_frame(recogniser.encoder, recogniser.features)
     if (found := recogniser.parameters["frame_samples"]) != str(samples):
@@ -39,10 +39,10 @@ def check_frames(recogniser: Recogniser) -> None:
 
 
 def samples_per_feature(preprocessor: Path) -> int:
-    """Return how many samples a feature frame stands for.
+    """Return the number of samples per feature frame.
 
     Raises:
-        ModelError: the graph can't be run, or its frames are not of one length.
+        ModelError: the graph cannot be run, or its frames differ in length.
     """
 
     def count(session: Any, samples: int) -> int:
@@ -53,14 +53,14 @@ def samples_per_feature(preprocessor: Path) -> int:
 
 
 def features_per_frame(encoder: Path, features: int) -> int:
-    """Return how many feature frames an encoder frame stands for: the subsampling factor.
+    """Return the number of feature frames per encoder frame: the subsampling factor.
 
     Args:
-        encoder: the graph's file.
-        features: values of a feature frame.
+        encoder: path of the graph.
+        features: number of values in a feature frame.
 
     Raises:
-        ModelError: the graph can't be run, or its frames are not of one length.
+        ModelError: the graph cannot be run, or its frames differ in length.
     """
 
     def count(session: Any, frames: int) -> int:
@@ -71,12 +71,12 @@ def features_per_frame(encoder: Path, features: int) -> int:
 
 
 def check_warmups(repository: Path) -> None:
-    """Run each warm-up sample of a repository's graphs by itself.
+    """Run each warm-up sample of a repository's graphs.
 
-    Triton's native ONNX Runtime backend may end by SIGSEGV on a sample that fails, before it says which.
+    Triton may end with SIGSEGV when a sample fails, without naming the sample.
 
     Raises:
-        ModelError: a sample fails.
+        ModelError: a sample failed.
     """
     for name, config in read_configs(repository).items():
         if config.backend == "onnxruntime" and config.model_warmup:
@@ -86,17 +86,17 @@ def check_warmups(repository: Path) -> None:
                 try:
                     feeds = {key: _warmup_tensor(directory, tensor) for key, tensor in sample.inputs.items()}
                     session.run(None, feeds)
-                except Exception as error:  # ONNX Runtime has a class of its own for every status code
+                except Exception as error:  # ONNX Runtime has one class per status code
                     reason = " ".join(str(error).split())
                     raise ModelError(f"{directory}/config.pbtxt: warm-up {sample.name!r} fails: {reason}") from error
 
 
 def _warmup_tensor(directory: Path, tensor: pb.ModelWarmup.Input) -> npt.NDArray[Any]:
-    """Return what Triton feeds for an input of a warm-up sample.
+    """Return the tensor that Triton feeds for an input of a warm-up sample.
 
     Raises:
-        OSError: its file can't be read.
-        ValueError: its type is not one of the convention's, or its file has another size.
+        OSError: the sample's file cannot be read.
+        ValueError: the type is not supported, or the file has another size.
     """
     if tensor.data_type not in ELEMENT_TYPES:
         raise ValueError(f"data type {pb.DataType.Name(tensor.data_type)}; expected FP32, INT32 or INT64")

@@ -1,4 +1,4 @@
-"""Configurations of a model repository, read without its graphs."""
+"""Read the configurations of a model repository."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CONFIG = "config.pbtxt"
 
 
 class ModelError(ValueError):
-    """A model can't be used; one line that names the file, the tensor, what was found and what is expected."""
+    """A model cannot be used. The message is one line with the file, the tensor, the found and the expected value."""
 
 
 def read_configs(repository: Path) -> dict[str, pb.ModelConfig]:
     """Return the configurations of a repository by the names of their directories.
 
     Raises:
-        ModelError: the repository is no directory or has no models, or a configuration can't be read or has another name.
+        ModelError: the repository is no directory or has no models, or a configuration cannot be read or has another name.
     """
     if not repository.is_dir():
         raise ModelError(f"model repository {repository} is no directory")
@@ -35,10 +35,10 @@ def read_configs(repository: Path) -> dict[str, pb.ModelConfig]:
 
 
 def read_config(path: Path) -> pb.ModelConfig:
-    """Return a model's configuration.
+    """Return the configuration of a model.
 
     Raises:
-        ModelError: it is missing or malformed.
+        ModelError: the file is missing or malformed.
     """
     config = pb.ModelConfig()
     try:
@@ -51,10 +51,10 @@ def read_config(path: Path) -> pb.ModelConfig:
 
 
 def check_ensembles(repository: Path, names: Collection[str]) -> None:
-    """Check that a repository can be read and has these ensembles.
+    """Check that a repository can be read and has the named ensembles.
 
     Raises:
-        ModelError: it can't, or lacks one.
+        ModelError: the repository cannot be read, or an ensemble is missing.
     """
     configs = read_configs(repository)
     ensembles = [name for name, config in configs.items() if config.HasField("ensemble_scheduling")]

@@ -1,4 +1,4 @@
-"""Read ONNX transducers in NeMo's export convention, and say what is wrong with them."""
+"""Read and check ONNX transducers in NeMo's export convention."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from amira.models.configs import ModelError
 Shape = tuple[int | None, ...]
 
 OPEN = -1
-"""In an expected shape: a size that the graph must leave open, as Triton's configurations write it."""
+"""Size in an expected shape that must be dynamic in the graph; the value is that of Triton's configurations."""
 
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
 LFS_POINTER = b"version https://git-lfs"
 MAX_DURATIONS = 16
-"""Maximum number of durations of a TDT; more surplus logits mean a vocabulary that is too short. Published TDTs have 5."""
+"""Maximum number of durations of a TDT; with more surplus logits, the vocabulary is too short. Published TDTs have 5."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Tensor:
 
     Attributes:
         type: ONNX element type.
-        shape: sizes; None for what is open.
+        shape: sizes; None for a dynamic one.
     """
 
     type: int
@@ -39,7 +39,7 @@ class Tensor:
 
     @property
     def dims(self) -> list[int]:
-        """Return the shape as Triton's configurations write it, with ``OPEN`` for what is open."""
+        """Shape with ``OPEN`` for dynamic sizes, as in Triton's configurations."""
         return [OPEN if size is None else size for size in self.shape]
 
 
@@ -47,16 +47,16 @@ class Graph:
     """An ONNX file, read without its weights.
 
     Args:
-        path: the file.
+        path: path of the file.
 
     Attributes:
-        path: the file.
+        path: path of the file.
         inputs, outputs: tensors by name.
-        data_files: names of the files beside it that contain weights.
-        size: bytes of all these files.
+        data_files: names of external weight files in the same directory.
+        size: size of the file and its weight files in bytes.
 
     Raises:
-        ModelError: it is missing or no ONNX model, or its external data is missing or cut short.
+        ModelError: the file is missing or not an ONNX model, or a weight file is missing or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,20 +76,20 @@ class Graph:
         self.size = sum(file.stat().st_size for file in (path, *(path.parent / name for name in data)))
 
     def resolve(self) -> None:
-        """Take the outputs' shapes from ONNX Runtime, which infers sizes that the file leaves open.
+        """Replace the outputs' shapes with those that ONNX Runtime infers.
 
         Raises:
-            ModelError: ONNX Runtime can't load the graph.
+            ModelError: ONNX Runtime cannot load the graph.
         """
         for node in open_session(self.path).get_outputs():
             shape = tuple(size if isinstance(size, int) else None for size in node.shape)
             self.outputs[node.name] = replace(self.outputs[node.name], shape=shape)
 
     def check_no_others(self, inputs: Collection[str]) -> None:
-        """Check that the graph has no inputs beside these.
+        """Check that the graph has no other inputs.
 
         Raises:
-            ModelError: it has.
+            ModelError: it has others.
         """
         if others := [name for name in self.inputs if name not in inputs]:
             raise ModelError(
@@ -98,15 +98,15 @@ class Graph:
             )
 
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]], *, exact: bool = False) -> None:
-        """Compare the inputs or outputs with what is expected.
+        """Compare the inputs or outputs with the expected ones.
 
         Args:
             kind: ``input`` or ``output``.
-            expected: element type and shape by name; in a shape None allows any size, and ``OPEN`` requires an open one.
-            exact: whether the graph must fix the expected sizes; else it may leave them open.
+            expected: element type and shape by name; None allows any size, ``OPEN`` requires a dynamic one.
+            exact: whether expected sizes must be fixed in the graph; else they may be dynamic.
 
         Raises:
-            ModelError: one is missing or differs.
+            ModelError: a tensor is missing or differs.
         """
         found = self.inputs if kind == "input" else self.outputs
         for name, (element_type, shape) in expected.items():
@@ -123,14 +123,14 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Transducer:
-    """A transducer: its graphs, and the sizes that follow from them.
+class TransducerGraphs:
+    """Graphs and vocabulary of a transducer, and the sizes that follow from them.
 
     Attributes:
         encoder, decoder_joint: the graphs.
-        vocabulary: its file.
-        features: values of a feature frame.
-        encoder_size: values of an encoder frame.
+        vocabulary: path of the vocabulary.
+        features: number of values in a feature frame.
+        encoder_size: number of values in an encoder frame.
         layers, hidden: the predictor's states are [layers, batch, hidden].
         pieces: size of the vocabulary with the blank, which is last.
         durations: jumps of a TDT in frames; empty for an RNN-T.
@@ -153,20 +153,20 @@ class Transducer:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Return the decoder's parameters that follow from the graphs."""
+        """Parameters of the decoder that follow from the graphs."""
         durations = {"durations": ",".join(map(str, self.durations))} if self.durations else {}
         sizes = {"blank": self.pieces - 1, "predictor_layers": self.layers, "predictor_hidden": self.hidden}
         return {"kind": self.kind, **durations, **{name: str(size) for name, size in sizes.items()}}
 
     @classmethod
-    def read(cls, encoder: Graph, decoder_joint: Graph, vocabulary: Path, features: int | None = None) -> Transducer:
-        """Compare a model's graphs with the convention, each other and the vocabulary.
+    def read(cls, encoder: Graph, decoder_joint: Graph, vocabulary: Path, features: int | None = None) -> TransducerGraphs:
+        """Check a model's graphs and vocabulary against NeMo's convention and each other.
 
         Args:
-            encoder: the encoder's graph.
-            decoder_joint: the predictor's and joint network's graph.
-            vocabulary: the pieces.
-            features: values of a feature frame, where the encoder's graph leaves them open.
+            encoder: graph of the encoder.
+            decoder_joint: graph of predictor and joint network.
+            vocabulary: path of the vocabulary.
+            features: number of values in a feature frame, if it is dynamic in the encoder's graph.
 
         Raises:
             ModelError: they do not fit.
@@ -209,10 +209,10 @@ class Transducer:
 
 
 def data_files(path: Path) -> list[str]:
-    """Return the names of the files that a graph keeps weights in; they may be missing.
+    """Return the names of a graph's weight files; the files may be missing.
 
     Raises:
-        ModelError: it is missing or no ONNX model, or a name is that of a file elsewhere.
+        ModelError: the graph is missing or not an ONNX model, or a weight file is in another directory.
     """
     return list(_external_data(path, _load(path)))
 
@@ -221,12 +221,12 @@ def count_pieces(vocabulary: Path) -> int:
     """Return the number of pieces in a vocabulary, the blank included.
 
     Raises:
-        ModelError: it is missing, malformed, or its last piece is no blank.
+        ModelError: the file is missing or malformed, or its last piece is not the blank.
     """
     if not vocabulary.is_file():
         raise ModelError(f"{vocabulary} is missing")
     try:
-        with vocabulary.open(encoding="utf-8") as file:  # a piece may be a line separator to str.splitlines
+        with vocabulary.open(encoding="utf-8") as file:  # str.splitlines would split at some pieces
             lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
         raise ModelError(f"{vocabulary} is no UTF-8 text: {error}") from error
@@ -241,7 +241,7 @@ def count_pieces(vocabulary: Path) -> int:
 
 
 def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
-    """Return the last dimension of the joint network's outputs; NeMo leaves it open, so one step is run."""
+    """Return the number of logits of the joint network. NeMo exports a dynamic size, so one step is run."""
     known = graph.outputs["outputs"].shape[-1]
     if known:
         return known
@@ -257,17 +257,17 @@ def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
 
 
 def open_session(path: Path) -> Any:
-    """Open a graph in ONNX Runtime, not optimised, since it is run a few times at most.
+    """Open a graph in ONNX Runtime without optimisation, since it is run only a few times.
 
     Raises:
-        ModelError: ONNX Runtime can't load it.
+        ModelError: ONNX Runtime cannot load the graph.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has a class of its own for every status code
+    except Exception as error:  # ONNX Runtime has one class per status code
         raise ModelError(f"{path} can't be loaded by ONNX Runtime: {error}") from error
 
 
@@ -278,7 +278,7 @@ def _tensor(value: onnx.ValueInfoProto) -> Tensor:
 
 
 def _load(path: Path) -> onnx.ModelProto:
-    """Return a graph without the weights in other files."""
+    """Return a graph without its external weights."""
     if not path.is_file():
         raise ModelError(f"{path} is missing")
     with path.open("rb") as file:
@@ -286,7 +286,7 @@ def _load(path: Path) -> onnx.ModelProto:
             raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's decoder has several errors and no common one
+    except Exception as error:  # protobuf's errors have no common class
         raise ModelError(f"{path} is no ONNX model: {error}") from error
     if not model.graph.output:
         raise ModelError(f"{path} is no ONNX model: it has no outputs")
@@ -294,18 +294,18 @@ def _load(path: Path) -> onnx.ModelProto:
 
 
 def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
-    """Return the files that contain a model's weights, and the minimum size of each in bytes."""
+    """Return the names of a model's weight files, with the minimum size of each in bytes."""
     sizes: dict[str, int] = {}
     for tensor in filter(uses_external_data, _weights(model.graph)):
         info = ExternalDataInfo(tensor)
-        if Path(info.location).name != info.location:  # who imports it must not be led to other directories
+        if Path(info.location).name != info.location:  # an import must not read other directories
             raise ModelError(f"{path} keeps weights in {info.location!r}; expected a file beside it")
         sizes[info.location] = max(sizes.get(info.location, 0), (info.offset or 0) + (info.length or 0))
     return sizes
 
 
 def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Yield the initializers of a graph, its operators' constants, and those of its branches and loops."""
+    """Yield the initializers and constants of a graph, with those of its branches and loops."""
     yield from graph.initializer
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)

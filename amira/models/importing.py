@@ -1,8 +1,7 @@
 """Import transducers into a model repository: ``amira models import``.
 
-A source is a directory with ``encoder-model.onnx``, ``decoder_joint-model.onnx`` and ``vocab.txt``, which NeMo's ONNX export
-and the onnx-asr layout have in common, or a Hugging Face repository with those files. The bundled model's configurations are
-the templates of an imported model's.
+A source is a directory with ``encoder-model.onnx``, ``decoder_joint-model.onnx`` and ``vocab.txt`` (NeMo's ONNX export and the
+onnx-asr layout), or a Hugging Face repository with these files. The configurations of the bundled model are the templates.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.check import features_per_frame
 from amira.models.configs import ModelError, read_config
-from amira.models.graphs import Graph, Transducer, data_files
+from amira.models.graphs import Graph, TransducerGraphs, data_files
 from amira.models.memory import measure_growth
 from amira.models.repository import ROLES
 from amira.paths import MODEL_REPOSITORY
@@ -29,25 +28,25 @@ from amira.paths import MODEL_REPOSITORY
 SAMPLE_RATE = 16_000
 MEL_HOP_SAMPLES = 160
 MEL_BINS = (80, 128)
-"""Feature sizes of NeMo's mel front ends that onnx-asr has as graphs."""
+"""Numbers of mel bins for which onnx-asr has NeMo's front end as a graph."""
 
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
-"""Windows in seconds, for encoders trained on whole utterances; NeMo's buffered streaming loses 0.3 points (PR 9106)."""
+"""Windows for encoders that were trained on whole utterances; NeMo's buffered streaming loses 0.3 points (PR 9106)."""
 
 LATENCY_WINDOW_SECS = {"low_latency_frames": (10.0, 1.0, 1.0), "high_throughput_frames": (10.0, 4.0, 2.0)}
-"""Left context, chunk and right context of the other latencies, in seconds; those of ``low`` are not measured."""
+"""Left context, chunk and right context of the other latencies, in seconds; ``low`` was not measured."""
 
 ASSUMED_DURATIONS = (0, 1, 2, 3, 4)
-"""Durations of a TDT that does not name them: those of all published ones."""
+"""Durations of a TDT without declared durations; all published TDTs have these."""
 
 LARGE_ENCODER_BYTES = 200_000_000
-"""Size from which an encoder has one session with all cores, since each session holds the weights in memory."""
+"""Size from which an encoder gets one session with all cores, since each session has the weights in memory."""
 
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
 """Parameters for a GPU, which computes many windows in little more time than one; not measured."""
 
 VOCABULARY = "vocab.txt"
-"""Name of the vocabulary's file in the directory of each model that reads it."""
+"""File name of the vocabulary in the directory of each model that reads it."""
 
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
@@ -64,7 +63,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class SourceConfig(BaseModel):
-    """``config.json`` of a source: onnx-asr's keys, and ``durations``; keys of other tools are ignored."""
+    """``config.json`` of a source, with onnx-asr's keys and ``durations``; other keys are ignored."""
 
     model_type: str = ""
     features_size: Annotated[int, Field(gt=0)] | None = None
@@ -74,10 +73,10 @@ class SourceConfig(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> SourceConfig:
-        """Read the file; without one everything has its default.
+        """Read the file; return the defaults if it is missing.
 
         Raises:
-            ModelError: it is no JSON, or a value is not allowed.
+            ModelError: the file is not JSON, or a value is not allowed.
         """
         if not path.is_file():
             return cls()
@@ -91,19 +90,19 @@ class SourceConfig(BaseModel):
 
 def import_model(
     source: str, name: str, repository: Path, quantization: str | None, durations: Sequence[int] = (), *, gpu: bool
-) -> Transducer:
-    """Write a model's parts into a repository.
+) -> TransducerGraphs:
+    """Write the models of a recogniser into a repository.
 
     Args:
         source: a directory, or the id of a Hugging Face repository.
-        name: name of the new ensemble; its parts are called ``name_…``.
-        repository: where to; made if it does not exist.
-        quantization: which variant to take, such as ``int8`` for ``encoder-model.int8.onnx``.
-        durations: frames that each duration of a TDT jumps, where they are not 0, 1, 2, 3, 4.
-        gpu: whether its graphs are to run on a GPU.
+        name: name of the new ensemble; its other models are called ``name_…``.
+        repository: model repository to write to; created if missing.
+        quantization: variant of the graphs, such as ``int8`` for ``encoder-model.int8.onnx``.
+        durations: durations of a TDT in frames; default: those of ``config.json``, or 0, 1, 2, 3, 4.
+        gpu: whether the graphs run on a GPU.
 
     Raises:
-        ModelError: the source can't be used, the name is taken, or nothing can be written there.
+        ModelError: the source cannot be used, the name is taken, or the repository cannot be written.
     """
     if not NAME.fullmatch(name):
         raise ModelError(
@@ -119,7 +118,7 @@ def import_model(
     if not encoder.exists() and (checkpoints := sorted(directory.glob("*.nemo"))):
         raise ModelError(NEMO_RECIPE.format(path=str(checkpoints[0])))
     config = SourceConfig.read(directory / "config.json")
-    transducer = Transducer.read(Graph(encoder), Graph(decoder_joint), directory / "vocab.txt", config.features_size)
+    transducer = TransducerGraphs.read(Graph(encoder), Graph(decoder_joint), directory / "vocab.txt", config.features_size)
     declared = config.model_type.partition("nemo-conformer-")[2]
     if declared and declared != transducer.kind:
         raise ModelError(
@@ -141,11 +140,11 @@ def import_model(
     return transducer
 
 
-def _with_durations(transducer: Transducer, durations: tuple[int, ...]) -> Transducer:
-    """Return a transducer with these durations, or with those that published TDTs have.
+def _with_durations(transducer: TransducerGraphs, durations: tuple[int, ...]) -> TransducerGraphs:
+    """Return a transducer with the given durations, or with those of published TDTs.
 
     Raises:
-        ModelError: its graphs have another number of them.
+        ModelError: the graphs have another number of durations.
     """
     chosen = durations or (ASSUMED_DURATIONS if transducer.durations else ())
     if (found := len(transducer.durations)) != len(chosen):
@@ -166,12 +165,12 @@ def _locate(source: str, suffix: str) -> Path:
         return path
     if path.exists() or not HUB_ID.fullmatch(source):
         raise ModelError(f"{source} is neither a directory nor the id of a Hugging Face repository (owner/name)")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 (half a second that other commands need not wait)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 (the import takes half a second)
 
     def download(files: list[str], revision: str | None = None) -> Path:
         try:
             return Path(snapshot_download(source, allow_patterns=files, revision=revision))
-        except Exception as error:  # every layer below has errors of its own, and to the user they are one
+        except Exception as error:  # every layer below has its own errors
             reason = str(error).partition("\n")[0]
             raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
 
@@ -188,8 +187,8 @@ def _locate(source: str, suffix: str) -> Path:
     return directory
 
 
-def _front_end(transducer: Transducer, *, gpu: bool) -> Path:
-    """Return the mel front end for a model; for a GPU one without the STFT operator, for which CUDA has no kernel."""
+def _front_end(transducer: TransducerGraphs, *, gpu: bool) -> Path:
+    """Return the mel front end for a model. For a GPU, it has no STFT operator: CUDA has no kernel for it."""
     if transducer.features not in MEL_BINS:
         raise ModelError(
             f"{transducer.encoder.path}: input audio_signal takes {transducer.features} features; "
@@ -202,8 +201,12 @@ def _front_end(transducer: Transducer, *, gpu: bool) -> Path:
 class _Writer:
     """Writes the models of one recogniser into a repository.
 
+    Args:
+        name: name of the ensemble.
+        repository: the repository.
+
     Attributes:
-        directories: the models' directories.
+        directories: directories of the models.
     """
 
     def __init__(self, name: str, repository: Path) -> None:
@@ -213,8 +216,10 @@ class _Writer:
     def _directory(self, part: str) -> Path:
         return self._repository / (f"{self._name}_{part}" if part else self._name)
 
-    def write(self, transducer: Transducer, config: SourceConfig, front_end: Path, frame_samples: int, *, gpu: bool) -> None:
-        """Write all models; remove what was written if something fails."""
+    def write(
+        self, transducer: TransducerGraphs, config: SourceConfig, front_end: Path, frame_samples: int, *, gpu: bool
+    ) -> None:
+        """Write all models. If a step fails, remove them."""
         window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
         try:
             graphs = dict(zip(ROLES, (Graph(front_end), transducer.encoder, transducer.decoder_joint), strict=True))
@@ -238,7 +243,7 @@ class _Writer:
                 "vocabulary": VOCABULARY,
                 **(GPU_PARAMETERS if gpu else {}),
             }
-            # An imported model has one encoder.
+            # An imported recogniser has only one encoder.
             self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="exclusive_encoder_model")
             self._write_python_model("detokenizer", "detokenizer", {"vocabulary": VOCABULARY})
             for part in ("decoder", "detokenizer"):  # Triton copies only a model's own directory from a bucket
@@ -253,13 +258,13 @@ class _Writer:
         self,
         role: str,
         graph: Graph,
-        transducer: Transducer,
+        transducer: TransducerGraphs,
         window_frames: dict[str, int],
         frame_samples: int,
         *,
         gpu: bool,
     ) -> int:
-        """Write a graph, its configuration and its warm-up's files; return its number of instances."""
+        """Write a graph, its configuration and its warm-up files; return its number of instances."""
         config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
         _set_dims(config, _copy_graph(graph, self._directory(role) / "1"))
         if gpu:
@@ -300,7 +305,7 @@ class _Writer:
 
 
 def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
-    """Replace the template's shapes by the graph's; Triton requires outputs to be exactly as open as they are."""
+    """Replace the template's shapes with the graph's. Triton requires the same dynamic sizes of outputs."""
     graph.resolve()
     for tensors, found in ((config.input, graph.inputs), (config.output, graph.outputs)):
         for tensor in tensors:
@@ -308,9 +313,9 @@ def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
 
 
 def _set_warmup(
-    config: pb.ModelConfig, transducer: Transducer, window_frames: dict[str, int], frame_samples: int
+    config: pb.ModelConfig, transducer: TransducerGraphs, window_frames: dict[str, int], frame_samples: int
 ) -> dict[str, bytes]:
-    """Fit the template's warm-up to one window of this model; return the contents of the files with its lengths."""
+    """Fit the template's warm-up to one window of this model; return its data files by name."""
     samples = sum(window_frames.values()) * frame_samples
     features = samples // MEL_HOP_SAMPLES
     state = (transducer.layers, 1, transducer.hidden)
@@ -334,9 +339,9 @@ def _set_warmup(
 
 
 def _copy_graph(graph: Graph, directory: Path) -> Graph:
-    """Copy a graph as ``model.onnx``, and its files of weights under their own names; return the copy.
+    """Copy a graph as ``model.onnx``, and its weight files under their names; return the copy.
 
-    Not as links: a write to one name would change the other, and onnx refuses weights with two names and symbolic links.
+    Links would not do: a write to the copy would change the source, and onnx refuses linked weight files.
     """
     if "model.onnx" in graph.data_files:
         raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")

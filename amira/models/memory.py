@@ -1,7 +1,7 @@
-"""Memory of an encoder window: how it grows with the window's length, measured by running the graphs.
+"""Measure the memory of an encoder window as a function of its length, by running the graphs.
 
-The decoder bounds its windows by this growth (``WindowMemory`` of its ``parameters.py``). It can't measure it itself: a model
-may not call others while it loads.
+The decoder limits its windows by this growth (``WindowMemory`` in its ``parameters.py``). It cannot measure the growth: a model
+may not call other models while it loads.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from amira.models.configs import ModelError
 
 SAMPLE_RATE = 16_000
 WINDOW_SECS = (15, 30, 60, 60)
-"""Windows run one after the other in one process, so that what ONNX Runtime's arena keeps from shorter ones counts; the last
-twice, since it plans the memory of a length when it comes again."""
+"""Lengths of the windows that are run in one process. ONNX Runtime's arena keeps memory from shorter windows, which counts too.
+The last length is run twice: the arena plans its memory at the second run."""
 
 MARGIN = 1.2
-"""The bundled encoder took up to 17 % more than here after windows of many lengths, or with one of 90 s (2026-11-27)."""
+"""Factor on the measured growth. After windows of many lengths, or one of 90 s, the bundled encoder took up to 17 % more than
+in this measurement (2026-11-27)."""
 
 TOLERANCE = 0.8
-"""A declared growth is accepted down to this part of the measured one, which differs by processor and thread count."""
+"""Smallest accepted ratio of the declared to the measured growth, which differs by processor and thread count."""
 
 TIMEOUT_SECS = 900.0
+"""Timeout of a measurement, in seconds."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Bytes that a window of s seconds takes: ``bytes_per_sec`` s + ``bytes_per_sec_squared`` s²."""
+    """Growth of a window's memory: s seconds take ``bytes_per_sec`` s + ``bytes_per_sec_squared`` s² bytes."""
 
     bytes_per_sec: int
     bytes_per_sec_squared: int
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The decoder's parameters that declare this growth."""
+        """Parameters of the decoder that declare this growth."""
         return {
             "window_bytes_per_sec": str(self.bytes_per_sec),
             "window_bytes_per_sec_squared": str(self.bytes_per_sec_squared),
@@ -56,20 +58,25 @@ class Growth:
         return cls(int(linear), int(square)) if linear.isdecimal() and square.isdecimal() else None
 
     def window_bytes(self, secs: float) -> float:
-        """Return how much a window of this length takes."""
+        """Return the memory of a window of this length in bytes."""
         return self.bytes_per_sec * secs + self.bytes_per_sec_squared * secs**2
 
     def covers(self, measured: Growth) -> bool:
-        """Whether declaring this growth bounds the windows of an encoder for which that one was measured."""
+        """Return whether this declared growth is large enough for the measured one."""
         secs = WINDOW_SECS[-1]
         return self.window_bytes(secs) >= TOLERANCE * measured.window_bytes(secs)
 
     @classmethod
     def fit(cls, secs: Sequence[float], peaks: Sequence[float]) -> Growth:
-        """Return the growth closest to peaks in bytes after windows of these lengths that is below none, with ``MARGIN``."""
+        """Return the growth that fits measured peaks and is not below any of them, times ``MARGIN``.
+
+        Args:
+            secs: lengths of windows.
+            peaks: peak memory in bytes after each window.
+        """
         lengths, sizes = np.array(secs, np.float64), np.array(peaks, np.float64)
         terms = np.stack((lengths, lengths**2), axis=1)
-        weights = 1 / lengths**2  # what matters is the part of the size by which a bound is off
+        weights = 1 / lengths**2  # minimise the relative error
         fits = []
         for used in ([0, 1], [0], [1]):
             growth = np.zeros(2)
@@ -84,10 +91,10 @@ class Growth:
 
 
 def measure_growth(preprocessor: Path, encoder: Path) -> Growth:
-    """Measure how the memory of a window grows, by the peak of a process of its own; on the CPU, whatever the model is for.
+    """Measure the growth of a window's memory in a separate process, on the CPU even for a GPU model.
 
     Raises:
-        ModelError: the graphs can't be run on these windows.
+        ModelError: the graphs cannot be run on these windows.
     """
     return _measure(*((path, path.stat().st_mtime_ns) for path in (preprocessor, encoder)))
 
@@ -107,13 +114,13 @@ def _measure(preprocessor: tuple[Path, int], encoder: tuple[Path, int]) -> Growt
 
 
 def _run_windows(preprocessor: str, encoder: str) -> None:
-    """Encode windows of growing length, and print after each how much the process has taken at most since it was loaded."""
+    """Encode windows of growing length, and print the peak memory since loading after each."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     sessions = [ort.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in (preprocessor, encoder)]
     noise = np.random.default_rng(0)
     _encode(sessions, 0.1 * noise.standard_normal((1, SAMPLE_RATE), np.float32))
-    with contextlib.suppress(OSError):  # where it is not allowed, the peak of loading counts too
+    with contextlib.suppress(OSError):  # if this is not allowed, the peak of loading counts too
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM (proc_pid_clear_refs(5))
     loaded = _status("VmRSS")
     for secs in WINDOW_SECS:
@@ -128,7 +135,7 @@ def _encode(sessions: Sequence[ort.InferenceSession], waveforms: npt.NDArray[np.
 
 
 def _status(field: str) -> int:
-    """Return a size in bytes from this process's status (proc_pid_status(5))."""
+    """Return a size from the status of this process in bytes (proc_pid_status(5))."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -1,4 +1,4 @@
-"""Recognisers of a model repository, and whether their files fit each other."""
+"""Find the recognisers of a model repository, and check that their files fit each other."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.configs import ModelError, read_configs
-from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, Transducer
+from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, TransducerGraphs
 from amira.models.memory import Growth, measure_growth
 from gateway.triton.geometry import LATENCY_PARAMETERS
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
-"""The graphs of a recogniser, by what its decoder calls them."""
+"""Graphs of a recogniser, named as in the parameters of its decoder."""
 
 ELEMENT_TYPES = {pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
-"""ONNX's element types by Triton's."""
+"""ONNX element types by Triton's types."""
 
 
 @dataclass(frozen=True)
 class Recogniser:
-    """An ensemble of a model repository with all that it needs.
+    """An ensemble of a model repository, with its decoder and graphs.
 
     Attributes:
-        name: the ensemble's name.
+        name: name of the ensemble.
         decoder: name of its decoder.
-        parameters: the decoder's parameters.
-        features: values of a feature frame.
-        preprocessor, encoder, decoder_joint: files of its graphs.
-        vocabulary: file of its pieces.
+        parameters: parameters of the decoder.
+        features: number of values in a feature frame.
+        preprocessor, encoder, decoder_joint: paths of its graphs.
+        vocabulary: path of its vocabulary.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Recogniser:
     vocabulary: Path
 
     def describe(self) -> str:
-        """Return one line for a person."""
+        """Return a description of one line."""
         p = self.parameters
         frame_ms = int(p["frame_samples"]) / 16
         balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
@@ -56,10 +56,10 @@ class Recogniser:
         return f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, {', '.join(windows)}"
 
     def check_memory(self) -> Growth:
-        """Measure how the memory of a window grows, and hold the decoder's parameters against it.
+        """Measure the growth of a window's memory, and compare the decoder's parameters with it.
 
         Raises:
-            ModelError: the parameters do not declare the growth, or too little; the line has those that do.
+            ModelError: the parameters declare no growth or too little; the message has correct parameters.
         """
         measured = measure_growth(self.preprocessor, self.encoder)
         declared = Growth.declared(self.parameters)
@@ -76,10 +76,10 @@ class Recogniser:
 
 
 def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
-    """Return the ensembles of a repository; in the place of one whose parts are missing or don't fit, what is wrong with it.
+    """Return the recognisers of a repository, or an error in place of each ensemble that cannot be used.
 
     Raises:
-        ModelError: it has no ensemble, or a configuration can't be read.
+        ModelError: the repository has no ensemble, or a configuration cannot be read.
     """
     configs = read_configs(repository)
     found: list[Recogniser | ModelError] = []
@@ -94,10 +94,10 @@ def inspect_repository(repository: Path) -> list[Recogniser | ModelError]:
 
 
 def recognisers(repository: Path) -> list[Recogniser]:
-    """Return the ensembles of a repository.
+    """Return the recognisers of a repository.
 
     Raises:
-        ModelError: one of them, or the whole repository, can't be used.
+        ModelError: an ensemble or the whole repository cannot be used.
     """
     found = []
     for recogniser in inspect_repository(repository):
@@ -129,13 +129,13 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
     preprocessor.check_no_others(("waveforms", "waveforms_lens"))
     preprocessor.check("output", {"features": (FLOAT, (OPEN, None, OPEN)), "features_lens": (INT64, (OPEN,))})
     features = preprocessor.outputs["features"].shape[1]
-    transducer = Transducer.read(encoder, decoder_joint, vocabulary, features)
+    transducer = TransducerGraphs.read(encoder, decoder_joint, vocabulary, features)
     if (exclusive := parameters.get("exclusive_encoder_model")) is not None:
         if exclusive not in configs:
             raise ModelError(
                 f"{decoder_path}: parameter exclusive_encoder_model is {exclusive!r}; expected a model of this repository"
             )
-        Transducer.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
+        TransducerGraphs.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
     _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
     return Recogniser(
@@ -150,9 +150,9 @@ def _only(path: Path, what: str, found: list[str]) -> str:
 
 
 def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
-    """Return a model's graph, compared with its configuration as Triton's ONNX Runtime backend does it.
+    """Return a model's graph after comparing it with its configuration, as Triton's ONNX Runtime backend does.
 
-    The configuration must have all inputs, of sizes that the graph allows, and outputs of exactly the sizes that it fixes.
+    The configuration must have all inputs, with sizes that the graph allows, and outputs with exactly the graph's sizes.
     """
     graph = Graph(repository / config.name / "1" / (config.default_model_filename or "model.onnx"))
     graph.resolve()
@@ -174,8 +174,8 @@ def _check_same(decoders: Path, vocabulary: Path) -> None:
         raise ModelError(f"{decoders.resolve()} differs from {vocabulary.resolve()}; decoder and detokenizer need the same one")
 
 
-def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: Transducer) -> None:
-    """Compare the decoder's parameters with its graphs and vocabulary, which give the number of durations, not their values."""
+def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: TransducerGraphs) -> None:
+    """Compare the decoder's parameters with graphs and vocabulary, which have the number of durations but not their values."""
     for name, expected in transducer.parameters.items():
         found = parameters.get(name, "")
         if found != expected and not (name == "durations" and found.count(",") == expected.count(",")):
