@@ -1,4 +1,4 @@
-"""Measure what clients send, without input or output: heads of HTTP requests and small WebSocket frames."""
+"""Measure the heads of HTTP requests and small WebSocket frames; no input or output."""
 
 from __future__ import annotations
 
@@ -14,32 +14,34 @@ import httptools
 from gateway.limits.bucket import TokenBucket
 
 MAX_HEAD_BYTES = 64 * 2**10
-"""Largest head of a request, from its first byte to the blank line, in bytes."""
+"""Maximum size of a request's head, from its first byte to the blank line, in bytes."""
 
 MAX_UPGRADE_LINE_BYTES, MAX_UPGRADE_LINES = 8190, 128
-"""Largest header line, in bytes without its end, and most header lines of a WebSocket's upgrade; websockets takes no more."""
+"""Maximum size of a header line, in bytes without its line break, and maximum number of header lines in a WebSocket's upgrade.
+websockets accepts no more."""
 
 SMALL_BYTES = 160
-"""Frames with a smaller payload, 5 ms of audio, are limited in number. Frames of microphones hold 10 ms or more."""
+"""Payload size below which frames are limited in number: 5 ms of audio. Frames of microphones have 10 ms or more."""
 
 SMALL_FRAMES_PER_SEC = 500
-"""Average rate of small frames of one WebSocket, pings and fragments included; also their burst."""
+"""Maximum average rate of small frames of one WebSocket, pings and fragments included; also the burst."""
 
 PIECE_BYTES = 4096
-"""Frames are handed on in pieces of about this size. One read can hold 40,000 frames, which would block the event loop."""
+"""Approximate size of the pieces in which frames are passed on. One read can have 40,000 frames, which would block the event
+loop."""
 
 UPGRADE_OFFER = re.compile(rb"\r\nupgrade:(?![ \t]*websocket[ \t]*(?:\r|\Z))[^\r\n]*", re.IGNORECASE)
-"""An offer to upgrade to anything but a WebSocket, as Java's HttpClient makes with every request (h2c). A server ignores it
+"""Offer to upgrade to anything but a WebSocket, such as h2c in every request of Java's HttpClient. A server may ignore it
 (RFC 9110, section 7.8), but httptools would drop the request's body."""
 
 UNFINISHED_LINE = re.compile(rb"\r(?:\n(?:[^\n]{0,8}|upgrade:[^\n]*))?\Z", re.IGNORECASE)
-"""The end of a head's beginning that may become an offer, with the line break before it."""
+"""End of an incomplete head that may become an offer, with the line break before it."""
 
 HEALTH_TARGET = re.compile(rb"/health(?:[/?]|\Z)")
 
 
 class Part(Enum):
-    """The part of a request that comes next."""
+    """Part of a request."""
 
     NONE = auto()
     HEAD = auto()
@@ -47,20 +49,20 @@ class Part(Enum):
 
 
 class Refusal(NamedTuple):
-    """Why a request is refused before the application sees it."""
+    """Response to a request that is refused before the application gets it."""
 
     status: HTTPStatus
     message: str
 
 
 class RequestMeter:
-    """Measures one connection's HTTP requests (RFC 9112) with the parser that uvicorn uses.
+    """Measures the HTTP requests of a connection (RFC 9112) with uvicorn's parser.
 
     Attributes:
-        part: the part of a request that comes next.
-        refusal: why the connection has to end, if it has to.
-        heads: how many requests have a complete head.
-        health_only: whether all of those are for ``/health``.
+        part: the part of a request that is expected next; NONE between requests.
+        refusal: set if the connection must be refused.
+        heads: number of requests with a complete head.
+        health_only: whether all of them are for ``/health``.
     """
 
     def __init__(self) -> None:
@@ -75,22 +77,32 @@ class RequestMeter:
         self._piece_bytes = 0
         self._head_bytes = 0  # of a head that is not complete
         self._unfinished = b""
-        self._tail = b""  # what was handed on last of a head: its end may begin there
+        self._tail = b""  # last bytes of a head that were passed on; the end of the head may begin there
         self._target = b""
         self._lines = self._longest_line_bytes = 0
 
     @property
     def is_http_1_1(self) -> bool:
-        """Whether the client understands interim answers."""
+        """Whether the client supports interim responses."""
         return self._parser.get_http_version() == "1.1"
 
     @property
     def head_pending(self) -> bool:
-        """Whether something of a head has come, but not all of it."""
+        """Whether a head has begun and is not complete."""
         return self.part is Part.HEAD or self._head_bytes > 0 or bool(self._unfinished)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a request has begun and is not complete."""
+        return self.part is not Part.NONE or self.head_pending
+
+    @property
+    def is_one_complete(self) -> bool:
+        """Whether there was exactly one request, and it is complete."""
+        return self.heads == 1 and self.part is Part.NONE
+
     def take(self, data: bytes) -> bytes:
-        """Measure what came, and return what the server may parse. See ``refusal`` afterwards."""
+        """Measure received data, and return the data for the server to parse. Check ``refusal`` afterwards."""
         if self._stopped:
             return data
         if self.part is not Part.BODY:
@@ -104,17 +116,17 @@ class RequestMeter:
         return data
 
     def on_message_begin(self) -> None:
-        """Begin a request; a callback of the parser, as are the following methods."""
+        """Begin a request. This and the following methods are callbacks of the parser."""
         self.part = Part.HEAD
         self._target = b""
         self._lines = self._longest_line_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        """Note the next part of the request's target."""
+        """Append a part of the request's target."""
         self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Note a header's size."""
+        """Measure a header line."""
         self._lines += 1
         self._longest_line_bytes = max(self._longest_line_bytes, len(name) + len(value) + 2)
 
@@ -133,7 +145,7 @@ class RequestMeter:
             )
 
     def on_message_complete(self) -> None:
-        """End the request. What follows in the same piece is not counted: its beginning is not known."""
+        """End the request. Data after it in the same piece is not counted, since its start is not known."""
         self.part = Part.NONE
         self._head_bytes = -self._piece_bytes
 
@@ -142,7 +154,7 @@ class RequestMeter:
         try:
             self._parser.feed_data(piece)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._stopped = True  # uvicorn's parser stops here too, and answers
+            self._stopped = True  # uvicorn's parser stops here too, and uvicorn responds
         self._head_bytes = 0 if self.part is Part.BODY else self._head_bytes + len(piece)
         if self._head_bytes + len(self._unfinished) >= MAX_HEAD_BYTES:
             self.refusal = Refusal(
@@ -150,7 +162,7 @@ class RequestMeter:
             )
 
     def _without_offers(self, data: bytes) -> bytes:
-        """Remove offers to upgrade from a head's lines, and keep back a line that may become one."""
+        """Remove offers to upgrade from a head's lines, and hold back a line that may become one."""
         end = (self._tail + data).find(b"\r\n\r\n") - len(self._tail)
         ends = end >= -len(self._tail)
         unfinished = None if ends else UNFINISHED_LINE.search(data)
@@ -160,7 +172,7 @@ class RequestMeter:
 
 
 class FrameMeter:
-    """Finds the frames in one WebSocket's bytes (RFC 6455, section 5.2), and limits the rate of small ones.
+    """Finds the frames in the data of a WebSocket (RFC 6455, section 5.2), and limits the rate of small ones.
 
     Args:
         clock: returns seconds.
@@ -169,25 +181,24 @@ class FrameMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._allowance = TokenBucket(SMALL_FRAMES_PER_SEC, SMALL_FRAMES_PER_SEC, clock)
-        self._limited = False  # small frames came within the last second
+        self._limited = False  # there were small frames within the last second
         self._flooded_since: float | None = None
         self._payload_left = 0
 
     @property
     def within_frame(self) -> bool:
-        """Whether the peer has not sent the whole of its last frame."""
+        """Whether the last frame is not complete."""
         return self._payload_left > 0
 
     def cut(self, data: bytes, start: int) -> int:
-        """Count the frames of the next piece, and return its end.
+        """Count the frames of the next piece, and return the end of the piece.
 
         Args:
-            data: bytes of the connection.
-            start: where the last piece ended.
+            data: data of the connection.
+            start: end of the last piece.
 
         Returns:
-            The end of the piece, which is the end of a frame or of the data; ``start`` if only a part of a frame's header is
-            there.
+            The end of a frame or of the data; ``start`` if there is only a part of a frame's header.
         """
         position = min(start + self._payload_left, len(data))
         self._payload_left -= position - start
@@ -210,7 +221,7 @@ class FrameMeter:
         return position
 
     def wait_secs(self) -> float:
-        """Return how long the next piece has to wait; at most 0 if it need not."""
+        """Return the time that the next piece must wait in seconds; 0 or less if it need not wait."""
         if not self._limited:
             return 0.0
         left = self._allowance.level
@@ -222,6 +233,48 @@ class FrameMeter:
         return -left / self._allowance.rate
 
     def flooding_secs(self) -> float:
-        """Return how long the peer has been held back for its small frames; 0 if it is not."""
+        """Return the time since which small frames are delayed in seconds; 0 if they are not."""
         self.wait_secs()  # the flood may have ended
         return self._clock() - self._flooded_since if self._flooded_since else 0.0
+
+
+class FrameQueue:
+    """Data of a WebSocket that was not passed on yet.
+
+    Args:
+        clock: returns seconds.
+
+    Attributes:
+        meter: measures the frames, and limits the rate of small ones.
+        pending: whether there is data.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.meter = FrameMeter(clock)
+        self.pending = False
+        self._data = b""
+        self._start = 0  # of the next piece
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether there is data, or the last frame that was passed on is not complete."""
+        return self.pending or self.meter.within_frame
+
+    def append(self, data: bytes) -> None:
+        """Append received data."""
+        self._data = self._data[self._start :] + data if self._data else data
+        self._start = 0
+        self.pending = True
+
+    def take_piece(self) -> bytes:
+        """Remove and return the next piece; empty if there is only a part of a frame's header."""
+        start = self._start
+        self._start = end = self.meter.cut(self._data, start)
+        piece = self._data[start:end]
+        if end == len(self._data):
+            self._data, self._start, self.pending = b"", 0, False
+        return piece
+
+    def clear(self) -> None:
+        """Remove all data."""
+        self._data, self._start, self.pending = b"", 0, False

@@ -1,8 +1,8 @@
-"""Guard uvicorn's connections: header timeout and size, connect rate, small-frame rate, slow readers, lingering closes.
+"""Limit uvicorn's connections: header timeout and size, connect rate, small-frame rate, slow readers, lingering closes.
 
-A ``Connection`` stands between the event loop's transport and uvicorn's protocol, and hands on what the limits allow. uvicorn's
-protocol sees a ``GuardedTransport``. Nothing private of uvicorn is used: its protocols are named in its configuration, and
-called as any ``asyncio.Protocol``.
+A ``GuardedConnection`` stands between the event loop's transport and uvicorn's protocol, and passes on what the limits allow.
+uvicorn's protocol gets a ``GuardedTransport``. Nothing private of uvicorn is used: its configuration names its protocols, and
+they are called like any ``asyncio.Protocol``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from enum import Enum, auto
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -17,375 +18,350 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.framing import FrameMeter, Part, Refusal, RequestMeter
-from gateway.limits.connects import Guard, Verdict
+from gateway.framing import FrameQueue, Refusal, RequestMeter
+from gateway.limits.connects import ConnectionLimits, Standing
+from gateway.transport import GuardedTransport
 
 HEAD_SECS = 10.0
 """Timeout of a request's head, from the connection or from the head's first byte."""
 
-HEALTH_ONLY_SECS = 1.0
-"""Timeout of the head of a connection beyond the connect rate."""
+EXCESS_HEAD_SECS = 1.0
+"""Timeout of the head on a connection beyond the connect rate."""
 
 LINGER_SECS, QUIET_SECS = 5.0, 0.3
-"""A connection that is closed while its peer still sends discards what comes until nothing came for QUIET_SECS, at most for
-LINGER_SECS. Otherwise TCP resets the connection, and the peer may lose the answer (RFC 9112, section 9.6)."""
+"""A connection that is closed while its peer still sends discards data until none has arrived for QUIET_SECS, at most for
+LINGER_SECS. Otherwise TCP resets the connection, and the peer may lose the response (RFC 9112, section 9.6)."""
 
 RECEIVE_BYTES = 128 * 2**10
-"""Kernel buffer of a WebSocket, 4 s of audio; Linux doubles the value for its own needs. Its default takes megabytes of audio
-that comes faster than it is decoded, which no other limit counts and behind which pings wait."""
+"""Kernel receive buffer of a WebSocket, 4 s of audio; Linux doubles the value for its own needs. The default holds megabytes of
+audio that arrives faster than it is decoded. No other limit counts this audio, and pings wait behind it."""
 
-HALF_CLOSED_POLL_SECS = 0.2
+RESET_POLL_SECS = 0.2
 """Interval at which a half-closed connection is checked for a reset, which the event loop does not report."""
 
 TCP_CLOSE = 7
-"""State of a connection that was reset, as the first byte of TCP_INFO has it (Linux, include/net/tcp_states.h)."""
+"""State of a connection that was reset, the first byte of TCP_INFO (Linux, include/net/tcp_states.h)."""
 
 CONNECTION = "gateway.guard.connection"
 """Key of the connection in an ASGI scope's state; removed before the application gets the scope."""
 
 
+class State(Enum):
+    """State of a connection. It only moves down this list, and any state may move to CLOSED.
+
+    HTTP: requests are passed to uvicorn; the timer limits the time of a head.
+    WEBSOCKET: frames are passed to uvicorn; the timer ends a pause for small frames.
+    HALF_CLOSED: the peer sends no more, but may wait for a response; the timer checks for a reset.
+    LINGERING: closed for uvicorn; data of the peer is discarded; the timer closes the connection.
+    CLOSED: nothing is passed on.
+    """
+
+    HTTP = auto()
+    WEBSOCKET = auto()
+    HALF_CLOSED = auto()
+    LINGERING = auto()
+    CLOSED = auto()
+
+
+HTTP, WEBSOCKET, HALF_CLOSED, LINGERING, CLOSED = State
+ENDED = (CLOSED, LINGERING)
+"""States in which uvicorn's protocol sees a closed transport."""
+
+
 class Config(uvicorn.Config):
-    """uvicorn's configuration, with a guard before its protocols.
+    """uvicorn's configuration, with ``GuardedConnection`` in front of its protocols.
 
     Args:
         app: the application.
-        guard: what its connections share.
-        options: of ``uvicorn.Config``.
+        limits: limits that all connections share.
+        options: options of ``uvicorn.Config``.
     """
 
-    def __init__(self, app: ASGIApp, guard: Guard[Any], **options: Any) -> None:
+    def __init__(self, app: ASGIApp, limits: ConnectionLimits[Any], **options: Any) -> None:
         async def guarded_app(scope: Scope, receive: Receive, send: Send) -> None:
             if connection := scope.get("state", {}).pop(CONNECTION, None):
-                connection.application_called()
+                connection.application_called = True
             await app(scope, receive, send)
 
         super().__init__(guarded_app, http="httptools", ws="websockets-sansio", **options)
-        self.guard = guard
+        self.limits = limits
 
     def load(self) -> None:
-        """Put ``Connection`` in the place of the protocol for HTTP."""
+        """Replace uvicorn's protocol for HTTP by ``GuardedConnection``."""
         super().load()
         self.inner_class: Callable[..., Any] = self.http_protocol_class
-        self.http_protocol_class = Connection
+        self.http_protocol_class = GuardedConnection
 
 
-class Connection(asyncio.Protocol):
-    """One client's connection, first for HTTP and after an upgrade for a WebSocket.
+class GuardedConnection(asyncio.Protocol):
+    """Connection of a client: first HTTP, after an upgrade a WebSocket.
 
-    Args: those that uvicorn gives its protocols.
+    Args: those of uvicorn's protocols.
+
+    Attributes:
+        state: what the connection does.
+        application_called: whether the application has got a request.
     """
 
     def __init__(self, config: Config, app_state: dict[str, Any], **others: Any) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._guard: Guard[Connection] = config.guard
-        state = {**app_state, CONNECTION: self, "flooding_secs": self.flooding_secs}
+        self.state = HTTP
+        self.application_called = False
+        self._loop = asyncio.get_running_loop()
+        self._limits: ConnectionLimits[GuardedConnection] = config.limits
+        state = {**app_state, CONNECTION: self, "flooding_secs": self._flooding_secs}
         self._make_inner = partial(config.inner_class, config=config, app_state=state, **others)
         self._inner: Any = None  # uvicorn's protocol
-        self._transport: GuardedTransport
+        self._transport: asyncio.Transport
         self._address = ""
-        self._counted = True  # by the connect rate
-        self._one_answer = False
-        self._timer: asyncio.TimerHandle | None = None  # for a head, for small frames, or to linger
-        self._linger_until: float | None = None
+        self._standing = Standing.COUNTED
+        self._timer: asyncio.TimerHandle | None = None  # see State
+        self._linger_until = 0.0
         self._requests = RequestMeter()
-        self._frames: FrameMeter | None = None  # of a WebSocket
-        self._unparsed = b""  # from _parsed_bytes on
-        self._parsed_bytes = 0
+        self._frames = FrameQueue(self._loop.time)
+        self._held = False  # the transport is not read
+        self._inner_paused = False  # uvicorn's protocol does not read
         self._peer_reads = True
-        self._application_called = False
+        self._written = False
 
-    # What the event loop calls
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # of a TCP listener
-        """Admit the connection, or end it, which costs a tenth of what an answer would."""
-        self._transport = GuardedTransport(transport, self)
+        """Accept the connection, or abort it, which costs a tenth of a response."""
+        self._transport = transport
         peer = transport.get_extra_info("peername")
         self._address = str(peer[0]) if peer else ""
-        now = self.loop.time()
-        for connection in self._guard.take_idle(now):
+        now = self._loop.time()
+        for connection in self._limits.take_idle(now):
             connection.close_when_idle()
-        verdict = self._guard.arrive(self, self._address, now)
-        if verdict is Verdict.REFUSED:
-            transport.abort()
+        self._standing = self._limits.arrive(self, self._address, now)
+        if self._standing is Standing.REFUSED:
+            self.abort()
             return
-        self._counted = verdict is Verdict.WELCOME
-        self._one_answer = not self._counted
         self._inner = self._make_inner()
-        self._inner.connection_made(self._transport)
-        self._await_head(HEAD_SECS if self._counted else HEALTH_ONLY_SECS)
+        self._inner.connection_made(GuardedTransport(transport, self))
+        self._await_head(HEAD_SECS if self._standing is Standing.COUNTED else EXCESS_HEAD_SECS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Drop what was not parsed."""
-        self._cancel_timer()
-        self._guard.leave(self)
-        self._unparsed = b""
-        self._leave_inner(exc)
+        """Free everything that the connection held."""
+        self.state = CLOSED
+        self._stop_timer()
+        self._limits.leave(self)
+        self._frames.clear()
+        self._release_inner(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Hand on data as far as the limits allow."""
-        if self._linger_until is not None:
-            self._linger()
-        elif self._frames:
-            self._unparsed = self._unparsed[self._parsed_bytes :] + data if self._unparsed else data
-            self._parsed_bytes = 0
-            self._parse_frames()
-        elif not self._transport.is_closing():
-            self._take_request(data)
+        """Pass data on as far as the limits allow."""
+        if self.state is WEBSOCKET:
+            self._frames.append(data)
+            self._pass_frames()
+        elif self.state is LINGERING:
+            self._wait_for_quiet()
+        elif not self.is_closing():
+            self._pass_request(data)
 
     def eof_received(self) -> bool:
-        """Answer a request whose client sends no more, but may still read; close any other connection."""
-        self._transport.at_eof = True
-        if self._frames or self._linger_until is not None or self._requests.heads != 1 or self._requests.part is not Part.NONE:
+        """Keep the connection open for the response to a single request; otherwise return False, which closes it."""
+        before = self.state
+        if before in ENDED:
             return False
-        self._inner.shutdown()  # closes the connection after the answer
-        if self._transport.is_closing() or not self._requests.is_http_1_1:
+        self.state = HALF_CLOSED
+        if before is WEBSOCKET or not self._requests.is_one_complete:
             return False
-        if not self._transport.written:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # a client that has left answers with a reset
+        self._inner.shutdown()  # closes the connection after the response
+        if self.is_closing() or not self._requests.is_http_1_1:
+            return False
+        if not self._written:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # a client that has left answers with a reset
         self._watch_for_reset()
         return True
 
     def pause_writing(self) -> None:
-        """Stop parsing frames: answers to pings would pile up."""
+        """Stop passing frames: responses to pings would pile up."""
         self._peer_reads = False
         if self._inner:
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        """Parse on."""
+        """Pass frames again."""
         self._peer_reads = True
         if self._inner:
             self._inner.resume_writing()
-        self.parse_soon()
+        self._pass_frames_soon()
 
-    # What uvicorn's protocol causes through its transport
+    # Called by uvicorn's protocol through its transport, and by the limits
+
+    def is_closing(self) -> bool:
+        """Return whether uvicorn's protocol must not write any more."""
+        return self.state in ENDED or self._transport.is_closing()
 
     def upgrade(self, protocol: asyncio.BaseProtocol) -> None:
-        """Go on as a WebSocket."""
-        self._cancel_timer()
-        self._guard.keep(self)
+        """Continue as a WebSocket."""
+        self.state = WEBSOCKET
+        self._stop_timer()
+        self._limits.keep(self)
         self._inner = protocol
-        self._frames = FrameMeter(self.loop.time)
         connection: socket.socket = self._transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-        self.loop.call_soon(self._check_upgrade)
+        self._loop.call_soon(self._check_upgrade)
 
-    def parse_soon(self) -> None:
-        """Parse what is there, after what is due now."""
-        if self._frames and (self._unparsed or self._transport.holding):
-            self.loop.call_soon(self._parse_frames)
+    def pause_reading(self) -> None:
+        """Pass on nothing more. A WebSocket is still read until there is data that cannot be passed on."""
+        self._inner_paused = True
+        if self.state is not WEBSOCKET:
+            self._hold(True)
+
+    def resume_reading(self) -> None:
+        """Pass data on again."""
+        self._inner_paused = False
+        if self.state is WEBSOCKET:
+            self._pass_frames_soon()
+        else:
+            self._hold(False)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write, unless the connection is closed for uvicorn."""
+        if self.state not in ENDED:
+            self._written = True
+            self._transport.write(data)
 
     def close(self) -> None:
-        """Close at once, or after a while if the peer is about to send more."""
-        self._cancel_timer()
-        if self._frames:
-            sending = self._frames.within_frame or self._parsed_bytes < len(self._unparsed)
+        """Close after the written data; linger if the peer is still sending."""
+        if self.state in ENDED:
+            return
+        self._stop_timer()
+        if self._inner and self._peer_is_sending():
+            self.state = LINGERING
+            self._frames.clear()
+            self._linger_until = self._loop.time() + LINGER_SECS
+            self._hold(False)
+            self._wait_for_quiet()
+            self._loop.call_soon(self._release_inner)  # or a server that stops would wait for it, and close it again
         else:
-            sending = self._requests.part is not Part.NONE or self._requests.head_pending
-        if sending and self._inner and not self._transport.at_eof:
-            self._unparsed = b""
-            self._linger_until = self.loop.time() + LINGER_SECS
-            self._transport.hold(False)
-            self._linger()
-            self.loop.call_soon(self._leave_inner)  # uvicorn is done with it; a server that stops must not close it again
-        else:
-            self._transport.close_now()
-
-    # What the application, the transport and the guard need
-
-    @property
-    def is_websocket(self) -> bool:
-        """Whether the connection was upgraded."""
-        return self._frames is not None
-
-    def application_called(self) -> None:
-        """Note that the application has a request."""
-        self._application_called = True
-
-    def flooding_secs(self) -> float:
-        """Return how long the peer has been held back for its small frames; 0 if it is not."""
-        return self._frames.flooding_secs() if self._frames else 0.0
+            self._close_now()
 
     def close_when_idle(self) -> None:
-        """Close now, or after the answer that is due."""
+        """Close now, or after the response that is due."""
         if self._inner:
             self._inner.shutdown()
 
-    def _leave_inner(self, error: Exception | None = None) -> None:
-        if self._inner:
-            self._inner.connection_lost(error)
-        self._inner = None  # a reference cycle
+    def abort(self) -> None:
+        """Close without the written data."""
+        self.state = CLOSED
+        self._transport.abort()
 
-    def _take_request(self, data: bytes) -> None:
-        self._guard.touch(self, self.loop.time())
+    # HTTP
+
+    def _pass_request(self, data: bytes) -> None:
+        self._limits.touch(self, self._loop.time())
         data = self._requests.take(data)
         if self._requests.refusal:
             self._refuse(self._requests.refusal)
             return
-        if self._requests.heads and self._counted is self._requests.health_only and not self._recount():
-            self._transport.abort()
-            return
+        if self._requests.heads:
+            self._standing = self._limits.recount(self._address, self._standing, health_only=self._requests.health_only)
+            if self._standing is Standing.REFUSED:
+                self.abort()
+                return
         if not self._requests.head_pending:
-            self._cancel_timer()
+            self._stop_timer()
         elif not self._timer:
             self._await_head(HEAD_SECS)
         if data:
             self._inner.data_received(data)
-        if not self._counted and self._one_answer and self._requests.heads:
-            self._inner.shutdown()
-
-    def _recount(self) -> bool:
-        """Count a connection by its requests; False if it has to end."""
-        if self._requests.health_only:
-            self._guard.refund(self._address)
-            self._counted = False
-            return True
-        self._counted = self._guard.admit(self._address)
-        return self._counted
+        if self._requests.heads and self._standing is Standing.EXCESS:
+            self._inner.shutdown()  # after one response
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer in the application's stead, and close."""
+        """Respond instead of the application, and close."""
         body = refusal.message.encode()
         head = (
             f"HTTP/1.1 {refusal.status.value} {refusal.status.phrase}\r\nContent-Type: text/plain; charset=utf-8\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
-        self._transport.write(head.encode() + body)
-        self._transport.close()
-
-    def _check_upgrade(self) -> None:
-        """Refuse an upgrade that is valid HTTP but no WebSocket's: uvicorn would not answer it."""
-        if not self._application_called and not self._transport.is_closing():
-            self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "The upgrade is no WebSocket's (RFC 6455, section 4.1)."))
-
-    def _parse_frames(self) -> None:
-        """Hand on frames while the application takes them, and the peer keeps to its rate and reads."""
-        assert self._frames  # noqa: S101 (the callers' part)
-        if self._transport.is_closing():
-            return
-        self._cancel_timer()
-        held = False
-        while self._parsed_bytes < len(self._unparsed) and not held:
-            wait_secs = self._frames.wait_secs()
-            held = wait_secs > 0 or self._transport.inner_paused or not self._peer_reads
-            if wait_secs > 0:
-                self._timer = self.loop.call_later(wait_secs, self._parse_frames)
-            if not held:
-                begin, self._parsed_bytes = self._parsed_bytes, self._frames.cut(self._unparsed, self._parsed_bytes)
-                if self._parsed_bytes == begin:
-                    break  # the rest of a frame's header has to come first
-                self._inner.data_received(self._unparsed[begin : self._parsed_bytes])
-                if self._transport.is_closing():
-                    return
-        if self._parsed_bytes == len(self._unparsed):
-            self._unparsed, self._parsed_bytes = b"", 0
-        self._transport.hold(held)
+        self.write(head.encode() + body)
+        self.close()
 
     def _await_head(self, timeout_secs: float) -> None:
-        self._timer = self.loop.call_later(timeout_secs, self._give_up_head)
+        self._timer = self._loop.call_later(timeout_secs, self._give_up_head)
 
     def _give_up_head(self) -> None:
-        if self._transport.inner_paused:  # the head may be in the kernel's buffer, behind a request that is being answered
+        if self._inner_paused:  # the head may be in the kernel's buffer, behind a request that is being answered
             self._await_head(HEAD_SECS)
         else:
-            self._transport.close_now()
-
-    def _linger(self) -> None:
-        """Close when no more has come for a while, or too much."""
-        assert self._linger_until is not None  # noqa: S101 (the callers' part)
-        self._cancel_timer()
-        self._timer = self.loop.call_at(min(self.loop.time() + QUIET_SECS, self._linger_until), self._transport.close_now)
+            self._close_now()
 
     def _watch_for_reset(self) -> None:
-        """End a half-closed connection whose client has left."""
+        """Abort a half-closed connection whose client has left."""
         if self._transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE:
-            self._transport.abort()
+            self.abort()
         else:
-            self._timer = self.loop.call_later(HALF_CLOSED_POLL_SECS, self._watch_for_reset)
+            self._timer = self._loop.call_later(RESET_POLL_SECS, self._watch_for_reset)
 
-    def _cancel_timer(self) -> None:
+    # WebSocket
+
+    def _check_upgrade(self) -> None:
+        """Refuse an upgrade that is valid HTTP but not a valid WebSocket handshake: uvicorn would not respond."""
+        if not self.application_called and not self.is_closing():
+            self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "The upgrade is no WebSocket's (RFC 6455, section 4.1)."))
+
+    def _flooding_secs(self) -> float:
+        return self._frames.meter.flooding_secs()
+
+    def _pass_frames_soon(self) -> None:
+        """Pass frames in the next turn of the event loop, after what is due now."""
+        if self.state is WEBSOCKET and (self._frames.pending or self._held):
+            self._loop.call_soon(self._pass_frames)
+
+    def _pass_frames(self) -> None:
+        """Pass frames while the application takes them, the peer keeps to its rate, and the peer reads."""
+        if self.state is not WEBSOCKET or self._transport.is_closing():
+            return
+        if self._timer:
+            self._stop_timer()
+        frames, held = self._frames, False
+        while frames.pending:
+            wait_secs = frames.meter.wait_secs()
+            if wait_secs > 0:
+                self._timer = self._loop.call_later(wait_secs, self._pass_frames)
+            held = wait_secs > 0 or self._inner_paused or not self._peer_reads
+            if held or not (piece := frames.take_piece()):
+                break
+            self._inner.data_received(piece)
+            if self.state is not WEBSOCKET or self._transport.is_closing():
+                return
+        if held is not self._held:
+            self._hold(held)
+
+    # Effects
+
+    def _hold(self, held: bool) -> None:
+        """Stop or resume reading the transport."""
+        if held is not self._held and not self._transport.is_closing():
+            self._held = held
+            (self._transport.pause_reading if held else self._transport.resume_reading)()
+
+    def _peer_is_sending(self) -> bool:
+        """Return whether the peer has sent a part of a request or of a frame, or frames that were not passed on."""
+        if self.state is WEBSOCKET:
+            return self._frames.incomplete
+        return self.state is HTTP and self._requests.incomplete
+
+    def _wait_for_quiet(self) -> None:
+        """Close when no more data has arrived for QUIET_SECS, or at the end of LINGER_SECS."""
+        self._stop_timer()
+        self._timer = self._loop.call_at(min(self._loop.time() + QUIET_SECS, self._linger_until), self._close_now)
+
+    def _close_now(self) -> None:
+        """Close after the written data."""
+        self.state = CLOSED
+        self._transport.close()
+
+    def _release_inner(self, error: Exception | None = None) -> None:
+        if self._inner:
+            self._inner.connection_lost(error)
+        self._inner = None  # a reference cycle
+
+    def _stop_timer(self) -> None:
         if self._timer:
             self._timer.cancel()
             self._timer = None
-
-
-class GuardedTransport(asyncio.Transport):
-    """The transport that uvicorn's protocols see.
-
-    Args:
-        transport: the event loop's.
-        connection: decides when it is read and closed.
-
-    Attributes:
-        inner_paused: uvicorn's protocol does not want to read.
-        holding: the event loop's transport is not read.
-        written: something was written.
-        at_eof: the peer sends no more.
-    """
-
-    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
-        super().__init__()
-        self._transport = transport
-        self._connection = connection
-        self._protocol: asyncio.BaseProtocol = connection
-        self._closed = False
-        self.inner_paused = self.holding = self.written = self.at_eof = False
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Return what the event loop's transport knows."""
-        return self._transport.get_extra_info(name, default)
-
-    def is_closing(self) -> bool:
-        """Return whether the connection is closed, or closes when its peer has sent what it was sending."""
-        return self._closed or self._transport.is_closing()
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        """Return uvicorn's protocol."""
-        return self._protocol
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Change from HTTP to a WebSocket."""
-        self._protocol = protocol
-        self._connection.upgrade(protocol)
-
-    def pause_reading(self) -> None:
-        """Hand on nothing more. A WebSocket is read until something has come that can't be handed on."""
-        self.inner_paused = True
-        if not self._connection.is_websocket:
-            self.hold(True)
-
-    def resume_reading(self) -> None:
-        """Hand on what comes."""
-        self.inner_paused = False
-        if self._connection.is_websocket:
-            self._connection.parse_soon()
-        else:
-            self.hold(False)
-
-    def hold(self, held: bool) -> None:
-        """Read the event loop's transport, or not."""
-        if held is not self.holding and not self._transport.is_closing():
-            self.holding = held
-            (self._transport.pause_reading if held else self._transport.resume_reading)()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Write, unless the connection is closed."""
-        if not self._closed:
-            self.written = True
-            self._transport.write(data)
-
-    def close(self) -> None:
-        """Close when the peer has sent what it was sending."""
-        if not self._closed:
-            self._closed = True
-            self._connection.close()
-
-    def close_now(self) -> None:
-        """Close after what was written."""
-        self._closed = True
-        self._transport.close()
-
-    def abort(self) -> None:
-        """Close without what was written."""
-        self._closed = True
-        self._transport.abort()

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from gateway.app import create_app
 from gateway.config.settings import Settings
 from gateway.guard import Config
-from gateway.limits.connects import Guard
+from gateway.limits.connects import ConnectionLimits
 from gateway.process import max_connections, raise_descriptor_limit, trim_heap, tune_garbage_collection
 
 LISTEN_BACKLOG = 2048
@@ -42,7 +42,7 @@ class GatewayServer(uvicorn.Server):
         super().__init__(
             Config(
                 app,
-                Guard(settings.max_connects_per_address, max_connections()),
+                ConnectionLimits(settings.max_connects_per_address, max_connections()),
                 host=settings.server_host,
                 port=settings.server_port,
                 loop="uvloop",

@@ -19,6 +19,7 @@ from gateway.framing import (
     SMALL_BYTES,
     SMALL_FRAMES_PER_SEC,
     FrameMeter,
+    FrameQueue,
     Part,
     RequestMeter,
 )
@@ -128,6 +129,24 @@ def test_upgrades_have_limits_of_their_own(headers: list[bytes], *, refused: boo
     assert (meter.refusal is not None) is refused
 
 
+@pytest.mark.parametrize(
+    ("data", "is_one_complete", "incomplete"),
+    [
+        (b"", False, False),
+        (GET, True, False),
+        (GET + GET, False, False),
+        (GET[:10], False, True),
+        (GET + GET[:10], False, True),
+        (POST, False, True),
+        (POST + b"abcde", True, False),
+    ],
+)
+def test_progress_of_requests(data: bytes, *, is_one_complete: bool, incomplete: bool) -> None:
+    meter = RequestMeter()
+    meter.take(data)
+    assert (meter.is_one_complete, meter.incomplete) == (is_one_complete, incomplete)
+
+
 def measure(meter: FrameMeter, pieces: list[bytes]) -> tuple[list[bytes], bytes]:
     """What a meter hands on of data that comes in pieces, and what is left."""
     handed_on, rest = [], b""
@@ -187,6 +206,30 @@ def test_flood_is_held_back_until_it_stops() -> None:
     assert meter.flooding_secs() == 1.0
     now += 10.0
     assert meter.flooding_secs() == 0.0
+
+
+@given(st.lists(st.sampled_from([0, 1, 126, 5000]), max_size=20), st.lists(st.integers(0, 2**20), max_size=20))
+def test_queue_passes_all_data_in_order(sizes: list[int], places: list[int]) -> None:
+    data = b"".join(frame(os.urandom(size)) for size in sizes)
+    queue, passed = FrameQueue(lambda: 0.0), b""
+    for received in cuts(data, places):
+        queue.append(received)
+        while queue.pending and (piece := queue.take_piece()):
+            passed += piece
+            assert len(piece) <= PIECE_BYTES + 5000 + 8
+        assert queue.incomplete or passed == data[: len(passed)]
+    assert passed == data
+    assert not queue.incomplete
+
+
+def test_cleared_queue_has_no_data() -> None:
+    queue = FrameQueue(lambda: 0.0)
+    queue.append(frame(bytes(10)) * 1000)
+    assert queue.take_piece()
+    assert queue.pending
+    queue.clear()
+    assert not queue.pending
+    assert queue.take_piece() == b""
 
 
 def test_anything_is_measured_without_an_exception() -> None:

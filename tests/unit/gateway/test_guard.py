@@ -20,7 +20,7 @@ from amira.ports import LOOPBACK
 from gateway import guard
 from gateway.framing import MAX_HEAD_BYTES, PIECE_BYTES, SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.guard import Config
-from gateway.limits.connects import MAX_ADDRESSES, ConnectRates, Guard
+from gateway.limits.connects import MAX_ADDRESSES, ConnectionLimits, ConnectRates
 
 T = TypeVar("T")
 EMPTY_PING = b"\x89\x80\0\0\0\0"
@@ -70,7 +70,7 @@ class Application:
 async def serve(application: Application, connects: float = 1000, **settings: Any) -> AsyncIterator[int]:
     config = Config(
         application,
-        Guard(connects, 1000, exempt=lambda _: False),
+        ConnectionLimits(connects, 1000, exempt=lambda _: False),
         host=LOOPBACK,
         port=0,
         lifespan="off",
