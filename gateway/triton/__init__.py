@@ -1,1 +1,1 @@
-"""Triton as the gateway sees it: endpoints, sequences, retries."""
+"""Client of Triton: endpoints, sequences and retries."""

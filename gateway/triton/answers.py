@@ -1,7 +1,7 @@
-"""Tensors of Triton's answers.
+"""Parse the tensors of Triton's responses.
 
-They are little-endian, and strings begin with 4 bytes of their length ("tensor data" in KServe's open inference protocol). The
-client's arrays would take five times as long to make, for one element each.
+Tensors are little-endian, and strings begin with 4 bytes of their length ("tensor data" in KServe's open inference protocol).
+Parsing is five times as fast as tritonclient's arrays, which would have one element each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gateway.transcript.transcript import Answer
 
 
 def decoded_frames(result: Any) -> int:
-    """Return how many encoder frames an answer says were decoded since the start of its sequence.
+    """Return the number of encoder frames that were decoded since the start of a sequence.
 
     Args:
         result: tritonclient's ``InferResult``.
@@ -28,7 +28,7 @@ def decoded_frames(result: Any) -> int:
 
 
 def parse_answer(result: Any) -> Answer:
-    """Return what an answer says.
+    """Parse a response.
 
     Args:
         result: tritonclient's ``InferResult``.

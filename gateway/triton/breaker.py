@@ -1,6 +1,6 @@
-"""A circuit breaker: an endpoint that keeps failing gets no new sequences until one trial succeeds.
+"""Circuit breaker (Nygard, "Release It!", 2007): an endpoint that keeps failing gets no new sequences until a trial succeeds.
 
-The pattern is Nygard's ("Release It!", 2007). Live sequences stay where their state is.
+Open sequences stay on their endpoint, which has their state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import IntEnum
 
 WINDOW_CALLS = 20
-"""Number of recent calls whose outcomes count."""
+"""Number of recent calls that the breaker looks at."""
 
 MIN_FAILURES = 5
 FAILURE_SHARE = 0.5
@@ -44,7 +44,7 @@ class Breaker:
 
     @property
     def state(self) -> BreakerState:
-        """Closed lets all sequences pass, half-open one at a time as a trial, open none."""
+        """CLOSED allows all sequences, HALF_OPEN one at a time as a trial, OPEN none."""
         if self._opened_at is None:
             return BreakerState.CLOSED
         return BreakerState.OPEN if self._clock() - self._opened_at < OPEN_SECS else BreakerState.HALF_OPEN
@@ -56,7 +56,7 @@ class Breaker:
         return self.state is BreakerState.CLOSED or (self.state is BreakerState.HALF_OPEN and not trial_runs)
 
     def allow(self) -> bool:
-        """Return whether a new sequence may go to the endpoint; when half-open, that sequence is the trial."""
+        """Return whether a new sequence may go to the endpoint; in state HALF_OPEN, this sequence is the trial."""
         allowed = self.would_allow
         if allowed and self.state is BreakerState.HALF_OPEN:
             self._trial_at = self._clock()

@@ -1,12 +1,12 @@
-"""Canaries: tiny utterances that show whether a Triton recognises speech, which its own readiness does not.
+"""Check with canaries whether a Triton recognises speech. Its own readiness does not show this.
 
-Triton calls a model ready as long as it is loaded, also when the model's process is dead, stopped or out of memory. A canary is
-a sequence of one request with one sample of silence. The decoder pads it to one encoder frame, so a canary calls every model
-of the ensemble. A round is one canary alone, and then as many at once as the decoder calls the encoder. Alone
-it goes to the encoder for lone windows, if there is one; together they reach every instance of the other encoder.
+Triton reports a model as ready while it is loaded, even if its process is dead, stopped or out of memory. A canary is a
+sequence of one request with one sample of silence. The decoder pads it to one encoder frame, so a canary calls every model of
+the ensemble. A round is one canary alone, and then several at once. A lone canary calls the exclusive encoder, if there is one;
+several at once reach every instance of the other encoder.
 
-A canary that is answered with an error is a failure: nothing is wrong with its audio. A canary that is not answered in time is
-a failure only if Triton has not decoded anything else meanwhile: a slow Triton answers late, a dead one never does.
+A canary with an error response is a failure, since its audio is valid. A canary without a response in time is a failure only if
+Triton has decoded nothing else in this time: a slow Triton responds late, a dead one never.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
 MAX_FAILURES = 2
-"""Failed rounds after which the ensemble counts as broken."""
+"""Number of failed rounds after which the ensemble is not ready."""
 
 CLEARING_ANSWERS = 4
-"""Answered rounds in a row that clear errors. Where one of two instances is broken, half of the rounds are answered."""
+"""Number of consecutive successful rounds that clear errors. If one of two instances is broken, half of the rounds succeed."""
 
 REPEAT_SECS = 0.5
 """Pause before the next round after a failed one, and minimum interval between rounds."""
 
 MIN_ID, MAX_ID = 2**62, 2**63 - 1
-"""Range of the canaries' sequence ids; those of streams are smaller, so they never meet. gRPC's parameter takes 63 bits."""
+"""Range of the canaries' sequence ids. Ids of streams are smaller, so they never collide. gRPC's parameter has 63 bits."""
 
 log = structlog.get_logger()
 
 
 class Outcome(Enum):
-    """What became of a round."""
+    """Outcome of a round."""
 
     ANSWERED = "answered"
     FAILED = "failed"
@@ -50,15 +50,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Health:
-    """What the rounds so far have shown of one ensemble.
+    """Health of one ensemble, as shown by its rounds.
 
     Attributes:
-        last: outcome of the newest round; None before the first one has ended.
-        failures: rounds that failed or were late, since they were last cleared.
-        failing_since: when the first of them ended, in seconds of the canary's clock.
-        erred: whether one of them was answered with an error. A late one is cleared by the next answer.
-        answers: answered rounds since the newest failure.
-        answered: whether any round was ever answered.
+        last: outcome of the last round; None before the first one has ended.
+        failures: number of failed or late rounds since failures were cleared.
+        failing_since: end of the first of them, in seconds of the canary's clock.
+        erred: whether one of them had an error response. Late rounds are cleared by the next success.
+        answers: number of successful rounds since the last failure.
+        answered: whether any round was ever successful.
     """
 
     last: Outcome | None = None
@@ -70,11 +70,16 @@ class Health:
 
     @property
     def well(self) -> bool:
-        """Whether speech can be recognised, as far as is known."""
+        """Whether the ensemble recognises speech, as far as known."""
         return self.answered and self.failures < MAX_FAILURES
 
     def after(self, outcome: Outcome, now: float) -> Health:
-        """Return the health after one more round, which has ended now."""
+        """Return the health after one more round.
+
+        Args:
+            outcome: outcome of the round.
+            now: end of the round.
+        """
         if outcome is not Outcome.ANSWERED:
             since = self.failing_since if self.failures else now
             erred = self.erred or outcome is Outcome.FAILED
@@ -84,36 +89,36 @@ class Health:
         return Health(outcome, answered=True)
 
     def failing_secs(self, now: float) -> float:
-        """Return how long ago the first failure was that is not cleared."""
+        """Return the time since the first failure that is not cleared, in seconds; 0 without failures."""
         return now - self.failing_since if self.failures else 0.0
 
 
 class CanaryError(RuntimeError):
-    """A canary was answered with an error."""
+    """A canary got an error response."""
 
 
 Ask = Callable[[], Awaitable[None]]
-"""Send one canary and wait for its answer, however long it takes.
+"""Sends one canary, and waits for its response without a timeout.
 
 Raises:
-    CanaryError: the answer is an error.
+    CanaryError: the response is an error.
 """
 
 
 class Canary:
-    """The rounds of one ensemble on one Triton.
+    """Makes the rounds of one ensemble on one Triton.
 
     Args:
         ask: sends one canary.
-        name: what the log calls it.
-        timeout_secs: a canary that takes longer is late.
-        interval_secs: pause between rounds while all is well.
+        name: name in log events.
+        timeout_secs: time after which a canary is late.
+        interval_secs: pause between rounds while the ensemble is healthy.
         clock: returns monotonic seconds.
 
     Attributes:
-        health: what the rounds have shown.
-        judged: set once a round has ended.
-        ever_answered: whether any round was ever answered, by this Triton or one before it.
+        health: result of the rounds.
+        judged: set after the first round.
+        ever_answered: whether any round was ever successful, on this Triton or an earlier one at its address.
     """
 
     def __init__(
@@ -132,23 +137,23 @@ class Canary:
         self.ever_answered = False
 
     def see_progress(self) -> None:
-        """Take note that Triton has just decoded a client's audio, so that it is slow at worst."""
+        """Record that Triton has just decoded audio of a client, so it is not dead."""
         self._progress_at = self._busy_at = self._clock()
 
     def hurry(self) -> None:
-        """Let the next round begin at once: something failed, or the models have just become ready."""
+        """Start the next round at once, after a failure or when the models have become ready."""
         self._due.set()
 
     def forget(self) -> None:
-        """Forget all rounds: the Triton is gone, and another one may come."""
+        """Reset the health: this Triton is gone, and another one may replace it."""
         self.health = Health()
 
     async def run(self, loaded: Callable[[], bool], together: Callable[[], int]) -> None:
         """Make rounds until cancelled.
 
         Args:
-            loaded: whether the ensemble's models are loaded; no rounds are made while they are not.
-            together: how many canaries reach every instance of the encoder.
+            loaded: returns whether the ensemble's models are loaded; there are no rounds while they are not.
+            together: returns the number of canaries at once that reach every instance of the encoder.
         """
         hurried = True
         try:
@@ -162,12 +167,12 @@ class Canary:
                 task.cancel()
 
     async def make_round(self, together: int) -> None:
-        """Make one round, and note what it shows."""
+        """Make one round, and update the health."""
         before = self.health
         outcome, reason = await self._round(together)
         self.judged.set()
         if self.health is not before:
-            return  # forgotten meanwhile
+            return  # reset during the round
         self.ever_answered |= outcome is Outcome.ANSWERED
         self.health = before.after(outcome, self._clock())
         if outcome is not Outcome.ANSWERED:
@@ -182,7 +187,7 @@ class Canary:
         return self.health.well and not self.health.failures
 
     async def _pause(self, long: bool) -> bool:
-        """Wait until the next round is due; return whether something has made it hurry."""
+        """Wait until the next round is due; return whether ``hurry`` was called."""
         await asyncio.sleep(REPEAT_SECS)
         if long:
             with contextlib.suppress(asyncio.TimeoutError):
@@ -195,7 +200,7 @@ class Canary:
         for count in (1, together) if together > 1 else (1,):
             asked_at = self._clock()
             tasks = [asyncio.create_task(self._send(), name="canary") for _ in range(count)]
-            # One that is late goes on: Triton would serve it though it were cancelled, and its answer shows progress.
+            # Late canaries are not cancelled: Triton would serve them anyway, and their responses show progress.
             done, late = await asyncio.wait(tasks, timeout=self._timeout_secs)
             for task in done:
                 error = None if task.cancelled() else task.exception()
@@ -207,7 +212,7 @@ class Canary:
 
     async def _send(self) -> None:
         task = asyncio.current_task()
-        assert task  # noqa: S101 (create_task made it)
+        assert task  # noqa: S101 (started by create_task)
         self._asked.add(task)
         task.add_done_callback(self._forget_task)
         await self._ask()
@@ -216,14 +221,14 @@ class Canary:
     def _forget_task(self, task: asyncio.Task[None]) -> None:
         self._asked.discard(task)
         if not task.cancelled():
-            task.exception()  # of one that is late nobody else would ask
+            task.exception()  # mark it as retrieved; nothing awaits a late canary
 
 
 async def ask(client: grpcclient.InferenceServerClient, ensemble: str) -> None:
-    """Send one canary to an ensemble, and wait for its answer, however long it takes.
+    """Send one canary to an ensemble, and wait for its response without a timeout.
 
     Raises:
-        CanaryError: the answer is an error.
+        CanaryError: the response is an error.
     """
     audio = InferInput("AUDIO", [1, 1], "INT16")
     audio.set_data_from_numpy(np.zeros((1, 1), np.int16))

@@ -1,4 +1,4 @@
-"""A gRPC connection to one Triton, which can be given up for another one while calls are in flight."""
+"""gRPC connection to one Triton, which can be given up and replaced while calls are in flight."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),  # 120 s by default: too long to find a Triton that is back
-    ("grpc.use_local_subchannel_pool", 1),  # else a new client would be given the connection of the old one
+    ("grpc.max_reconnect_backoff_ms", 1000),  # the default, 120 s, is too long after a restart of Triton
+    ("grpc.use_local_subchannel_pool", 1),  # otherwise a new client gets the connection of the old one
 ]
 
 LIVENESS_TIMEOUT_SECS = 0.5
-"""Within this time a connection that was left must show that it is not lost."""
+"""Timeout of the liveness check of a replaced connection, in seconds."""
 
 Samples = npt.NDArray[np.int16]
 """Audio at 16 kHz [n]."""
@@ -40,8 +40,8 @@ class Connection:
     """A connection to one Triton.
 
     Attributes:
-        client: Triton's.
-        began_at: in seconds of ``time.monotonic``.
+        client: tritonclient's client.
+        began_at: creation of the connection, in seconds of ``time.monotonic``.
     """
 
     def __init__(self, address: Address) -> None:
@@ -52,7 +52,7 @@ class Connection:
 
     @property
     def in_use(self) -> bool:
-        """Whether a caller waits for an answer."""
+        """Whether a caller waits for a response."""
         return bool(self._waits)
 
     async def infer(
@@ -63,21 +63,21 @@ class Connection:
         on_answer: Callable[[Any], None] = lambda _: None,
         **arguments: Any,
     ) -> Any:
-        """Send one request and return Triton's answer.
+        """Send one request, and return Triton's response.
 
-        A request that takes too long goes on, but its caller stops waiting: Triton would decode it though it were cancelled,
-        and the gRPC front end of Triton 2.51 may crash when a request is cancelled soon after it came.
+        After the timeout, the caller stops waiting, but the request is not cancelled. Triton would decode it anyway, and the
+        gRPC front end of Triton 2.51 may crash when a request is cancelled soon after its arrival.
 
         Args:
             model: name of the model.
             samples: its input ``AUDIO``, at 16 kHz [n].
-            timeout_secs: how long to wait for the answer.
-            on_answer: called with the answer, also with one that comes too late.
-            arguments: more of the client's ``infer``.
+            timeout_secs: timeout of the response.
+            on_answer: called with the response, even after the timeout.
+            arguments: further arguments of tritonclient's ``infer``.
 
         Raises:
-            ConnectionGivenUpError: the connection was given up meanwhile.
-            InferenceServerException: the request failed, or took too long.
+            ConnectionGivenUpError: the connection was given up.
+            InferenceServerException: the request failed, or the timeout has passed.
         """
         audio = InferInput("AUDIO", [1, len(samples)], "INT16")
         audio.set_data_from_numpy(samples[None])
@@ -97,7 +97,7 @@ class Connection:
         raise InferenceServerException("Deadline Exceeded", DEADLINE_EXCEEDED)
 
     async def give_up_if_lost(self) -> None:
-        """Let callers stop waiting if the connection leads nowhere; a Triton that is merely slow is waited for."""
+        """Raise ``ConnectionGivenUpError`` in waiting callers if the connection is lost; keep waiting for a slow Triton."""
         try:
             await self.client.is_server_live(client_timeout=LIVENESS_TIMEOUT_SECS)
         except InferenceServerException:
@@ -106,7 +106,7 @@ class Connection:
                     wait.set_result(None)
 
     async def close(self, delay_secs: float = 0.0) -> None:
-        """Close it after a delay in which calls may finish: closing cancels them, and with them their callers."""
+        """Close the connection after a delay. Closing cancels calls in flight and their callers."""
         try:
             await asyncio.sleep(delay_secs)
         finally:
@@ -116,7 +116,7 @@ class Connection:
             await self.client.close()
 
     def _finish(self, on_answer: Callable[[Any], None], call: asyncio.Task[Any]) -> None:
-        """Hand over the answer of a call, for which there may be no caller any more."""
+        """Pass on the response of a call; its caller may have stopped waiting."""
         self._calls.discard(call)
         if not call.cancelled() and not call.exception():
             on_answer(call.result())

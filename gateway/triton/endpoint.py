@@ -1,17 +1,16 @@
-"""One Triton as a place for sequences: whether new ones may come, which are in flight, and which were when it died."""
+"""One Triton server: admission of new sequences, sequences in flight, and deaths."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import structlog
 
 from gateway import metrics
 from gateway.config.settings import Address, Settings
+from gateway.triton.background import Background
 from gateway.triton.breaker import Breaker
 from gateway.triton.monitor import Monitor
 from gateway.triton.retry import Death, Fault
@@ -22,14 +21,14 @@ log = structlog.get_logger()
 
 @dataclass(eq=False)
 class _NoticedDeath:
-    """The death of a Triton, or of one of its models' processes.
+    """The death of a Triton or of a model's process.
 
     Attributes:
-        generation: of the Triton, as the monitor counts.
-        noticed_at: when a request first failed by it, in seconds of ``time.perf_counter``.
-        suspects: requests in flight then that had been in flight at an earlier death.
-        alone: whether only one request was in flight then.
-        confirmed: whether it is certain that the network was not the cause.
+        generation: generation of the Triton; see ``Monitor``.
+        noticed_at: first failure of a request, in seconds of ``time.perf_counter``.
+        suspects: number of requests in flight at that time that were also in flight at an earlier death.
+        alone: whether only one request was in flight at that time.
+        confirmed: whether the network is excluded as the cause.
     """
 
     generation: int
@@ -44,10 +43,10 @@ class Endpoint:
 
     Attributes:
         address: its ``host:port`` for gRPC.
-        monitor: what is behind the address.
-        breaker: whether new sequences may come here.
-        sequences: how many of the gateway's sequences are alive here.
-        in_flight: sequences with a request that is not answered yet.
+        monitor: inspects the server at the address.
+        breaker: circuit breaker for new sequences.
+        sequences: number of the gateway's sequences that are open on this server.
+        in_flight: sequences with a request in flight.
     """
 
     def __init__(self, address: Address, settings: Settings) -> None:
@@ -58,17 +57,15 @@ class Endpoint:
         self.in_flight: set[RemoteSequence] = set()
         self._timeout_secs = settings.inference_timeout_secs
         self._death: _NoticedDeath | None = None  # of this generation
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def start(self) -> None:
-        """Inspect the address once, and from then on in the background."""
+        """Inspect the address once, then continue in the background."""
         await self.monitor.start()
 
     async def close(self) -> None:
-        """End what runs in the background, and close the connection."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        """Stop the background tasks, and close the connection."""
+        await self._background.close()
         await self.monitor.close()
 
     def ready(self, ensemble: str) -> bool:
@@ -76,32 +73,32 @@ class Endpoint:
         return self.monitor.ready(ensemble)
 
     def takes(self, ensemble: str) -> bool:
-        """Return whether a new sequence of the ensemble may come here."""
+        """Return whether this server accepts a new sequence of the ensemble."""
         return self.ready(ensemble) and self.breaker.would_allow
 
     def open(self, ensemble: str, options: Mapping[str, str | int], *, suspect: bool = False) -> RemoteSequence:
-        """Return a new sequence: the state of one stream in the decoder, made by its first request.
+        """Return a new sequence, whose first request creates its state in the decoder.
 
         Args:
-            ensemble: its name.
+            ensemble: name of the ensemble.
             options: request parameters of the first request.
             suspect: whether its audio was in flight at a backend's death.
         """
         return RemoteSequence(self, ensemble, options, self._timeout_secs, suspect=suspect)
 
     def abandon(self, sequence: RemoteSequence) -> None:
-        """Free the decoder's state of a sequence in the background; failures don't matter, since the state ages out."""
-        self._in_background(sequence.abandon())
+        """Free the decoder's state of a sequence in the background. If this fails, the state expires."""
+        self._background.start(sequence.abandon())
 
     async def find_death(self, sequence: RemoteSequence, fault: Fault) -> Death | None:
-        """Return the backend's death that a request was in flight at, if it was one.
+        """Return the backend's death at which a failed request was in flight; None if there was none.
 
-        A broken connection is a death unless Triton is ready at the next inspection: a new Triton takes longer to load its
-        models. A process that died or stands still fails requests from then on; those that came afterwards are not involved.
+        A broken connection is a death unless Triton is ready at the next inspection: a new Triton needs longer to load its
+        models. A process that has died or stalled fails all later requests too; these were not in flight at its death.
 
         Args:
-            sequence: its request has just failed, and is in ``in_flight`` still.
-            fault: what its error means.
+            sequence: sequence of the failed request; still in ``in_flight``.
+            fault: meaning of the request's error.
         """
         generation = self.monitor.generation
         if not self._death or self._death.generation != generation:
@@ -121,8 +118,3 @@ class Endpoint:
         if sequence.sent_at > death.noticed_at:
             return None
         return Death((self.address, generation), sole=sequence.suspect and death.suspects == 1, alone=death.alone)
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

@@ -1,4 +1,4 @@
-"""An ensemble that recognises speech: what the configurations of its models tell the gateway."""
+"""Read the configuration of an ensemble from Triton."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gateway.triton.geometry import LATENCY_PARAMETERS, Windows, read_windows
 
 
 class NoRecogniserError(ValueError):
-    """A model is not an ensemble around this project's decoder."""
+    """A model is not an ensemble with this project's decoder."""
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What the gateway must know of an ensemble.
+    """Properties of an ensemble.
 
     Attributes:
-        name: its name in Triton.
-        models: every model that it needs, itself included.
-        windows: of streams, by latency.
-        max_whole_secs: longest recording in one request, in seconds.
-        max_idle_secs: Triton drops a sequence after this time without a request, in seconds.
-        max_sequences: how many sequences can live at once.
-        encoder_calls: how many calls of the encoder run at once.
-        lacks: latencies for which the model has no windows, and the parameter that is missing.
+        name: name in Triton.
+        models: all models that the ensemble needs, and the ensemble itself.
+        windows: windows of streams by latency.
+        max_whole_secs: maximum length of a recording in one request, in seconds.
+        max_idle_secs: time without a request after which Triton drops a sequence, in seconds.
+        max_sequences: maximum number of open sequences.
+        encoder_calls: maximum number of encoder calls at once.
+        lacks: latencies without windows of their own, each with the missing parameter.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Ensemble:
         """Read the configuration of the ensemble's decoder.
 
         Args:
-            name: the ensemble's.
-            steps: the models that it is made of.
-            decoder: configuration of the one of them that has sequences, as JSON.
+            name: name of the ensemble.
+            steps: names of its models.
+            decoder: configuration of the model with sequences, as JSON.
 
         Raises:
             KeyError, ValueError: it is not this project's decoder.
@@ -69,7 +69,7 @@ class Ensemble:
         )
 
     def misfits(self, settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what of the settings does not suit this ensemble, as events for the log and their fields."""
+        """Yield a log event with its fields for each setting that does not fit this ensemble."""
         if missing := dict(self.lacks).get(settings.latency):
             yield (
                 "latency not available",
@@ -85,7 +85,7 @@ class Ensemble:
                 {
                     "stream_timeout_secs": settings.stream_timeout_secs,
                     "max_idle_secs": self.max_idle_secs,
-                    "consequence": "Triton may drop streams whose clients may still go on",
+                    "consequence": "Triton may drop streams that are idle but allowed",
                 },
             )
         admitted = settings.max_concurrent_streams + settings.max_concurrent_batches
@@ -101,21 +101,21 @@ class Ensemble:
 
 
 async def read_ensemble(client: grpcclient.InferenceServerClient, name: str, timeout_secs: float) -> Ensemble:
-    """Ask a Triton for the configurations behind an ensemble.
+    """Read the configurations of an ensemble's models from Triton.
 
     Args:
-        client: of that Triton.
-        name: the ensemble's.
-        timeout_secs: of each request.
+        client: client of the Triton.
+        name: name of the ensemble.
+        timeout_secs: timeout of each request.
 
     Raises:
-        NoRecogniserError: it is not an ensemble around this project's decoder.
-        InferenceServerException: Triton did not answer.
+        NoRecogniserError: it is not an ensemble with this project's decoder.
+        InferenceServerException: Triton did not respond.
     """
 
     async def read(model: str) -> dict[str, Any]:
-        answer = await client.get_model_config(model, as_json=True, client_timeout=timeout_secs)
-        config: dict[str, Any] = answer["config"]
+        response = await client.get_model_config(model, as_json=True, client_timeout=timeout_secs)
+        config: dict[str, Any] = response["config"]
         return config
 
     config = await read(name)

@@ -1,4 +1,4 @@
-"""Windows of live streams: which audio a window holds, and when it is due. One geometry for the gateway and the benchmark."""
+"""Geometry of the windows of live streams, for the gateway and the benchmark: the audio of a window, and when it is due."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 LATENCY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
-"""Parameter of the decoder with the windows of a latency; a model without it has those of ``balanced``."""
+"""Parameters of the decoder with the windows of latencies. Without its parameter, a latency has the windows of ``balanced``."""
 
 
 class Windows(NamedTuple):
     """Parts of a stream's windows, in samples at 16 kHz. docs/Architecture.md describes them.
 
     Attributes:
-        left: audio before a chunk that its window holds.
-        chunk: audio that a window decodes for good.
-        right: audio that must follow a chunk before it is decoded.
+        left: audio of the window before its chunk.
+        chunk: audio that the window decodes for good.
+        right: audio of the window after its chunk.
     """
 
     left: int
@@ -28,15 +28,15 @@ class Windows(NamedTuple):
         return self.left + self.chunk + self.right
 
     def complete(self, samples: int) -> int:
-        """Return how many windows are complete in a stream of this many samples."""
+        """Return the number of complete windows in a stream of this many samples."""
         return max(0, samples - self.right) // self.chunk
 
     def chunk_due(self, chunk: int) -> int:
-        """Return how many samples a stream must have before its chunk of this index can be decoded."""
+        """Return the number of samples after which the chunk of this index can be decoded."""
         return (chunk + 1) * self.chunk + self.right
 
     def due(self, sent: int) -> int:
-        """Return how many samples a stream must have for the window after those that ``sent`` samples complete."""
+        """Return the number of samples that complete the next window after ``sent`` samples."""
         return self.chunk_due(self.complete(sent))
 
 
@@ -44,10 +44,10 @@ def read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
     """Return the windows of each latency.
 
     Args:
-        parameters: the decoder's, by name.
+        parameters: parameters of the decoder by name.
 
     Raises:
-        KeyError, ValueError: one is missing, or is not a list of whole numbers.
+        KeyError, ValueError: a parameter is missing, or is not a list of whole numbers.
     """
     balanced = ",".join(parameters[f"{part}_frames"] for part in Windows._fields)
     texts = {

@@ -1,41 +1,41 @@
-"""What is behind an address: whether a Triton answers there, which models it has loaded, and whether they recognise speech."""
+"""Monitor an address: whether a Triton responds, which models it has loaded, and whether they recognise speech."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from functools import partial
-from typing import Any
 
 import structlog
 from tritonclient.utils import InferenceServerException
 
 from gateway.config.settings import Address, Settings
+from gateway.triton.background import Background
 from gateway.triton.canary import MAX_FAILURES, Canary, Health, ask
 from gateway.triton.connection import Connection
 from gateway.triton.ensemble import Ensemble, NoRecogniserError, read_ensemble
 from gateway.triton.retry import MAX_PATIENCE, is_unresolved
 
 INSPECTION_TIMEOUT_SECS = 2.0
-"""Time limit of one request about readiness. A connection that leads nowhere for so long is replaced."""
+"""Timeout of a request about readiness. A connection without a response for this time is replaced."""
 
 READY_POLL_SECS = 1.0
 UNREADY_POLL_SECS = 0.2
 ABSENT_POLL_SHARE = 0.02
 MAX_ABSENT_POLL_SECS = 5.0
 MAX_UNRESOLVED_POLL_SECS = 30.0
-"""Pauses between inspections: of a Triton that is ready, and of one that is not. While none answers, the pause is a share of
-the time since one did, up to these limits. An inspection of a name that is not known asks the DNS a dozen times."""
+"""Pauses between inspections of a ready Triton, and of one that is not ready. While no Triton responds, the pause is a share of
+the time since the last response, up to a limit. An inspection of an unknown host name sends a dozen DNS queries."""
 
 CANARY_PATIENCE = MAX_PATIENCE / MAX_FAILURES
-"""Time limit of a canary, as a multiple of ``inference_timeout_secs``. A Triton that decodes nothing for as long as the most
-patient request waits is dead to all of them."""
+"""Timeout of a canary, as a multiple of ``inference_timeout_secs``. Failed rounds then take as long as the longest timeout of a
+request."""
 
 MIN_CANARY_TIMEOUT_SECS = 2.0
-"""Shortest time limit of a canary."""
+"""Minimum timeout of a canary."""
 
 log = structlog.get_logger()
 
@@ -52,9 +52,9 @@ def poll_pause_secs(*, loaded: bool, absent_secs: float, unresolved: bool) -> fl
     """Return the pause before the next inspection.
 
     Args:
-        loaded: whether some ensemble is loaded.
-        absent_secs: for how long no Triton has answered.
-        unresolved: whether its name is not known.
+        loaded: whether an ensemble is loaded.
+        absent_secs: time since a Triton last responded.
+        unresolved: whether the host name is unknown.
     """
     if loaded:
         return READY_POLL_SECS
@@ -63,13 +63,13 @@ def poll_pause_secs(*, loaded: bool, absent_secs: float, unresolved: bool) -> fl
 
 
 class Monitor:
-    """Inspects one address for as long as it runs.
+    """Inspects one address in the background.
 
     Attributes:
-        connection: the newest one to the address.
+        connection: current connection to the address.
         models: state of every model that an ensemble needs, as of the last inspection.
-        latency_secs: how long that took; None if no Triton answered.
-        generation: number of the Triton behind the address; a new one begins after each inspection without an answer.
+        latency_secs: duration of the last inspection; None if no Triton responded.
+        generation: counts the Tritons at the address; increased when one responds after an inspection without a response.
     """
 
     def __init__(self, address: Address, settings: Settings) -> None:
@@ -81,8 +81,8 @@ class Monitor:
         self.generation = 0
         self._wanted = sorted(set(settings.models.values()))
         self._ensembles: dict[str, Ensemble] = {}
-        self._rejected: dict[str, str] = {}  # models that are no recognisers, and why
-        self._left: list[Connection] = []  # until the newest connection has shown that Triton is well
+        self._rejected: dict[str, str] = {}  # reasons by model
+        self._left: list[Connection] = []  # replaced connections, until Triton responds on the current one
         self._stale = asyncio.Event()
         self._begun = self._done = 0  # inspections
         self._inspected = asyncio.Event()  # replaced after each inspection
@@ -95,14 +95,14 @@ class Monitor:
             )
             for name in self._wanted
         }
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def start(self) -> None:
-        """Inspect the address and send canaries once, and from then on in the background."""
+        """Inspect the address and send canaries once, then continue in the background."""
         await self._inspect()
-        self._in_background(self._poll())
+        self._background.start(self._poll())
         for name, canary in self._canaries.items():
-            self._in_background(canary.run(partial(self.loaded, name), partial(self._encoder_calls, name)))
+            self._background.start(canary.run(partial(self.loaded, name), partial(self._encoder_calls, name)))
         judged = [asyncio.create_task(self._canaries[name].judged.wait()) for name in self._wanted if self.loaded(name)]
         if judged:
             _, late = await asyncio.wait(judged, timeout=INSPECTION_TIMEOUT_SECS)
@@ -111,13 +111,11 @@ class Monitor:
 
     async def close(self) -> None:
         """Stop inspecting, and close the connections."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._background.close()
         await self.connection.close()
 
     def ensemble(self, name: str) -> Ensemble:
-        """Return what is known of an ensemble that is loaded."""
+        """Return a loaded ensemble."""
         return self._ensembles[name]
 
     def loaded(self, name: str) -> bool:
@@ -131,34 +129,34 @@ class Monitor:
 
     @property
     def any_loaded(self) -> bool:
-        """Whether some ensemble of the settings is loaded."""
+        """Whether any configured ensemble is loaded."""
         return any(map(self.loaded, self._wanted))
 
     @property
     def was_ready(self) -> bool:
-        """Whether some ensemble has ever recognised speech."""
+        """Whether any ensemble has ever recognised speech."""
         return any(canary.ever_answered for canary in self._canaries.values())
 
     @property
     def health(self) -> Mapping[str, Health]:
-        """What the canaries have shown of each ensemble of the settings."""
+        """Health of each configured ensemble, from its canaries."""
         return {name: canary.health for name, canary in self._canaries.items()}
 
     def see_progress(self, name: str) -> None:
-        """Take note that the ensemble has just decoded audio."""
+        """Record that the ensemble has just decoded audio."""
         self._canaries[name].see_progress()
 
     def see_failure(self, name: str) -> None:
-        """Send canaries at once: the ensemble has failed a request."""
+        """Send canaries at once, after a failed request to the ensemble."""
         self._canaries[name].hurry()
 
     def mark_stale(self) -> None:
-        """Take nothing for loaded until the next inspection, which begins at once."""
+        """Treat all models as not loaded until the next inspection, and start it at once."""
         self.models = dict.fromkeys(self.models, ModelState.UNKNOWN)
         self._stale.set()
 
     async def inspect_anew(self) -> None:
-        """Wait for an inspection that begins from now on."""
+        """Start an inspection, and wait for its end."""
         self.mark_stale()
         begun = self._begun
         while self._done <= begun:
@@ -174,7 +172,7 @@ class Monitor:
             await self._inspect()
 
     async def _inspect(self) -> None:
-        """Inspect the address once, and tell the log and the canaries what has changed."""
+        """Inspect the address once, log changes, and update the canaries."""
         self._begun += 1
         number, before, started = self._begun, self.models, time.perf_counter()
         try:
@@ -197,7 +195,7 @@ class Monitor:
         return {model.name: ModelState.READY if model.state == "READY" else ModelState.UNAVAILABLE for model in index.models}
 
     async def _discover(self, states: Mapping[str, ModelState]) -> None:
-        """Read the configurations of ensembles that have become loaded."""
+        """Read the configurations of newly loaded ensembles."""
         for name in self._wanted:
             if name in self._ensembles or states.get(name) is not ModelState.READY:
                 continue
@@ -220,7 +218,7 @@ class Monitor:
         self._unresolved = False
         for connection in self._left:
             if connection.in_use:
-                self._in_background(connection.give_up_if_lost())
+                self._background.start(connection.give_up_if_lost())
         self._left.clear()
 
     def _note_absence(self, error: InferenceServerException) -> None:
@@ -230,7 +228,7 @@ class Monitor:
             self._absent_since = time.monotonic()
         self.latency_secs = None
         self._unresolved = is_unresolved(error.message())
-        self._ensembles.clear()  # it may come back with another configuration
+        self._ensembles.clear()  # the next Triton may have another configuration
         self._rejected.clear()
         if time.monotonic() - self.connection.began_at >= INSPECTION_TIMEOUT_SECS:
             self._reconnect()
@@ -238,13 +236,13 @@ class Monitor:
             log.warning("triton unreachable", endpoint=self._address.target, reason=error.message())
 
     def _reconnect(self) -> None:
-        """Leave a connection that leads nowhere.
+        """Replace a connection without a response.
 
-        A silent network would keep it for minutes, and gRPC asks ever more seldom for the address of a name that was unknown.
+        With a silent network, gRPC would keep the connection for minutes, and it resolves an unknown name less and less often.
         """
         left, self.connection = self.connection, Connection(self._address)
         self._left = [connection for connection in (*self._left, left) if connection.in_use]
-        self._in_background(left.close(delay_secs=MAX_PATIENCE * self._settings.inference_timeout_secs))
+        self._background.start(left.close(delay_secs=MAX_PATIENCE * self._settings.inference_timeout_secs))
 
     def _update_canaries(self) -> None:
         for name, canary in self._canaries.items():
@@ -258,8 +256,3 @@ class Monitor:
 
     def _encoder_calls(self, name: str) -> int:
         return self._ensembles[name].encoder_calls
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)

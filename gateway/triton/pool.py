@@ -1,4 +1,4 @@
-"""All Tritons behind the gateway: which of them takes the next sequence."""
+"""Choose a Triton for each new sequence."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STREAM_RETRIES = RetryPolicy(attempts=4, whole=False)
 
 
 class TritonPool:
-    """The endpoints of the settings.
+    """The configured Triton servers.
 
     Attributes:
-        endpoints: all of them, whatever their state.
+        endpoints: all servers, in any state.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -36,7 +36,7 @@ class TritonPool:
             metrics.BREAKER_STATE.labels(endpoint.address).set_function(partial(_reported_state, endpoint))
 
     async def start(self) -> None:
-        """Inspect each endpoint once, and from then on in the background."""
+        """Inspect each endpoint once, then continue in the background."""
         await asyncio.gather(*(endpoint.start() for endpoint in self.endpoints))
 
     async def close(self) -> None:
@@ -44,14 +44,14 @@ class TritonPool:
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints))
 
     def ready(self, name: str) -> bool:
-        """Return whether some endpoint can serve the ensemble."""
+        """Return whether any endpoint can serve the ensemble."""
         return any(endpoint.ready(name) for endpoint in self.endpoints)
 
     def ensemble(self, name: str) -> Ensemble:
-        """Return what is known of an ensemble.
+        """Return an ensemble that can be served.
 
         Raises:
-            TritonError: no endpoint takes new work for it.
+            TritonError: no endpoint accepts new sequences of it.
         """
         for endpoint in self.endpoints:
             if endpoint.takes(name):
@@ -59,10 +59,10 @@ class TritonPool:
         raise _not_ready()
 
     def place(self, name: str) -> Endpoint:
-        """Return the endpoint for a new sequence of an ensemble: of those that take one, the one with the fewest.
+        """Return the endpoint for a new sequence of an ensemble: the one with the fewest sequences of those that accept it.
 
         Raises:
-            TritonError: there is none.
+            TritonError: no endpoint accepts it.
         """
         takers = [endpoint for endpoint in self.endpoints if endpoint.takes(name)]
         if not takers:
@@ -72,11 +72,11 @@ class TritonPool:
         return chosen
 
     def stream(self, ensemble: Ensemble, options: Mapping[str, str | int]) -> Utterance:
-        """Return an utterance whose audio comes bit by bit."""
+        """Return an utterance for a stream."""
         return self._utterance(ensemble, {"save_state": 1, **options}, STREAM_RETRIES)
 
     def recording(self, ensemble: Ensemble, options: Mapping[str, str | int]) -> Utterance:
-        """Return an utterance that is decoded whole, in one request."""
+        """Return an utterance for a recording that is decoded whole, in one request."""
         return self._utterance(ensemble, {"context": "whole", **options}, RECORDING_RETRIES)
 
     def _utterance(self, ensemble: Ensemble, options: Mapping[str, str | int], retries: RetryPolicy) -> Utterance:
@@ -88,9 +88,9 @@ def _readiness(endpoint: Endpoint, settings: Settings) -> bool:
 
 
 def _reported_state(endpoint: Endpoint) -> BreakerState:
-    """Return the breaker's state for the metric: closed where no Triton answers, which keeps new work away by itself.
+    """Return the breaker's state for the metric; CLOSED while no Triton responds, since then there are no new sequences anyway.
 
-    Such a Triton may be gone for good, as a shard's that became smaller is, and no trial would ever close its breaker.
+    Such a Triton may be gone for ever, such as after a scale-down, and no trial would ever close its breaker.
     """
     return BreakerState.CLOSED if endpoint.monitor.latency_secs is None else endpoint.breaker.state
 

@@ -1,11 +1,13 @@
-"""Failed requests to Triton: what an error means, and whether the request is sent again.
+"""Classify failed requests to Triton, and decide whether they are retried.
 
-A request that was in flight when a backend died may be the cause: it took all memory, or crashed a kernel. So it is not sent
-again at will (the poison rule). A recording is large enough to exhaust memory. If it was the only request in flight at a death,
-it is given up. Where others were in flight too, any of them may be the cause: the recording is sent once more, by itself, and
-given up at a second death. The windows of a live stream are small, so a stream survives the first death. After the second one
-it is given up if no other request was in flight at both. Where others were, each is then sent by itself, and the one that is in
-flight at a third death is given up.
+A request that was in flight when a backend died may be the cause: it may have taken all memory, or crashed a kernel. So retries
+after a death are limited (the poison rule):
+
+- A recording is large enough to exhaust memory. If it was the only request in flight at a death, it is not retried. Otherwise
+  it is retried once, alone, and given up at a second death.
+- The windows of a live stream are small, so a stream is retried after the first death. After the second one it is given up if
+  no other request was in flight at both. Otherwise each of these requests is retried alone, and the one that is in flight at a
+  third death is given up.
 """
 
 from __future__ import annotations
@@ -28,53 +30,53 @@ UNAVAILABLE, DEADLINE_EXCEEDED, INVALID_ARGUMENT, INTERNAL = (
 )
 
 UNRESOLVED = ("resolution failed", "name resolution", "domain name not found")
-"""Parts of gRPC's messages, in lower case, about a name that the DNS does not know."""
+"""Parts of gRPC's messages about an unknown host name, in lower case."""
 
 REFUSALS = (
     *UNRESOLVED,
     "failed to connect",  # gRPC: no connection, so nothing was sent
-    "server is stopping",  # Triton, while it shuts down
+    "server is stopping",  # Triton, during its shutdown
     "server not ready",
     "unknown model",
     "is not ready",
 )
-"""Parts of UNAVAILABLE's messages, in lower case, that show that no model got the request. Any other may come from a death."""
+"""Parts of UNAVAILABLE messages that show that no model got the request, in lower case. Others may be due to a death."""
 
 DEAD_PROCESS = "stub process"
-"""Part of Triton's message, in lower case, about a Python model whose process died or gave no sign of life for 1 s."""
+"""Part of Triton's message about a Python model whose process died or sent no heartbeat for 1 s, in lower case."""
 
 MAX_PATIENCE = 4
-"""Longest wait for an answer, as a multiple of ``inference_timeout_secs``."""
+"""Maximum timeout of a request, as a multiple of ``inference_timeout_secs``."""
 
 MAX_DEATHS = 3
-"""Backend deaths with the same audio in flight after which a stream is given up."""
+"""Number of backend deaths with the same audio in flight after which a stream is given up."""
 
 MAX_RECORDING_DEATHS = 2
-"""The same for a recording; one is enough if no other request was in flight."""
+"""The same for a recording; 1 if no other request was in flight."""
 
 MAX_SOLE_DEATHS = 2
-"""The same for a stream where no other request was in flight at all of them."""
+"""The same for a stream if no other request was in flight at all of the deaths."""
 
 
 class Fault(Enum):
-    """What an error of Triton's means."""
+    """Meaning of an error of Triton."""
 
-    ABSENT = "no Triton was there, or it refused the request before any model got it"
+    ABSENT = "no Triton responded, or it refused the request before any model got it"
     DISCONNECTED = "the connection ended with the request in flight: the network failed, or Triton died"
-    BACKEND_DIED = "a model's process died or stood still with the request in flight"
-    LATE = "no answer within the time limit"
-    UNKNOWN_SEQUENCE = "Triton does not have the sequence any more, or the request is invalid"
+    BACKEND_DIED = "a model's process died or stalled with the request in flight"
+    LATE = "there was no response within the timeout"
+    UNKNOWN_SEQUENCE = "Triton no longer has the sequence, or the request is invalid"
     FOREIGN_STATE = "the state to restore is not of this model"
-    FAILED = "a model answered with an error"
+    FAILED = "a model returned an error"
 
 
 def classify(status: str, message: str, *, restores: bool) -> Fault:
-    """Return what an error of Triton's means.
+    """Return the meaning of an error of Triton.
 
     Args:
-        status: gRPC status as tritonclient spells it, such as ``StatusCode.UNAVAILABLE``.
-        message: its text.
-        restores: whether the request begins a sequence with a saved state.
+        status: gRPC status in tritonclient's spelling, such as ``StatusCode.UNAVAILABLE``.
+        message: text of the error.
+        restores: whether the request starts a sequence with a saved state.
     """
     text = message.lower()
     if status == UNAVAILABLE:
@@ -87,16 +89,16 @@ def classify(status: str, message: str, *, restores: bool) -> Fault:
 
 
 def is_unresolved(message: str) -> bool:
-    """Return whether an error of gRPC's says that the address has a name that is not known."""
+    """Return whether an error message of gRPC is about an unknown host name."""
     return any(part in message.lower() for part in UNRESOLVED)
 
 
 @dataclass(frozen=True)
 class Death:
-    """A backend's death, as one of the requests in flight sees it.
+    """A backend's death, for one of the requests in flight.
 
     Attributes:
-        backend: what died; equal for all requests that one death hit.
+        backend: the backend; equal for all requests that were in flight at the death.
         sole: whether no other request in flight was also in flight at an earlier death.
         alone: whether no other request was in flight at all.
     """
@@ -110,8 +112,8 @@ class TritonError(ApiError):
     """Triton failed a request.
 
     Attributes:
-        fault: what its error means.
-        death: the backend's death that the request was in flight at, if any.
+        fault: meaning of the error.
+        death: the backend's death at which the request was in flight; None if there was none.
     """
 
     def __init__(self, kind: ErrorKind, message: str, fault: Fault, death: Death | None = None) -> None:
@@ -122,12 +124,12 @@ class TritonError(ApiError):
 
 @dataclass(frozen=True)
 class Failures:
-    """What happened to one request so far.
+    """Failed attempts of one request.
 
     Attributes:
-        count: attempts that Triton failed; those for which no Triton was there don't count.
-        deaths: backends that died with the request in flight.
-        last_death: the newest of them.
+        count: number of attempts that failed at Triton; attempts without a Triton do not count.
+        deaths: number of backends that died with the request in flight.
+        last_death: the last death.
     """
 
     count: int = 0
@@ -135,11 +137,11 @@ class Failures:
     last_death: Death | None = None
 
     def after(self, fault: Fault, death: Death | None) -> Failures:
-        """Return these and one more failed attempt.
+        """Return the failures with one more failed attempt.
 
         Args:
-            fault: what went wrong.
-            death: the death that the attempt was in flight at, if any; one that is known already counts once.
+            fault: meaning of the error.
+            death: the death at which the attempt was in flight; None if there was none. Each death counts once.
         """
         counted = fault not in (Fault.ABSENT, Fault.DISCONNECTED)
         known = self.last_death is not None and death is not None and death.backend == self.last_death.backend
@@ -150,36 +152,36 @@ class Failures:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is sent.
+    """Limits on the attempts of a request.
 
     Attributes:
-        attempts: after this many failures the request is given up; fewer than open a breaker, since audio on which the decoder
-            fails is no endpoint's fault.
-        whole: the request is a recording.
+        attempts: number of failures after which the request is given up. It is smaller than the number that opens a breaker,
+            since the cause of failures may be the audio instead of the endpoint.
+        whole: whether the request is a recording.
     """
 
     attempts: int
     whole: bool
 
     def patience(self, failures: Failures) -> int:
-        """Return how long the next attempt may take, as a multiple of ``inference_timeout_secs``.
+        """Return the timeout of the next attempt, as a multiple of ``inference_timeout_secs``.
 
-        Each attempt may take longer than the one before: when many streams come back at once their audio takes its time, and
-        what is given up too early is decoded for nothing, and then once more. Of a recording that would be much, so the first
-        attempt gets all the patience.
+        The timeout grows with each attempt: when many streams are retried at once, decoding takes longer, and audio that is
+            given
+        up too early is decoded twice. For a recording this would cost much, so its first attempt has the maximum timeout.
         """
         return MAX_PATIENCE if self.whole else min(1 + failures.count, MAX_PATIENCE)
 
     def retries(self, failures: Failures, fault: Fault) -> bool:
-        """Return whether a request that has just failed is sent again, time permitting."""
+        """Return whether a request that has just failed is retried, if there is time left."""
         if fault is Fault.FOREIGN_STATE or self.poisoned(failures):
             return False
-        if self.whole and fault is Fault.LATE:  # there were too many recordings already
+        if self.whole and fault is Fault.LATE:  # another attempt would add to the overload
             return False
         return failures.count < self.attempts
 
     def poisoned(self, failures: Failures) -> bool:
-        """Return whether the request must be taken for the cause of the deaths that it was in flight at."""
+        """Return whether the request must be treated as the cause of the deaths at which it was in flight."""
         if self.whole:
             alone = failures.last_death is not None and failures.last_death.alone
             return failures.deaths >= (1 if alone else MAX_RECORDING_DEATHS)
@@ -187,5 +189,5 @@ class RetryPolicy:
         return failures.deaths >= (MAX_SOLE_DEATHS if sole else MAX_DEATHS)
 
     def isolates(self, failures: Failures) -> bool:
-        """Return whether the request must be the only one of its kind in flight, so that the next death shows its cause."""
+        """Return whether the request must be the only one of its kind in flight, to find the cause of the next death."""
         return failures.deaths >= (1 if self.whole else MAX_SOLE_DEATHS)

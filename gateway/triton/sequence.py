@@ -1,4 +1,4 @@
-"""A sequence of requests to one Triton, which holds the state of one stream in its decoder."""
+"""A sequence of requests to one Triton, whose decoder has the state of the stream."""
 
 from __future__ import annotations
 
@@ -25,33 +25,40 @@ if TYPE_CHECKING:
     from gateway.triton.endpoint import Endpoint
 
 ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
-"""Pauses before each try to end a sequence on a Triton that does not answer."""
+"""Pauses before the attempts to end a sequence on a Triton that does not respond, in seconds."""
 
 SLOW_SHARE = 0.8
-"""A call that takes this share of its time limit counts against its endpoint, though it succeeds."""
+"""Share of the timeout from which a successful call counts as a failure for the circuit breaker."""
 
 ERRORS = {
     Fault.FOREIGN_STATE: (
         ErrorKind.INVALID_SESSION,
-        "the recogniser is another one than the stream began with, and can't go on with it; begin a new stream",
+        "the recogniser has changed since the stream began, and cannot continue it; begin a new stream",
     ),
     Fault.LATE: (ErrorKind.BACKEND_TIMEOUT, "the recogniser took longer than {timeout_secs:g} s; please retry"),
     Fault.ABSENT: (ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry"),
     Fault.DISCONNECTED: (ErrorKind.BACKEND_FAILED, "the connection to the recogniser was lost; please retry"),
 }
 OTHER_ERROR = (ErrorKind.BACKEND_FAILED, "the recogniser failed; please retry")
-"""What a client is told of each fault, if the request is not sent again."""
+"""Error for the client by fault, if the request is not retried."""
 
 log = structlog.get_logger()
 
 
 class RemoteSequence:
-    """One sequence on one endpoint. Triton may reorder the requests of a sequence, so only one is in flight at a time.
+    """A sequence on one endpoint. Only one request is in flight at a time, since Triton may reorder the requests of a sequence.
+
+    Args:
+        endpoint: the endpoint.
+        ensemble: name of the ensemble.
+        options: request parameters of the first request.
+        timeout_secs: ``inference_timeout_secs``.
+        suspect: whether its audio was in flight at a backend's death.
 
     Attributes:
-        endpoint: where it is.
+        endpoint: the endpoint.
         suspect: whether its audio was in flight at a backend's death.
-        sent_at: when its newest request was sent, in seconds of ``time.perf_counter``.
+        sent_at: start of its last request, in seconds of ``time.perf_counter``.
     """
 
     def __init__(
@@ -62,27 +69,27 @@ class RemoteSequence:
         self.sent_at = 0.0
         self._ensemble = ensemble
         self._options = dict(options)
-        # How long a recording takes depends on its length, and on those beside it, more than on Triton.
+        # The duration of a recording depends on its length and on other recordings more than on Triton.
         self._may_be_slow = options.get("context") == "whole"
         self._timeout_secs = timeout_secs
-        self._id = secrets.randbelow(MIN_ID - 1) + 1  # 0 is no sequence; random, so that several gateways can share a Triton
+        self._id = secrets.randbelow(MIN_ID - 1) + 1  # 0 means no sequence; random, so that gateways can share a Triton
         self._alive = False
         self._frames = 0
 
     async def send(self, samples: Samples, *, end: bool, patience: int = 1) -> Answer:
-        """Send new audio and return the decoder's answer.
+        """Send new audio, and return the decoder's answer.
 
         Args:
             samples: 16 kHz audio [n]; may be empty.
-            end: the sequence ends with it.
-            patience: how long it may take, as a multiple of ``inference_timeout_secs``.
+            end: whether the sequence ends with this audio.
+            patience: timeout, as a multiple of ``inference_timeout_secs``.
 
         Raises:
-            TritonError: Triton is gone, failed or took too long; the sequence's state is then unknown.
+            TritonError: Triton is not available, failed or took too long; the state of the sequence is then unknown.
         """
         start, timeout_secs = not self._alive, patience * self._timeout_secs
         restores = start and "restore" in self._options
-        self._live(True)  # from here on the decoder may hold state, whatever comes back
+        self._live(True)  # from now on the decoder may have state, even if the request fails
         self.sent_at = time.perf_counter()
         self.endpoint.in_flight.add(self)
         try:
@@ -99,7 +106,7 @@ class RemoteSequence:
                     headers=tracing.headers(),
                 )
         except ConnectionGivenUpError as error:
-            raise _error(Fault.DISCONNECTED, timeout_secs) from error  # Triton is well by another connection
+            raise _error(Fault.DISCONNECTED, timeout_secs) from error  # Triton responds on another connection
         except InferenceServerException as error:
             fault = classify(error.status(), error.message(), restores=restores)
             log.warning(
@@ -120,7 +127,7 @@ class RemoteSequence:
         return parse_answer(result)
 
     async def abandon(self) -> None:
-        """Free the decoder's state, if there may be any; what can't be freed ages out."""
+        """Free the decoder's state if there may be any. If this fails, the state expires."""
         if not self._alive:
             return
         for pause_secs in ABANDON_PAUSES_SECS:
@@ -138,7 +145,7 @@ class RemoteSequence:
         self._live(False)
 
     async def _report(self, fault: Fault) -> Death | None:
-        """Tell the endpoint of a failed request; return the death that the request was in flight at, if any."""
+        """Report a failed request to the endpoint; return the death at which it was in flight, or None."""
         endpoint = self.endpoint
         if fault not in (Fault.UNKNOWN_SEQUENCE, Fault.FOREIGN_STATE) and not (fault is Fault.LATE and self._may_be_slow):
             endpoint.breaker.record(success=False)
@@ -150,7 +157,7 @@ class RemoteSequence:
         return None
 
     def _note_progress(self, result: Any, *, restored: bool) -> None:
-        """Tell the monitor where an answer shows that frames were decoded; a restored sequence counts old ones too."""
+        """Report progress to the monitor if frames were decoded. The count of a restored sequence includes earlier frames."""
         frames = decoded_frames(result)
         if frames > self._frames and not restored:
             self.endpoint.monitor.see_progress(self._ensemble)

@@ -1,4 +1,4 @@
-"""What one client says, from first to last, whatever becomes of the Tritons that decode it."""
+"""The audio of one stream or recording at Triton, with retries on other sequences and endpoints."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from gateway.triton.retry import Failures, RetryPolicy, TritonError
 from gateway.triton.sequence import RemoteSequence
 
 RETRY_PAUSE_SECS = (0.05, 0.25)
-"""Range of the random pause between two attempts: the streams of a Triton that failed should not all come back at once."""
+"""Range of the random pause between two attempts in seconds, so that streams of a failed Triton do not all retry at once."""
 
 POISONED = "the recogniser died while it worked on this audio; the audio may be the cause, so it is not sent again"
 
 Place = Callable[[str], Endpoint]
-"""Return the endpoint for a new sequence of an ensemble.
+"""Returns the endpoint for a new sequence of an ensemble.
 
 Raises:
-    TritonError: no endpoint takes one.
+    TritonError: no endpoint accepts it.
 """
 
 log = structlog.get_logger()
 
 
 class Utterance:
-    """One sequence, or several in turn when Tritons fail.
+    """A stream or recording at Triton: one sequence, or several after failures.
 
-    It keeps the decoder's state of the last answer and the audio that this state does not cover, so that any sequence on any
-    endpoint can go on where the lost one was, and decodes the same. Nothing that was final is decoded again.
+    It keeps the decoder's state after the last answer, and the audio that this state does not cover. So a new sequence on any
+    endpoint can continue where the lost one was, with the same results. Final segments are not decoded again.
 
     Args:
-        place: where to go.
-        isolation: lock of requests that must be in flight without others under the same suspicion.
-        ensemble: what serves it.
-        options: of the decoder.
-        retries: how often a request is sent; while no Triton is there, only the time counts.
-        recovery_secs: for how long a request that failed is sent again.
+        place: returns the endpoint of a new sequence.
+        isolation: lock for requests that must be in flight without other suspects.
+        ensemble: the ensemble.
+        options: options of the decoder.
+        retries: limits on attempts; attempts without a Triton are limited only by time.
+        recovery_secs: time during which a failed request is retried.
     """
 
     def __init__(
@@ -74,33 +74,39 @@ class Utterance:
 
     @property
     def restart(self) -> tuple[str, int]:
-        """The decoder's state, and the sample from which on it takes audio to go on from there."""
+        """State of the decoder, and position of the first sample that it needs to continue."""
         return self._state, self._kept_from
 
     @property
     def latency(self) -> str:
-        """Which of the ensemble's windows it has."""
+        """Latency that selects the windows."""
         return str(self._options["latency"])
 
     @property
     def windows(self) -> Windows:
-        """Those windows."""
+        """Windows of this utterance."""
         return self._ensemble.windows[self.latency]
 
     def resume(self, state: str, samples: int, latency: str) -> None:
-        """Go on where another utterance of this latency was; the next audio begins at this sample."""
+        """Continue another utterance.
+
+        Args:
+            state: state of the decoder.
+            samples: position of the next audio.
+            latency: latency of the other utterance.
+        """
         self._state, self._kept_from = state, samples
         self._options["latency"] = latency
 
     async def send(self, samples: Samples, *, end: bool) -> Answer:
-        """Send new audio and return the decoder's answer, on another sequence if this one is lost.
+        """Send new audio, and return the decoder's answer; use a new sequence if the current one is lost.
 
         Args:
             samples: 16 kHz audio [n]; may be empty.
-            end: the utterance ends with it.
+            end: whether the utterance ends with this audio.
 
         Raises:
-            ApiError: no Triton answered within the time and the attempts, or the audio may have ended one.
+            ApiError: all attempts failed, or the audio may be the cause of backend deaths.
         """
         self._kept = np.concatenate((self._kept, samples)) if len(self._kept) else samples
         deadline, failures = 0.0, Failures()
@@ -112,7 +118,7 @@ class Utterance:
                 deadline = deadline or now + self._recovery_secs
                 failures = failures.after(error.fault, error.death)
                 self._leave()
-                if self._given_up:  # nobody lost anything
+                if self._given_up:  # no client is affected, so it is not counted
                     raise
                 if not self._retries.retries(failures, error.fault) or now >= deadline:
                     self._count(metrics.FAILED)
@@ -129,7 +135,7 @@ class Utterance:
         return answer
 
     def give_up(self) -> None:
-        """Send nothing again that fails from now on: no client waits for an answer any more."""
+        """Stop retrying: no client waits for an answer any more."""
         self._given_up = True
 
     async def abandon(self) -> None:
@@ -138,7 +144,7 @@ class Utterance:
             await self._sequence.abandon()
 
     async def _try(self, samples: Samples, end: bool, failures: Failures) -> Answer:
-        """Send the audio once, by itself if it must be."""
+        """Send the audio once, alone if required."""
         if not self._retries.isolates(failures):
             return await self._send_once(samples, end, failures)
         async with self._isolation:
@@ -161,7 +167,7 @@ class Utterance:
             self._sequence = None
 
     def _keep(self, answer: Answer) -> None:
-        """Keep what it takes to go on from this answer."""
+        """Keep the state and the audio that are needed to continue after this answer."""
         if not answer.state:
             return
         self._state = answer.state
