@@ -1,4 +1,4 @@
-"""The application: its routes, middleware and error bodies."""
+"""Build the ASGI application: routes, middleware and error responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = structlog.get_logger()
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Create the gateway's application; it connects to Triton when it starts."""
+    """Return the gateway's application, which connects to Triton at its startup."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -101,7 +101,7 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """Answer an error of the framework with our body."""
+    """Convert an error of the framework to the API's error response."""
     assert isinstance(error, HTTPException)  # noqa: S101 (registered for it alone)
     kind = KIND_OF_STATUS.get(error.status_code, ErrorKind.INTERNAL)
     messages = {
@@ -116,5 +116,5 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 async def _answer_crash(request: Request, error: Exception) -> Response:
     log.error("request failed", exc_info=error)
     response = await _answer_error(request, ApiError(ErrorKind.INTERNAL, "internal error"))
-    response.headers[REQUEST_ID_HEADER] = current_request_id() or ""  # this answer is made outside the middleware
+    response.headers[REQUEST_ID_HEADER] = current_request_id() or ""  # this response does not pass the middleware
     return response

@@ -1,4 +1,4 @@
-"""The errors of the API: one catalogue and one body for HTTP and WebSocket."""
+"""Errors of the API: one catalogue and one error body for HTTP and WebSocket."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 RETRY_AFTER_RANGE_SECS = (1.0, 5.0)
-"""Range of the random delay after which refused clients are asked to retry, in seconds: they must not all return at once."""
+"""Range of the random ``Retry-After`` in seconds, so that refused clients do not all retry at once."""
 
 
 class Kind(NamedTuple):
     """An entry of the catalogue.
 
     Attributes:
-        code: stable name for programs.
+        code: stable, machine-readable name.
         type: group of codes.
         status: HTTP status.
         close_code: WebSocket close code.
@@ -62,15 +62,15 @@ class ErrorKind(Kind, Enum):
 
 
 class ApiError(Exception):
-    """An error for the client.
+    """An error that the client gets.
 
     Args:
-        kind: its entry in the catalogue.
-        message: one or two sentences for a person: what is wrong, the value, what is allowed. Nothing internal.
-        param: name of the parameter at fault.
+        kind: entry in the catalogue.
+        message: one or two sentences: what is wrong, the value, what is allowed. Nothing internal.
+        param: name of the invalid parameter.
 
     Attributes:
-        retry_after_secs: delay before a retry; None where a retry is not asked for.
+        retry_after_secs: delay before a retry; None: no ``Retry-After``.
     """
 
     def __init__(self, kind: ErrorKind, message: str, param: str | None = None) -> None:

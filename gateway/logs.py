@@ -1,4 +1,4 @@
-"""Structured logs: one line per event, as JSON or for a console; never a transcript, audio or a key."""
+"""Set up structured logs: one line per event, as JSON or for a console. Transcripts, audio and keys are never logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def current_request_id() -> str | None:
 
 
 def configure_logging(settings: Settings) -> None:
-    """Write the logs of this process, and the warnings of libraries, to standard error as the settings say."""
+    """Write the logs of this process and the warnings of libraries to standard error, with the format of the settings."""
     shared: list[Any] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -65,11 +65,11 @@ NO_FAULTS = {
     "ASGI callable returned without completing handshake.",  # a WebSocket refused by an HTTP response
     "Invalid UTF-8 sequence received from client.",  # closed by 1007
 }
-"""What uvicorn logs as an error, and is a client's doing."""
+"""Messages that uvicorn logs as errors although the client is the cause."""
 
 
 def _is_fault(record: logging.LogRecord) -> bool:
-    """Return whether an event of uvicorn's is a fault."""
+    """Return whether a log record of uvicorn is an error of the server."""
     return record.getMessage() not in NO_FAULTS
 
 

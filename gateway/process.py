@@ -1,4 +1,4 @@
-"""Set up this process: garbage collection, the heap, open files."""
+"""Configure this process: garbage collection, heap, and limit on open files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ GC_THRESHOLD = 10_000
 """GC generation-0 threshold (CPython's default: 700)."""
 
 RESERVED_DESCRIPTORS = 64
-"""Descriptors that are not for clients' connections: listeners, Triton, logs, recordings being decoded."""
+"""Number of file descriptors reserved for listeners, Triton, logs and audio workers."""
 
 UNLIMITED = 2**30
-"""Connections where open files are not limited."""
+"""Maximum number of connections if open files are not limited."""
 
 log = structlog.get_logger()
 
 
 def tune_garbage_collection() -> None:
-    """Collect rarely, and never look at what exists now.
+    """Raise the threshold of garbage collection, and exclude all present objects from it.
 
-    A collection of all objects would block the event loop for 30 to 100 ms. The young generation of 300 streams takes 9 ms.
+    A collection of all objects blocks the event loop for 30 to 100 ms; the young generation of 300 streams takes 9 ms.
     """
     gc.collect()
     gc.freeze()
@@ -32,12 +32,12 @@ def tune_garbage_collection() -> None:
 
 
 def trim_heap() -> None:
-    """Return freed memory to the system, which glibc would keep: 1 MB for each stream that was open at once (malloc_trim(3)).
+    """Return freed memory to the system (malloc_trim(3)); glibc would keep 1 MB for each stream of a peak.
 
-    Separate mappings for large buffers (mallopt(3), M_MMAP_THRESHOLD) return by themselves, but then every request pays for
-    fresh pages: 1 ms at the median, 12 ms at the 99th percentile.
+    Separate mappings for large buffers (mallopt(3), M_MMAP_THRESHOLD) would return by themselves, but cost every request new
+    pages: 1 ms at the median, 12 ms at the 99th percentile.
     """
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -58,6 +58,6 @@ def raise_descriptor_limit() -> None:
 
 
 def max_connections() -> int:
-    """Return how many clients' connections the limit on open files allows."""
+    """Return the number of client connections that the limit on open files allows."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return UNLIMITED if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED_DESCRIPTORS)

@@ -1,8 +1,8 @@
 """OpenTelemetry traces: one span for each recording and each stream, with Triton's spans below it.
 
 Tracing is off unless the settings or OpenTelemetry's environment variables name an endpoint. While it is off, the SDK is not
-imported, and each call costs one look at a context variable. OpenTelemetry's packages read its other variables (headers,
-sampling, resource attributes) themselves.
+imported, and each call only reads a context variable. OpenTelemetry's packages read the other variables (headers, sampling,
+resource attributes).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ OTLP_PATH = "/v1/traces"
 JAEGER_THRIFT_PATH = "/api/traces"
 
 CONVENTIONAL = {"status": "http.response.status_code", "body_bytes": "http.request.body.size"}
-"""Attributes with a name in OpenTelemetry's semantic conventions; all others get the prefix ``asr``."""
+"""Names of attributes in OpenTelemetry's semantic conventions; other attributes get the prefix ``asr``."""
 
 _span: ContextVar[Span | None] = ContextVar("span", default=None)
 
 
 class Tracing:
-    """The destination of a gateway's spans.
+    """Creates spans, and exports them if tracing is on.
 
     Args:
-        settings: the gateway's.
+        settings: settings of the gateway.
         environ: environment variables.
 
     Raises:
-        ConfigError: an endpoint is set, and the packages for tracing are missing.
+        ConfigError: an endpoint is set, but the packages for tracing are missing.
     """
 
     def __init__(self, settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
@@ -66,7 +66,7 @@ class Tracing:
 
     @contextmanager
     def span(self, name: str, headers: Mapping[str, str], **attributes: str) -> Iterator[None]:
-        """Hold a span, a child of the client's own if the headers have one (W3C ``traceparent``)."""
+        """Run the context in a new span; its parent is the client's span if the headers have one (W3C ``traceparent``)."""
         if self._provider is None:
             yield
             return
@@ -114,9 +114,9 @@ def fail(kind: ErrorKind) -> None:
 
 
 def headers() -> dict[str, str] | None:
-    """Return the headers that make Triton's spans children of the current one; None if it is not sampled."""
+    """Return headers that make Triton's spans children of the current span; None if it is not sampled."""
     span = _span.get()
-    if not span or not span.get_span_context().trace_flags.sampled:  # Triton traces even what is marked as not sampled
+    if not span or not span.get_span_context().trace_flags.sampled:  # Triton ignores the sampled flag
         return None
     context = span.get_span_context()
     given = {"traceparent": f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"}
@@ -130,7 +130,7 @@ def trace_id() -> str | None:
 
 
 def otlp_url(endpoint: str) -> str:
-    """Return the URL for OTLP over HTTP; the URL of Jaeger's older Thrift collector becomes that of its OTLP port."""
+    """Return the URL for OTLP over HTTP. Convert the URL of Jaeger's Thrift collector to that of its OTLP port."""
     url = urlsplit(endpoint)
     if url.path == JAEGER_THRIFT_PATH:
         return f"{url.scheme}://{url.hostname}:{OTLP_HTTP_PORT}{OTLP_PATH}"
@@ -138,7 +138,7 @@ def otlp_url(endpoint: str) -> str:
 
 
 def triton_options(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return Triton's options to trace requests that carry a trace, and no others, to the gateway's destination."""
+    """Return Triton's options for exporting the traces of requests with a trace header to the same endpoint."""
     if not _wanted(settings, environ):
         return []
     general = environ.get(ENDPOINT, "").rstrip("/") + OTLP_PATH

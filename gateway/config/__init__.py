@@ -1,1 +1,1 @@
-"""The settings and where they come from."""
+"""Settings of the gateway and their sources."""

@@ -40,7 +40,7 @@ LEGACY_VARIABLES = {
     "INFERENCE_TIMEOUT_SECS": "inference_timeout_secs",
     "VOCABULARY_PATH": "vocabulary_path",
 }
-"""Environment variables of the first servers, and their keys."""
+"""Environment variables of earlier servers, with their keys."""
 
 LAUNCHER_VARIABLES = {
     CONFIG_FILE,
@@ -67,14 +67,14 @@ KEYS_WITHOUT_EFFECT = {
     "connection_idle_timeout_secs": "the connection to Triton stays open",
     "websocket_buffer_size": "max_frame_bytes limits a frame, audio_buffer_capacity limits waiting audio",
 }
-"""Keys of earlier servers that are accepted, and why they have no effect here."""
+"""Accepted keys of earlier servers, with the reason for which they have no effect."""
 
 KNOWN_KEYS = (*Settings.model_fields, *KEYS_WITHOUT_EFFECT)
 OWN_VARIABLES = {f"{PREFIX}{key.upper()}": key for key in KNOWN_KEYS}
 
 
 class Loaded(NamedTuple):
-    """The settings in force.
+    """The effective settings.
 
     Attributes:
         settings: the settings.

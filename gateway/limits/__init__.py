@@ -1,1 +1,1 @@
-"""Limits: who may use the server, how much, and in which order."""
+"""Limits: authentication, quotas, places and priority."""

@@ -1,4 +1,4 @@
-"""API keys."""
+"""Check API keys."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 
 ANONYMOUS = -1
-"""The caller while the settings have no API keys."""
+"""Caller if the settings have no API keys."""
 
 
 def check_key(headers: Mapping[str, str], settings: Settings) -> int:
     """Return the caller of a request by its API key.
 
     Args:
-        headers: the request's, with case-insensitive names.
-        settings: the gateway's; without API keys in it every request is accepted.
+        headers: headers of the request, with case-insensitive names.
+        settings: settings of the gateway; without API keys every request is accepted.
 
     Returns:
         Index of the key among those of the settings, or ``ANONYMOUS``.
@@ -31,7 +31,7 @@ def check_key(headers: Mapping[str, str], settings: Settings) -> int:
     given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     if not given:
         raise ApiError(ErrorKind.INVALID_API_KEY, "an API key is needed: send Authorization: Bearer KEY or X-API-Key: KEY")
-    # Compare every key, each in constant time: the time taken reveals nothing.
+    # Every key is compared, each in constant time, so the duration reveals nothing.
     matches = [hmac.compare_digest(given.encode(), key.get_secret_value().encode()) for key in settings.api_keys]
     if not any(matches):
         raise ApiError(ErrorKind.INVALID_API_KEY, "the API key is not valid")

@@ -1,4 +1,4 @@
-"""A token bucket (Turner, 1986): bounds an average rate and the size of a burst."""
+"""Token bucket (Turner, 1986): limits an average rate and the size of a burst."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class TokenBucket:
     """A bucket that fills at a constant rate, up to its size.
 
     Args:
-        rate: tokens that flow in per second.
+        rate: tokens added per second.
         size: maximum number of tokens.
-        clock: monotonic time in seconds.
-        level: tokens at the start; full by default.
+        clock: returns monotonic seconds.
+        level: number of tokens at the start; default: ``size``.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class TokenBucket:
         self._as_of = clock()
 
     def take(self, amount: float) -> None:
-        """Take tokens, even more than there are; the level is then negative until enough have flowed in."""
+        """Take tokens, even more than there are; the level is then negative until enough were added."""
         self._level = self.level - amount
 
     @property
     def level(self) -> float:
-        """Number of tokens now."""
+        """Current number of tokens."""
         now = self._clock()
         self._level = min(self.size, self._level + (now - self._as_of) * self.rate)
         self._as_of = now

@@ -1,4 +1,4 @@
-"""Decide from which origins web pages may use the gateway (RFC 6454)."""
+"""Check the origins of web pages (RFC 6454)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def check_origin(headers: Mapping[str, str], settings: Settings) -> None:
     """Refuse a request of a foreign web page. Programs that send no ``Origin`` are not affected.
 
     Args:
-        headers: of the request, with case-insensitive names.
-        settings: say which origins and hosts are allowed.
+        headers: headers of the request, with case-insensitive names.
+        settings: settings with the allowed origins and hosts.
 
     Raises:
         ApiError: the origin is not allowed.
@@ -36,14 +36,14 @@ def check_origin(headers: Mapping[str, str], settings: Settings) -> None:
 def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
     """Return whether pages of an origin may use the gateway.
 
-    An origin equal to the request's ``Host`` is the gateway's own. It is allowed where the host is ``localhost``, an IP address
-    or one of ``allowed_hosts``: with any other name, the page of a foreign site whose name was made to resolve to the gateway's
-    address (DNS rebinding) would be allowed too.
+    An origin equal to the request's ``Host`` is the gateway's own. It is allowed if the host is ``localhost``, an IP address or
+    one of ``allowed_hosts``. With any other name, the page of a foreign site whose name resolves to the gateway's address (DNS
+    rebinding) would be allowed too.
 
     Args:
         origin: ``scheme://host[:port]``.
         host: the request's ``Host``.
-        settings: the gateway's.
+        settings: settings of the gateway.
     """
     if "*" in settings.allowed_origins or origin in settings.allowed_origins:
         return True
@@ -53,7 +53,7 @@ def origin_allowed(origin: str, host: str, settings: Settings) -> bool:
 
 
 def _split(url: str) -> tuple[str, int] | None:
-    """Return host and port of a URL; None if there are none."""
+    """Return host and port of a URL; None if it has none."""
     try:
         parts = urlsplit(url)
         port = parts.port or DEFAULT_PORTS[parts.scheme]
@@ -63,7 +63,7 @@ def _split(url: str) -> tuple[str, int] | None:
 
 
 def _is_known(host: str, settings: Settings) -> bool:
-    """Return whether no foreign site can have this host."""
+    """Return whether a foreign site cannot have this host."""
     if host == "localhost" or host in map(str.lower, settings.allowed_hosts):
         return True
     try:

@@ -1,8 +1,8 @@
-"""Priority of live streams that are sent in real time over those that are sent faster.
+"""Give live streams in real time priority over streams that are sent faster.
 
-A stream in real time sends its requests at once. Streams ahead of real time share what is left: one request at a time, only
-while no stream in real time has a request at Triton and such requests took little of Triton's time recently, and after each
-request a pause as long as the request took.
+Requests of streams in real time are sent at once. Streams ahead of real time send one request at a time, followed by a pause of
+the request's duration. They send only while no stream in real time has a request at Triton, and while such requests recently
+took at most ``MAX_BUSY_SHARE`` of the time.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 MAX_BUSY_SHARE = 0.3
-"""Maximum share of time with a real-time request at Triton, above which no stream gets ahead."""
+"""Share of time with a real-time request at Triton above which streams ahead of real time wait."""
 
 BUSY_MEAN_SECS = 5.0
 """Time constant of the exponential mean of that share, in seconds."""
 
 BUSY_POLL_SECS = 0.1
-"""Interval at which a waiting stream looks at that share, in seconds."""
+"""Interval at which a waiting stream checks that share, in seconds."""
 
 
 @dataclass(eq=False)
 class Member:
-    """One stream among all.
+    """A stream.
 
     Attributes:
         ahead: whether its last request was ahead of real time.
@@ -36,10 +36,10 @@ class Member:
 
 
 class Priority:
-    """The order of requests of all streams.
+    """Orders the requests of all streams.
 
     Args:
-        clock: monotonic time in seconds, that of the event loop.
+        clock: returns monotonic seconds, as the event loop's clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,19 +55,19 @@ class Priority:
         self._calm.set()
 
     def join(self) -> Member:
-        """Add a stream; it counts until it leaves."""
+        """Add a stream."""
         member = Member()
         self._members.add(member)
         return member
 
     def leave(self, member: Member) -> None:
-        """Stop counting a stream."""
+        """Remove a stream."""
         self._set_ahead(member, False)
         self._members.discard(member)
 
     @property
     def crowded(self) -> bool:
-        """Whether some stream is in real time."""
+        """Whether any stream is in real time."""
         return len(self._members) > self._ahead
 
     @asynccontextmanager
@@ -76,8 +76,8 @@ class Priority:
 
         Args:
             member: the stream.
-            ahead_secs: how far the request gets the stream ahead of real time; without a lead (0 or less) it does not wait.
-                A stream waits at most this long, because then it is in real time again.
+            ahead_secs: lead of the stream over real time after the request, in seconds; at 0 or less it does not wait. A stream
+                waits at most this long, because then it is in real time again.
         """
         self._set_ahead(member, ahead_secs > 0)
         if not member.ahead:
@@ -131,7 +131,7 @@ class Priority:
             raise
 
     def _busy_now(self) -> float:
-        """Return the recent share of time with a real-time request at Triton, 0 to 1."""
+        """Return the recent share of time with a real-time request at Triton, 0 … 1."""
         now = self._clock()
         old = math.exp((self._busy_as_of - now) / BUSY_MEAN_SECS)
         self._busy_share = old * self._busy_share + (1 - old) * (self._real_time_requests > 0)

@@ -1,4 +1,4 @@
-"""Decide which stream loses its place when all are taken and another one wants to begin."""
+"""Choose the stream that loses its place to a new stream when all places are in use."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ H = TypeVar("H", bound=Holder)
 
 
 def longest_silent(holders: Iterable[H], min_secs: float) -> H | None:
-    """Return the holder that has sent no audio for the longest time.
+    """Return the holder that has sent no audio for the longest time; None if all have sent audio within ``min_secs``.
 
-    Keepalives don't count as audio: a client that only sends those would hold a place for ever.
+    Keepalives do not count as audio: a client that sends only keepalives would hold a place for ever.
 
     Args:
         holders: streams that hold a place.
-        min_secs: a holder keeps its place for at least this time without audio.
-
-    Returns:
-        None if every holder has sent audio within ``min_secs``.
+        min_secs: minimum time without audio after which a holder may lose its place.
     """
     silent = max(holders, key=lambda holder: holder.silent_secs, default=None)
     return silent if silent is not None and silent.silent_secs >= min_secs else None

@@ -1,1 +1,1 @@
-"""The engine of live streams: audio in, events out. It knows no protocol."""
+"""Engine of live streams: takes audio, and yields events. It does not depend on a protocol."""

@@ -1,4 +1,4 @@
-"""Audio of a stream between its arrival and its decoding."""
+"""Buffer for the audio of a stream between arrival and decoding."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from gateway.audio import BYTES_PER_SAMPLE
 from gateway.triton.connection import Samples
 
 ARRIVAL_SECS = 0.01
-"""Resolution of arrival times, in seconds: a note of each small piece would be larger than the piece."""
+"""Resolution of arrival times, in seconds; a record for each small piece would be larger than the piece."""
 
 
 @dataclass
 class BufferUsage:
-    """Use of all streams' buffers together.
+    """Total use of the buffers of all streams.
 
     Attributes:
-        capacity: samples that they can hold.
-        used: samples that they hold.
+        capacity: total capacity in samples.
+        used: samples in the buffers.
     """
 
     capacity: int
     used: int = 0
 
     def share(self) -> float:
-        """Return the part in use, 0 to 1."""
+        """Return the share in use, 0 … 1."""
         return self.used / self.capacity
 
 
 class Taken(NamedTuple):
-    """Audio out of the buffer.
+    """Audio taken from the buffer.
 
     Attributes:
         samples: 16 kHz audio [n].
-        arrived: when the audio that completed the window arrived, or the last of it if the window is incomplete, on the clock.
+        arrived: arrival of the audio that completes the window, or of the last audio if the window is incomplete, on the clock.
     """
 
     samples: Samples
@@ -52,29 +52,29 @@ class AudioBuffer:
     """A bounded buffer with one writer and one reader.
 
     Args:
-        capacity: samples that it holds at most.
-        usage: counts every sample that comes and goes.
-        clock: monotonic time in seconds.
+        capacity: maximum number of samples.
+        usage: total use, updated with this buffer's.
+        clock: returns monotonic seconds.
 
     Attributes:
-        closed: whether no more audio is taken.
+        closed: whether no more audio is accepted.
     """
 
     def __init__(self, capacity: int, usage: BufferUsage, clock: Callable[[], float] = time.monotonic) -> None:
         self._capacity = capacity
-        self._half = (capacity + 1) // 2  # enough for any reader, however large its window: the writer must not have to wait
+        self._half = (capacity + 1) // 2  # enough for any reader, even with a larger window, so that the writer need not wait
         self._usage = usage
         self._clock = clock
-        self._audio = bytearray()  # small pieces as arrays of their own would be mostly overhead
+        self._audio = bytearray()  # small pieces as separate arrays would be mostly overhead
         self._size = 0  # samples in it
-        # Each event is cleared only by its one waiter, just before the waiter looks: nothing after the look is missed.
+        # Each event is cleared only by its one waiter, just before it checks the condition, so no change is missed.
         self._filled = asyncio.Event()
         self._wanted = 0  # samples for which the reader waits
         self._emptied = asyncio.Event()
         self._overflows = False  # audio waits for room
         self._taken = 0  # samples since the start
-        self._arrivals: deque[tuple[int, float]] = deque()  # (first sample, when audio from there on arrived)
-        self._note_from = -math.inf  # when the next arrival is noted
+        self._arrivals: deque[tuple[int, float]] = deque()  # (first sample, arrival of the audio from there on)
+        self._note_from = -math.inf  # time from which the next arrival is recorded
         self.closed = False
 
     def __len__(self) -> int:
@@ -82,14 +82,14 @@ class AudioBuffer:
         return self._size
 
     def offer(self, samples: Samples) -> bool:
-        """Append contiguous audio [n] if there is room for it; return whether there was. After ``close`` it is dropped."""
+        """Append contiguous audio [n] if there is room; return whether there was. After ``close`` it is dropped."""
         if self._size + len(samples) > self._capacity:
             return False
         self._append(samples, self._clock())
         return True
 
     async def put(self, samples: Samples) -> None:
-        """Append contiguous audio [n], once there is room for it. After ``close`` it is dropped."""
+        """Append contiguous audio [n]; wait while there is no room. After ``close`` it is dropped."""
         arrived = self._clock()
         for start in range(0, len(samples), self._capacity):
             piece = samples[start : start + self._capacity]
@@ -113,12 +113,12 @@ class AudioBuffer:
             self._filled.set()
 
     def close(self) -> None:
-        """Take no more audio."""
+        """Accept no more audio."""
         self.closed = True
         self._filled.set()
 
     def clear(self) -> None:
-        """Drop the audio, and take no more."""
+        """Drop all audio, and accept no more."""
         self._usage.used -= self._size
         self._size = 0
         self._audio.clear()
@@ -126,7 +126,7 @@ class AudioBuffer:
         self.close()
 
     async def gather(self, enough: int, timeout_secs: float) -> None:
-        """Wait until there are ``enough`` samples, or no more can come or fit in, or the time is over."""
+        """Wait until there are ``enough`` samples, the buffer is full or closed, or the timeout has passed."""
         self._wanted = enough = min(enough, self._half)
         self._filled.clear()
         if self._has(enough):
@@ -145,8 +145,8 @@ class AudioBuffer:
         """Take audio from the front.
 
         Args:
-            most: samples to take at most.
-            window: samples that complete a window.
+            most: maximum number of samples to take.
+            window: number of samples that complete the window.
         """
         while len(self._arrivals) > 1 and self._arrivals[1][0] < self._taken + min(window, self._half):
             self._arrivals.popleft()

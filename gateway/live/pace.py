@@ -1,4 +1,4 @@
-"""Pace of a stream: how much audio its next request carries, and whether the request may go at once."""
+"""Decide how much audio a stream's next request has, and whether the request waits."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ MAX_WINDOWS = 4
 """Maximum number of windows per request: a stream that is sent fast must not delay the requests of others."""
 
 LEAD_SECS = 0.5
-"""Audio that a new stream may have decoded ahead of real time, in seconds, such as speech from before the connection."""
+"""Lead over real time that a new stream may have without waiting, in seconds, such as speech from before the connection."""
 
 MAX_BACKLOG_SECS = 60.0
-"""Maximum late audio that is decoded at once, in seconds, as after a pause of the network."""
+"""Maximum late audio that is decoded at once, in seconds, such as after a pause of the network."""
 
 MAX_LEAD_SECS = 2.0
-"""Maximum lead that a stream is charged for, in seconds: what it gained while it was alone is not held against it."""
+"""Maximum lead that a stream is charged for, in seconds, so that a lead that it gained while alone does not delay it later."""
 
 
 class Plan(NamedTuple):
-    """A request to come.
+    """The next request of a stream.
 
     Attributes:
-        samples: audio that it carries.
+        samples: number of samples in the request.
         cost_secs: audio that the stream's pace is charged for, in seconds.
-        ahead_secs: how far the request gets the stream ahead of real time, in seconds; above 0 it waits for its turn.
+        ahead_secs: lead of the stream over real time after the request, in seconds; above 0 it waits for its turn.
     """
 
     samples: int
@@ -37,17 +37,14 @@ class Plan(NamedTuple):
 
 
 def plan(waiting: int, due: int, chunk: int, spare_secs: float, *, crowded: bool) -> Plan:
-    """Decide what the next request carries.
+    """Return the next request: all waiting audio up to ``MAX_WINDOWS`` windows, or less while other streams are in real time.
 
     Args:
-        waiting: samples in the buffer.
-        due: samples that complete the next window.
-        chunk: samples of each further window.
-        spare_secs: audio that the stream may send and still be in real time, in seconds; negative while it is ahead.
-        crowded: whether some stream is in real time; a request then carries no window that a microphone can't have filled.
-
-    Returns:
-        All of the audio up to ``MAX_WINDOWS`` windows, or less if the stream would get ahead of others.
+        waiting: number of samples in the buffer.
+        due: number of samples that complete the next window.
+        chunk: number of samples of each further window.
+        spare_secs: audio that may be sent without a lead over real time, in seconds; negative while the stream is ahead.
+        crowded: whether any stream is in real time; then a request has no window that a microphone cannot have filled.
     """
     windows = MAX_WINDOWS
     if crowded:
@@ -58,11 +55,11 @@ def plan(waiting: int, due: int, chunk: int, spare_secs: float, *, crowded: bool
 
 
 class Pace:
-    """How much audio a stream may send and still be in real time.
+    """Measures the lead of a stream over real time.
 
     Args:
-        late_secs: audio that a resumed stream has to send again or is late with, in seconds.
-        clock: monotonic time in seconds.
+        late_secs: audio that a resumed stream must send again or is late with, in seconds.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, late_secs: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,7 +68,7 @@ class Pace:
 
     @property
     def spare_secs(self) -> float:
-        """Audio that may be sent now, in seconds; negative while the stream is ahead of real time."""
+        """Audio that may be sent without a lead over real time, in seconds; negative while the stream is ahead."""
         return self._bucket.level
 
     def spend(self, plan: Plan) -> None:
