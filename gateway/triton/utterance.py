@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import orjson
 import structlog
 
 from gateway import metrics, tracing
@@ -23,6 +24,10 @@ from gateway.triton.sequence import RemoteSequence
 
 RETRY_PAUSE_SECS = (0.05, 0.25)
 """Range of the random pause between two attempts in seconds, so that streams of a failed Triton do not all retry at once."""
+
+MAX_REPLAY_SECS = 60.0
+"""Maximum audio kept for a cached encoder, in seconds. A restored stream fills its cache from this audio; older audio changes
+little, since attention sees at most 6 s per layer."""
 
 POISONED = "the recogniser died while it worked on this audio; the audio may be the cause, so it is not sent again"
 
@@ -155,7 +160,11 @@ class Utterance:
         if self._sequence:
             self._sequence.suspect = False
             return await self._sequence.send(samples, end=end, patience=patience)
-        options = {**self._options, "restore": self._state} if self._state else self._options
+        options = self._options
+        if self._state:
+            options = {**options, "restore": self._state}
+            if self._ensemble.cached:
+                options["restore_samples"] = self._kept_from
         endpoint = self._place(self._ensemble.name)
         self._sequence = endpoint.open(self._ensemble.name, options, suspect=failures.deaths > 0)
         metrics.REPLAYED_AUDIO.inc((len(self._kept) - len(samples)) / RATE)
@@ -172,6 +181,9 @@ class Utterance:
             return
         self._state = answer.state
         needed_from = max(0, answer.samples - self.windows.left)
+        if self._ensemble.cached:  # the decoder fills its cache from the audio since the cache was last fresh
+            oldest = answer.samples - int(MAX_REPLAY_SECS * RATE)
+            needed_from = max(self._kept_from, oldest, int(orjson.loads(answer.state)["needed_from"]))
         self._kept = self._kept[needed_from - self._kept_from :]
         self._kept_from = needed_from
 
