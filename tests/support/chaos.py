@@ -101,10 +101,16 @@ async def transcribe_repeatedly(
 class Backend:
     """A Triton that can be made to fail; started again as the launcher does it."""
 
-    def __init__(self, name: str, model_repository: Path = MODEL_REPOSITORY, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        model_repository: Path = MODEL_REPOSITORY,
+        options: Sequence[str] = (),
+        ensembles: Sequence[str] = ("asr_ensemble",),
+    ) -> None:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        self.triton = Triton(engine, model_repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options)
+        self.triton = Triton(engine, model_repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
         self._keeper: asyncio.Task[None] | None = None
 
     @property
