@@ -159,8 +159,11 @@ GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "r
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
 """Parameters with the geometries of latencies; ``balanced`` has one parameter for each part."""
 
-CACHED_PARAMETERS = {"low": "low_latency", "throughput": "high_throughput"}
-"""Prefixes of the parameters of a latency's cached encoder: ``…_encoder_model`` and ``…_features``."""
+CACHED_PARAMETERS = {
+    "low": ("low_latency_encoder_model", "low_latency_features"),
+    "throughput": ("high_throughput_encoder_model", "high_throughput_features"),
+}
+"""Parameters with the cached encoder of a latency, and with its sizes."""
 
 ELEMENTS = {"fp16": "float16", "fp32": "float32"}
 """numpy's names of a cache's types."""
@@ -425,16 +428,16 @@ class _Reader:
             self.integer("cache_size", 1, 10**9),
         )
         encoders = {"balanced": balanced}
-        for latency, prefix in CACHED_PARAMETERS.items():
-            sizes = self.integers(f"{prefix}_features")
-            self._known.add(f"{prefix}_encoder_model")
+        for latency, (model, features) in CACHED_PARAMETERS.items():
+            sizes = self.integers(features)
+            self._known.add(model)
             encoders[latency] = balanced
-            if sizes or self._values.get(f"{prefix}_encoder_model"):
+            if sizes or self._values.get(model):
                 if len(sizes) != len(balanced) - 1 or min(sizes) < 1:
                     raise ParameterError(
-                        f"{prefix}_features is {list(sizes)}; it must be three whole numbers from 1 on: window, chunk, cache"
+                        f"{features} is {list(sizes)}; it must be three whole numbers from 1 on: window, chunk, cache"
                     )
-                encoders[latency] = CachedWindows(self.text(f"{prefix}_encoder_model"), *sizes)
+                encoders[latency] = CachedWindows(self.text(model), *sizes)
         for latency, encoder in encoders.items():
             if encoder.chunk_features > encoder.window_features:
                 raise ParameterError(
