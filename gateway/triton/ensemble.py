@@ -8,8 +8,13 @@ from typing import Any
 
 from tritonclient.grpc import aio as grpcclient
 
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.triton.geometry import CACHED_PREFIXES, LATENCY_PARAMETERS, Windows, read_windows
+
+MAX_REPLAY_SECS = 60.0
+"""Maximum audio kept for a cached encoder, in seconds. A restored stream fills its cache from this audio; older audio changes
+little, since attention sees at most 6 s per layer."""
 
 
 class NoRecogniserError(ValueError):
@@ -75,6 +80,10 @@ class Ensemble:
             lacks=tuple(item for item in needed.items() if not parameters.get(item[1])),
             cached=cached,
         )
+
+    def context_secs(self, latency: str) -> float:
+        """Return the maximum audio before a chunk that restoring a stream takes, in seconds."""
+        return MAX_REPLAY_SECS if self.cached else self.windows[latency].left / RATE
 
     def misfits(self, settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield a log event with its fields for each setting that does not fit this ensemble."""

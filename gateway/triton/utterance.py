@@ -17,17 +17,13 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer
 from gateway.triton.connection import Samples
 from gateway.triton.endpoint import Endpoint
-from gateway.triton.ensemble import Ensemble
+from gateway.triton.ensemble import MAX_REPLAY_SECS, Ensemble
 from gateway.triton.geometry import Windows
 from gateway.triton.retry import Failures, RetryPolicy, TritonError
 from gateway.triton.sequence import RemoteSequence
 
 RETRY_PAUSE_SECS = (0.05, 0.25)
 """Range of the random pause between two attempts in seconds, so that streams of a failed Triton do not all retry at once."""
-
-MAX_REPLAY_SECS = 60.0
-"""Maximum audio kept for a cached encoder, in seconds. A restored stream fills its cache from this audio; older audio changes
-little, since attention sees at most 6 s per layer."""
 
 POISONED = "the recogniser died while it worked on this audio; the audio may be the cause, so it is not sent again"
 
