@@ -17,6 +17,7 @@ from amira.models.configs import ModelError
 from amira.models.importing import ImportOptions
 from amira.models.known import KNOWN, KnownModel, ensure_imported
 from amira.models.repository import recognisers
+from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import AMIRA, environment, run_amira, until
 from tests.support.hub import hub_with
 from tests.support.servers import Recordings
@@ -106,8 +107,10 @@ async def test_known_models_are_listed() -> None:
     assert "csukuangfj/sherpa-onnx-streaming-zipformer-en-2023-06-26" in output
 
 
-async def test_offline_start_is_one_line(tmp_path: Path) -> None:
-    code, _, errors = await run_amira("run", "--model", "owner/other", models_home=tmp_path, log_level="warning")
+async def test_offline_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://{LOOPBACK}:{free_ports(LOOPBACK, 1)[0]}")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    code, _, errors = await run_amira("run", "--model", "owner/other", models_home=tmp_path / "models", log_level="warning")
     assert code == 2
     (line,) = errors.splitlines()
     assert line.startswith("amira: owner/other is no directory here, and can't be had from Hugging Face: ")
