@@ -203,8 +203,8 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
                     f"{decoder_path}: parameter {prefix}_encoder_model is {other!r}; expected a model of this repository"
                 )
             TransducerGraphs.read(_graph(repository, configs[other]), decoder_joint, vocabulary, transducer.features)
-    _check_parameters(decoder_path, parameters, transducer)
     _check_kind(decoder_path, parameters, encoder)
+    _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
     return Recogniser(
         name, decoder, parameters, transducer.features, preprocessor.path, encoder.path, decoder_joint.path, vocabulary

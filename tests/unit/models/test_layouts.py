@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from amira.models.check import check_frames, check_warmups
 from amira.models.configs import ModelError
 from amira.models.front_ends import Fbank, fbank, nemo_log_mel
 from amira.models.importing import ImportOptions, import_with
+from amira.models.repository import recognisers
 from amira.models.surgery import EditedGraph
 from amira.models.vocabularies import BYTE_BPE_CHARACTERS, byte_bpe_text, read_pieces, to_convention
+from tests.support.commands import edit
+from tests.support.native_backend import refused_by_triton
 from tests.support.published import SOURCES, ZIPFORMER, imported, published
 from tests.support.recogniser import open_graph
 from tests.support.servers import read_recordings
@@ -281,3 +286,35 @@ def test_latencies_are_several_encoders(tmp_path: Path) -> None:
 def test_prompt_dictionary_may_be_in_the_configuration(root: Path) -> None:
     content = json.loads((published("nemotron", root) / "config.json").read_text())
     assert content["model_defaults"]["prompt_dictionary"]["auto"] == 5
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imported_graphs_are_taken_by_triton(root: Path, name: str) -> None:
+    """By the native backend's rules, with warm-ups that work."""
+    repository = imported(name, root)
+    assert refused_by_triton(repository) == []
+    check_warmups(repository)
+    for recogniser in recognisers(repository):
+        check_frames(recogniser)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"cached"', '"windowed"', "parameter encoder_kind is 'windowed'; .*encoder/1/model.onnx is 'cached'"),
+        ('"1153"', '"1152"', "parameter cache_size is '1152'; .*encoder/1/model.onnx has '1153'"),
+        ('"fp16"', '"fp32"', "parameter cache_type is 'fp32'; .*encoder/1/model.onnx has 'fp16'"),
+        ('"25"', '"wide"', "parameter window_features is 'wide'; expected a whole number"),
+    ],
+)
+def test_parameters_that_differ_from_a_cached_encoder_are_named(
+    root: Path, tmp_path: Path, old: str, new: str, named: str
+) -> None:
+    repository = Path(shutil.copytree(imported("nemo", root), tmp_path / "repository"))
+    for directory in repository.iterdir():
+        if not directory.name.startswith("nemo_") and directory.name != "nemo":
+            shutil.rmtree(directory)
+    assert [recogniser.name for recogniser in recognisers(repository)] == ["nemo"]
+    edit(repository / "nemo_decoder" / "config.pbtxt", f"string_value: {old}", f"string_value: {new}")
+    with pytest.raises(ModelError, match=named):
+        recognisers(repository)
