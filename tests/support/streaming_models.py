@@ -65,6 +65,7 @@ class NemoShape:
         pieces: size of the vocabulary without the blank.
         hidden: size of the predictor.
         prompted: whether the encoder takes a language.
+        feed_forward: number of feed-forward networks per layer; a conformer has two.
         seed: of the weights.
         blank_bias: added to the blank's logit.
     """
@@ -78,6 +79,7 @@ class NemoShape:
     pieces: int = 40
     hidden: int = 24
     prompted: bool = False
+    feed_forward: int = 0
     seed: int = 0
     blank_bias: float = 4.0
 
@@ -217,6 +219,10 @@ def _nemo_encoder(  # noqa: PLR0915 (one graph, in order)
         everything = graph.integers(BEHIND_EVERYTHING)
         channel = graph.add("Slice", keys, graph.integers(-shape.context), everything, graph.integers(1))
         channels_next.append(graph.add("Unsqueeze", channel, graph.integers(1)))
+        for _ in range(shape.feed_forward):
+            inner = graph.add("MatMul", y, graph.weight(_normal(random, 1 / np.sqrt(size), size, 4 * size)))
+            outer = graph.weight(_normal(random, 0.5 / np.sqrt(4 * size), 4 * size, size))
+            y = graph.add("Add", y, graph.add("MatMul", graph.add("Relu", inner), outer))
         turned = graph.add("Transpose", y, perm=[0, 2, 1])
         history = graph.add("Concat", graph.add("Gather", time_cache, number, axis=1), turned, axis=2)
         depthwise = _normal(random, 1 / np.sqrt(shape.kernel + 1), size, 1, shape.kernel + 1)
