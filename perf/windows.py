@@ -261,6 +261,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         recogniser = choose(arguments.repository, arguments.model)
+        if recogniser.is_cached:
+            raise ModelError(f"{recogniser.name} has a cached encoder, so it has no windows to choose from")
     except ModelError as error:
         parser.error(str(error))
     report = measure(arguments.directory, arguments.quick, recogniser)

@@ -23,9 +23,10 @@ from amira.models.importing import ImportOptions, import_with
 from amira.models.repository import recognisers
 from amira.models.surgery import EditedGraph
 from amira.models.vocabularies import BYTE_BPE_CHARACTERS, byte_bpe_text, read_pieces, to_convention
+from tests.support.cache import built
 from tests.support.commands import edit
 from tests.support.native_backend import refused_by_triton
-from tests.support.published import SOURCES, ZIPFORMER, imported, published
+from tests.support.published import NEMO, SOURCES, ZIPFORMER, imported, published
 from tests.support.recogniser import open_graph
 from tests.support.servers import read_recordings
 from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached, write_tokens
@@ -318,3 +319,40 @@ def test_parameters_that_differ_from_a_cached_encoder_are_named(
     edit(repository / "nemo_decoder" / "config.pbtxt", f"string_value: {old}", f"string_value: {new}")
     with pytest.raises(ModelError, match=named):
         recognisers(repository)
+
+
+def test_merged_nemo_decoder_equals_its_parts(root: Path) -> None:
+    source = published("nemo", root)
+    merged = open_graph(imported("nemo", root) / "nemo_decoder_joint" / "1" / "model.onnx")
+    decoder, joiner = (open_graph(source / f"{part}.onnx") for part in ("decoder", "joiner"))
+    random = np.random.default_rng(0)
+    states = [np.zeros((1, 3, NEMO.hidden), np.float32)] * 2
+    expected_states = states
+    for _ in range(4):
+        frames = random.normal(size=(3, NEMO.size, 5)).astype(np.float32)
+        targets = {"targets": random.integers(0, 41, (3, 1)).astype(np.int32), "target_length": np.ones(3, np.int32)}
+        feeds = {"encoder_outputs": frames, **targets, "input_states_1": states[0], "input_states_2": states[1]}
+        logits, *states = merged.run(["outputs", "output_states_1", "output_states_2"], feeds)
+        fed, _, *expected_states = decoder.run(
+            None, {**targets, "states.1": expected_states[0], "onnx::LSTM_3": expected_states[1]}
+        )
+        assert np.array_equal(logits, joiner.run(None, {"encoder_outputs": frames, "decoder_outputs": fed})[0])
+        assert all(map(np.array_equal, states, expected_states))
+
+
+def test_offline_nemo_model_in_three_files_is_imported(root: Path, tmp_path: Path) -> None:
+    """As sherpa-onnx publishes it: NeMo's encoder without a cache, beside decoder and joiner."""
+    shape = NemoShape(size=256, hidden=640)
+    build_nemo_cached(tmp_path / "parts", shape)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("decoder.onnx", "joiner.onnx", "tokens.txt"):
+        shutil.copy(tmp_path / "parts" / name, source / name)
+    shutil.copy(built("rnnt") / "encoder-model.onnx", source / "encoder.onnx")
+    found = import_with(str(source), "mine", tmp_path / "into", ImportOptions())
+    assert (found.kind, found.features, found.encoder_size, found.hidden, found.pieces) == ("rnnt", 80, 256, 640, 41)
+    (recogniser,) = recognisers(tmp_path / "into")
+    assert recogniser.describe().startswith("mine: rnnt, 40 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s")
+    assert refused_by_triton(tmp_path / "into") == []
+    with pytest.raises(ModelError, match="has no cache, so --latency has no use"):
+        import_with(str(source), "other", tmp_path / "into", ImportOptions(latencies={"low": str(published("nemo", root))}))
