@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 
 from amira.models.repository import recognisers
@@ -151,6 +152,33 @@ async def converse_slowly(url: str, frames: AsyncIterator[bytes]) -> dict[str, o
             await asyncio.sleep(0.05)
         final: dict[str, object] = (await listener).final
         return final
+
+
+async def test_stream_resumes_without_its_cache(served: Served, recordings: Recordings) -> None:
+    """On another gateway: the client sends the audio since the last fresh cache again, and the final is the same."""
+    pause = np.zeros(40_000, np.int16)
+    speech = [*recordings.values()]
+    samples = np.concatenate([speech[0], pause, speech[1][:60_000]])
+    settings = {"triton_endpoint": served.backend.target, "models": {"nemo560": "nemo560"}, "session_key": "one for both gateways"}
+    async with run_gateway(**settings) as first, run_gateway(**settings) as second:
+        whole = await converse(first.stream_url("nemo560"), [*cut(samples, 3200), END], 0.02, subprotocols=["amira.v2"])
+        text, acks = "", []
+        for message in whole.messages:
+            if message["type"] == "ack":
+                acks.append((message, text[: message["settled"]["chars"]]))
+            else:
+                text = message["text"]
+        starts = {ack["samples"] for ack, _ in acks}
+        assert max(starts) > len(speech[0]), "no anchor: the test shows nothing"
+        for ack, settled in acks[:: max(1, len(acks) // 4)]:
+            resume = orjson.dumps({"type": "resume", "session": ack["session"]}).decode()
+            async with open_socket(second.stream_url("nemo560"), subprotocols=["amira.v2"]) as socket:
+                await socket.send(resume)
+                for frame in [*cut(samples[ack["samples"] :], 16_000), END]:
+                    await socket.send(frame)
+                rest = (await listen(socket)).final
+            assert settled + rest["text"] == whole.final["text"]
+            assert whole.final["tokens"][ack["settled"]["tokens"] :] == rest["tokens"]
 
 
 def test_repository_is_described(served: Served) -> None:
