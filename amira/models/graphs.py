@@ -318,7 +318,7 @@ def _load(path: Path) -> onnx.ModelProto:
 def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
     """Return the names of a model's weight files, with the minimum size of each in bytes."""
     sizes: dict[str, int] = {}
-    for tensor in filter(uses_external_data, _weights(model.graph)):
+    for tensor in filter(uses_external_data, weights_of(model.graph)):
         info = ExternalDataInfo(tensor)
         if Path(info.location).name != info.location:  # an import must not read other directories
             raise ModelError(f"{path} keeps weights in {info.location!r}; expected a file beside it")
@@ -326,13 +326,13 @@ def _external_data(path: Path, model: onnx.ModelProto) -> dict[str, int]:
     return sizes
 
 
-def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def weights_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Yield the initializers and constants of a graph, with those of its branches and loops."""
     yield from graph.initializer
     for attribute in (attribute for node in graph.node for attribute in node.attribute):
         yield from (attribute.t, *attribute.tensors)
         for inner in (attribute.g, *attribute.graphs):
-            yield from _weights(inner)
+            yield from weights_of(inner)
 
 
 def _left_open(graph: Graph, name: str) -> ModelError:

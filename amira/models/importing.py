@@ -16,13 +16,14 @@ from typing import Annotated
 import numpy as np
 import onnx
 from google.protobuf import text_format
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.check import ELEMENT_TYPES, check_cached_encoder, features_per_frame
 from amira.models.configs import ModelError, read_config
 from amira.models.front_ends import HOP_SAMPLES, NEMO_BINS, nemo_front_end
-from amira.models.graphs import Graph, TransducerGraphs
+from amira.models.graphs import Graph, TransducerGraphs, weights_of
 from amira.models.layouts import icefall, nemo, nemo_cached
 from amira.models.layouts.parts import LATENCIES, CachedEncoder, GraphSource, Parts
 from amira.models.memory import measure_growth
@@ -518,5 +519,5 @@ def _write_graph(graph: GraphSource, directory: Path) -> Graph:
 
 def external_files(proto: onnx.ModelProto) -> list[str]:
     """Return the names of the files with a graph's external weights."""
-    tensors = (tensor for tensor in proto.graph.initializer if tensor.external_data)
-    return list(dict.fromkeys(entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"))
+    tensors = filter(uses_external_data, weights_of(proto.graph))
+    return list(dict.fromkeys(ExternalDataInfo(tensor).location for tensor in tensors))
