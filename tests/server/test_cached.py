@@ -159,7 +159,11 @@ async def test_stream_resumes_without_its_cache(served: Served, recordings: Reco
     pause = np.zeros(40_000, np.int16)
     speech = [*recordings.values()]
     samples = np.concatenate([speech[0], pause, speech[1][:60_000]])
-    settings = {"triton_endpoint": served.backend.target, "models": {"nemo560": "nemo560"}, "session_key": "one for both gateways"}
+    settings = {
+        "triton_endpoint": served.backend.target,
+        "models": {"nemo560": "nemo560"},
+        "session_key": "one for both gateways",
+    }
     async with run_gateway(**settings) as first, run_gateway(**settings) as second:
         whole = await converse(first.stream_url("nemo560"), [*cut(samples, 3200), END], 0.02, subprotocols=["amira.v2"])
         text, acks = "", []

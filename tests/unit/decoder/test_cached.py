@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from amira.models.configs import read_config
 from amira.models.front_ends import nemo_log_mel
+from gateway.triton.geometry import read_windows
 from greedy import JointOutputs, PredictorState, Row, decode
 from parameters import ParameterError
 from stream import Stream
@@ -308,3 +310,23 @@ def test_unknown_language_is_refused(recogniser: Any) -> None:
     assert p.cached.prompt("de") == p.cached.prompt("DE-de") == 1
     with pytest.raises(ParameterError, match="language is 'xx'; allowed are auto, en-US, de-DE"):
         Stream(p, p.options.override({"language": "xx"}))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_gateway_knows_when_a_chunk_is_due(recogniser: Any, root: Path, name: str) -> None:
+    """Sample by sample: its geometry is computed from the same parameters by code of its own."""
+    p = recogniser(name).parameters
+    config = read_config(imported(name, root) / f"{name}_decoder" / "config.pbtxt")
+    windows = read_windows({key: value.string_value for key, value in config.parameters.items()})["balanced"]
+    stream = Stream(p, p.options)
+    sent = 0
+    for chunk in range(5):
+        due = windows.chunk_due(chunk)
+        stream.push(np.zeros(due - 1 - sent, np.int16))
+        assert stream.next_window(end=False) is None
+        stream.push(np.zeros(1, np.int16))
+        window = stream.next_window(end=False)
+        assert window is not None
+        assert len(window.samples) <= windows.size
+        sent = due
+    assert windows.complete(sent) == 5

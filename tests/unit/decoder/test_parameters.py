@@ -294,3 +294,56 @@ def test_options_have_ranges(name: str, low: int, high: int) -> None:
         with pytest.raises(ParameterError) as error:
             Options().override({name: bad})
         assert str(error.value) == f"{name} is {bad!r}; it must be a whole number"
+
+
+CACHED = {
+    **{name: value for name, value in REQUIRED.items() if name not in ("left_frames", "chunk_frames", "right_frames")},
+    "encoder_kind": "cached",
+    "frame_samples": "1280",
+    "hop_samples": "160",
+    "edge_features": "2",
+    "window_features": "65",
+    "chunk_features": "56",
+    "cache_size": "4737",
+}
+
+
+def cached(**changes: str) -> Parameters:
+    return read({**CACHED, **changes})
+
+
+def test_cached_encoder_of_each_latency() -> None:
+    p = cached(
+        low_latency_encoder_model="fast", low_latency_features="17,8,4737", languages="auto=5,en-US=0", default_language="auto"
+    )
+    assert p.cached is not None
+    assert p.cached.encoders["low"] == ("fast", 17, 8, 4737)
+    assert p.cached.encoders["balanced"] == p.cached.encoders["throughput"] == ("encoder", 65, 56, 4737)
+    assert (p.cached.zeros_before, p.cached.reset_at_endpoint, p.cached.element) == (True, True, "float16")
+    assert p.cached.languages == {"auto": 5, "en-US": 0}
+    assert p.windows_per_call(10**9) == p.encoder_batch, "its windows do not grow"
+    assert cached().cached != p.cached
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"encoder_kind": "other"}, "encoder_kind is 'other'; allowed are 'windowed' and 'cached'"),
+        ({"chunk_features": ""}, "parameter chunk_features is missing"),
+        ({"chunk_features": "66"}, "chunk_features of balanced is 66; it must be at most window_features, 65"),
+        ({"chunk_features": "55"}, "times 160 samples it must be a multiple of frame_samples, 1280"),
+        ({"left_frames": "10"}, "unknown parameters ['left_frames']"),
+        ({"low_latency_features": "17,8"}, "low_latency_features is [17, 8]; it must be three whole numbers"),
+        ({"low_latency_features": "17,8,4737"}, "parameter low_latency_encoder_model is missing"),
+        ({"cache_type": "int8"}, "cache_type is 'int8'; allowed are 'fp16' and 'fp32'"),
+        ({"fresh_features": "ones"}, "fresh_features is 'ones'; allowed are 'zeros' and 'none'"),
+        ({"cache_reset": "daily"}, "cache_reset is 'daily'; allowed are 'endpoint' and 'never'"),
+        ({"languages": "en"}, "languages: en is ''; it must be a whole number"),
+        ({"languages": "en=0"}, "parameter default_language is missing"),
+        ({"languages": "en=0", "default_language": "de"}, "default_language is 'de'; allowed are en"),
+        ({"endpoint_tokens": "512"}, "endpoint_tokens has [512]; they must be within 0 … 511"),
+    ],
+)
+def test_invalid_parameters_of_a_cached_encoder_are_named(changes: dict[str, str], named: str) -> None:
+    with pytest.raises(ParameterError, match=re.escape(named)):
+        cached(**changes)
