@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -13,10 +14,12 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
+from gateway.limits.connects import is_loopback
 from perf.server import cpu_model
 from tests.support import hostile
 from tests.support.chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
@@ -124,12 +127,21 @@ class Done(NamedTuple):
     share: float = 0.0
 
 
+def foreign_address() -> str:
+    """Return an IPv4 address of this machine that is not loopback, which the limit on connects does not count."""
+    interfaces = psutil.net_if_addrs().values()
+    addresses = [str(one.address) for interface in interfaces for one in interface if one.family is socket.AF_INET]
+    found = next((address for address in addresses if not is_loopback(address)), None)
+    assert found, "this machine has no IPv4 address but loopback; hostile clients need one"
+    return found
+
+
 async def attack(port: int, kind: str, clients: int) -> Done:
     """Let clients loose for a turn."""
     if not clients:
         await asyncio.sleep(TURN_SECS)
         return Done()
-    command = [sys.executable, hostile.__file__, kind, str(port), str(ATTACK_SECS), str(clients)]
+    command = [sys.executable, hostile.__file__, kind, foreign_address(), str(port), str(ATTACK_SECS), str(clients)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0
@@ -165,6 +177,7 @@ async def test_hostile_clients(
     (port,) = free_ports(LOOPBACK, 1)
     url, stream_url = f"http://{LOOPBACK}:{port}", f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira"
     settings = {
+        "server_host": "0.0.0.0",
         "max_concurrent_streams": str(CAPACITY),
         "stream_timeout_secs": str(TIMEOUT_SECS),
     }
