@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -14,15 +13,13 @@ from datetime import datetime, timezone
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import pytest
 
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
-from gateway.limits.connects import is_loopback
 from perf.server import cpu_model
 from tests.support import hostile
-from tests.support.chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
+from tests.support.chaos import RATE, STRANGERS, Backend, Said, backends, gateway_process, p95, pieces, speak
 from tests.support.clients import transcribe
 from tests.support.footprint import Footprint, growth, look
 from tests.support.servers import Samples, read_recordings, run_gateway
@@ -127,21 +124,12 @@ class Done(NamedTuple):
     share: float = 0.0
 
 
-def foreign_address() -> str:
-    """Return an IPv4 address of this machine that is not loopback, which the limit on connects does not count."""
-    interfaces = psutil.net_if_addrs().values()
-    addresses = [str(one.address) for interface in interfaces for one in interface if one.family is socket.AF_INET]
-    found = next((address for address in addresses if not is_loopback(address)), None)
-    assert found, "this machine has no IPv4 address but loopback; hostile clients need one"
-    return found
-
-
 async def attack(port: int, kind: str, clients: int) -> Done:
     """Let clients loose for a turn."""
     if not clients:
         await asyncio.sleep(TURN_SECS)
         return Done()
-    command = [sys.executable, hostile.__file__, kind, foreign_address(), str(port), str(ATTACK_SECS), str(clients)]
+    command = [sys.executable, hostile.__file__, kind, str(port), str(ATTACK_SECS), str(clients)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0
@@ -177,11 +165,10 @@ async def test_hostile_clients(
     (port,) = free_ports(LOOPBACK, 1)
     url, stream_url = f"http://{LOOPBACK}:{port}", f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira"
     settings = {
-        "server_host": "0.0.0.0",
         "max_concurrent_streams": str(CAPACITY),
         "stream_timeout_secs": str(TIMEOUT_SECS),
     }
-    async with gateway_process(port, backend.ports, **settings) as gateway:
+    async with gateway_process(port, backend.ports, STRANGERS, **settings) as gateway:
         # Pools and caches that grow once are not what is looked for.
         first, *_ = await asyncio.gather(
             attack(port, name, kind.clients), *(transcribe(stream_url, samples[: 5 * RATE]) for samples in said)

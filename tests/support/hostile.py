@@ -1,4 +1,4 @@
-"""Hostile clients, as a process of their own: ``python hostile.py KIND HOST PORT SECONDS CLIENTS``.
+"""Clients that mean harm, or behave as if they did, as a process of their own: ``python hostile.py KIND PORT SECONDS CLIENTS``.
 
 They speak bytes over TCP, since no WebSocket library would say what they say. The process gives way to every other, and prints
 how much the clients did and how many seconds of a processor they took: what they make the server do is one thing, and another
@@ -40,11 +40,11 @@ RESET = struct.pack("ii", 1, 0)
 class Peer(socket.socket):
     """One connection."""
 
-    async def begin(self, port: int, host: str = HOST, *, receive_bytes: int | None = None) -> None:
+    async def begin(self, port: int, *, receive_bytes: int | None = None) -> None:
         self.setblocking(False)
         if receive_bytes:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-        await asyncio.get_running_loop().sock_connect(self, (host, port))
+        await asyncio.get_running_loop().sock_connect(self, (HOST, port))
 
     async def send_bytes(self, data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self, data)
@@ -60,9 +60,9 @@ class Peer(socket.socket):
 
 
 @asynccontextmanager
-async def peer(port: int, host: str = HOST, *, receive_bytes: int | None = None) -> AsyncIterator[Peer]:
+async def peer(port: int, *, receive_bytes: int | None = None) -> AsyncIterator[Peer]:
     with Peer() as connection:
-        await connection.begin(port, host, receive_bytes=receive_bytes)
+        await connection.begin(port, receive_bytes=receive_bytes)
         yield connection
 
 
@@ -87,13 +87,13 @@ class Attack:
     """What all clients of a run share.
 
     Attributes:
-        address: port and host of the gateway.
+        port: of the gateway.
         until: the moment at which they stop.
         done: how much they did: streams, connections or frames.
     """
 
-    def __init__(self, host: str, port: int, secs: float) -> None:
-        self.address = port, host
+    def __init__(self, port: int, secs: float) -> None:
+        self.port = port
         self.until = time.monotonic() + secs
         self.done = 0
         self.speech = speech_frames()
@@ -113,7 +113,7 @@ class Attack:
 
     async def never_read(self) -> None:
         """Speaks in real time, and asks with every frame for an answer that it does not take."""
-        async with peer(*self.address, receive_bytes=2304) as connection:
+        async with peer(self.port, receive_bytes=2304) as connection:
             await connection.upgrade()
             question = frame(bytes(125), PING) * 1000
             async for turn in self.pace(0.1):
@@ -126,7 +126,7 @@ class Attack:
         connections = [Peer() for _ in starts]
         try:
             for connection, start in zip(connections, starts, strict=True):
-                await connection.begin(*self.address)
+                await connection.begin(self.port)
                 await connection.send_bytes(start)
                 self.done += 1
             async for _ in self.pace(0.5):  # one more byte of a header, or of a body, now and then
@@ -151,7 +151,7 @@ class Attack:
     async def too_fast(self, speed: int = 10) -> None:
         """Ten times real time, stream after stream."""
         while self.on:
-            async with peer(*self.address) as connection:
+            async with peer(self.port) as connection:
                 if not await connection.upgrade():
                     await asyncio.sleep(0.1)
                     continue
@@ -170,7 +170,7 @@ class Attack:
             frame(b"", BINARY, fin=False) + frame(b"", CONTINUATION, fin=False) * 1999,
         )[self.done % 4]
         self.done += 1
-        async with peer(*self.address) as connection:
+        async with peer(self.port) as connection:
             await connection.upgrade()
             reader = asyncio.create_task(_read(connection))
             while self.on:
@@ -182,7 +182,7 @@ class Attack:
         """Its share of a thousand connections a second: an upgrade asked for, and gone."""
         async for turn in self.pace(CONNECTS / 1000):
             with contextlib.suppress(OSError):
-                async with peer(*self.address) as connection:
+                async with peer(self.port) as connection:
                     if turn % 2:
                         await connection.send_bytes(UPGRADE)
                     self.done += 1
@@ -192,7 +192,7 @@ class Attack:
         randomness = random.Random(self.done)  # noqa: S311
         async for _ in self.pace(VANISHERS / VANISHED_A_SECOND):
             self.done += 1
-            async with peer(*self.address) as connection:
+            async with peer(self.port) as connection:
                 connection.vanish()
                 if randomness.random() < 0.1:
                     await connection.send_bytes(UPGRADE[: randomness.randrange(len(UPGRADE))])
@@ -228,8 +228,8 @@ VANISHERS, VANISHED_A_SECOND = 40, 40
 """Clients that share the streams that vanish, and how many of those there are a second: fewer than an address may open."""
 
 
-async def main(kind: str, host: str, port: int, secs: float, clients: int) -> None:
-    attack = Attack(host, port, secs)
+async def main(kind: str, port: int, secs: float, clients: int) -> None:
+    attack = Attack(port, secs)
 
     async def begin(number: int) -> None:
         """Spread over a second: windows of streams that begin in one moment would be decoded together."""
@@ -246,5 +246,4 @@ async def main(kind: str, host: str, port: int, secs: float, clients: int) -> No
 
 if __name__ == "__main__":
     os.nice(19)
-    chosen, host, port, secs, clients = sys.argv[1:]
-    asyncio.run(main(chosen, host, int(port), float(secs), int(clients)))
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
