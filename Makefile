@@ -126,7 +126,7 @@ soak: setup  ## Check for growth under mixed load: make soak [MINUTES=60]
 
 audit: setup  ## Look up the locked packages among published vulnerabilities; needs a network
 	@for lock in requirements.lock deploy/requirements.lock; do \
-		echo "$$lock"; $(BIN)/pip-audit --requirement $$lock --require-hashes --disable-pip --progress-spinner off || exit 1; \
+		echo "$$lock"; $(BIN)/pip-audit --requirement $$lock --require-hashes --disable-pip --strict --progress-spinner off || exit 1; \
 	done
 
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
