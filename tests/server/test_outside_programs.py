@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import orjson
@@ -16,16 +17,16 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
 def speak(url: str, frames: list[bytes]) -> tuple[list[dict[str, Any]], int]:
-    """Stream as websocket-client does it, which sends the server's own address as ``Origin``; messages and close code."""
-    socket = websocket.create_connection(url, timeout=30)
-    for frame in frames:
-        socket.send_binary(frame)
+    """Stream by websocket-client, which sends the server's own address as ``Origin``; return the messages and the close code."""
     messages: list[dict[str, Any]] = []
-    while True:
-        opcode, data = socket.recv_data()
-        if opcode == websocket.ABNF.OPCODE_CLOSE:
-            return messages, int.from_bytes(data[:2], "big")
-        messages.append(orjson.loads(data))
+    with contextlib.closing(websocket.create_connection(url, timeout=30)) as socket:
+        for frame in frames:
+            socket.send_binary(frame)
+        while True:
+            opcode, data = socket.recv_data()
+            if opcode == websocket.ABNF.OPCODE_CLOSE:
+                return messages, int.from_bytes(data[:2], "big")
+            messages.append(orjson.loads(data))
 
 
 async def test_websocket_client_streams_a_recording(gateway: Gateway, recordings: Recordings) -> None:
@@ -36,8 +37,9 @@ async def test_websocket_client_streams_a_recording(gateway: Gateway, recordings
     assert messages[-1] == (await transcribe(gateway.stream_url(), jfk)).final
 
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
 async def test_websocket_app_streams_a_recording(gateway: Gateway, recordings: Recordings) -> None:
-    """The form with callbacks."""
+    """The form with callbacks, which does not close its socket."""
     jfk, finals, closes = recordings["jfk"], [], []
 
     def on_open(app: Any) -> None:
