@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 
 def speak(url: str, frames: list[bytes]) -> tuple[list[dict[str, Any]], int]:
-    """Stream by websocket-client, which sends the server's own address as ``Origin``; return the messages and the close code."""
+    """Stream by websocket-client, which sends the server's address as ``Origin``; return the messages and the close code."""
     messages: list[dict[str, Any]] = []
     with contextlib.closing(websocket.create_connection(url, timeout=30)) as socket:
         for frame in frames:
@@ -37,12 +37,12 @@ async def test_websocket_client_streams_a_recording(gateway: Gateway, recordings
     assert messages[-1] == (await transcribe(gateway.stream_url(), jfk)).final
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*socket:pytest.PytestUnraisableExceptionWarning")
 async def test_websocket_app_streams_a_recording(gateway: Gateway, recordings: Recordings) -> None:
     """The form with callbacks, which does not close its socket."""
-    jfk, finals, closes = recordings["jfk"], [], []
+    jfk, finals, closes, sockets = recordings["jfk"], [], [], []
 
     def on_open(app: Any) -> None:
+        sockets.append(app.sock.sock)
         for frame in [*cut(jfk, 1600), END]:
             app.send(frame, websocket.ABNF.OPCODE_BINARY)
 
@@ -55,6 +55,8 @@ async def test_websocket_app_streams_a_recording(gateway: Gateway, recordings: R
 
     app = websocket.WebSocketApp(gateway.stream_url(), on_open=on_open, on_message=on_message, on_close=on_close)
     failed = await asyncio.to_thread(app.run_forever)
+    for socket in sockets:
+        socket.close()
     assert not failed
     assert closes == [1000]
     assert finals == [(await transcribe(gateway.stream_url(), jfk)).final]
