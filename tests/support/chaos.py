@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
 """Like ``amira``, but its gateway counts loopback clients too."""
 
 SESSION_KEY = "one for all gateways"
+READY_SECS = 60.0
+"""Time in which a gateway must be ready, on a machine that does much else."""
+
 NOTICED_SECS = 30.0
 """Within this time a Triton that lost a stub is started again: at once, but for the launcher's delays of up to 10 s."""
 
@@ -261,13 +265,13 @@ async def gateway_process(
     process = await asyncio.create_subprocess_exec(*command, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
     try:
         async with httpx.AsyncClient() as http:
-            for _ in range(200):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
+            deadline, status = time.monotonic() + READY_SECS, 0
+            while status != HTTPStatus.OK:
+                assert process.returncode is None, "the gateway ended while it started"
+                assert time.monotonic() < deadline, f"the gateway is not ready after {READY_SECS:g} s"
                 await asyncio.sleep(0.1)
+                with contextlib.suppress(httpx.HTTPError):
+                    status = (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code
         yield process
     finally:
         if process.returncode is None:
