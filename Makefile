@@ -16,7 +16,7 @@ LOCKED := --extra engine --extra models --extra containers --extra mic --extra t
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows text data train export peers test-training chaos fuzz soak lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -115,14 +115,19 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, two minutes on idle cores
 	@$(BIN)/pytest tests/training
 
-chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; half an hour
+chaos: setup  ## Test faults and hostile clients under load (docs/Reliability.md), half an hour
 	@$(BIN)/pytest tests/chaos
 
-fuzz: setup  ## Say what nobody would to REST, WebSocket and decoders of audio: make fuzz [MINUTES=10], of each of four
+fuzz: setup  ## Fuzz REST, WebSocket, audio and frames: make fuzz [MINUTES=10], minutes for each of the four
 	@MINUTES=$(MINUTES) $(BIN)/pytest tests/fuzz -s
 
-soak: setup  ## Load a server in every way and look whether anything grows: make soak [MINUTES=60]
+soak: setup  ## Check for growth under mixed load: make soak [MINUTES=60]
 	@MINUTES=$(MINUTES) $(BIN)/pytest tests/soak -s
+
+audit: setup  ## Look up the locked packages among published vulnerabilities; needs a network
+	@for lock in requirements.lock deploy/requirements.lock; do \
+		echo "$$lock"; $(BIN)/pip-audit --requirement $$lock --require-hashes --disable-pip --strict --progress-spinner off || exit 1; \
+	done
 
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv

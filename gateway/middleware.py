@@ -50,7 +50,7 @@ class InMemory:
 
 
 class BodyLimit:
-    """Refuses a body that is too large or comes too slowly, while it comes.
+    """Refuses a body that is compressed or too large, or comes too slowly, while it comes.
 
     Args:
         app: the application.
@@ -87,6 +87,7 @@ class _Body:
         self._in_memory = in_memory
         self._began = time.monotonic()
         self.received_bytes = 0
+        self._coding = headers.get("content-encoding", "").strip().lower()
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         self._complete = not self._declared_bytes and "transfer-encoding" not in headers
@@ -95,8 +96,12 @@ class _Body:
         """Return the next part of the body.
 
         Raises:
-            ApiError: the body is too large, comes too slowly, or does not fit in beside the others.
+            ApiError: the body is compressed, is too large, comes too slowly, or does not fit in beside the others.
         """
+        if self._coding not in ("", "identity"):
+            raise ApiError(
+                ErrorKind.UNSUPPORTED_MEDIA, f"Content-Encoding {self._coding[:40]!r} isn't supported; send the body as it is"
+            )
         if self._declared_bytes > self._max_bytes:
             raise ApiError(
                 ErrorKind.BODY_TOO_LARGE, f"the body has {self._declared_bytes} bytes; at most {self._max_bytes} are allowed"

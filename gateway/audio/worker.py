@@ -95,6 +95,7 @@ class Server:
         self._selector.close()
         for end in (self._control, self._woken, self._wake, *self._children.values()):
             end.close()
+        _silence_libraries()
 
     def _end(self, pid: int) -> None:
         """End a job: the other end of its socket was closed."""
@@ -145,6 +146,14 @@ def decode(job: Job, file: int, answer: socket.socket) -> None:
         answer.send(DONE)
         return
     answer.send(FAILED + json.dumps(asdict(failure)).encode())
+
+
+def _silence_libraries() -> None:
+    """Drop what C libraries print, a line for each damaged frame of an MP3, and keep Python's standard error."""
+    sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding="utf-8", errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _limit(job: Job) -> None:

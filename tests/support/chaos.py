@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,13 @@ RATE = 16_000
 FRAME_SECS = 0.1
 MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
 AMIRA = ROOT / ".venv" / "bin" / "amira"
+STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
+"""Like ``amira``, but its gateway counts loopback clients too."""
+
 SESSION_KEY = "one for all gateways"
+READY_SECS = 60.0
+"""Time in which a gateway must be ready, on a machine that does much else."""
+
 NOTICED_SECS = 30.0
 """Within this time a Triton that lost a stub is started again: at once, but for the launcher's delays of up to 10 s."""
 
@@ -234,8 +242,17 @@ class Proxy:
 
 
 @asynccontextmanager
-async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A gateway in a process of its own."""
+async def gateway_process(
+    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), **settings: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a gateway in a process of its own.
+
+    Args:
+        port: to listen on.
+        triton: ports of its Triton.
+        command: the program, whose argument ``serve`` starts a gateway.
+        settings: other than those here.
+    """
     env = {
         **os.environ,
         "AMIRA_SERVER_HOST": LOOPBACK,
@@ -245,16 +262,16 @@ async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIte
         "AMIRA_DRAIN_TIMEOUT_SECS": "0",
         **{f"AMIRA_{name.upper()}": value for name, value in settings.items()},
     }
-    process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
     try:
         async with httpx.AsyncClient() as http:
-            for _ in range(200):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
+            deadline, status = time.monotonic() + READY_SECS, 0
+            while status != HTTPStatus.OK:
+                assert process.returncode is None, "the gateway ended while it started"
+                assert time.monotonic() < deadline, f"the gateway is not ready after {READY_SECS:g} s"
                 await asyncio.sleep(0.1)
+                with contextlib.suppress(httpx.HTTPError):
+                    status = (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code
         yield process
     finally:
         if process.returncode is None:

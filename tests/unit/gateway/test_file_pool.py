@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 import signal
 import sys
 import time
@@ -184,6 +185,18 @@ async def test_a_crash_costs_one_request(files: FilePool, number: signal.Signals
     assert len(await files.decode(FLAC, "", 60)) > RATE
     for task in (first, second):
         task.cancel()
+
+
+async def test_messages_of_decoders_are_no_log_lines(files: FilePool, capfd: pytest.CaptureFixture[str]) -> None:
+    """libmpg123 prints a line to standard error, where the log goes, for each damaged frame of a file."""
+    randomness = random.Random(1)  # noqa: S311
+    file = bytearray(encode("MP3", "MPEG_LAYER_III", samples=29 * RATE))
+    for at in range(len(file)):
+        if at % 24 > 8 and randomness.random() < 0.3:
+            file[at] = randomness.randrange(256)
+    with suppress(ApiError):
+        await files.decode(bytes(file), "audio/mpeg", 30)
+    assert "mpg123" not in capfd.readouterr().err
 
 
 async def test_a_lost_server_is_replaced(files: FilePool) -> None:
