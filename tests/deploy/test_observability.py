@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -23,12 +22,13 @@ import yaml
 from tritonclient.utils import InferenceServerException
 from websockets.exceptions import InvalidStatus
 
-from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.errors import ErrorKind
 from perf.clients import GrpcClient
 from tests.support.chaos import Backend, speak, stop_for
 from tests.support.clients import transcribe
+from tests.support.repositories import copy_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 Need = Callable[[str], str]
@@ -256,7 +256,7 @@ async def run_prometheus(
 @pytest.fixture
 async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
     """A Triton that forgets idle sequences soon."""
-    models = Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+    models = copy_repository(tmp_path / "models")
     config = models / "rnnt_greedy_bls" / "config.pbtxt"
     config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
     backend = Backend("trouble", models)

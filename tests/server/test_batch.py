@@ -25,8 +25,8 @@ from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports
 from gateway.guard import LINGER_SECS
 from gateway.limits.places import Places
-from perf.server import REPORTED_SECS
 from tests.support.clients import gateway_metrics, growth
+from tests.support.repositories import REPORTED_SECS
 from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]

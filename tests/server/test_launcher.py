@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -33,13 +32,14 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.loading import load_settings
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
+from tests.support.repositories import copy_repository
 from tests.support.servers import run_gateway
 
 
 @pytest.fixture
 def model_repository(tmp_path: Path) -> Path:
     """A copy of the bundled repository that a test may change."""
-    return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+    return copy_repository(tmp_path / "models")
 
 
 async def test_run_serves_restarts_triton_and_stops_in_order() -> None:

@@ -19,9 +19,9 @@ from google.protobuf import text_format
 from amira.models.configs import read_config
 from amira.models.importing import import_model
 from amira.models.repository import ROLES, recognisers
-from amira.paths import MODEL_REPOSITORY
 from tests.support.clients import END, converse, cut
 from tests.support.commands import edit, triton_with
+from tests.support.repositories import copy_repository
 from tests.support.servers import KINDS, Gateway, Recordings, Samples, run_gateway
 
 FEATURES = {"rnnt": 80, "tdt": 128}
@@ -48,7 +48,7 @@ def peers(sources: dict[str, Path]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     repository = tmp_path_factory.mktemp("served") / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_repository(repository)
     names = {}
     for kind, source in sources.items():
         for block_frames in BLOCK_FRAMES:

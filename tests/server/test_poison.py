@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import numpy as np
 import pytest
 
 from amira.engine import process
-from amira.paths import MODEL_REPOSITORY
 from tests.support.chaos import Backend
 from tests.support.clients import gateway_metrics, growth, transcribe
 from tests.support.commands import edit, until
+from tests.support.repositories import copy_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 POISON = np.array([31_111, -31_112, 31_113], np.int16)
@@ -33,7 +32,7 @@ class Trap:
     """
 
     def __init__(self, folder: Path, what_dies: str) -> None:
-        repository = Path(shutil.copytree(MODEL_REPOSITORY, folder / "models", ignore=shutil.ignore_patterns("__pycache__")))
+        repository = copy_repository(folder / "models")
         self._deaths = folder / "deaths"
         trap = f"""
         import os

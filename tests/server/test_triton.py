@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from amira.paths import MODEL_REPOSITORY
 from amira.ports import Ports
 from tests.support.clients import decoder_metric
 from tests.support.commands import edit, triton_with
+from tests.support.repositories import copy_repository
 from tests.support.servers import Recordings, Samples
 
 SEQUENCE_IDS = itertools.count(1)
@@ -61,11 +61,6 @@ class Ensemble:
 
     async def whole(self, samples: Samples, **options: Any) -> dict[str, Any]:
         return await self(next(SEQUENCE_IDS), samples, start=True, end=True, **options)
-
-
-def copy_repository(directory: Path) -> Path:
-    """Copy the bundled model repository, to change it."""
-    return Path(shutil.copytree(MODEL_REPOSITORY, directory / "models", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 @pytest.fixture
@@ -211,7 +206,7 @@ async def test_too_long_whole_recording_is_invalid_argument(ensemble: Ensemble) 
 
 async def test_oversized_window_is_refused_at_load(tmp_path: Path) -> None:
     """One recording of 300 s in one window took 14 GB, and the kernel killed the process."""
-    model_repository = copy_repository(tmp_path)
+    model_repository = copy_repository(tmp_path / "models")
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         '"max_whole_secs" value: { string_value: "60" }',
@@ -334,7 +329,7 @@ async def test_non_utf8_id_fails_only_its_request(ensemble: Ensemble, recordings
 
 async def test_correlation_id_control_is_refused_at_load(tmp_path: Path) -> None:
     """Older repositories have the control; with it, string ids overrun an input."""
-    model_repository = copy_repository(tmp_path)
+    model_repository = copy_repository(tmp_path / "models")
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         "control_input [\n",

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,15 +17,19 @@ CACHE = Path(__file__).resolve().parents[2] / ".test-cache"
 PACKAGES = ("numpy", "onnx", "onnx-asr", "onnxruntime")
 """Packages that decide what is made."""
 
+SYNTHETIC_SOURCES = (Path(synthetic.__file__), *sorted(SPEECH.glob("*.flac")))
+"""Files that decide what a synthetic model is."""
 
-def cached(name: str, make: Callable[[Path], None]) -> Path:
+
+def cached(name: str, make: Callable[[Path], object], sources: Sequence[Path]) -> Path:
     """Return the directory that ``make`` fills; an earlier run's or another process's, if it depends on the same files.
 
     Args:
         name: what is made, arguments included.
         make: fills an empty directory.
+        sources: files that decide what is made.
     """
-    directory = CACHE / f"{name}-{_digest()}"
+    directory = CACHE / f"{name}-{_digest(tuple(sources))}"
     if not directory.exists():
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
@@ -45,6 +49,7 @@ def built(kind: Kind, seed: int = 0, external_data: bool = False) -> Path:
     return cached(
         f"{kind}-{seed}-{'external' if external_data else 'inline'}",
         lambda directory: build(directory, kind, seed, external_data),
+        SYNTHETIC_SOURCES,
     )
 
 
@@ -55,10 +60,10 @@ def copied(kind: Kind, directory: Path, seed: int = 0, external_data: bool = Fal
 
 
 @functools.cache
-def _digest() -> str:
-    """Digest of what every synthetic model is made from."""
+def _digest(sources: tuple[Path, ...]) -> str:
+    """Digest of the names and contents of files, and of the versions of packages."""
     digest = hashlib.sha256()
-    for path in (Path(synthetic.__file__), *sorted(SPEECH.glob("*.flac"))):
-        digest.update(path.read_bytes())
+    for path in sources:
+        digest.update(str(path).encode() + path.read_bytes())
     digest.update(" ".join(f"{package}={version(package)}" for package in PACKAGES).encode())
     return digest.hexdigest()[:16]

@@ -24,6 +24,7 @@ from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, open_socket
+from tests.support.repositories import served_repository
 from tests.support.servers import Samples
 
 RATE = 16_000
@@ -101,10 +102,11 @@ async def transcribe_repeatedly(
 class Backend:
     """A Triton that can be made to fail; started again as the launcher does it."""
 
-    def __init__(self, name: str, model_repository: Path = MODEL_REPOSITORY, options: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, model_repository: Path | None = None, options: Sequence[str] = ()) -> None:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        self.triton = Triton(engine, model_repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options)
+        repository = model_repository or served_repository()
+        self.triton = Triton(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options)
         self._keeper: asyncio.Task[None] | None = None
 
     @property

@@ -15,7 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from amira.ports import Ports
-from perf.server import REPORTED_SECS
+from tests.support.repositories import REPORTED_SECS
 
 MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -89,9 +89,15 @@ async def transcribe(
     return await converse(url, [*cut(samples, frame_samples), END], ping_timeout=None, **options)
 
 
-async def decoder_metric(ports: Ports, name: str) -> float:
-    """Sum of a metric over its labels, from Triton's metrics port, once the decoder has reported what it did until now."""
-    await asyncio.sleep(REPORTED_SECS)
+async def decoder_metric(ports: Ports, name: str, settle_secs: float = REPORTED_SECS) -> float:
+    """Return a metric's sum over its labels, from Triton's metrics port.
+
+    Args:
+        ports: of the Triton.
+        name: of the metric.
+        settle_secs: pause before, in which the decoder reports what it did until now.
+    """
+    await asyncio.sleep(settle_secs)
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"http://{ports.host}:{ports.metrics}/metrics")).text
     return sum(

@@ -18,7 +18,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
-from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.app import create_app
 from gateway.audio.files import decode_audio
@@ -27,6 +27,7 @@ from gateway.logs import configure_logging
 from gateway.server import GatewayServer
 from tests.support.cache import copied
 from tests.support.clients import decoder_metric
+from tests.support.repositories import REPORT_SECS, served_repository
 from tests.support.synthetic import Kind
 
 Samples = npt.NDArray[np.int16]
@@ -70,7 +71,7 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 async def triton() -> AsyncIterator[Ports]:
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
-    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), MODEL_REPOSITORY, ports, log_path)
+    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), served_repository(), ports, log_path)
     await server.start()
     yield ports
     await server.stop()
@@ -115,12 +116,11 @@ def read_recordings() -> Recordings:
 @pytest.fixture
 async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
     """Fail a test after which the decoder still holds a stream; not for streams of killed gateways, which age out."""
-    before = await decoder_metric(triton, "asr_decoder_sequences")
+    before = await decoder_metric(triton, "asr_decoder_sequences", settle_secs=0)
     yield
-    for _ in range(100):
-        if await decoder_metric(triton, "asr_decoder_sequences") <= before:
+    for _ in range(50):
+        if await decoder_metric(triton, "asr_decoder_sequences", settle_secs=3 * REPORT_SECS) <= before:
             return
-        await asyncio.sleep(0.05)
     pytest.fail("the decoder still holds a stream")
 
 
