@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
@@ -25,7 +24,7 @@ from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 from gateway.server import GatewayServer
-from tests.support.cache import copied
+from tests.support.cache import published, remembered_growth
 from tests.support.clients import decoder_metric
 from tests.support.repositories import REPORT_SECS, served_repository
 from tests.support.synthetic import Kind
@@ -125,12 +124,14 @@ async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
-    root = tmp_path_factory.mktemp("published")
-    for kind in KINDS:
-        copied(kind, root / kind, external_data=kind == "rnnt")
-        for part in ("encoder", "decoder_joint"):
-            plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
-            quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)
-    return {kind: root / kind for kind in KINDS}
+def quick_imports() -> Iterator[None]:
+    """Measure the memory of each encoder once, not at each import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amira.models.importing.measure_growth", remembered_growth)
+        yield
+
+
+@pytest.fixture(scope="session")
+def sources(quick_imports: None) -> dict[str, Path]:  # noqa: ARG001 (needed for its effect)
+    """Directories as the ecosystem publishes models, by kind. Tests must not change them."""
+    return {kind: published(kind) for kind in KINDS}

@@ -22,7 +22,7 @@ from amira.models.configs import ModelError, read_config
 from amira.models.importing import import_model
 from amira.models.repository import recognisers
 from amira.paths import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
-from tests.support.cache import copied
+from tests.support.cache import built
 
 Change = Callable[[onnx.GraphProto], None]
 Edit = Callable[[pb.ModelConfig], None]
@@ -57,9 +57,9 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path: Path, quick_imports: None) -> Path:  # noqa: ARG001 (needed for its effect)
     """A copy of a published model, for a test to break."""
-    return copied("tdt", tmp_path / "source")
+    return Path(shutil.copytree(built("tdt"), tmp_path / "source"))
 
 
 def edit_graph(path: Path, *changes: Change) -> None:
