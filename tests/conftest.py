@@ -2,9 +2,29 @@
 
 from hypothesis import settings
 
-from tests.support.servers import gateway, http, make_gateway, no_sequence_left, quick_imports, recordings, sources, triton
+from tests.support.servers import (
+    gateway,
+    http,
+    make_gateway,
+    no_sequence_left,
+    quick_imports,
+    quick_restarts,
+    recordings,
+    sources,
+    triton,
+)
 
-__all__ = ["gateway", "http", "make_gateway", "no_sequence_left", "quick_imports", "recordings", "sources", "triton"]
+__all__ = [
+    "gateway",
+    "http",
+    "make_gateway",
+    "no_sequence_left",
+    "quick_imports",
+    "quick_restarts",
+    "recordings",
+    "sources",
+    "triton",
+]
 
 settings.register_profile("ci", deadline=None, max_examples=50)
 settings.register_profile("deep", deadline=None, max_examples=500)

@@ -256,7 +256,7 @@ async def run_prometheus(
 @pytest.fixture
 async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
     """A Triton that forgets idle sequences soon."""
-    models = copy_repository(tmp_path / "models")
+    models = copy_repository(tmp_path / "models", warm=False)
     config = models / "rnnt_greedy_bls" / "config.pbtxt"
     config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
     backend = Backend("trouble", models)

@@ -28,6 +28,7 @@ from gateway.config.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
+from tests.support.repositories import served_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 CLIENTS_SPAN = "b7ad6b7169203331"
@@ -160,7 +161,7 @@ def receiver() -> Iterator[Receiver]:
 async def traced_triton(receiver: Receiver) -> AsyncIterator[Backend]:
     """A Triton that sends its spans to the receiver."""
     options = [*triton_options(Settings(jaeger_endpoint=receiver.url)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
-    backend = Backend("traced", options=options)
+    backend = Backend("traced", served_repository(warm=False), options)
     await backend.start()
     yield backend
     await backend.stop()

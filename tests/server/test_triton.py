@@ -206,7 +206,7 @@ async def test_too_long_whole_recording_is_invalid_argument(ensemble: Ensemble) 
 
 async def test_oversized_window_is_refused_at_load(tmp_path: Path) -> None:
     """One recording of 300 s in one window took 14 GB, and the kernel killed the process."""
-    model_repository = copy_repository(tmp_path / "models")
+    model_repository = copy_repository(tmp_path / "models", warm=False)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         '"max_whole_secs" value: { string_value: "60" }',
@@ -329,7 +329,7 @@ async def test_non_utf8_id_fails_only_its_request(ensemble: Ensemble, recordings
 
 async def test_correlation_id_control_is_refused_at_load(tmp_path: Path) -> None:
     """Older repositories have the control; with it, string ids overrun an input."""
-    model_repository = copy_repository(tmp_path / "models")
+    model_repository = copy_repository(tmp_path / "models", warm=False)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         "control_input [\n",

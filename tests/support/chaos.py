@@ -24,6 +24,7 @@ from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, open_socket
+from tests.support.commands import until_ready
 from tests.support.repositories import served_repository
 from tests.support.servers import Samples
 
@@ -126,7 +127,7 @@ class Backend:
         if self._keeper:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        await self.triton.stop()
+        await self.triton.stop(timeout_secs=0)
 
     def signal(self, number: int) -> None:
         assert self.triton.pid
@@ -157,8 +158,8 @@ class Backend:
 
 
 @asynccontextmanager
-async def backends(count: int) -> AsyncIterator[list[Backend]]:
-    running = [Backend(f"chaos-{i}") for i in range(count)]
+async def backends(count: int, *, warm: bool = True) -> AsyncIterator[list[Backend]]:
+    running = [Backend(f"chaos-{i}", served_repository(warm=warm)) for i in range(count)]
     try:
         await asyncio.gather(*(backend.start() for backend in running))
         yield running
@@ -249,14 +250,7 @@ async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIte
     }
     process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
     try:
-        async with httpx.AsyncClient() as http:
-            for _ in range(200):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                await asyncio.sleep(0.1)
+        await until_ready(f"http://{LOOPBACK}:{port}")
         yield process
     finally:
         if process.returncode is None:

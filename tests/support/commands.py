@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
@@ -51,6 +53,19 @@ async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
         await asyncio.sleep(0.1)
 
 
+async def until_ready(url: str, timeout_secs: float = 60) -> None:
+    """Wait until a gateway, which may only be starting, recognises speech."""
+    async with httpx.AsyncClient(timeout=timeout_secs) as http:
+
+        async def ready() -> bool:
+            try:
+                return (await http.get(f"{url}/health/ready")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await until(ready, timeout_secs)
+
+
 @asynccontextmanager
 async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     """A Triton of a test's own."""
@@ -65,7 +80,7 @@ async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     try:
         yield ports
     finally:
-        await server.stop()
+        await server.stop(timeout_secs=0)
 
 
 def edit(path: Path, old: str, new: str) -> None:

@@ -76,6 +76,14 @@ async def triton() -> AsyncIterator[Ports]:
     await server.stop()
 
 
+@pytest.fixture(scope="module")
+def quick_restarts() -> Iterator[None]:
+    """Let a Triton that is kept alive start again at once, however often it ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amira.engine.process.RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_gateway(triton: Ports) -> Callable[..., AbstractAsyncContextManager[Gateway]]:
     """Gateways before the one Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""

@@ -211,10 +211,11 @@ async def test_no_read_holds_up_the_others(port: int, application: Application) 
         writer.write(flood * 40_000)
 
     async def longest_turn() -> float:
-        longest, before = 0.0, time.monotonic()
+        """CPU seconds, which other processes do not add to."""
+        longest, before = 0.0, time.thread_time()
         for _ in range(1000):
             await asyncio.sleep(0)
-            now = time.monotonic()
+            now = time.thread_time()
             longest, before = max(longest, now - before), now
         return longest
 
