@@ -41,7 +41,7 @@ demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 
 test: setup  ## Run the tests, on real Tritons with the bundled model, three files at a time
 	@tools/system-packages
-	@$(BIN)/pytest -n 3 --dist loadfile
+	@$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-full: setup  ## Run all tests, slow ones too, with more examples and with coverage
 	@tools/system-packages
