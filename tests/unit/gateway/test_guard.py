@@ -239,7 +239,7 @@ async def test_who_does_not_read_is_not_read(port: int, application: Application
             await writer.drain()
 
     with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(ask(), 5)
+        await asyncio.wait_for(ask(), 2)
     assert sent < 20_000_000  # what the buffers of two sockets hold
     writer.transport.abort()
     while not application.messages:  # it was told
