@@ -137,7 +137,7 @@ def test_the_address_is_put_before_runbooks(deploy: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
-def test_dashboards_are_what_the_code_makes() -> None:
+def test_dashboards_are_generated() -> None:
     from deploy.grafana.dashboards import JSON, as_json  # noqa: PLC0415 (not to be had on Python 3.10)
 
     made = dict(as_json())
@@ -350,7 +350,7 @@ async def test_every_panel_has_data(
     assert {query for query in of_trouble if not values[query]} == set()
 
 
-async def test_an_alert_reaches_people(
+async def test_alert_reaches_its_receiver(
     need: Need, deploy: Path, tmp_path: Path, gateway: Gateway, victim: Backend, http: httpx.AsyncClient
 ) -> None:
     """Prometheus with the lines that docs/Monitoring.md gives for it, and Alertmanager with a receiver; Triton is stopped."""

@@ -179,7 +179,7 @@ def files(directory: Path) -> set[Path]:
         (["PYTHON=/bin/true"], "Darwin arm64", "make: the embedded Triton needs x86-64 Linux, this is Darwin arm64; "),
     ],
 )
-def test_setup_says_what_it_needs(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
+def test_setup_names_requirements(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")

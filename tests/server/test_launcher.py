@@ -99,7 +99,7 @@ def _shared_memory(pid: int) -> list[Path]:
     return [*Path("/dev/shm").glob(f"amira_{pid}_*")]  # noqa: S108
 
 
-async def test_embedded_triton_exposes_what_is_used_only() -> None:
+async def test_embedded_triton_exposes_only_used_protocols() -> None:
     async with triton_with(MODEL_REPOSITORY) as ports:
         children = psutil.Process().children()
         (process,) = (child for child in children if f"--grpc-port={ports.grpc}" in child.cmdline())

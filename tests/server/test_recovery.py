@@ -69,7 +69,7 @@ async def test_killed(two: list[Backend], speech: tuple[list[Samples], list[str]
     assert grown("asr_replayed_audio_seconds_total") > 0
 
 
-async def test_killed_twice_in_a_row(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
+async def test_triton_killed_twice(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
     """Streams that are in flight at both deaths are not taken for the cause: there are others beside them."""
     async with run_gateway(triton_endpoint=two[0].target, **PATIENT) as gateway:
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill_twice(two[0]))
@@ -77,7 +77,7 @@ async def test_killed_twice_in_a_row(two: list[Backend], speech: tuple[list[Samp
 
 
 @pytest.mark.parametrize("model", ["encoder", pytest.param("rnnt_greedy_bls", marks=pytest.mark.slow)])
-async def test_a_stub_is_killed(two: list[Backend], speech: tuple[list[Samples], list[str]], model: str) -> None:
+async def test_killed_model_process(two: list[Backend], speech: tuple[list[Samples], list[str]], model: str) -> None:
     async with run_gateway(triton_endpoint=two[0].target, **PATIENT) as gateway:
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill_stub(two[0], model))
     assert_nothing_lost(outcome)
@@ -106,7 +106,7 @@ async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech
     assert outcome.closes == []
 
 
-async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: Recordings) -> None:
+async def test_stall_mixes_up_no_answers(two: list[Backend], recordings: Recordings) -> None:
     """A Triton that stalled takes what its models answer afterwards for the answers to other requests."""
     speech = pieces([*recordings.values()], 8, 2.0)
     once, done = asyncio.Event(), asyncio.Event()
@@ -131,7 +131,7 @@ async def test_nobody_gets_the_words_of_others(two: list[Backend], recordings: R
 
 
 @pytest.mark.parametrize("how", ["reset", "silent", *(pytest.param(how, marks=pytest.mark.slow) for how in ("forget", "deaf"))])
-async def test_a_bad_network(two: list[Backend], speech: tuple[list[Samples], list[str]], how: str) -> None:
+async def test_bad_network(two: list[Backend], speech: tuple[list[Samples], list[str]], how: str) -> None:
     proxy = Proxy(two[0].ports)
 
     async def fault() -> float:
@@ -157,7 +157,7 @@ async def test_a_bad_network(two: list[Backend], speech: tuple[list[Samples], li
     assert outcome.recovery_secs < 10  # make chaos says 5, with the machine to itself
 
 
-async def test_nothing_is_left_behind(two: list[Backend], gateway: Gateway) -> None:
+async def test_no_sequence_is_left(two: list[Backend], gateway: Gateway) -> None:
     """Sequences that were left for others are ended where their Triton still lives."""
     assert gateway
     for _ in range(100):
@@ -168,7 +168,7 @@ async def test_nothing_is_left_behind(two: list[Backend], gateway: Gateway) -> N
     pytest.fail(f"the decoders still hold {left} streams")
 
 
-async def test_what_never_comes_back_is_told(two: list[Backend], recordings: Recordings) -> None:
+async def test_lasting_outage_ends_the_stream(two: list[Backend], recordings: Recordings) -> None:
     """The time for recovery is over: the documented error, and the audio's place is free again."""
     proxy = Proxy(two[0].ports)
     async with (
