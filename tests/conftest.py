@@ -40,9 +40,10 @@ LONGEST = ("recovery", "launcher", "observability", "triton", "hostile", "canary
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, then those that talk to a server, and unit tests last."""
 
-    def rank(item: pytest.Item) -> tuple[bool, int]:
+    def rank(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
-        is_unit = "unit" in item.path.relative_to(Path(__file__).parent).parts
-        return is_unit, LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        if "unit" in item.path.relative_to(Path(__file__).parent).parts:
+            return len(LONGEST) + 1
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=rank)

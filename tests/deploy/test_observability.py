@@ -253,10 +253,13 @@ async def run_prometheus(
         await process.wait()
 
 
-@pytest.fixture
-async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
-    """A Triton that forgets idle sequences soon."""
-    models = copy_repository(tmp_path / "models", warm=False)
+@pytest.fixture(scope="module")
+async def victim(
+    tmp_path_factory: pytest.TempPathFactory,
+    quick_restarts: None,  # noqa: ARG001 (needed for its effect)
+) -> AsyncIterator[Backend]:
+    """A Triton that forgets idle sequences soon; the last test stops it."""
+    models = copy_repository(tmp_path_factory.mktemp("victim") / "models", warm=False)
     config = models / "rnnt_greedy_bls" / "config.pbtxt"
     config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
     backend = Backend("trouble", models)
