@@ -67,13 +67,15 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture(scope="session")
-async def triton() -> AsyncIterator[Ports]:
+async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
+    """Ports of the Triton with the bundled model that all tests of this process share."""
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
     server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), served_repository(), ports, log_path)
     await server.start()
     yield ports
-    await server.stop()
+    # Only in the seconds of an orderly end do the models' processes write which lines they ran.
+    await server.stop(timeout_secs=20 if pytestconfig.getoption("cov_source", None) else 0)
 
 
 @pytest.fixture(scope="module")
