@@ -1,4 +1,4 @@
-"""One real Triton with the bundled model for the whole run, and gateways before it with whatever settings a test wants."""
+"""Fixtures: one real Triton with the bundled model for each process of the tests, and gateways in front of it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
 
 @pytest.fixture(scope="module")
 def quick_restarts() -> Iterator[None]:
-    """Let a Triton that is kept alive start again at once, however often it ends."""
+    """Restart a Triton that is kept alive at once, however often it ends."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("amira.engine.process.RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
         yield
@@ -88,10 +88,10 @@ def quick_restarts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_gateway(triton: Ports) -> Callable[..., AbstractAsyncContextManager[Gateway]]:
-    """Gateways before the one Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
+    """Factory of gateways in front of the shared Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
 
     def make(**settings: Any) -> AbstractAsyncContextManager[Gateway]:
-        # Canaries are seldom, since tests count the decoder's calls.
+        # Tests count the decoder's calls, so canaries are rare.
         defaults = {"triton_endpoint": f"{triton.host}:{triton.grpc}", "canary_interval_secs": 3600}
         return run_gateway(**{**defaults, **settings})
 
@@ -124,7 +124,7 @@ def read_recordings() -> Recordings:
 
 @pytest.fixture
 async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
-    """Fail a test after which the decoder still holds a stream; not for streams of killed gateways, which age out."""
+    """Fail a test that leaves a sequence in the decoder; sequences from before, as of killed gateways, do not count."""
     before = await decoder_metric(triton, "asr_decoder_sequences", settle_secs=0)
     yield
     for _ in range(50):
@@ -143,5 +143,5 @@ def quick_imports() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sources(quick_imports: None) -> dict[str, Path]:  # noqa: ARG001 (needed for its effect)
-    """Directories as the ecosystem publishes models, by kind. Tests must not change them."""
+    """Directories of synthetic models by kind, in the layout that models are published in. Tests must not change them."""
     return {kind: published(kind) for kind in KINDS}
