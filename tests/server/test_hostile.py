@@ -111,9 +111,11 @@ async def test_flood_of_small_frames_closes_4429(make_gateway: MakeGateway) -> N
     assert "500 frames per second" in conversation.error["message"]
 
 
-async def test_lost_client_stops_decoding(make_gateway: MakeGateway, recordings: Recordings) -> None:
-    """What it sent is not decoded for nobody."""
-    async with make_gateway() as gateway:
+async def test_lost_client_stops_decoding(triton: Ports, recordings: Recordings) -> None:
+    """Of 22 s that wait for Triton, whose answers are late, no more are decoded than were under way."""
+    proxy = Proxy(triton)
+    proxy.delay_secs = 0.3
+    async with proxy.running(), run_gateway(triton_endpoint=f"{LOOPBACK}:{proxy.port}") as gateway:
         earlier = await gateway_metrics(gateway.url)
         connection = await open_socket(gateway.stream_url())
         for piece in [*cut(recordings["jfk"], 16_000)] * 2:
