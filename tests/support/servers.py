@@ -68,12 +68,20 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 
 @pytest.fixture(scope="session")
 async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
-    """Ports of the Triton with the bundled model that all tests of this process share."""
+    """Ports of the Triton with the bundled model that all tests of this process share.
+
+    A model's process ends itself when the machine stalls for a second. Triton is then restarted, so that one test fails, not all
+    after it. It gets no canaries, since tests count what it decodes.
+    """
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
-    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), served_repository(), ports, log_path)
+    server = Triton(engine, served_repository(), ports, log_path, ensembles=())
     await server.start()
+    keeper = asyncio.create_task(server.keep_alive())
     yield ports
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
     # Only in the seconds of an orderly end do the models' processes write which lines they ran.
     await server.stop(timeout_secs=20 if pytestconfig.getoption("cov_source", None) else 0)
 
