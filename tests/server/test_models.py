@@ -84,7 +84,11 @@ async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFact
             edit(repository / f"{name}_{role}" / "config.pbtxt", "KIND_GPU", "KIND_CPU")
     async with (
         triton_with(repository) as ports,
-        run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", models={"amira": "asr_ensemble", **names}) as gateway,
+        run_gateway(
+            triton_endpoint=f"{ports.host}:{ports.grpc}",
+            models={"amira": "asr_ensemble", **names},
+            canary_interval_secs=3600,  # those of so many models would keep the machine busy
+        ) as gateway,
     ):
         yield Served(gateway, repository)
 

@@ -70,8 +70,8 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
     """Ports of the Triton with the bundled model that all tests of this process share.
 
-    A model's process ends itself when the machine stalls for a second. Triton is then restarted, so that one test fails, not all
-    after it. It gets no canaries, since tests count what it decodes.
+    A model's process ends itself when the machine stalls for a second. Triton is then restarted, so that one test fails and not
+    all after it. It gets no canaries, since tests count what it decodes.
     """
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
