@@ -211,10 +211,10 @@ async def test_client_leaves_a_silent_connection(
     gateway: Gateway, speech: Samples, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.2))
-    monkeypatch.setattr("amira.client.live.SILENCE_SECS", 1.0)
+    monkeypatch.setattr("amira.client.live.SILENCE_SECS", 2.0)
     proxy = Proxy(Ports(LOOPBACK, gateway.server.port, 0))
     async with proxy.running(), LiveStream(f"ws://{LOOPBACK}:{proxy.port}/v2/decode/stream/amira") as stream:
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(3)
         assert stream.reconnects == 0, "the client left a server that answers pings"
         talking = asyncio.create_task(talk(stream, speech))
         await asyncio.sleep(2)
