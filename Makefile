@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
+# Files of tests that run at a time; each process has a Triton of its own, 0.7 GB of memory.
+WORKERS ?= 3
 # What is measured: an ensemble of a model repository; without these the bundled one.
 MEASURED = $(if $(REPOSITORY),--repository $(REPOSITORY)) $(if $(MODEL),--model $(MODEL))
 SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
@@ -39,9 +41,9 @@ run: setup  ## Serve on an embedded Triton until Ctrl-C
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
-test: setup  ## Run the tests, on real Tritons with the bundled model, three files at a time
+test: setup  ## Run the tests on real Tritons with the bundled model: make test [WORKERS=3]
 	@tools/system-packages
-	@$(BIN)/pytest -n 3 --dist loadfile
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: setup  ## Run all tests, slow ones too, with more examples and with coverage
 	@tools/system-packages

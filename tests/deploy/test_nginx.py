@@ -146,7 +146,7 @@ async def test_the_gateway_refuses_bodies_itself(proxy: Proxy, http: httpx.Async
     assert (await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(int(limit) * MIB + 1))).status_code == 413
 
 
-async def test_what_is_for_operators_stays_inside(proxy: Proxy, http: httpx.AsyncClient) -> None:
+async def test_operator_pages_stay_inside(proxy: Proxy, http: httpx.AsyncClient) -> None:
     for path in ("/metrics", "/health/detailed"):
         assert (await http.get(f"{proxy.url}{path}")).status_code == 404
     assert (await http.get(f"{proxy.url}/health")).json()["status"] == "healthy"
@@ -176,7 +176,7 @@ async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple
         await socket.close()
 
 
-async def test_a_stream_finds_the_one_gateway_that_takes_it(
+async def test_stream_finds_the_gateway_with_room(
     need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
 ) -> None:
     """However many refuse: while gateways are replaced, those that drain have the fewest streams and are asked first."""
@@ -192,7 +192,7 @@ async def test_a_stream_finds_the_one_gateway_that_takes_it(
         await busy.close()
 
 
-async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
+async def test_stopping_gateway_hands_over(
     proxy: Proxy, gateways: tuple[Gateway, Gateway], recordings: Recordings, http: httpx.AsyncClient
 ) -> None:
     sockets = [await open_socket(proxy.stream_url()) for _ in range(2)]
@@ -224,7 +224,7 @@ async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
         assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
 
 
-async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Recordings) -> None:
+async def test_reload_keeps_live_streams(proxy: Proxy, recordings: Recordings) -> None:
     frames = cut(recordings["jfk"], 16_000)
     async with open_socket(proxy.stream_url()) as socket:
         listener = asyncio.create_task(listen(socket))
@@ -240,7 +240,7 @@ async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Rec
     assert "fellow" in conversation.final["text"]
 
 
-async def test_a_stream_outlives_its_killed_gateway(
+async def test_stream_outlives_its_gateway(
     need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], recordings: Recordings
 ) -> None:
     async with run_nginx(need("nginx"), deploy, tmp_path, *processes) as proxy:
@@ -263,7 +263,7 @@ async def test_a_stream_outlives_its_killed_gateway(
         assert (final.text, final.tokens, final.words) == (plain["text"], tuple(plain["tokens"]), words)
 
 
-async def test_a_recording_is_never_sent_twice(
+async def test_recording_is_never_sent_twice(
     need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], http: httpx.AsyncClient
 ) -> None:
     """One gateway has it and dies; the other may not get it too."""

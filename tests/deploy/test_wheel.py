@@ -159,6 +159,8 @@ def test_run_and_demo_work_in_an_empty_folder(engine: Path, folder: Path) -> Non
     code, output, errors = run([amira, "demo"], folder)
     assert code == 0, errors
     assert output.count("real-time factor") == 3
+    assert output.count("final ") == 3
+    assert all(path.name in output for path in speech.glob("*.flac"))
     assert TRANSCRIPT in " ".join(output.split())
     (home,) = (folder.parent / "cache" / "amira-asr").iterdir()
     assert (home / "backends" / "python").is_dir()
@@ -177,7 +179,7 @@ def files(directory: Path) -> set[Path]:
         (["PYTHON=/bin/true"], "Darwin arm64", "make: the embedded Triton needs x86-64 Linux, this is Darwin arm64; "),
     ],
 )
-def test_setup_says_what_it_needs(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
+def test_setup_names_requirements(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")

@@ -25,8 +25,8 @@ from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports
 from gateway.guard import LINGER_SECS
 from gateway.limits.places import Places
-from perf.server import REPORTED_SECS
 from tests.support.clients import gateway_metrics, growth
+from tests.support.repositories import REPORTED_SECS
 from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -331,7 +331,7 @@ async def test_leaving_the_queue_frees_a_place(
             body = np.resize(recordings["jfk"], round(secs * 16_000)).tobytes()
             return await http.post(gateway.batch_url(), content=body, headers=OCTETS)
 
-        first = asyncio.create_task(post(30))
+        first = asyncio.create_task(post(20))
         await asyncio.sleep(0.1)
         second = asyncio.create_task(post(1))
         await asyncio.sleep(0.1)
@@ -350,7 +350,7 @@ async def test_wait_for_a_place_is_bounded(
 ) -> None:
     monkeypatch.setattr("gateway.service.Places", partial(Places, max_queue_secs=0.1))
     async with make_gateway(max_concurrent_batches=1) as gateway:
-        body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
+        body = np.resize(recordings["jfk"], 20 * 16_000).tobytes()
         first = asyncio.create_task(http.post(gateway.batch_url(), content=body, headers=OCTETS))
         await asyncio.sleep(0.1)
         late = await http.post(gateway.batch_url(), content=body[:32_000], headers=OCTETS)
@@ -364,24 +364,33 @@ async def test_many_recordings_open_no_breaker(
     make_gateway: MakeGateway, gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
 ) -> None:
     """Together they take longer than a request of a stream may, and the breaker stays closed."""
-    body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
+    body = np.resize(recordings["jfk"], 12 * 16_000).tobytes()
 
-    async def post_all(url: str) -> list[int]:
+    async def post_all(url: str) -> float:
+        """Return how long all recordings take together."""
+        began = time.monotonic()
         answers = await asyncio.gather(*(http.post(url, content=body, headers=OCTETS) for _ in range(8)))
-        return [answer.status_code for answer in answers]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        return time.monotonic() - began
 
-    began = time.monotonic()
-    assert await post_all(gateway.batch_url()) == [200] * 8
-    all_secs = time.monotonic() - began
-    async with make_gateway(inference_timeout_secs=0.4 * all_secs) as hasty:
-        posts = asyncio.create_task(post_all(hasty.batch_url()))
-        states = set()
-        while not posts.done():
-            health = (await http.get(f"{hasty.url}/health/detailed")).json()
-            states.add(health["dependencies"]["triton"][0]["breaker"])
-            await asyncio.sleep(0.05)
-        assert await posts == [200] * 8
-        assert states == {"closed"}
+    async def post_all_in_haste(timeout_secs: float) -> float:
+        async with make_gateway(inference_timeout_secs=timeout_secs) as hasty:
+            posts = asyncio.create_task(post_all(hasty.batch_url()))
+            states = set()
+            while not posts.done():
+                health = (await http.get(f"{hasty.url}/health/detailed")).json()
+                states.add(health["dependencies"]["triton"][0]["breaker"])
+                await asyncio.sleep(0.05)
+            assert states == {"closed"}
+            return await posts
+
+    # A recording may take four times as long as a request of a stream, so the machine may become half as fast meanwhile. If it
+    # becomes so much faster that all recordings are in time, there is nothing to see.
+    for _ in range(5):
+        timeout_secs = 0.6 * await post_all(gateway.batch_url())
+        if await post_all_in_haste(timeout_secs) > timeout_secs:
+            return
+    pytest.fail("the machine became quicker all the time")
 
 
 async def test_keep_alive_is_longer_than_that_of_proxies(gateway: Gateway) -> None:

@@ -80,15 +80,19 @@ LOSSY: dict[str, Callable[[npt.NDArray[np.int16]], bytes]] = {
 }
 
 
+@pytest.fixture(scope="module")
+async def of_raw_pcm(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> Any:
+    """The answer to jfk, sent as raw PCM."""
+    return (await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)).json()
+
+
 @pytest.mark.parametrize("form", LOSSLESS)
 async def test_every_lossless_form_gives_the_text_of_raw_pcm(
-    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, form: str
+    gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, of_raw_pcm: Any, form: str
 ) -> None:
-    samples = recordings["jfk"]
-    raw = await http.post(gateway.batch_url(), content=samples.tobytes(), headers=OCTETS)
-    answer = await http.post(gateway.batch_url(), content=LOSSLESS[form](samples), headers=OCTETS)
+    answer = await http.post(gateway.batch_url(), content=LOSSLESS[form](recordings["jfk"]), headers=OCTETS)
     assert answer.status_code == 200, answer.text
-    assert answer.json() == raw.json()
+    assert answer.json() == of_raw_pcm
 
 
 @pytest.mark.parametrize("form", LOSSY)
@@ -109,7 +113,7 @@ async def test_chained_ogg_gives_the_words_of_every_link(
     assert jiwer.wer(f"{JFK} {JFK}", answer.json()["text"]) < 0.25
 
 
-async def test_a_file_as_json(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
+async def test_file_as_json(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> None:
     flac = encode(recordings["jfk"], format="FLAC")
     answer = await http.post(gateway.batch_url(), json={"audio_buffer": list(flac), "opaque": 7})
     assert answer.json()["audio_length_samples"] == len(recordings["jfk"])
@@ -131,7 +135,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-async def test_what_is_not_supported_is_refused_by_name(gateway: Gateway, http: httpx.AsyncClient, name: str) -> None:
+async def test_unsupported_formats_are_named(gateway: Gateway, http: httpx.AsyncClient, name: str) -> None:
     answer = await http.post(gateway.batch_url(), content=FOREIGN[name], headers=OCTETS)
     assert answer.status_code == 415
     assert answer.json()["error"]["code"] == "unsupported_media"
@@ -148,7 +152,7 @@ STREAMED = {
 
 @pytest.mark.parametrize("frame_bytes", [320, 3200])
 @pytest.mark.parametrize("name", STREAMED)
-async def test_a_stream_that_is_not_pcm_is_refused_by_name(gateway: Gateway, name: str, frame_bytes: int) -> None:
+async def test_stream_of_a_file_is_refused_by_format(gateway: Gateway, name: str, frame_bytes: int) -> None:
     body, messages = STREAMED[name] * 2, []
     async with connect(gateway.stream_url()) as socket:
         with suppress(ConnectionClosed):  # it is refused before all is sent
@@ -176,7 +180,7 @@ SLOW = {
 
 
 @pytest.mark.parametrize("kind", SLOW)
-async def test_files_that_are_slow_to_decode_end_with_their_clients(
+async def test_slow_files_end_with_their_clients(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, kind: str
 ) -> None:
     """The bodies are small, and their clients leave; what is honest is served at once."""

@@ -81,7 +81,7 @@ class Dialogue(RuleBasedStateMachine):
     def _open(self, *, resumable: bool, before: str = "", position: int = 0, heard: int = 0) -> ClientConnection:
         url = f"{self.server.url.replace('http', 'ws', 1)}/v2/decode/stream/amira"
         chosen: dict[str, Any] = {"subprotocols": ["amira.v2"]} if resumable else {}
-        connection: ClientConnection = connect(url, compression=None, max_size=None, ping_interval=None, **chosen).__enter__()
+        connection = connect(url, compression=None, max_size=None, ping_interval=None, **chosen)
         self.connection = connection
         self.resumable, self.before, self.position, self.heard = resumable, before, position, heard
         self.said_audio = self.ended = False

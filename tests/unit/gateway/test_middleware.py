@@ -120,7 +120,7 @@ async def test_bodies_in_flight_have_a_limit_together() -> None:
     assert third.got
 
 
-async def test_body_that_does_not_come_is_refused() -> None:
+async def test_missing_body_is_refused() -> None:
     client = Client([{"type": "http.request", "body": bytes(1600), "more_body": True}])
     loop = asyncio.get_running_loop()
     began = loop.time()
