@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 
 from gateway.audio import RATE
 from gateway.audio.body import Slices
-from gateway.audio.convert import Converter, Pcm
+from gateway.audio.convert import MAX_CHANNELS, Converter, Pcm
 from gateway.audio.errors import too_long, undecodable
 from gateway.audio.mixing import Floats
 from gateway.errors import ApiError, ErrorKind
 
 MIN_RAW_RATE, MAX_RAW_RATE = 8_000, 48_000
 """Sample rates of raw audio, in Hz."""
-
-MAX_CHANNELS = 8
-"""Maximum number of channels of any audio."""
 
 
 class Encoding(Enum):

@@ -18,10 +18,12 @@ class Format:
     Attributes:
         name: as users call it.
         decodable: whether ``files`` decodes it.
+        demuxer: FFmpeg's name of it, where only FFmpeg decodes it.
     """
 
     name: str
     decodable: bool = False
+    demuxer: str = ""
 
 
 RAW = Format("raw PCM")
@@ -33,8 +35,16 @@ CAF = Format("CAF", decodable=True)
 FLAC = Format("FLAC", decodable=True)
 OGG = Format("Ogg", decodable=True)
 MP3 = Format("MP3", decodable=True)
+MP4 = Format("MP4", decodable=True, demuxer="mov")
+QUICKTIME = Format("QuickTime", decodable=True, demuxer="mov")
+WEBM = Format("WebM or Matroska", decodable=True, demuxer="matroska")
+ADTS = Format("AAC (ADTS)", decodable=True, demuxer="aac")
+AMR = Format("AMR", decodable=True, demuxer="amr")
+ASF = Format("ASF or WMA", decodable=True, demuxer="asf")
 
-DECODABLE = {format_.name: format_ for format_ in (WAV, W64, AIFF, AU, CAF, FLAC, OGG, MP3)}
+DECODABLE = {
+    format_.name: format_ for format_ in (WAV, W64, AIFF, AU, CAF, FLAC, OGG, MP3, MP4, QUICKTIME, WEBM, ADTS, AMR, ASF)
+}
 """The formats that ``files`` decodes, by name."""
 
 
@@ -71,8 +81,8 @@ def _riff(format_: Format | str, form: bytes, *containers: bytes) -> list[Signat
     return [Signature(kind, ((0, container), (8, form))) for container in containers]
 
 
-def _box(name: str, *kinds: bytes) -> list[Signature]:
-    return [Signature(Format(name), ((4, kind),)) for kind in kinds]
+def _box(format_: Format, *kinds: bytes) -> list[Signature]:
+    return [Signature(format_, ((4, kind),)) for kind in kinds]
 
 
 SIGNATURES: tuple[Signature, ...] = (
@@ -85,19 +95,21 @@ SIGNATURES: tuple[Signature, ...] = (
     *_at_start(CAF, b"caff"),
     *_at_start(FLAC, b"fLaC"),
     *_at_start(OGG, b"OggS"),
+    *_at_start(WEBM, b"\x1a\x45\xdf\xa3"),
+    *_box(MP4, b"ftyp", b"styp", b"moof", b"moov", b"mdat", b"sidx", b"emsg"),
+    *_box(QUICKTIME, b"wide", b"free", b"skip", b"pnot"),
+    *_at_start(AMR, b"#!AMR\n", b"#!AMR-WB\n"),
+    *_at_start(ASF, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
     # Other audio and video
+    *_at_start("WebM or Matroska without its beginning", b"\x1f\x43\xb6\x75"),
+    *_at_start("AMR with several channels", b"#!AMR"),
     *_riff("AVI", b"AVI ", b"RIFF"),
     *_riff("WebP", b"WEBP", b"RIFF"),
     *_riff("RIFF MIDI", b"RMID", b"RIFF"),
     *_at_start("RIFF other than WAV", b"RIFF", b"RIFX"),
     *_at_start("RF64 other than WAV", b"RF64", b"BW64"),
     *_at_start("IFF other than AIFF", b"FORM"),
-    *_at_start("WebM or Matroska", b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75"),
-    *_box("MP4", b"ftyp", b"styp", b"moof", b"moov", b"mdat", b"sidx", b"emsg"),
-    *_box("QuickTime", b"wide", b"free", b"skip", b"pnot"),
-    *_at_start("AMR", b"#!AMR"),
     *_at_start("AAC (ADIF)", b"ADIF"),
-    *_at_start("ASF or WMA", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
     *_at_start("FLV", b"FLV\x01"),
     *_at_start("MIDI", b"MThd"),
     *_at_start("RealMedia", b".RMF", b".ra\xfd"),
@@ -178,7 +190,7 @@ def identify(body: Slices, *, complete: bool = True) -> Content:
             return Content(format_, start)
     if found := find_frames(head, complete=complete and len(body) - start <= HEAD_BYTES):
         name, at = found
-        return Content(MP3 if name == MP3.name else Format(name), start + at)
+        return Content(DECODABLE.get(name) or Format(name), start + at)
     if start:
         return Content(MP3, start)  # almost all files with ID3 tags are MP3
     if kind := describe_text(body, complete=complete):
