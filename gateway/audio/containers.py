@@ -7,7 +7,7 @@ open a file or a connection.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import IO
+from io import RawIOBase
 
 import av
 import av.container
@@ -27,8 +27,8 @@ DECODERS = (
 )
 """FFmpeg's decoders that may run; every other one, and all video, stays closed."""
 
-BLOCK_SECS = 1.0
-"""Audio that is converted at once, in seconds."""
+BLOCK_SECS, LIVE_BLOCK_SECS = 1.0, 0.1
+"""Audio that is converted at once, in seconds; of a live stream it is what is mixed at once."""
 
 MISSING_SECS, MISSING_SHARE = 1.0, 0.05
 """Audio that may be missing of what an index declares: encoders round up, and tracks are edited."""
@@ -38,7 +38,7 @@ SCALES = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 
 
 def decode_container(
-    name: str, demuxer: str, file: IO[bytes], max_secs: float, *, separate: bool = False, block_secs: float = BLOCK_SECS
+    name: str, demuxer: str, file: RawIOBase, max_secs: float, *, separate: bool = False, live: bool = False
 ) -> Iterator[Pcm]:
     """Decode the first audio stream of a container.
 
@@ -48,7 +48,7 @@ def decode_container(
         file: its bytes; need not be seekable.
         max_secs: maximum length of the audio in seconds.
         separate: whether to keep the channels instead of mixing them down to one.
-        block_secs: audio that is converted at once; 0 is each frame as it comes.
+        live: whether to decode each frame as it comes.
 
     Yields:
         Blocks [channels, n].
@@ -59,7 +59,7 @@ def decode_container(
     converter: Converter | None = None
     form, decoded_secs = (0, 0), 0.0
     try:
-        for block, rate in _blocks(name, demuxer, file, block_secs):
+        for block, rate in _blocks(name, demuxer, file, live=live):
             decoded_secs += len(block) / rate
             if decoded_secs > max_secs + 1 / rate:
                 raise too_long(f"more than {max_secs:g} s", max_secs)
@@ -79,7 +79,7 @@ def decode_container(
         yield converter.finish()
 
 
-def _blocks(name: str, demuxer: str, file: IO[bytes], block_secs: float) -> Iterator[tuple[Floats, int]]:
+def _blocks(name: str, demuxer: str, file: RawIOBase, *, live: bool) -> Iterator[tuple[Floats, int]]:
     """Yield samples [n, channels], full scale 1, and their rate."""
     options = {
         "format_whitelist": demuxer,
@@ -105,7 +105,8 @@ def _blocks(name: str, demuxer: str, file: IO[bytes], block_secs: float) -> Iter
             waiting.append(samples)
             waiting_frames += len(samples)
             decoded_secs += len(samples) / frame.sample_rate
-            if waiting_frames >= block_secs * frame.sample_rate:
+            needed_secs = BLOCK_SECS if not live else LIVE_BLOCK_SECS if form[0] > 1 else 0.0
+            if waiting_frames >= needed_secs * frame.sample_rate:
                 yield np.concatenate(waiting), form[1]
                 waiting, waiting_frames = [], 0
         if waiting:

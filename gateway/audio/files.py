@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator
+from io import RawIOBase
 
 import numpy as np
 import soundfile
@@ -16,7 +17,7 @@ from gateway.audio.errors import too_long, undecodable, unsupported
 from gateway.audio.media_types import CONTAINERS, identify_body
 from gateway.audio.mixing import Floats, full_scale
 from gateway.audio.raw import DEFAULT, check_raw
-from gateway.audio.sniff import AIFF, AU, CAF, FLAC, MP3, OGG, RAW, WAV, Content, Format
+from gateway.audio.sniff import AIFF, AU, CAF, FLAC, LIVE_DEMUXERS, MP3, OGG, RAW, WAV, Content, Format
 from gateway.errors import ApiError, ErrorKind
 
 UNKNOWN_FRAMES = 2**63 - 1
@@ -99,6 +100,25 @@ def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *,
             yield block
     if not decoded:
         raise undecodable(f"The {name} file holds no audio.")
+
+
+def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator[Pcm]:
+    """Decode a container as it comes.
+
+    Args:
+        format_: what it is, one of ``LIVE_DEMUXERS``.
+        pipe: gives its bytes; a read waits for as many as there are, not for as many as are wanted.
+        max_secs: maximum length of the audio in seconds.
+
+    Yields:
+        Blocks [1, n].
+
+    Raises:
+        ApiError: as ``decode_blocks``.
+    """
+    from gateway.audio.containers import decode_container  # noqa: PLC0415 (an extra)
+
+    yield from decode_container(format_.name, LIVE_DEMUXERS[format_], pipe, max_secs, live=True)
 
 
 def _blocks(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:

@@ -48,6 +48,10 @@ DECODABLE = {
 """The formats that ``files`` decodes, by name."""
 
 
+LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
+"""FFmpeg's names of the containers that are decoded as they come."""
+
+
 class Content(NamedTuple):
     """What a body is.
 
@@ -222,35 +226,47 @@ def _matches(head: bytes, parts: tuple[tuple[int, bytes], ...], *, complete: boo
 
 
 class StreamStart:
-    """Checks that a stream starts like raw PCM."""
+    """Identifies a stream by its first bytes."""
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._checked_bytes = 0
 
-    def check(self, audio: bytes) -> None:
+    @property
+    def complete(self) -> bool:
+        """Whether enough was looked at."""
+        return self._checked_bytes >= HEAD_BYTES
+
+    def check(self, audio: bytes) -> Format | None:
         """Look at the next bytes of the stream; costs nothing after the first ``HEAD_BYTES``.
 
+        Returns:
+            What the stream is so far: ``RAW``, or a container that is decoded as it comes; None where too little is there.
+
         Raises:
-            ApiError: ``UNSUPPORTED_MEDIA``, the stream is a file, text or another encoding.
+            ApiError: ``UNSUPPORTED_MEDIA``, the stream is another file, text or another encoding.
         """
-        if self._checked_bytes >= HEAD_BYTES:
-            return
+        if self.complete:
+            return RAW
         self._head += audio[: HEAD_BYTES - len(self._head)]
         if len(self._head) >= min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
-            self._identify(complete=False)
+            return self._identify(complete=False)
+        return RAW if self._checked_bytes else None
 
-    def end(self) -> None:
+    def end(self) -> Format:
         """Look at a stream that ends.
 
         Raises:
             ApiError: as ``check``.
         """
         if len(self._head) > self._checked_bytes:
-            self._identify(complete=len(self._head) < HEAD_BYTES)
+            return self._identify(complete=len(self._head) < HEAD_BYTES)
+        return RAW
 
-    def _identify(self, *, complete: bool) -> None:
+    def _identify(self, *, complete: bool) -> Format:
         self._checked_bytes = len(self._head)
-        if (found := identify(bytes(self._head), complete=complete).format) != RAW:
-            message = f"The stream starts like {found.name}; streams must be raw PCM: s16le, 16 kHz, mono, without a header."
-            raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)
+        found = identify(bytes(self._head), complete=complete)
+        if found.format == RAW or (found.format in (WAV, *LIVE_DEMUXERS) and not found.start):
+            return found.format
+        message = f"The stream starts like {found.format.name}; streams must be raw audio, WAV, Ogg (Opus, Vorbis) or WebM."
+        raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.audio.convert import Pcm
-from gateway.audio.files import decode_blocks
+from gateway.audio.files import decode_blocks, decode_stream
 from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, OPENED, PAUSED, SAMPLES, Failure, Job
 from gateway.audio.media_types import CONTAINERS
 from gateway.audio.sniff import DECODABLE, Content
@@ -143,8 +143,13 @@ def decode(job: Job, file: int, answer: socket.socket, demand: int) -> None:
     """
     limits = Limits(job)
     try:
-        blocks = decode_blocks(_map(file), Content(DECODABLE[job.format], job.start), job.max_secs, separate=job.separate)
-        _send(blocks, answer, demand, limits)
+        format_ = DECODABLE[job.format]
+        if job.live:
+            with os.fdopen(file, "rb", buffering=0) as pipe:
+                _send(decode_stream(format_, pipe, job.max_secs), answer, None, limits)
+        else:
+            blocks = decode_blocks(_map(file), Content(format_, job.start), job.max_secs, separate=job.separate)
+            _send(blocks, answer, demand, limits)
     except ApiError as error:
         failure = Failure(error.kind.name, error.message, error.param)
     except MemoryError:
@@ -168,8 +173,8 @@ def _map(file: int) -> mmap.mmap:
         raise MemoryError from error
 
 
-def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int, limits: Limits) -> None:
-    """Send samples, each batch when it is asked for."""
+def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int | None, limits: Limits) -> None:
+    """Send samples: each batch when it is asked for, or all as they come."""
     decoded = sent = 0
     for block in blocks:
         channels, length = block.shape
@@ -183,7 +188,7 @@ def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int, limits: Lim
         for at in range(0, len(data), step):
             answer.send(SAMPLES + data[at : at + step])
         sent += length
-        if sent >= BATCH_SECS * RATE:
+        if demand is not None and sent >= BATCH_SECS * RATE:
             answer.send(PAUSED)
             if not os.read(demand, 1):
                 raise BrokenPipeError
