@@ -15,7 +15,7 @@ import numpy as np
 
 from gateway.audio.convert import Converter, Pcm, check_format
 from gateway.audio.errors import too_long, undecodable, unsupported
-from gateway.audio.mixing import Floats
+from gateway.audio.mixing import OVERSHOOT, Floats
 
 av.logging.set_level(av.logging.PANIC)
 
@@ -77,6 +77,8 @@ def decode_container(
         raise undecodable(f"The {name} file is damaged or cut short.") from error
     if converter:
         yield converter.finish()
+    elif not live:
+        raise undecodable(f"The {name} file holds no audio.")
 
 
 def _blocks(name: str, demuxer: str, file: RawIOBase, *, live: bool) -> Iterator[tuple[Floats, int]]:
@@ -141,8 +143,7 @@ def _floats(frame: av.AudioFrame) -> Floats:
     array = frame.to_ndarray()
     samples = array.T if frame.format.is_planar else array.reshape(-1, len(frame.layout.channels))
     if samples.dtype.kind == "f":
-        floats = samples.astype(np.float32)
-        return np.nan_to_num(floats, copy=False, nan=0.0, posinf=1.0, neginf=-1.0)
+        return np.nan_to_num(samples).clip(-OVERSHOOT, OVERSHOOT).astype(np.float32)
     scale = SCALES[samples.dtype.str[1:]]
     offset = scale if samples.dtype.kind == "u" else 0.0
     scaled: Floats = ((samples - offset) / scale).astype(np.float32)

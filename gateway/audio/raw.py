@@ -13,7 +13,7 @@ from gateway.audio import RATE
 from gateway.audio.body import Slices
 from gateway.audio.convert import MAX_CHANNELS, Converter, Pcm
 from gateway.audio.errors import too_long, undecodable
-from gateway.audio.mixing import Floats
+from gateway.audio.mixing import OVERSHOOT, Floats
 from gateway.errors import ApiError, ErrorKind
 
 MIN_RAW_RATE, MAX_RAW_RATE = 8_000, 48_000
@@ -125,6 +125,7 @@ def read_samples(data: bytes, format_: RawFormat) -> Floats:
         samples = np.frombuffer(data, "<f4").astype(np.float32)
         if not np.isfinite(samples).all():
             raise undecodable("The audio holds samples that are infinite or not a number.")
+        samples = samples.clip(-OVERSHOOT, OVERSHOOT)
     else:
         samples = G711[format_.encoding][np.frombuffer(data, np.uint8)]
     return samples.reshape(-1, format_.channels)

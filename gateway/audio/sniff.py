@@ -52,6 +52,10 @@ LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
 """FFmpeg's names of the containers that are decoded as they come."""
 
 
+LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"\x1a\x45\xdf\xa3")
+"""First bytes of what a stream may be besides raw audio."""
+
+
 class Content(NamedTuple):
     """What a body is.
 
@@ -252,6 +256,11 @@ class StreamStart:
         if len(self._head) >= min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
             return self._identify(complete=False)
         return RAW if self._checked_bytes else None
+
+    @property
+    def may_be_container(self) -> bool:
+        """Whether what has come is the beginning of a container, or may become one."""
+        return any(magic.startswith(self._head[: len(magic)]) for magic in LIVE_MAGICS)
 
     def end(self) -> Format:
         """Look at a stream that ends.

@@ -97,7 +97,7 @@ class StreamInput:
             assert self._start  # noqa: S101 (only a stream that goes on has none)
             self._held += data
             found = self._start.check(data)
-            if not found and len(data) % self._raw.sample_bytes:
+            if not found and len(data) % self._raw.sample_bytes and not self._start.may_be_container:
                 found = self._start.end()
             if found:
                 await self._begin(found)
