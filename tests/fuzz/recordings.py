@@ -45,7 +45,7 @@ def containers() -> Iterator[bytes]:
     samples = (TONE * 32767).astype(np.int16)
     for container, codec, rate, options in CONTAINERS:
         for channels in (1,) if rate == 8_000 else (1, 2):
-            yield encode_container(samples, container, codec, rate, channels, **options)
+            yield encode_container(samples, container, codec, rate, channels, options=options)
 
 
 def pcm() -> bytes:

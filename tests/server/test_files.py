@@ -117,7 +117,7 @@ async def test_every_container_gives_the_words(
     gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings, form: str
 ) -> None:
     options = {"movflags": "empty_moov", "frag_duration": "500000"} if "fragments" in form else {}
-    file = encode_container(recordings["jfk"], *CONTAINERS[form], **options)
+    file = encode_container(recordings["jfk"], *CONTAINERS[form], options=options)
     for content_type in ("application/octet-stream", "audio/x-unknown", "application/x-www-form-urlencoded"):
         answer = await http.post(gateway.batch_url(), content=file, headers={"Content-Type": content_type})
         assert answer.status_code == 200, answer.text
@@ -151,8 +151,8 @@ LIVE: dict[str, tuple[str, Callable[[npt.NDArray[np.int16]], bytes], int]] = {
         3333,
     ),
     "wav after a wrong query": ("?encoding=alaw&sample_rate=8000", lambda samples: encode(samples, format="WAV"), 641),
-    "webm": ("", lambda samples: encode_container(samples, "webm", "libopus", **RECORDER), 1001),
-    "ogg": ("", lambda samples: encode_container(samples, "ogg", "libopus", page_duration="100000"), 777),
+    "webm": ("", lambda samples: encode_container(samples, "webm", "libopus", options=RECORDER), 1001),
+    "ogg": ("", lambda samples: encode_container(samples, "ogg", "libopus", options={"page_duration": "100000"}), 777),
 }
 
 
@@ -173,7 +173,7 @@ async def test_every_live_form_gives_the_words(gateway: Gateway, recordings: Rec
 
 
 async def test_a_container_that_stops_ends_as_its_client_does(gateway: Gateway, recordings: Recordings) -> None:
-    body = encode_container(recordings["jfk"], "webm", "libopus", **RECORDER)
+    body = encode_container(recordings["jfk"], "webm", "libopus", options=RECORDER)
     async with connect(gateway.stream_url()) as socket:
         await socket.send(body[: len(body) // 2])
         while orjson.loads(await socket.recv())["type"] != "partial":
