@@ -42,6 +42,9 @@ SEARCHED_BYTES_PER_SEC = 10 * 2**20
 MEMORY_BYTES, MEMORY_PER_BYTE = 128 * 2**20, 2
 """Limit of memory: a fixed part, and a multiple of the file's size, which is mapped."""
 
+STOP_SECS = 5.0
+"""Time in which the server of the processes has to end by itself, in seconds."""
+
 COPIED_BYTES = 2**20
 """Part of a file that is copied before other tasks get a turn; copying it takes less than a millisecond."""
 
@@ -199,9 +202,12 @@ class FilePool:
             self._control.close()
             self._control = None
         if self._server:
-            with contextlib.suppress(ProcessLookupError):
-                self._server.kill()
-            await self._server.wait()
+            try:  # it ends when its socket is closed, and first ends the processes that it has forked
+                await asyncio.wait_for(self._server.wait(), STOP_SECS)
+            except asyncio.TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._server.kill()
+                await self._server.wait()
             self._server = None
 
 

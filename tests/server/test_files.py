@@ -102,13 +102,13 @@ async def test_every_lossy_form_gives_the_words(
     assert jiwer.wer(JFK, answer.json()["text"]) < 0.25
 
 
-CONTAINERS: dict[str, tuple[Any, ...]] = {
+CONTAINERS: dict[str, tuple[str, str, int, int]] = {
     "m4a": ("ipod", "aac", 44_100, 2),
-    "mp4 in fragments": ("mp4", "aac"),
-    "webm": ("webm", "libopus"),
-    "adts": ("adts", "aac"),
-    "wma": ("asf", "wmav2", 44_100),
-    "amr": ("amr", "libopencore_amrnb", 8000),
+    "mp4 in fragments": ("mp4", "aac", 48_000, 1),
+    "webm": ("webm", "libopus", 48_000, 1),
+    "adts": ("adts", "aac", 48_000, 1),
+    "wma": ("asf", "wmav2", 44_100, 1),
+    "amr": ("amr", "libopencore_amrnb", 8000, 1),
 }
 
 

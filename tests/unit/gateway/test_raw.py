@@ -22,7 +22,7 @@ NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 48_000).astype(np.float32)
 def encode(samples: NDArray[np.float32], encoding: Encoding) -> bytes:
     """Encode by the nearest value that the encoding has."""
     if encoding is Encoding.LINEAR16:
-        return np.rint(samples * 0x7FFF).astype("<i2").tobytes()
+        return bytes(np.rint(samples * 0x7FFF).astype("<i2"))
     if encoding is Encoding.FLOAT32:
         return samples.astype("<f4").tobytes()
     codes = np.argsort(G711[encoding], kind="stable")
