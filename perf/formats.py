@@ -102,7 +102,6 @@ FORMS = {
     "Ogg by sox": Form("ogg", "", sox=True),
     "WAV by sox, 24 bits": Form("wav", "-b 24", LOSSLESS_DB, sox=True),
     "AMR-NB by sox": Form("amr-nb", "", 3, sox=True, most_channels=1, only_rate=8_000),
-    "AMR-WB by sox": Form("amr-wb", "", 3, sox=True, most_channels=1, only_rate=16_000),
 }
 """What is written, by its name."""
 

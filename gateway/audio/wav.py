@@ -267,6 +267,7 @@ def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
         ApiError: the codec is not supported.
     """
     (number,) = struct.unpack_from(f"{order}H", form)
+    extension = form[MIN_FORMAT_BYTES:]
     if number == EXTENSIBLE:
         if len(form) < EXTENSIBLE_BYTES:
             raise undecodable("The WAV file is damaged: its format is extensible, but names no codec.")
@@ -274,10 +275,11 @@ def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
         (number,) = struct.unpack_from(f"{order}I", guid)
         if guid[4:] not in GUID_TAILS:
             raise unsupported(f"The WAV file's codec, GUID {guid.hex()}, isn't supported.")
+        rest = form[EXTENSIBLE_BYTES:]
+        extension = struct.pack(f"{order}H", len(rest)) + rest
     codec = CODECS.get(number)
     if not codec or not codec.payload:
         named = f" ({codec.name})" if codec else ""
         raise unsupported(f"The WAV file's codec, 0x{number:04x}{named}, isn't supported.")
-    if codec.samples:
-        form = struct.pack(f"{order}H", number) + form[2:MIN_FORMAT_BYTES]
-    return codec, form
+    plain = struct.pack(f"{order}H", number) + form[2:MIN_FORMAT_BYTES]
+    return codec, plain if codec.samples else plain + extension

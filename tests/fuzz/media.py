@@ -7,9 +7,9 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies as st
 
-from tests.fuzz.recordings import files, pcm
+from tests.fuzz.recordings import containers, files, pcm
 
-RECORDINGS = [*files(), pcm()]
+RECORDINGS = [*files(), *containers(), pcm()]
 
 
 @st.composite
@@ -24,7 +24,7 @@ def audio(draw: st.DrawFn) -> bytes:
     return bytes(body[: draw(st.integers(0, len(body)))] if draw(st.integers(0, 4)) == 0 else body)
 
 
-for name in ("audio/wav", "audio/flac", "audio/ogg", "application/octet-stream"):
+for name in ("audio/wav", "audio/flac", "audio/ogg", "audio/mp4", "audio/webm", "application/octet-stream"):
     schemathesis.openapi.media_type(name, audio())
 
 

@@ -27,7 +27,8 @@ def encode(samples: NDArray[np.float32], encoding: Encoding) -> bytes:
         return samples.astype("<f4").tobytes()
     codes = np.argsort(G711[encoding], kind="stable")
     values = G711[encoding][codes]
-    return codes[np.searchsorted((values[1:] + values[:-1]) / 2, samples.ravel())].astype(np.uint8).tobytes()
+    nearest: NDArray[np.uint8] = codes[np.searchsorted((values[1:] + values[:-1]) / 2, samples.ravel())].astype(np.uint8)
+    return nearest.tobytes()
 
 
 # --- Formats ---

@@ -26,8 +26,8 @@ from tests.support.media import RECORDER, encode_container
 SPEECH: NDArray[np.int16] = soundfile.read(Path(__file__).parents[2] / "speech" / "jfk.flac", dtype="int16", always_2d=True)[0][
     : 3 * RATE, 0
 ]
-WEBM = encode_container(SPEECH, "webm", "libopus", **RECORDER)
-OGG = encode_container(SPEECH, "ogg", "libopus", page_duration="100000")
+WEBM = encode_container(SPEECH, "webm", "libopus", options=RECORDER)
+OGG = encode_container(SPEECH, "ogg", "libopus", options={"page_duration": "100000"})
 
 
 def wav(subtype: str, rate: int = RATE, channels: int = 1) -> bytes:
