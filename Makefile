@@ -18,7 +18,7 @@ LOCKED := --extra engine --extra models --extra containers --extra mic --extra t
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench long windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -87,6 +87,10 @@ perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEEC
 
 bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
+
+long: setup  ## Time, memory and error rate of a long recording, and p95 of streams beside eight: make long SPEECH=dir [HOURS=1]
+	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make long SPEECH=dir" >&2; exit 1; }
+	@$(BIN)/python -m perf.long_recordings $(SPEECH) $(if $(HOURS),--hours $(HOURS))
 
 windows: setup  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1] [REPOSITORY=dir] [MODEL=name]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make windows SPEECH=dir" >&2; exit 1; }

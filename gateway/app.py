@@ -59,14 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_crash)
-    bodies = settings.max_concurrent_batches + settings.inference_queue_size
-    limits = BodyLimits(
-        settings.max_request_size,
-        settings.max_json_size,
-        max_total_bytes=bodies * settings.max_request_size,
-        patience_secs=settings.stream_timeout_secs,
-    )
-    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(BodyLimit, limits=BodyLimits.from_settings(settings))
     app.add_middleware(AccessLog, settings=settings, spans=spans)
     if settings.enable_cors:
         app.add_middleware(

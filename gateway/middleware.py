@@ -20,6 +20,9 @@ from gateway.tracing import Tracing
 MIN_BODY_BYTES_PER_SEC = 16_000
 """Average rate at which a body has to come after its first ``stream_timeout_secs``; half of real time for raw PCM."""
 
+LARGE_BODIES, SMALL_BODY_BYTES = 8, 10 * 2**20
+"""All bodies in flight together may be as large as this number of the largest ones, or as one of this size for each place."""
+
 BATCH_PREFIX = "/v2/decode/batch/"
 
 log = structlog.get_logger()
@@ -41,10 +44,17 @@ class BodyLimits:
     max_total_bytes: int
     patience_secs: float
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> BodyLimits:
+        """Return the limits that the settings give."""
+        places, largest = settings.max_concurrent_batches + settings.inference_queue_size, settings.max_request_size
+        total = max(places * min(SMALL_BODY_BYTES, largest), LARGE_BODIES * largest)
+        return cls(largest, settings.max_json_size, total, patience_secs=settings.stream_timeout_secs)
+
 
 @dataclass
-class InMemory:
-    """Bytes that have come of all requests in flight."""
+class Received:
+    """Bytes that have come of all requests in flight, in memory or on disk."""
 
     bytes: int = 0
 
@@ -60,16 +70,16 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self._app = app
         self._limits = limits
-        self._in_memory = InMemory()
+        self._received = Received()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
-            body = _Body(scope, receive, send, self._limits, self._in_memory)
+            body = _Body(scope, receive, send, self._limits, self._received)
             try:
                 await self._app(scope, body.receive, body.send)
             finally:
-                self._in_memory.bytes -= body.received_bytes
+                self._received.bytes -= body.received_bytes
         else:
             await self._app(scope, receive, send)
 
@@ -77,14 +87,14 @@ class BodyLimit:
 class _Body:
     """One request's body, as it comes."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, in_memory: InMemory) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, received: Received) -> None:
         headers = Headers(scope=scope)
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         self._receive = receive
         self._send = send
         self._max_bytes = min(limits.max_json_bytes, limits.max_bytes) if is_json else limits.max_bytes
         self._limits = limits
-        self._in_memory = in_memory
+        self._received = received
         self._began = time.monotonic()
         self.received_bytes = 0
         self._coding = headers.get("content-encoding", "").strip().lower()
@@ -116,11 +126,11 @@ class _Body:
             ) from None
         size = len(message.get("body", b""))
         self.received_bytes += size
-        self._in_memory.bytes += size
+        self._received.bytes += size
         self._complete = not message.get("more_body", False)
         if self.received_bytes > self._max_bytes:
             raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {self._max_bytes} bytes, the most allowed")
-        if self._in_memory.bytes > self._limits.max_total_bytes:
+        if self._received.bytes > self._limits.max_total_bytes:
             raise ApiError(ErrorKind.NO_CAPACITY, "the requests in flight have too many bytes; please retry")
         return message
 

@@ -73,8 +73,9 @@ class Service:
         await self.triton.close()
 
     async def drain(self) -> None:
-        """Refuse new work, let the old finish for as long as the settings allow, then end the live streams."""
+        """Refuse new work, let the old finish for as long as the settings allow, then end live streams and long recordings."""
         self.places.drain()
         if not await self.places.wait_idle(self.settings.drain_timeout_secs):
             self.sessions.drain()
+            self.places.end_recordings()
             await self.places.wait_idle(2 * self.settings.inference_timeout_secs)

@@ -70,7 +70,7 @@ class FilePool:
 
     @contextlib.asynccontextmanager
     async def read(
-        self, file: BinaryIO | int, content_type: str, *, raw: RawFormat, separate: bool, max_secs: float
+        self, file: bytes | BinaryIO | int, content_type: str, *, raw: RawFormat, separate: bool, max_secs: float
     ) -> AsyncIterator[Reader]:
         """Decode a file to 16 kHz samples, as they are read. Raw audio waits for nothing.
 
@@ -78,7 +78,7 @@ class FilePool:
         reads. Leaving the context ends the process.
 
         Args:
-            file: an open file on disk or in memory, or its descriptor; read from its first byte, and not closed.
+            file: its bytes if there are few, or an open file, or its descriptor; read from its first byte, and not closed.
             content_type: its media type, as in ``media_types.identify_body``.
             raw: the format of the file if it is raw audio.
             separate: whether to keep the channels instead of mixing them down to one.
@@ -88,13 +88,19 @@ class FilePool:
             ApiError: the file is not decodable audio, is longer than allowed, or costs too much to decode; also from the
                 iteration of the reader.
         """
-        descriptor = file if isinstance(file, int) else file.fileno()
-        body = OpenFile(descriptor)
+        body = file if isinstance(file, bytes) else OpenFile(file if isinstance(file, int) else file.fileno())
         content = identify_body(body, content_type)
         if content.format == RAW:
             check_raw(len(body), raw, max_secs)
             yield RawReader(body, raw, separate=separate)
             return
+        if isinstance(file, bytes):
+            with _in_memory() as copy:
+                await _write(copy, file)
+                async with self.read(copy, content_type, raw=raw, separate=separate, max_secs=max_secs) as reader:
+                    yield reader
+            return
+        descriptor = file if isinstance(file, int) else file.fileno()
         memory_bytes = MEMORY_BYTES + MEMORY_PER_BYTE * len(body)
         cpu_secs = CPU_SECS + len(body) / SEARCHED_BYTES_PER_SEC
         job = Job(content.format.name, content.start, False, separate, max_secs, cpu_secs, MIN_SPEED, memory_bytes)

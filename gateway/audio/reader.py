@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -28,6 +29,9 @@ WALL_FACTOR = 10.0
 
 The time between two batches, while nobody reads, does not count."""
 
+RAW_BATCH_SECS = 10
+"""Raw audio that a thread reads at once, in seconds; or a busy machine changes threads for longer than it reads."""
+
 log = structlog.get_logger()
 
 
@@ -50,7 +54,7 @@ class Reader(ABC):
 
 
 class RawReader(Reader):
-    """Reads raw audio, in a thread, since the disk may be slow.
+    """Reads raw audio; from a file in a thread, since the disk may be slow.
 
     Args:
         body: whole frames.
@@ -60,13 +64,23 @@ class RawReader(Reader):
 
     def __init__(self, body: Slices, format_: RawFormat, *, separate: bool) -> None:
         self.channels = format_.channels if separate else 1
+        self._in_memory = isinstance(body, bytes)
         self._blocks = read_raw(body, format_, separate=separate)
 
     async def __aiter__(self) -> AsyncIterator[Pcm]:
         """Iterate."""
-        while (block := await asyncio.to_thread(next, self._blocks, None)) is not None:
-            if block.size:
-                yield block
+        if self._in_memory:
+            for block in self._blocks:
+                if block.size:
+                    yield block
+            return
+        while batch := await asyncio.to_thread(self._read_batch):
+            for block in batch:
+                if block.size:
+                    yield block
+
+    def _read_batch(self) -> list[Pcm]:
+        return list(itertools.islice(self._blocks, RAW_BATCH_SECS))
 
 
 class FileReader(Reader):

@@ -146,11 +146,11 @@ class Settings(
     inference_queue_size: Annotated[int, Field(ge=0, le=100_000)] = 100
     """Maximum number of batch requests that wait for a place; more are refused."""
 
-    max_request_size: Annotated[int, Field(ge=1, le=2**30)] = 10 * 2**20
-    """Maximum body of a batch request, in bytes."""
+    max_request_size: Annotated[int, Field(ge=1, le=2**36)] = 512 * 2**20
+    """Maximum body of a batch request, in bytes; one over 1 MiB is kept in a temporary file."""
     max_json_size: Annotated[int, Field(ge=1, le=2**26)] = 8 * 2**20
     """Maximum JSON body of a batch request, in bytes; 8 MiB are 50 s of audio as numbers."""
-    max_batch_audio_length_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 30.0
+    max_batch_audio_length_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 14_400.0
     """Maximum length of a recording in a batch request, in seconds of audio."""
 
     max_frame_bytes: Annotated[int, Field(ge=2, le=16 * 2**20)] = 256 * 2**10

@@ -89,21 +89,51 @@ class Quotas:
         with self._batches_of_key.hold(key), self._batches_of_address.hold(address):
             yield
 
-    def spend(self, caller: int, audio_secs: float) -> None:
+    def spend(self, caller: int, audio_secs: float, *, owe: bool = False) -> None:
         """Charge audio to a caller; the last piece may exceed what is left.
 
+        Args:
+            caller: who is charged.
+            audio_secs: length of the audio in seconds.
+            owe: whether the caller may owe audio, which it then pays by waiting before its next one.
+
         Raises:
-            ApiError: nothing is left.
+            ApiError: nothing is left, and the caller may not owe.
         """
         if caller == ANONYMOUS or self._audio_rate is None:
             return
         bucket = self._audio.get(caller)
         if bucket is None:
             bucket = self._audio[caller] = TokenBucket(self._audio_rate, self._audio_rate * BURST_SECS, self._clock)
-        if (left := bucket.level) <= 0:
+        if not owe and (left := bucket.level) <= 0:
             error = ApiError(
                 ErrorKind.QUOTA_EXCEEDED, f"this key may send {self._audio_rate:g} s of audio per second, and has sent more"
             )
             error.retry_after_secs = 1.0 - left / self._audio_rate
             raise error
         bucket.take(audio_secs)
+
+
+class Bill:
+    """Charges one recording to its caller as it is read.
+
+    The first block is refused if nothing is left. A recording that has begun goes on, since half of it is of no use.
+
+    Args:
+        quotas: the gateway's.
+        caller: who is charged.
+    """
+
+    def __init__(self, quotas: Quotas, caller: int) -> None:
+        self._quotas = quotas
+        self._caller = caller
+        self._begun = False
+
+    def add(self, audio_secs: float) -> None:
+        """Charge more of the recording.
+
+        Raises:
+            ApiError: it is the first, and nothing is left.
+        """
+        self._quotas.spend(self._caller, audio_secs, owe=self._begun)
+        self._begun = True

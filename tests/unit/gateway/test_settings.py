@@ -422,7 +422,9 @@ class TestLegacyServers:
     def test_config_file(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text(LEGACY_CONFIG)
         loaded = load_settings({}, tmp_path)
-        assert loaded.settings == Settings(max_concurrent_batches=50, max_symbols_per_step=30, max_total_tokens=200)
+        assert loaded.settings == Settings(
+            max_concurrent_batches=50, max_batch_audio_length_secs=30, max_symbols_per_step=30, max_total_tokens=200
+        )
         assert len(loaded.notices) == 5
 
     def test_tuning_file(self, tmp_path: Path) -> None:
@@ -438,6 +440,8 @@ class TestLegacyServers:
             inference_timeout_secs=10,
             max_concurrent_streams=50,
             max_concurrent_batches=200,
+            max_request_size=10_485_760,
+            max_batch_audio_length_secs=30,
             max_symbols_per_step=30,
             max_total_tokens=200,
             jaeger_endpoint="http://localhost:14268/api/traces",
