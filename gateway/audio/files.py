@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator
+import mmap
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
 from gateway.audio import RATE, codecs, headers, mp3, ogg, wav
+from gateway.audio.body import Body, Parts, Pieces
+from gateway.audio.convert import Converter, Pcm
 from gateway.audio.errors import too_long, undecodable, unsupported
 from gateway.audio.media_types import identify_body
-from gateway.audio.mixing import Floats, Mixer, full_scale
-from gateway.audio.raw import read_pcm
+from gateway.audio.mixing import Floats, full_scale
+from gateway.audio.raw import DEFAULT, MAX_CHANNELS, check_raw
 from gateway.audio.sniff import AU, CAF, FLAC, MP3, OGG, RAW, WAV, Content
 from gateway.errors import ApiError, ErrorKind
 
-MIN_RATE, MAX_RATE = 8_000, 48_000
+MIN_RATE, MAX_RATE = 6_000, 192_000
 """Sample rates of files, in Hz."""
-
-MAX_CHANNELS = 8
 
 UNKNOWN_FRAMES = 2**63 - 1
 """Number of frames that libsndfile reports for a FLAC stream of unknown length."""
@@ -29,7 +28,7 @@ UNKNOWN_FRAMES = 2**63 - 1
 FLOATS = ("FLOAT", "DOUBLE")
 """libsndfile's names of float samples."""
 
-REPAIRS = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
+REPAIRS: dict[str, Callable[[Body], Parts]] = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
 """What makes libsndfile read a file whole, by the format's name."""
 
 UNSUPPORTED_ENCODING = 4
@@ -66,60 +65,70 @@ def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.
     """
     content = identify_body(body, content_type)
     if content.format == RAW:
-        return read_pcm(body, max_secs)
+        check_raw(len(body), DEFAULT, max_secs)
+        return np.frombuffer(body, "<i2")
     samples = bytearray()
     for block in decode_blocks(body, content, max_secs):
         samples += block.tobytes()
     return np.frombuffer(samples, np.int16)
 
 
-def decode_blocks(body: bytes, content: Content, max_secs: float) -> Iterator[NDArray[np.int16]]:
+def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *, separate: bool = False) -> Iterator[Pcm]:
     """Decode a file, block by block.
 
     Args:
-        body: the whole body.
+        data: the whole file.
         content: what it is, a decodable format.
         max_secs: maximum length of the audio in seconds.
+        separate: whether to keep the channels instead of mixing them down to one.
 
     Yields:
-        Blocks of 16 kHz samples [n] of about a second; at least one sample in all.
+        Blocks [channels, n] of about a second; at least one sample in all, and always the same number of channels.
 
     Raises:
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
     """
-    name, file = content.format.name, body[content.start :] if content.start else body
+    name, file = content.format.name, Body(data, content.start)
+    links: Iterable[Parts]
     if content.format == WAV:
-        payload, file = wav.repair(file)
-        name = payload.value
-    repair = REPAIRS.get(name)
-    links = ogg.split(file) if content.format == OGG else [repair(file) if repair else file]
-    decoded, left_secs = 0, max_secs
+        payload, repaired = wav.repair(file)
+        name, links = payload.value, [repaired]
+    elif content.format == OGG:
+        links = ogg.split(file)
+    else:
+        links = [REPAIRS[name](file) if name in REPAIRS else [file.view()]]
+    decoded, channels = 0, None
     for link in links:
-        for block in _decode(name, link, left_secs, max_secs):
-            decoded += len(block)
-            if len(block):
-                yield np.clip(np.rint(block * 0x8000), -0x8000, 0x7FFF).astype(np.int16)
         left_secs = max_secs - decoded / RATE
+        for block in _decode(name, link, left_secs, max_secs, separate=separate):
+            channels = channels or len(block)
+            if len(block) != channels:
+                message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
+                raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+            decoded += block.shape[1]
+            if block.size:
+                yield block
     if not decoded:
         raise undecodable(f"The {content.format.name} file holds no audio.")
 
 
-def _decode(name: str, file: bytes, left_secs: float, max_secs: float) -> Iterator[Floats]:
-    """Yield 16 kHz mono blocks [n] of a file for libsndfile, full scale 1."""
+def _decode(name: str, parts: Parts, left_secs: float, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield the blocks [channels, n] of a file for libsndfile."""
     try:
-        with _Reader(io.BytesIO(file)) as reader:
+        with _Reader(Pieces(parts)) as reader:
             _check_format(reader)
             scale = 1.0
             if reader.subtype in FLOATS:
-                with _Reader(io.BytesIO(file)) as first:
+                with _Reader(Pieces(parts)) as first:
                     scale = full_scale(_limited(name, first, left_secs, max_secs)) or 0.0
             if not scale:
                 raise undecodable(f"The {name} file holds samples that are infinite, far beyond full scale, or not a number.")
-            mix = Mixer(reader.channels, reader.samplerate).mix
-            mono = (mix(block / np.float32(scale)) for block in _limited(name, reader, left_secs, max_secs))
-            yield from mono if reader.samplerate == RATE else _resample(mono, reader.samplerate)
+            converter = Converter(reader.channels, reader.samplerate, separate=separate)
+            for block in _limited(name, reader, left_secs, max_secs):
+                yield converter.convert(block / np.float32(scale))
+            yield converter.finish()
     except soundfile.LibsndfileError as error:
-        codec = codecs.unsupported_codec(file)
+        codec = codecs.unsupported_codec(parts)
         if codec or error.code == UNSUPPORTED_ENCODING:
             raise unsupported(f"The {name} file's codec{codec and f', {codec},'} isn't supported.") from error
         raise undecodable(f"The {name} file is damaged or cut short.") from error
@@ -154,10 +163,3 @@ def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> I
         yield block
     if name == FLAC.name and frames < expected != UNKNOWN_FRAMES:
         raise undecodable(f"The FLAC file declares {expected} samples per channel, but holds {frames}.")
-
-
-def _resample(blocks: Iterable[Floats], rate: int) -> Iterator[Floats]:
-    resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield resampler.resample_chunk(block)
-    yield resampler.resample_chunk(np.empty(0, np.float32), last=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.audio.body import Slices
 from gateway.audio.errors import SUPPORTED
 from gateway.audio.sniff import RAW, Content, Format, identify
 from gateway.errors import ApiError, ErrorKind
@@ -19,7 +20,7 @@ ALLOWED = (
 )
 
 
-def identify_body(body: bytes, content_type: str) -> Content:
+def identify_body(body: Slices, content_type: str) -> Content:
     """Identify a body that must be audio.
 
     The content decides: a file is taken whatever audio type it is declared as. Raw PCM must be declared as such.
@@ -38,7 +39,7 @@ def identify_body(body: bytes, content_type: str) -> Content:
     shown = repr(media_type[:80])
     if media_type != OCTETS and not media_type.startswith("audio/"):
         raise _unsupported(f"Content type {shown} isn't supported.", "Content-Type")
-    if not body:
+    if not len(body):
         raise ApiError(ErrorKind.EMPTY_BODY, "The body is empty; it must hold audio.")
     content = identify(body)
     if content.format.decodable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gateway.audio.body import Slices
 from gateway.audio.frames import find_frames
 from gateway.audio.text import describe_text
 from gateway.errors import ApiError, ErrorKind
@@ -160,7 +161,7 @@ RECHECK_GROWTH = 2
 """Growth of a stream's beginning after which it is looked at again, so that tiny frames do not cost a look each."""
 
 
-def identify(body: bytes, *, complete: bool = True) -> Content:
+def identify(body: Slices, *, complete: bool = True) -> Content:
     """Identify a body by its content.
 
     Args:
@@ -171,10 +172,11 @@ def identify(body: bytes, *, complete: bool = True) -> Content:
         Its format, ``RAW`` where nothing speaks against raw PCM.
     """
     start = skip_tags(body)
+    head = body[start : start + HEAD_BYTES]
     for format_, parts in SIGNATURES:
-        if _matches(body, start, parts, complete=complete):
+        if _matches(head, parts, complete=complete):
             return Content(format_, start)
-    if found := find_frames(body[start : start + HEAD_BYTES], complete=complete and len(body) - start <= HEAD_BYTES):
+    if found := find_frames(head, complete=complete and len(body) - start <= HEAD_BYTES):
         name, at = found
         return Content(MP3 if name == MP3.name else Format(name), start + at)
     if start:
@@ -184,7 +186,7 @@ def identify(body: bytes, *, complete: bool = True) -> Content:
     return Content(RAW)
 
 
-def skip_tags(body: bytes) -> int:
+def skip_tags(body: Slices) -> int:
     """Return the offset after all ID3v2 tags (id3.org, ID3v2.4, section 3.1)."""
     start = 0
     for _ in range(MAX_TAGS):
@@ -196,12 +198,12 @@ def skip_tags(body: bytes) -> int:
     return start
 
 
-def _matches(body: bytes, start: int, parts: tuple[tuple[int, bytes], ...], *, complete: bool) -> bool:
+def _matches(head: bytes, parts: tuple[tuple[int, bytes], ...], *, complete: bool) -> bool:
     (first_offset, first), *others = parts
-    if not body.startswith(first, start + first_offset):
+    if not head.startswith(first, first_offset):
         return False
     for offset, magic in others:
-        there = body[start + offset : start + offset + len(magic)]
+        there = head[offset : offset + len(magic)]
         if not (magic.startswith(there) if complete else there == magic):
             return False
     return True

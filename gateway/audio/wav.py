@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 
+from gateway.audio import mp3
+from gateway.audio.body import Body, Part, Parts
 from gateway.audio.errors import undecodable, unsupported
 
 STREAMED = 0x7FFF0000
@@ -116,7 +118,7 @@ class Chunk:
         return self.end + self.size % 2
 
 
-def repair(file: bytes) -> tuple[Payload, bytes]:
+def repair(file: Body) -> tuple[Payload, Parts]:
     """Return a WAV file's audio as something that libsndfile reads whole.
 
     Args:
@@ -136,24 +138,25 @@ def repair(file: bytes) -> tuple[Payload, bytes]:
     if len(form) < MIN_FORMAT_BYTES or not data:
         raise undecodable("The WAV file is damaged or cut short: it has no format, or no audio.")
     codec, form = _codec(form, order)
-    audio = memoryview(file)[data.start : _end_of_audio(file, order, chunks, data)]
+    end = _end_of_audio(file, order, chunks, data)
     if codec.payload is Payload.MP3:
-        return Payload.MP3, bytes(audio)
+        return Payload.MP3, mp3.repair(file.part(data.start, end))
+    audio = file.view(data.start, end)
     fact = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fact" and not codec.samples), b"")
-    parts: list[tuple[bytes, bytes | memoryview]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
+    parts: list[tuple[bytes, Part]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
     pieces = [
         piece for name, part in parts for piece in (name, struct.pack(f"{order}I", len(part)), part, bytes(len(part) % 2))
     ]
     size = struct.pack(f"{order}I", len(b"WAVE") + sum(map(len, pieces)))
-    return Payload.WAV, b"".join((b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces))
+    return Payload.WAV, [b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces]
 
 
-def _chunks(file: bytes, order: str) -> list[Chunk]:
+def _chunks(file: Body, order: str) -> list[Chunk]:
     """List the chunks up to the audio."""
     chunks: list[Chunk] = []
     at = RIFF_HEADER_BYTES
     while at + CHUNK_HEADER_BYTES <= len(file):
-        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         chunk = Chunk(name, at + CHUNK_HEADER_BYTES, size)
         chunks.append(chunk)
         if name == b"data":
@@ -162,13 +165,13 @@ def _chunks(file: bytes, order: str) -> list[Chunk]:
     return chunks
 
 
-def _end_of_audio(file: bytes, order: str, chunks: list[Chunk], data: Chunk) -> int:
+def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> int:
     """Return the offset after the last byte of audio.
 
     Raises:
         ApiError: the file is cut short: all its sizes agree that more belongs to it.
     """
-    (riff_size,) = struct.unpack_from(f"{order}I", file, 4)
+    (riff_size,) = struct.unpack(f"{order}I", file[4:8])
     size = data.size
     if file[:4] in (b"RF64", b"BW64"):
         ds64 = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"ds64"), b"")
@@ -186,10 +189,10 @@ def _end_of_audio(file: bytes, order: str, chunks: list[Chunk], data: Chunk) -> 
     return len(file)
 
 
-def _are_chunks(file: bytes, order: str, at: int) -> bool:
+def _are_chunks(file: Body, order: str, at: int) -> bool:
     """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
     while at + CHUNK_HEADER_BYTES <= len(file):
-        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         if not name.isascii() or not name.decode("ascii").isprintable():
             return False
         at = Chunk(name, at + CHUNK_HEADER_BYTES, size).next

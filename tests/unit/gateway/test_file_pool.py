@@ -16,7 +16,7 @@ import psutil
 import pytest
 import soundfile
 
-from gateway.audio import RATE, pool
+from gateway.audio import RATE, pool, reader
 from gateway.audio.files import decode_audio
 from gateway.audio.pool import FilePool
 from gateway.errors import ApiError, ErrorKind
@@ -145,6 +145,7 @@ async def test_cancelling_ends_the_process_and_frees_its_place(files: FilePool) 
 
 async def test_cpu_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "CPU_SECS", 0.1)
+    monkeypatch.setattr(pool, "SEARCHED_BYTES_PER_SEC", 2**40)
     with pytest.raises(ApiError, match=r"takes more than 1 s of CPU time") as caught:
         await files.decode(SLOW * 5, "", 30)
     assert caught.value.kind is ErrorKind.UNDECODABLE_AUDIO
@@ -161,7 +162,7 @@ async def test_memory_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_elapsed_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "WALL_FACTOR", 0.001)
+    monkeypatch.setattr(reader, "WALL_FACTOR", 0.001)
     with pytest.raises(ApiError, match="not decoded within") as caught:
         await files.decode(SLOW, "", 3600)
     assert caught.value.kind is ErrorKind.NO_CAPACITY
