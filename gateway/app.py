@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from gateway import __version__, metrics, tracing
-from gateway.api import health, native_rest, native_websocket, openai_errors, openai_rest
+from gateway.api import health, native_rest, native_websocket, openai_errors, openai_realtime, openai_rest
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
@@ -55,6 +55,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.include_router(native_rest.router, dependencies=[Depends(_check_origin)])
     app.include_router(openai_rest.router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_realtime.secrets_router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_realtime.router)
     app.include_router(native_websocket.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _answer_error)

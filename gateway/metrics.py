@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from http import HTTPStatus
+from itertools import product
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
@@ -80,10 +81,11 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
     statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, CLIENT_GONE, *(kind.status for kind in ErrorKind)}
     for model in names:
         for endpoint in ("batch", "stream"):
-            REQUEST_DURATION.labels(endpoint, model)
             AUDIO_SECONDS.labels(endpoint, model)
-            for status in statuses:
-                REQUESTS.labels(endpoint, model, str(int(status)))
+        for endpoint in ("batch", "stream", "realtime"):  # whose turns are streams
+            REQUEST_DURATION.labels(endpoint, model)
+        for endpoint, status in product(("batch", "stream", "realtime"), statuses):
+            REQUESTS.labels(endpoint, model, str(int(status)))
         for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
             histogram.labels(model)
     others = sorted({200, *(kind.status for kind in ErrorKind)})

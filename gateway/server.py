@@ -20,6 +20,9 @@ from gateway.limits.connects import Guard
 from gateway.process import max_connections, raise_descriptor_limit, trim_heap, tune_garbage_collection
 
 LISTEN_BACKLOG = 2048
+
+MAX_EVENT_BYTES = 4 * 2**20
+"""Largest event of a realtime session, in bytes: a minute of audio at 24 kHz in base64."""
 FORCE_EXIT_POLL_SECS = 0.1
 
 KEEP_ALIVE_SECS = 75
@@ -47,7 +50,9 @@ class GatewayServer(uvicorn.Server):
                 port=settings.server_port,
                 loop="uvloop",
                 # The application refuses larger frames with an error frame, and websockets far larger ones without.
-                ws_max_size=2 * settings.max_frame_bytes,
+                ws_max_size=max(2 * settings.max_frame_bytes, MAX_EVENT_BYTES),
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
                 ws_per_message_deflate=False,  # audio does not compress, and inflating costs CPU
                 ws_ping_interval=None,  # stream_timeout_secs decides; a peer held back can't answer pings
                 backlog=LISTEN_BACKLOG,

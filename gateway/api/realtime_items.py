@@ -166,8 +166,8 @@ class Item:
 class Items:
     """The items of one session.
 
-    With turn detection an item begins with the padding before detected speech and is committed when the speech stops. Without, it
-    begins with the first audio. A commit ends either. Items never share audio.
+    With turn detection an item begins with the padding before detected speech, and is committed when the speech stops. Without
+    it, an item begins with the first audio. A commit ends either. Items never share audio.
 
     Transcriptions must be reported in the order of the items: the face transcribes one at a time.
 

@@ -1,7 +1,7 @@
 """Voice activity: the probability that a frame of audio holds speech.
 
-The network is Silero VAD 6.2 (https://github.com/snakers4/silero-vad): a spectrogram, four convolutions over time, an LSTM. Here
-it is numpy: one frame takes a quarter of the time of the ggml build that PyPI has, and frames that come together share the calls.
+The network is Silero VAD 6.2 (https://github.com/snakers4/silero-vad): a spectrogram, four convolutions over time, an LSTM. In
+numpy a frame costs a quarter of the time of the ggml build on PyPI, and frames that come together share the calls.
 """
 
 from __future__ import annotations

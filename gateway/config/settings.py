@@ -138,6 +138,10 @@ class Settings(
     """Address to listen on."""
     server_port: Annotated[int, Field(ge=0, le=65535)] = 8057
     """Port to listen on; 0 selects a free port."""
+    tls_certificate: Annotated[str | None, Allowed("the path of a readable PEM file")] = None
+    """File with the certificate of this server and those of its issuers, as PEM; if set, the gateway speaks TLS."""
+    tls_key: Annotated[str | None, Allowed("the path of a readable PEM file")] = None
+    """File with the certificate's private key, as PEM; if not set, tls_certificate holds it too."""
 
     triton_endpoint: Annotated[
         str,
@@ -199,6 +203,9 @@ class Settings(
     """Idle time after which a stream is closed, in seconds; keep it below Triton's max_sequence_idle_microseconds."""
     max_stream_audio_secs: Annotated[float, Field(ge=0.001, le=31_536_000)] = 14_400.0
     """Maximum length of a stream, in seconds of audio."""
+
+    realtime_timeout_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 600.0
+    """Idle time after which a session of /v1/realtime is closed, in seconds."""
 
     reclaim_silent_secs: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """A stream without audio for this long, in seconds, loses its place to a new stream when all are taken."""

@@ -19,6 +19,10 @@ RELEASE = 0.15
 """How far below the threshold a frame counts as silence; between both it changes nothing."""
 
 
+BLOCK_FRAMES = 16
+"""Frames that are looked at in one go, about half a second of audio."""
+
+
 @dataclass(frozen=True)
 class Detection:
     """When speech starts and stops.
@@ -105,9 +109,7 @@ class SpeechDetector:
     def _step(self, probability: float) -> Change | None:
         speech = probability >= self.detection.threshold
         self._run = self._run + 1 if speech else 0
-        if speech:
-            self._last_speech = self._position
-        elif self._speaking and probability >= self.detection.threshold - RELEASE:
+        if speech or (self._speaking and probability >= self.detection.threshold - RELEASE):
             self._last_speech = self._position
         if not self._speaking and self._run >= START_FRAMES:
             self._speaking = True
@@ -117,7 +119,3 @@ class SpeechDetector:
             self._speaking = False
             return Change(False, self._last_speech)
         return None
-
-
-BLOCK_FRAMES = 16
-"""Frames that are looked at in one go, about half a second of audio."""
