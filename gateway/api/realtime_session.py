@@ -209,6 +209,8 @@ class Connection:
 
     async def _take(self, samples: Samples) -> None:
         """Take audio [n]: find turns in it, and hand it to the decoder."""
+        left = self._max_samples - self._items.position
+        too_long, samples = len(samples) > left, samples[:left]
         pieces = self._detector.feed(samples) if self._detector else (Piece(samples, None),)
         for piece in pieces:
             self._kept += piece.samples.tobytes()
@@ -221,7 +223,7 @@ class Connection:
             if self._ending:
                 return
             await asyncio.sleep(0)  # detection takes time, which others need too
-        if self._items.position > self._max_samples:
+        if too_long:
             self._end(1000, f"The session has more than {self._max_samples / RATE:g} s of audio; begin another.")
 
     def _trim(self) -> None:

@@ -38,9 +38,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="module")
 async def keyed(make_gateway: MakeGateway) -> AsyncIterator[Gateway]:
-    async with make_gateway(
-        max_concurrent_streams=8, api_keys=(KEY,), session_key="sixteen characters"
-    ) as running:
+    async with make_gateway(max_concurrent_streams=8, api_keys=(KEY,), session_key="sixteen characters") as running:
         yield running
 
 
@@ -53,7 +51,7 @@ async def client(keyed: Gateway) -> AsyncIterator[AsyncOpenAI]:
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
     """Two utterances between pauses."""
-    first, second = list(recordings.values())[:2]
+    first, second = recordings["jfk"], recordings["2033-164914-0000"]
     pause = np.zeros(RATE, np.int16)
     spoken: Samples = np.concatenate((pause, first[: 5 * RATE], pause, second[: 5 * RATE], pause))
     return spoken
@@ -265,7 +263,7 @@ async def test_audio_of_the_telephone(gateway: Gateway, speech: Samples, kind: s
     events = [{"type": "input_audio_buffer.append", "audio": base64.b64encode(piece).decode()} for piece in pieces]
     heard = await talk(gateway, update(format=format_, turn_detection=None), *events, COMMIT, until_type=COMPLETED)
     (transcript,) = check(heard.messages).values()
-    assert "fellow" in transcript
+    assert {"so", "my", "fellow"} <= set(transcript.split())
     assert heard.messages[-1]["usage"]["seconds"] == pytest.approx(6, abs=0.001)
 
 
@@ -279,7 +277,8 @@ def encode(samples: Samples, kind: str) -> bytes:
     return file.getvalue()
 
 
-async def test_cleared_audio_is_not_transcribed(gateway: Gateway, speech: Samples, no_sequence_left: None) -> None:
+@pytest.mark.usefixtures("no_sequence_left")
+async def test_cleared_audio_is_not_transcribed(gateway: Gateway, speech: Samples) -> None:
     begin = update(format=PCM_16, turn_detection=None)
     heard = await talk(gateway, begin, append(speech), CLEAR, COMMIT, until_type="error")
     assert heard.messages[-1]["error"]["code"] == "input_audio_buffer_commit_empty"
@@ -294,7 +293,8 @@ async def test_logprobs_on_request(gateway: Gateway, speech: Samples) -> None:
     assert all(entry["logprob"] <= 0 for entry in completed["logprobs"])
 
 
-async def test_one_connection_holds_one_place(make_gateway: MakeGateway, speech: Samples, no_sequence_left: None) -> None:
+@pytest.mark.usefixtures("no_sequence_left")
+async def test_one_connection_holds_one_place(make_gateway: MakeGateway, speech: Samples) -> None:
     async with make_gateway(max_concurrent_streams=1) as gateway:
         begin = update(format=PCM_16, turn_detection=None)
         turns = [event for at in range(5) for event in (append(speech[at * RATE : (at + 2) * RATE]), COMMIT)]
@@ -345,18 +345,20 @@ async def test_drain_ends_with_the_transcription_and_1012(make_gateway: MakeGate
 
 
 async def test_silent_session_loses_its_place_to_another(make_gateway: MakeGateway) -> None:
-    async with make_gateway(max_concurrent_streams=1, reclaim_silent_secs=1) as gateway:
-        async with open_socket(realtime_url(gateway)) as silent:
-            await asyncio.sleep(1.1)
-            async with open_socket(realtime_url(gateway)) as other:
-                assert orjson.loads(await other.recv())["type"] == "session.created"
-                heard = await listen(silent)
+    async with (
+        make_gateway(max_concurrent_streams=1, reclaim_silent_secs=1) as gateway,
+        open_socket(realtime_url(gateway)) as silent,
+    ):
+        await asyncio.sleep(1.1)
+        async with open_socket(realtime_url(gateway)) as other:
+            assert orjson.loads(await other.recv())["type"] == "session.created"
+            heard = await listen(silent)
     assert heard.close_code == 1000
     assert heard.messages[-1]["error"]["code"] == "session_expired"
 
 
 async def test_failed_item_leaves_the_session(make_gateway: MakeGateway, speech: Samples) -> None:
-    """Its audio is beyond the caller's quota."""
+    """The audio exceeds the caller's quota."""
     async with make_gateway(api_keys=("key",), max_audio_rate_per_key=0.05) as gateway:
         begin = update(format=PCM_16, turn_detection=None)
         async with open_socket(realtime_url(gateway), additional_headers={"Authorization": "Bearer key"}) as socket:
