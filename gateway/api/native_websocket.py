@@ -15,7 +15,6 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import orjson
 import structlog
 from fastapi import APIRouter, WebSocket
@@ -23,8 +22,9 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics, tracing
-from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.audio.sniff import StreamStart
+from gateway.audio import RATE
+from gateway.audio.raw import DEFAULT, parse_raw_format
+from gateway.audio.stream import StreamInput
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
@@ -34,7 +34,6 @@ from gateway.live.events import Acknowledged, Event, Failed, Final, SegmentFinal
 from gateway.live.session import Ending, Session, State
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
-from gateway.triton.connection import Samples
 
 RESUMABLE = "amira.v2"
 """Subprotocol of clients that can resume a stream."""
@@ -50,15 +49,15 @@ class Control(Enum):
     KEEPALIVE = b"\x01"
 
 
-def read_frame(frame: bytes, max_bytes: int) -> Samples | Control:
-    """Return the content of a binary frame: 16 kHz audio [n], or a control.
+def read_frame(frame: bytes, max_bytes: int) -> bytes | Control:
+    """Return the content of a binary frame: bytes of the stream, or a control.
 
     Raises:
-        ApiError: the frame is empty, larger than ``max_bytes``, an unknown control, or not made of 16-bit samples.
+        ApiError: the frame is empty, larger than ``max_bytes``, or an unknown control.
     """
     size = len(frame)
-    if size > 1 and size % BYTES_PER_SAMPLE == 0 and size <= max_bytes:
-        return np.frombuffer(frame, "<i2")
+    if 1 < size <= max_bytes:
+        return frame
     if not frame:
         raise ApiError(ErrorKind.EMPTY_FRAME, "the frame is empty; audio frames have at least 2 bytes")
     if size == 1:
@@ -67,9 +66,7 @@ def read_frame(frame: bytes, max_bytes: int) -> Samples | Control:
         except ValueError:
             known = "known: 0x00 end, 0x01 keepalive"
             raise ApiError(ErrorKind.UNKNOWN_CONTROL, f"control byte 0x{frame.hex()} is not known; {known}") from None
-    if size > max_bytes:
-        raise ApiError(ErrorKind.FRAME_TOO_LARGE, f"the frame has {size} bytes; at most {max_bytes} are taken")
-    raise ApiError(ErrorKind.ODD_LENGTH, f"the frame has {size} bytes; 16-bit samples need an even number")
+    raise ApiError(ErrorKind.FRAME_TOO_LARGE, f"the frame has {size} bytes; at most {max_bytes} are taken")
 
 
 def read_resume(text: str) -> str:
@@ -114,6 +111,7 @@ class Connection:
     Args:
         socket: accepted.
         session: its stream.
+        audio: turns the frames into the session's samples.
         settings: the gateway's.
         resumable: whether the client asked for session tokens.
         flooding_secs: for how long the client has been held back because of small frames.
@@ -123,6 +121,7 @@ class Connection:
         self,
         socket: WebSocket,
         session: Session,
+        audio: StreamInput,
         settings: Settings,
         *,
         resumable: bool,
@@ -130,12 +129,12 @@ class Connection:
     ) -> None:
         self._socket = socket
         self._session = session
+        self._audio = audio
         self._resumable = resumable
         self._flooding_secs = flooding_secs
         self._max_frame_bytes = settings.max_frame_bytes
         self._timeout_secs = settings.stream_timeout_secs
         self._waits_since: float | None = None  # for a frame
-        self._start: StreamStart | None = StreamStart()
 
     async def serve(self) -> int:
         """Serve the stream; return the code that closed the socket."""
@@ -144,8 +143,9 @@ class Connection:
         watch = asyncio.create_task(self._watch(), name="stream watch")
         tasks = (writer, reader, watch)  # a final that was sent counts, whatever else ended at the same time
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            ended = next(task for task in tasks if task.done())
+            ends = (*tasks, self._audio.failed)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            ended = next(end for end in ends if end.done())
             self._session.abandon()
             writer.cancel()
             return await self._close(ended.exception())
@@ -153,6 +153,7 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._audio.close()
 
     async def _read(self) -> None:
         """Take frames until the client ends the stream, then wait until it disconnects.
@@ -161,7 +162,7 @@ class Connection:
             ApiError: a frame violates the protocol.
             WebSocketDisconnect: the client disconnected.
         """
-        receive, session, ended = self._socket.receive, self._session, False
+        receive, audio, ended = self._socket.receive, self._audio, False
         while True:
             self._waits_since = None if ended else time.monotonic()
             message = await receive()
@@ -177,21 +178,18 @@ class Connection:
             content = read_frame(frame, self._max_frame_bytes)
             if content is Control.END:
                 ended = True
-                if self._start:
-                    self._start.end()
-                session.end()
+                await audio.end()
+                self._session.end()
             elif content is not Control.KEEPALIVE:
-                if self._start:
-                    self._start.check(frame)
-                await session.append(content)
+                await audio.feed(content)
 
     def _resume(self, text: str) -> None:
         if not self._resumable:
             raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
-        if self._session.state is not State.CONNECTING:
+        if self._session.state is not State.CONNECTING or self._audio.begun:
             raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio")
         self._session.resume(read_resume(text))
-        self._start = None  # the audio continues anywhere in the stream
+        self._audio.resume()
 
     async def _write(self) -> None:
         """Send the session's events until it has ended.
@@ -270,6 +268,10 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
+            raw = parse_raw_format(socket.query_params)
+            if resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
+                message = f"streams that can be resumed ({RESUMABLE}) must have {DEFAULT.rate} Hz and one channel"
+                raise ApiError(ErrorKind.UNACCEPTABLE, message, "sample_rate")
             held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
             session = service.sessions.open(model, caller, place=held, resumable=resumable)
         except ApiError as error:
@@ -278,8 +280,13 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
         else:
             async with session:
                 await _accept(socket)
+                audio = StreamInput(
+                    raw, service.files, session.append, service.settings.max_stream_audio_secs, resumable=resumable
+                )
                 flooding_secs = socket.state.flooding_secs
-                connection = Connection(socket, session, service.settings, resumable=resumable, flooding_secs=flooding_secs)
+                connection = Connection(
+                    socket, session, audio, service.settings, resumable=resumable, flooding_secs=flooding_secs
+                )
                 code = await connection.serve()
             metrics.CLOSES.labels(str(code)).inc()
             tracing.describe(close_code=code, audio_secs=session.received_secs)

@@ -8,6 +8,13 @@ from numpy.typing import NDArray
 
 from gateway.audio import RATE
 from gateway.audio.mixing import Floats, Mixer
+from gateway.errors import ApiError, ErrorKind
+
+MIN_RATE, MAX_RATE = 6_000, 192_000
+"""Sample rates of files, in Hz."""
+
+MAX_CHANNELS = 8
+"""Maximum number of channels of any audio."""
 
 Pcm = NDArray[np.int16]
 """Samples at 16 kHz [channels, n]."""
@@ -46,6 +53,20 @@ class Converter:
         """Return the rest of the output."""
         rest = np.empty((0, self.channels), np.float32)
         return _round(self._resampler.resample_chunk(rest, last=True) if self._resampler else rest)
+
+
+def check_format(channels: int, rate: int) -> None:
+    """Check the number of channels and the sample rate of a file.
+
+    Raises:
+        ApiError: ``UNACCEPTABLE``, one of them is not allowed.
+    """
+    if not MIN_RATE <= rate <= MAX_RATE:
+        message = f"The sample rate is {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz."
+        raise ApiError(ErrorKind.UNACCEPTABLE, message)
+    if not 1 <= channels <= MAX_CHANNELS:
+        message = f"The audio has {channels} channels; it must have from 1 to {MAX_CHANNELS}."
+        raise ApiError(ErrorKind.UNACCEPTABLE, message)
 
 
 def _round(block: Floats) -> Pcm:

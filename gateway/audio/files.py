@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator
+from io import RawIOBase
 
 import numpy as np
 import soundfile
@@ -11,16 +12,13 @@ from numpy.typing import NDArray
 
 from gateway.audio import RATE, codecs, headers, mp3, ogg, wav
 from gateway.audio.body import Body, Parts, Pieces
-from gateway.audio.convert import Converter, Pcm
+from gateway.audio.convert import Converter, Pcm, check_format
 from gateway.audio.errors import too_long, undecodable, unsupported
-from gateway.audio.media_types import identify_body
+from gateway.audio.media_types import CONTAINERS, identify_body
 from gateway.audio.mixing import Floats, full_scale
-from gateway.audio.raw import DEFAULT, MAX_CHANNELS, check_raw
-from gateway.audio.sniff import AU, CAF, FLAC, MP3, OGG, RAW, WAV, Content
+from gateway.audio.raw import DEFAULT, check_raw
+from gateway.audio.sniff import AIFF, AU, CAF, FLAC, LIVE_DEMUXERS, MP3, OGG, RAW, WAV, Content, Format
 from gateway.errors import ApiError, ErrorKind
-
-MIN_RATE, MAX_RATE = 6_000, 192_000
-"""Sample rates of files, in Hz."""
 
 UNKNOWN_FRAMES = 2**63 - 1
 """Number of frames that libsndfile reports for a FLAC stream of unknown length."""
@@ -30,6 +28,9 @@ FLOATS = ("FLOAT", "DOUBLE")
 
 REPAIRS: dict[str, Callable[[Body], Parts]] = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
 """What makes libsndfile read a file whole, by the format's name."""
+
+RARE_CODECS = {AIFF: "aiff", AU: "au", CAF: "caf", OGG: "ogg"}
+"""FFmpeg's names of formats that may have codecs which libsndfile does not decode."""
 
 UNSUPPORTED_ENCODING = 4
 """libsndfile's error (SF_ERR_UNSUPPORTED_ENCODING)."""
@@ -88,35 +89,85 @@ def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *,
     Raises:
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
     """
-    name, file = content.format.name, Body(data, content.start)
+    name, file, decoded, channels = content.format.name, Body(data, content.start), 0, 0
+    for block in _blocks(content.format, file, max_secs, separate=separate):
+        channels = channels or len(block)
+        if len(block) != channels:
+            message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
+            raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+        decoded += block.shape[1]
+        if block.size:
+            yield block
+    if not decoded:
+        raise undecodable(f"The {name} file holds no audio.")
+
+
+def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator[Pcm]:
+    """Decode a container as it comes.
+
+    Args:
+        format_: what it is, one of ``LIVE_DEMUXERS``.
+        pipe: gives its bytes; a read waits for as many as there are, not for as many as are wanted.
+        max_secs: maximum length of the audio in seconds.
+
+    Yields:
+        Blocks [1, n].
+
+    Raises:
+        ApiError: as ``decode_blocks``.
+    """
+    from gateway.audio.containers import decode_container  # noqa: PLC0415 (an extra)
+
+    yield from decode_container(format_.name, LIVE_DEMUXERS[format_], pipe, max_secs, live=True)
+
+
+def _blocks(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield blocks [channels, n] by the library that decodes the file."""
+    if format_.demuxer:
+        yield from _decode_container(format_.name, format_.demuxer, file, max_secs, separate=separate)
+        return
+    begun = False
+    try:
+        for block in _links(format_, file, max_secs, separate=separate):
+            begun = True
+            yield block
+    except ApiError as error:
+        if error.kind is not ErrorKind.UNSUPPORTED_MEDIA or begun or format_ not in RARE_CODECS or not CONTAINERS:
+            raise
+        try:
+            yield from _decode_container(format_.name, RARE_CODECS[format_], file, max_secs, separate=separate)
+        except ApiError as other:
+            raise error if other.kind in (ErrorKind.UNSUPPORTED_MEDIA, ErrorKind.UNDECODABLE_AUDIO) else other from other
+
+
+def _decode_container(name: str, demuxer: str, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    from gateway.audio.containers import decode_container  # noqa: PLC0415 (an extra)
+
+    yield from decode_container(name, demuxer, Pieces([file.view()]), max_secs, separate=separate)
+
+
+def _links(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield the blocks [channels, n] of a file that libsndfile decodes."""
+    name, decoded = format_.name, 0
     links: Iterable[Parts]
-    if content.format == WAV:
+    if format_ == WAV:
         payload, repaired = wav.repair(file)
         name, links = payload.value, [repaired]
-    elif content.format == OGG:
+    elif format_ == OGG:
         links = ogg.split(file)
     else:
         links = [REPAIRS[name](file) if name in REPAIRS else [file.view()]]
-    decoded, channels = 0, None
     for link in links:
-        left_secs = max_secs - decoded / RATE
-        for block in _decode(name, link, left_secs, max_secs, separate=separate):
-            channels = channels or len(block)
-            if len(block) != channels:
-                message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
-                raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+        for block in _decode(name, link, max_secs - decoded / RATE, max_secs, separate=separate):
+            yield block
             decoded += block.shape[1]
-            if block.size:
-                yield block
-    if not decoded:
-        raise undecodable(f"The {content.format.name} file holds no audio.")
 
 
 def _decode(name: str, parts: Parts, left_secs: float, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
     """Yield the blocks [channels, n] of a file for libsndfile."""
     try:
         with _Reader(Pieces(parts)) as reader:
-            _check_format(reader)
+            check_format(reader.channels, reader.samplerate)
             scale = 1.0
             if reader.subtype in FLOATS:
                 with _Reader(Pieces(parts)) as first:
@@ -132,16 +183,6 @@ def _decode(name: str, parts: Parts, left_secs: float, max_secs: float, *, separ
         if codec or error.code == UNSUPPORTED_ENCODING:
             raise unsupported(f"The {name} file's codec{codec and f', {codec},'} isn't supported.") from error
         raise undecodable(f"The {name} file is damaged or cut short.") from error
-
-
-def _check_format(reader: _Reader) -> None:
-    rate, channels = reader.samplerate, reader.channels
-    if not MIN_RATE <= rate <= MAX_RATE:
-        message = f"The sample rate is {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz."
-        raise ApiError(ErrorKind.UNACCEPTABLE, message)
-    if not 1 <= channels <= MAX_CHANNELS:
-        message = f"The audio has {channels} channels; it must have from 1 to {MAX_CHANNELS}."
-        raise ApiError(ErrorKind.UNACCEPTABLE, message)
 
 
 def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> Iterator[Floats]:

@@ -26,6 +26,7 @@ class Job:
     Attributes:
         format: name of the file's format.
         start: offset of the format's first byte in the file.
+        live: whether the file is the end of a pipe, and is decoded as it comes.
         separate: whether to keep the channels instead of mixing them down to one.
         max_secs: maximum length of the audio in seconds.
         cpu_secs: limit of CPU time before the first audio, in seconds.
@@ -35,6 +36,7 @@ class Job:
 
     format: str
     start: int
+    live: bool
     separate: bool
     max_secs: float
     cpu_secs: float

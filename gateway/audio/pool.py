@@ -20,11 +20,13 @@ import structlog
 from numpy.typing import NDArray
 
 from gateway.audio.body import OpenFile
+from gateway.audio.errors import EXTRA
 from gateway.audio.jobs import Job
-from gateway.audio.media_types import identify_body
+from gateway.audio.media_types import CONTAINERS, identify_body
 from gateway.audio.raw import DEFAULT, RawFormat, check_raw
-from gateway.audio.reader import FileReader, RawReader, Reader
-from gateway.audio.sniff import RAW
+from gateway.audio.reader import FileReader, LiveReader, RawReader, Reader
+from gateway.audio.sniff import RAW, Format
+from gateway.errors import ApiError, ErrorKind
 
 MIN_PLACES = 2
 """Files decoded at once on a machine with one CPU, so that one slow file does not delay all others."""
@@ -92,13 +94,44 @@ class FilePool:
             return
         memory_bytes = MEMORY_BYTES + MEMORY_PER_BYTE * len(body)
         cpu_secs = CPU_SECS + len(body) / SEARCHED_BYTES_PER_SEC
-        job = Job(content.format.name, content.start, separate, max_secs, cpu_secs, MIN_SPEED, memory_bytes)
+        job = Job(content.format.name, content.start, False, separate, max_secs, cpu_secs, MIN_SPEED, memory_bytes)
+        async with self._run(job, descriptor, FileReader) as reader:
+            yield reader
+
+    @contextlib.asynccontextmanager
+    async def stream(self, format_: Format, max_secs: float) -> AsyncIterator[tuple[socket.socket, Reader]]:
+        """Decode a container as it comes.
+
+        Args:
+            format_: one of ``sniff.LIVE_DEMUXERS``.
+            max_secs: maximum length of the audio in seconds.
+
+        Yields:
+            A non-blocking socket that takes the container's bytes until it is shut down, and what gives its samples [1, n].
+
+        Raises:
+            ApiError: ``UNSUPPORTED_MEDIA``, the extra is not installed; the reader's iteration raises the errors of ``read``.
+        """
+        if not CONTAINERS:
+            message = f"The stream is {format_.name}, which this server can't decode: {EXTRA}, or send raw audio or WAV."
+            raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)
+        job = Job(format_.name, 0, True, False, max_secs, CPU_SECS, MIN_SPEED, MEMORY_BYTES)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            ours.setblocking(False)
+            async with self._run(job, theirs.fileno(), LiveReader) as reader:
+                theirs.close()
+                yield ours, reader
+
+    @contextlib.asynccontextmanager
+    async def _run(self, job: Job, file: int, kind: type[FileReader]) -> AsyncIterator[Reader]:
+        """Start a job; leaving the context ends it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         wanted, demand = os.pipe()
         with ours, os.fdopen(demand, "wb", buffering=0) as asks:  # closing them ends the job
             ours.setblocking(False)
-            start = functools.partial(self._send, json.dumps(asdict(job)).encode(), [descriptor, theirs.fileno(), wanted])
-            reader = FileReader(job, ours, asks, self._places)
+            start = functools.partial(self._send, json.dumps(asdict(job)).encode(), [file, theirs.fileno(), wanted])
+            reader = kind(job, ours, asks, self._places)
             try:
                 await reader.open(start, theirs)
             finally:

@@ -11,16 +11,13 @@ from numpy.typing import NDArray
 
 from gateway.audio import RATE
 from gateway.audio.body import Slices
-from gateway.audio.convert import Converter, Pcm
+from gateway.audio.convert import MAX_CHANNELS, Converter, Pcm
 from gateway.audio.errors import too_long, undecodable
 from gateway.audio.mixing import Floats
 from gateway.errors import ApiError, ErrorKind
 
 MIN_RAW_RATE, MAX_RAW_RATE = 8_000, 48_000
 """Sample rates of raw audio, in Hz."""
-
-MAX_CHANNELS = 8
-"""Maximum number of channels of any audio."""
 
 
 class Encoding(Enum):
@@ -60,6 +57,9 @@ class RawFormat:
         """Size of one sample of all channels."""
         return self.sample_bytes * self.channels
 
+
+MIXED_SECS = 0.1
+"""Audio of a live stream that is mixed at once, in seconds."""
 
 DEFAULT = RawFormat()
 """What a request means that says nothing: s16le, 16 kHz, mono."""
@@ -166,3 +166,50 @@ def read_raw(body: Slices, format_: RawFormat, *, separate: bool = False) -> Ite
     for at in range(0, len(body), block_bytes):
         yield converter.convert(read_samples(body[at : at + block_bytes], format_))
     yield converter.finish()
+
+
+class RawStream:
+    """Converts raw audio as it comes, in pieces of any length. How it is cut changes no sample.
+
+    Args:
+        format_: the format of the audio.
+    """
+
+    def __init__(self, format_: RawFormat) -> None:
+        self._format = format_
+        self._converter = Converter(format_.channels, format_.rate)
+        # Each block of the mix has its own weights, so that blocks must not depend on the pieces.
+        self._block_bytes = format_.frame_bytes * (1 if format_.channels == 1 else max(1, round(MIXED_SECS * format_.rate)))
+        self._rest = b""
+
+    def convert(self, data: bytes) -> NDArray[np.int16]:
+        """Return what is complete of the audio [n] at 16 kHz.
+
+        Raises:
+            ApiError: as ``read_samples``.
+        """
+        data = self._rest + data
+        end = len(data) // self._block_bytes * self._block_bytes
+        self._rest = data[end:]
+        step = self._block_bytes if self._format.channels > 1 else max(end, 1)
+        blocks = [self._convert(data[at : at + step]) for at in range(0, end, step)]
+        return np.concatenate(blocks) if blocks else np.empty(0, np.int16)
+
+    def finish(self, *, whole: bool = True) -> NDArray[np.int16]:
+        """Return the rest of the audio [n].
+
+        Args:
+            whole: whether the last sample must be whole; else what there is of it is dropped.
+
+        Raises:
+            ApiError: ``ODD_LENGTH``, the last sample is incomplete.
+        """
+        excess = len(self._rest) % self._format.frame_bytes
+        if excess and whole:
+            message = f"The stream ends within a sample; one sample of all channels has {self._format.frame_bytes} bytes."
+            raise ApiError(ErrorKind.ODD_LENGTH, message)
+        rest = self._rest[: len(self._rest) - excess]
+        return np.concatenate([self._convert(rest), self._converter.finish()[0]])
+
+    def _convert(self, data: bytes) -> NDArray[np.int16]:
+        return self._converter.convert(read_samples(data, self._format))[0] if data else np.empty(0, np.int16)

@@ -164,3 +164,21 @@ class FileReader(Reader):
             problem = f"takes more than {cpu_secs} s of CPU time to decode" if died_of == signal.SIGXCPU else "is damaged"
             return ApiError(ErrorKind.UNDECODABLE_AUDIO, f"The {self._job.format} file {problem}.")
         return ApiError(ErrorKind.NO_CAPACITY, "Decoding the file was interrupted; please retry.")
+
+
+class LiveReader(FileReader):
+    """Reads what a process decodes of a live stream, as it comes."""
+
+    async def open(self, start: Callable[[], Awaitable[None]], theirs: socket.socket) -> None:
+        """Start the process; it needs no place, since it works as fast as audio is spoken."""
+        await start()
+        theirs.close()
+
+    async def __aiter__(self) -> AsyncIterator[Pcm]:
+        """Iterate."""
+        loop = asyncio.get_running_loop()
+        while not self._complete:
+            message = await loop.sock_recv(self._answer, MAX_MESSAGE_BYTES)
+            self._take(message[:1], message[1:])
+            while self._blocks:
+                yield self._blocks.popleft()

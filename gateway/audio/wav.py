@@ -13,7 +13,9 @@ from enum import Enum
 
 from gateway.audio import mp3
 from gateway.audio.body import Body, Part, Parts
+from gateway.audio.convert import check_format
 from gateway.audio.errors import undecodable, unsupported
+from gateway.audio.raw import Encoding, RawFormat
 
 STREAMED = 0x7FFF0000
 """Sizes from this on come from writers that did not know the size."""
@@ -93,6 +95,17 @@ CODECS = {
 """Codecs by their number (RFC 2361, and Microsoft's mmreg.h)."""
 
 
+STREAM_ENCODINGS = {
+    (0x0001, 16): Encoding.LINEAR16,
+    (0x0003, 32): Encoding.FLOAT32,
+    (0x0006, 8): Encoding.ALAW,
+    (0x0007, 8): Encoding.MULAW,
+}
+"""Encodings of raw audio by a codec's number and its bits per sample."""
+
+STREAM_CODECS = "16-bit PCM, 32-bit float, A-law or µ-law, little-endian"
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A part of a WAV file.
@@ -149,6 +162,54 @@ def repair(file: Body) -> tuple[Payload, Parts]:
     ]
     size = struct.pack(f"{order}I", len(b"WAVE") + sum(map(len, pieces)))
     return Payload.WAV, [b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces]
+
+
+@dataclass(frozen=True)
+class StreamHeader:
+    """The header of a WAV stream.
+
+    Attributes:
+        format: of the samples.
+        start: offset of the first one.
+        size: of the audio in bytes; None where the recorder did not know it.
+    """
+
+    format: RawFormat
+    start: int
+    size: int | None
+
+
+def read_stream_header(head: bytes) -> StreamHeader | None:
+    """Read the header of a WAV stream.
+
+    Args:
+        head: the stream's beginning.
+
+    Returns:
+        None where the header is not complete.
+
+    Raises:
+        ApiError: the stream is damaged, or its codec is not one of raw audio.
+    """
+    order = ">" if head.startswith(b"RIFX") else "<"
+    file = Body(head)
+    chunks = _chunks(file, order)
+    data = next((chunk for chunk in chunks if chunk.name == b"data"), None)
+    if not data:
+        return None
+    form = next((head[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fmt "), b"")
+    if len(form) < MIN_FORMAT_BYTES:
+        raise undecodable("The WAV stream is damaged: it has no format.")
+    codec, form = _codec(form, order)
+    number, channels, rate, _, _, bits = struct.unpack(f"{order}HHIIHH", form[:MIN_FORMAT_BYTES])
+    encoding = STREAM_ENCODINGS.get((number, bits))
+    if not encoding or order == ">":
+        raise unsupported(
+            f"The WAV stream's codec, {bits}-bit {codec.name}, isn't supported; streams may have {STREAM_CODECS}."
+        )
+    check_format(channels, rate)
+    size = None if data.size == 0 or data.size >= STREAMED else data.size
+    return StreamHeader(RawFormat(encoding, rate, channels), data.start, size)
 
 
 def _chunks(file: Body, order: str) -> list[Chunk]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import mmap
 import os
@@ -29,8 +30,9 @@ from pathlib import Path
 
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.audio.convert import Pcm
-from gateway.audio.files import decode_blocks
+from gateway.audio.files import decode_blocks, decode_stream
 from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, OPENED, PAUSED, SAMPLES, Failure, Job
+from gateway.audio.media_types import CONTAINERS
 from gateway.audio.sniff import DECODABLE, Content
 from gateway.errors import ApiError, ErrorKind
 
@@ -85,7 +87,7 @@ class Server:
             try:
                 self._become_child()
                 decode(Job(**json.loads(message)), file, answer, demand)
-            except BrokenPipeError:
+            except ConnectionError:
                 os._exit(0)  # nobody waits for the answer
             except BaseException:  # noqa: BLE001 (whatever it is, this process must not go on as a server)
                 traceback.print_exc()
@@ -137,13 +139,17 @@ def decode(job: Job, file: int, answer: socket.socket, demand: int) -> None:
         demand: descriptor of a pipe, which asks for the next batch.
 
     Raises:
-        BrokenPipeError: the other end of the socket was closed.
+        ConnectionError: the other end of the socket was closed.
     """
     limits = Limits(job)
     try:
-        data = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
-        blocks = decode_blocks(data, Content(DECODABLE[job.format], job.start), job.max_secs, separate=job.separate)
-        _send(blocks, answer, demand, limits)
+        format_ = DECODABLE[job.format]
+        if job.live:
+            with os.fdopen(file, "rb", buffering=0) as pipe:
+                _send(decode_stream(format_, pipe, job.max_secs), answer, None, limits)
+        else:
+            blocks = decode_blocks(_map(file), Content(format_, job.start), job.max_secs, separate=job.separate)
+            _send(blocks, answer, demand, limits)
     except ApiError as error:
         failure = Failure(error.kind.name, error.message, error.param)
     except MemoryError:
@@ -155,8 +161,20 @@ def decode(job: Job, file: int, answer: socket.socket, demand: int) -> None:
     answer.send(FAILED + json.dumps(asdict(failure)).encode())
 
 
-def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int, limits: Limits) -> None:
-    """Send samples, each batch when it is asked for."""
+def _map(file: int) -> mmap.mmap:
+    """Map a file.
+
+    Raises:
+        MemoryError: it is larger than the limit of memory.
+    """
+    try:
+        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise MemoryError from error
+
+
+def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int | None, limits: Limits) -> None:
+    """Send samples: each batch when it is asked for, or all as they come."""
     decoded = sent = 0
     for block in blocks:
         channels, length = block.shape
@@ -170,7 +188,7 @@ def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int, limits: Lim
         for at in range(0, len(data), step):
             answer.send(SAMPLES + data[at : at + step])
         sent += length
-        if sent >= BATCH_SECS * RATE:
+        if demand is not None and sent >= BATCH_SECS * RATE:
             answer.send(PAUSED)
             if not os.read(demand, 1):
                 raise BrokenPipeError
@@ -204,6 +222,8 @@ def main() -> None:
     """Serve on the socket whose descriptor is the only argument."""
     with socket.socket(fileno=int(sys.argv[1])) as control:
         server = Server(control)
+        if CONTAINERS:
+            importlib.import_module("gateway.audio.containers")  # once, and not in each child
         gc.collect()
         gc.freeze()  # or each child's first collection would copy the server's memory
         server.run()
