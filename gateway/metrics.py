@@ -79,15 +79,14 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
     """Create every label set, so that rates start at 0."""
     names = (*models, UNKNOWN_MODEL)
     statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, CLIENT_GONE, *(kind.status for kind in ErrorKind)}
-    for model in names:
-        for endpoint in ("batch", "stream"):
-            AUDIO_SECONDS.labels(endpoint, model)
-        for endpoint in ("batch", "stream", "realtime"):  # whose turns are streams
-            REQUEST_DURATION.labels(endpoint, model)
-        for endpoint, status in product(("batch", "stream", "realtime"), statuses):
+    for model, endpoint in product(names, ("batch", "stream", "realtime")):
+        REQUEST_DURATION.labels(endpoint, model)
+        for status in statuses:
             REQUESTS.labels(endpoint, model, str(int(status)))
-        for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
-            histogram.labels(model)
+    for model, endpoint in product(names, ("batch", "stream")):  # turns of realtime sessions count as streams
+        AUDIO_SECONDS.labels(endpoint, model)
+    for model, histogram in product(names, (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG)):
+        histogram.labels(model)
     others = sorted({200, *(kind.status for kind in ErrorKind)})
     for endpoint, answers in (("health", [200, 503]), ("metrics", [200]), ("other", others)):
         REQUEST_DURATION.labels(endpoint, UNKNOWN_MODEL)

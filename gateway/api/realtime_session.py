@@ -211,7 +211,7 @@ class Connection:
         """Take audio [n]: find turns in it, and hand it to the decoder."""
         left = self._max_samples - self._items.position
         too_long, samples = len(samples) > left, samples[:left]
-        pieces = self._detector.feed(samples) if self._detector else (Piece(samples, None),)
+        pieces = self._detector.feed(samples) if self._detector else (Piece(samples),)
         for piece in pieces:
             self._kept += piece.samples.tobytes()
             self._carry_out(self._items.append(len(piece.samples)))
@@ -222,7 +222,8 @@ class Connection:
             await self._turns.wait_below(self._max_waiting)
             if self._ending:
                 return
-            await asyncio.sleep(0)  # detection takes time, which others need too
+            if piece.more:
+                await asyncio.sleep(0)  # detection takes time, which others need too
         if too_long:
             self._end(1000, f"The session has more than {self._max_samples / RATE:g} s of audio; begin another.")
 

@@ -35,7 +35,7 @@ class SessionToken:
         latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
-        chars, tokens, words: length of the settled transcript; what a later connection sends follows it.
+        chars, tokens, words, segments: length of the settled transcript; what a later connection sends follows it.
         stream: identifies the stream.
     """
 
@@ -47,11 +47,12 @@ class SessionToken:
     tokens: int = 0
     words: int = 0
     stream: str = ""
+    segments: int = 0
 
     @property
     def settled(self) -> Counts:
         """Length of the settled transcript."""
-        return Counts(self.chars, self.tokens, self.words)
+        return Counts(self.chars, self.tokens, self.words, self.segments)
 
 
 class SessionTokens:

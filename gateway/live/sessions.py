@@ -19,7 +19,10 @@ from gateway.limits.quotas import Quotas
 from gateway.limits.reclaim import longest_silent
 from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
-from gateway.live.session import Session, Shared, State
+from gateway.live.session import Session
+from gateway.live.shared import Shared
+from gateway.live.speech import Detection
+from gateway.live.states import State
 from gateway.triton.pool import TritonPool
 
 log = structlog.get_logger()
@@ -87,6 +90,7 @@ class Sessions:
         *,
         place: Place | None = None,
         resumable: bool = False,
+        detection: Detection | None = None,
         options: Mapping[str, str | int] | None = None,
     ) -> Session:
         """Return a new session; entering it as a context starts it.
@@ -96,6 +100,7 @@ class Sessions:
             caller: who is charged for the audio.
             place: that ``admit`` gave, which the session releases early if it is reclaimed.
             resumable: whether the client can resume the stream by session tokens.
+            detection: when to publish that speech starts and stops; None for never.
             options: of the decoder, which override those of every stream; ``latency`` names the windows.
 
         Raises:
@@ -104,7 +109,7 @@ class Sessions:
         ensemble = self._triton.ensemble(self._settings.models[model])
         utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
         spend = partial(self._quotas.spend, caller)
-        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place)
+        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place, detection=detection)
 
     @contextlib.contextmanager
     def connected(self, connection: Connection) -> Iterator[None]:

@@ -54,10 +54,12 @@ class Piece(NamedTuple):
     Attributes:
         samples: 16 kHz audio [n].
         change: what was detected; None if nothing was.
+        more: whether another piece follows.
     """
 
     samples: Samples
-    change: Change | None
+    change: Change | None = None
+    more: bool = False
 
 
 class SpeechDetector:
@@ -93,13 +95,13 @@ class SpeechDetector:
                 self._position += FRAME_SAMPLES
                 taken += FRAME_SAMPLES
                 if change := self._step(probability):
-                    yield Piece(samples[yielded:taken], change)
+                    yield Piece(samples[yielded:taken], change, more=True)
                     yielded = taken
             if first + BLOCK_FRAMES < frames:
-                yield Piece(samples[yielded:taken], None)
+                yield Piece(samples[yielded:taken], more=True)
                 yielded = taken
         self._rest = audio[frames * FRAME_SAMPLES :]
-        yield Piece(samples[yielded:], None)
+        yield Piece(samples[yielded:])
 
     def reset(self) -> None:
         """Forget that speech has started."""

@@ -119,8 +119,7 @@ async def send(connection: AsyncRealtimeConnection, *events: Event) -> None:
 
 
 async def test_commits_of_the_client(client: AsyncOpenAI, keyed: Gateway, speech: Samples) -> None:
-    headers = {"additional_headers": {"Authorization": f"Bearer {KEY}"}}
-    plain = (await transcribe(keyed.stream_url(), speech, **headers)).final["text"]
+    plain = (await transcribe(keyed.stream_url(), speech, additional_headers={"Authorization": f"Bearer {KEY}"})).final["text"]
     async with client.realtime.connect(model="amira") as connection:
         await send(connection, update(format=PCM_16, turn_detection=None, transcription={"model": "gpt-4o-transcribe"}))
         for _ in range(2):
@@ -162,15 +161,14 @@ async def test_client_secret_opens_sessions_until_it_expires(client: AsyncOpenAI
     assert secret.value.startswith("ek_")
     assert secret.session.type == "transcription"
     assert secret.session.object == "realtime.transcription_session"
-    for options in (
-        {"additional_headers": {"Authorization": f"Bearer {secret.value}"}},
-        {"subprotocols": ["realtime", f"openai-insecure-api-key.{secret.value}"]},
-    ):
+    by_header: dict[str, Any] = {"additional_headers": {"Authorization": f"Bearer {secret.value}"}}
+    by_subprotocol: dict[str, Any] = {"subprotocols": ["realtime", f"openai-insecure-api-key.{secret.value}"]}
+    for options, subprotocol in ((by_header, None), (by_subprotocol, "realtime")):
         async with open_socket(realtime_url(keyed), **options) as socket:
             created = orjson.loads(await socket.recv())["session"]["audio"]["input"]
             assert created["turn_detection"] is None
             assert created["transcription"] == {"language": "en"}
-            assert socket.subprotocol == (options.get("subprotocols") or [None])[0]
+            assert socket.subprotocol == subprotocol
     assert (await refused(keyed, f"{secret.value}x"))["code"] == "invalid_api_key"
     async with httpx.AsyncClient() as http:
         url = f"{keyed.url}/v1/realtime/client_secrets"
@@ -374,7 +372,7 @@ async def test_failed_item_leaves_the_session(make_gateway: MakeGateway, speech:
 
 async def test_agents_sdk(gateway: Gateway, speech: Samples) -> None:
     """Its default session: semantic_vad, 24 kHz, and a commit at the end."""
-    audio = StreamedAudioInput()
+    audio = StreamedAudioInput()  # type: ignore[no-untyped-call]
     for piece in cut(at_24_khz(speech[: -RATE // 2]), 2400):
         await audio.add_audio(np.frombuffer(piece, np.int16))
     await audio.add_audio(None)
