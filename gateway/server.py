@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -14,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from gateway.config.settings import Settings
+from gateway.config.settings import ConfigError, Settings
 from gateway.guard import Config
 from gateway.limits.connects import Guard
 from gateway.process import max_connections, raise_descriptor_limit, trim_heap, tune_garbage_collection
@@ -115,8 +116,24 @@ class GatewayServer(uvicorn.Server):
 
 
 def build_server(settings: Settings) -> GatewayServer:
-    """Return a server for these settings; ``await serve()`` runs it."""
+    """Return a server for these settings; ``await serve()`` runs it.
+
+    Raises:
+        ConfigError: the TLS certificate is not usable.
+    """
+    _check_certificate(settings)
     raise_descriptor_limit()
     server = GatewayServer(create_app(settings), settings)
     tune_garbage_collection()
     return server
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (ssl.SSLError, OSError) as error:
+        given = f"tls_certificate = {settings.tls_certificate!r}, tls_key = {settings.tls_key!r}"
+        reason = getattr(error, "reason", None) or error
+        raise ConfigError(f"{given}: must hold a certificate and its key as PEM ({reason})") from None

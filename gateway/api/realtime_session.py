@@ -37,7 +37,7 @@ from gateway.api.openai_realtime_events import (
 from gateway.api.realtime_config import EventError, Message, SessionConfig
 from gateway.api.realtime_turns import Turns
 from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.audio.incoming import IncomingAudio
+from gateway.audio.raw import RawStream
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.limits.places import Place
@@ -93,7 +93,7 @@ class Connection:
         self._id = f"sess_{secrets.token_hex(12)}"
         self._items = items.Items(lambda: f"item_{secrets.token_hex(12)}")
         self._config = config
-        self._incoming = IncomingAudio(config.raw_format)
+        self._incoming = RawStream(config.raw_format)
         self._detector: SpeechDetector | None = None
         self._detect()
         self._kept = bytearray()  # audio that may still become part of an item
@@ -172,7 +172,7 @@ class Connection:
         elif isinstance(event, Update):
             await self._update(event)
         else:
-            await self._take(self._incoming.finish())
+            await self._flush()
             if self._detector:
                 self._detector.reset()
             self._carry_out(self._items.commit(event.event_id) if isinstance(event, Commit) else self._items.clear())
@@ -190,8 +190,8 @@ class Connection:
             except ApiError as error:
                 raise EventError(error.message, error.kind.code, "session.audio.input.transcription.model") from None
         if config.raw_format != self._config.raw_format:
-            await self._take(self._incoming.finish())
-            self._incoming = IncomingAudio(config.raw_format)
+            await self._flush()
+            self._incoming = RawStream(config.raw_format)
         self._config = config
         self._detect()
         self._send({"type": "session.updated", "session": config.render(self._id)})
@@ -206,6 +206,11 @@ class Connection:
         else:
             self._detector = SpeechDetector(detection, self._items.position)
         self._items.detect(self._config.padding)
+
+    async def _flush(self) -> None:
+        """Take what the resampler has kept."""
+        rest, self._incoming = self._incoming.finish(whole=False), RawStream(self._config.raw_format)
+        await self._take(rest)
 
     async def _take(self, samples: Samples) -> None:
         """Take audio [n]: find turns in it, and hand it to the decoder."""
