@@ -76,6 +76,13 @@ def _network() -> _Network:
     )
 
 
+def powers_of(samples: NDArray[np.int16]) -> Floats:
+    """Return the mean power of each frame [n] of whole frames [n * 512]."""
+    frames = samples.reshape(-1, FRAME_SAMPLES).astype(np.float32)
+    powers: Floats = np.einsum("ij,ij->i", frames, frames) / FRAME_SAMPLES
+    return powers
+
+
 class VoiceActivity:
     """The network's state for one stream."""
 
@@ -93,8 +100,7 @@ class VoiceActivity:
         """
         audio = np.concatenate((self._context, samples / FULL_SCALE))
         self._context = audio[-CONTEXT_SAMPLES:]
-        frames = samples.reshape(-1, FRAME_SAMPLES).astype(np.float32)
-        loud = np.einsum("ij,ij->i", frames, frames) >= QUIET**2 * FRAME_SAMPLES
+        loud = powers_of(samples) >= QUIET**2
         if not loud.any():
             self._forget()
             return [0.0] * len(loud)

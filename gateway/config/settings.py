@@ -7,7 +7,6 @@ A setting's key is its name in ``config.toml`` and ``config.yaml``. Its environm
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
@@ -86,12 +85,6 @@ def _check_endpoint(value: str) -> str:
     return value
 
 
-def _check_file(value: str | None) -> str | None:
-    if value is not None and not os.access(value, os.R_OK):
-        raise ValueError
-    return value
-
-
 def _check_key(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[!-~]+", value.get_secret_value()):  # an HTTP header carries visible ASCII only
         raise ValueError
@@ -145,9 +138,9 @@ class Settings(
     """Address to listen on."""
     server_port: Annotated[int, Field(ge=0, le=65535)] = 8057
     """Port to listen on; 0 selects a free port."""
-    tls_certificate: Annotated[str | None, AfterValidator(_check_file), Allowed("the path of a readable file")] = None
+    tls_certificate: Annotated[str | None, Allowed("the path of a file")] = None
     """File with the certificate of this server and those of its issuers, as PEM; if set, the gateway speaks TLS."""
-    tls_key: Annotated[str | None, AfterValidator(_check_file), Allowed("the path of a readable file")] = None
+    tls_key: Annotated[str | None, Allowed("the path of a file")] = None
     """File with the certificate's private key, as PEM; if not set, tls_certificate holds it too."""
 
     triton_endpoint: Annotated[

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
@@ -97,8 +97,9 @@ class SessionTokens:
         try:
             # Its own age limit would refuse a token of a gateway whose clock is slightly ahead of this one's.
             payload, issued_at = self._serializer.loads(text, return_timestamp=True)
-            token = SessionToken(**payload)
-        except (BadData, TypeError):
+            known = {each.name for each in fields(SessionToken)}  # later versions may have more
+            token = SessionToken(**{name: value for name, value in payload.items() if name in known})
+        except (BadData, TypeError, AttributeError):
             raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
         age_secs = self._wall_clock() - issued_at.timestamp()
         if age_secs > MAX_AGE_SECS:

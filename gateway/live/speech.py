@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gateway.audio import RATE
-from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity
+from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity, powers_of
 from gateway.triton.connection import Samples
 
 START_FRAMES = 2
@@ -21,6 +23,16 @@ RELEASE = 0.15
 
 BLOCK_FRAMES = 16
 """Frames that are looked at in one go, about half a second of audio."""
+
+
+SMOOTHED_FRAMES = 3
+"""Frames over which power is averaged, about 0.1 s: less than a syllable."""
+
+BACKGROUND_FRAMES, BACKGROUND_BLOCKS = 16, 6
+"""The background is the least power of the last blocks of half a second: in 3 s speech has pauses."""
+
+ABOVE_BACKGROUND = 10**0.4
+"""Power of speech relative to the background, 4 dB: voices of others in the room are speech too, but not much louder."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,29 @@ class Piece(NamedTuple):
     more: bool = False
 
 
+class Background:
+    """Follows the power of the background, by its minimum (Martin, 2001, without the correction of its bias)."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=SMOOTHED_FRAMES)
+        self._least: deque[float] = deque(maxlen=BACKGROUND_BLOCKS)  # of complete blocks
+        self._lowest = math.inf  # of the current block
+        self._frames = 0
+
+    def stands_out(self, power: float) -> bool:
+        """Take the power of the next frame; return whether it is clearly above the background, or none is known yet."""
+        self._recent.append(power)
+        smooth = sum(self._recent) / len(self._recent)
+        background = min(self._least, default=0.0)
+        if len(self._recent) == SMOOTHED_FRAMES:
+            self._lowest = min(self._lowest, smooth)
+        self._frames += 1
+        if self._frames % BACKGROUND_FRAMES == 0:
+            self._least.append(self._lowest)
+            self._lowest = math.inf
+        return max(power, smooth) >= background * ABOVE_BACKGROUND
+
+
 class SpeechDetector:
     """Detects changes in one stream.
 
@@ -74,6 +109,7 @@ class SpeechDetector:
     def __init__(self, detection: Detection, start: int = 0, voice: VoiceActivity | None = None) -> None:
         self.detection = detection
         self._voice = voice or VoiceActivity()
+        self._background = Background()
         self._rest: Samples = np.empty(0, np.int16)  # of an incomplete frame
         self._position = start  # of the rest
         self._speaking = False
@@ -91,10 +127,10 @@ class SpeechDetector:
         yielded = 0
         for first in range(0, frames, BLOCK_FRAMES):
             block = audio[first * FRAME_SAMPLES : min(first + BLOCK_FRAMES, frames) * FRAME_SAMPLES]
-            for probability in self._voice.probabilities(block):
+            for probability, power in zip(self._voice.probabilities(block), powers_of(block), strict=True):
                 self._position += FRAME_SAMPLES
                 taken += FRAME_SAMPLES
-                if change := self._step(probability):
+                if change := self._step(probability if self._background.stands_out(float(power)) else 0.0):
                     yield Piece(samples[yielded:taken], change, more=True)
                     yielded = taken
             if first + BLOCK_FRAMES < frames:
