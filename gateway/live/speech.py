@@ -31,8 +31,8 @@ SMOOTHED_FRAMES = 3
 BACKGROUND_FRAMES, BACKGROUND_BLOCKS = 16, 6
 """The background is the least power of the last blocks of half a second: in 3 s speech has pauses."""
 
-ABOVE_BACKGROUND = 10**0.4
-"""Power of speech relative to the background, 4 dB: voices of others in the room are speech too, but not much louder."""
+ABOVE_BACKGROUND = 10**0.7
+"""Power of speech relative to the background, 7 dB: a room full of voices is speech too, and fluctuates by as much."""
 
 
 @dataclass(frozen=True)
