@@ -2,9 +2,10 @@
 
     python -m perf.voice DIRECTORY [--recordings N] [--threshold P]
 
-Each recording is heard between 5 s of noise and 2 s of noise. The noise is white, or 20 other recordings at once (babble).
+Each recording is heard between 5 s of noise and 2 s of noise. The noise is white, or of 20 other recordings at once (babble).
 The signal-to-noise ratio is that of the frames with speech. Speech begins where the recording without noise first stays within
-20 dB of its loudest part for 100 ms: most of LibriSpeech begins with half a second of breath and clicks. A start in the first second of noise counts as any other false one.
+20 dB of its loudest part for 100 ms: most of LibriSpeech begins with half a second of breath and clicks. A start in the first
+second of noise counts as any other false one.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def cost_us(samples: Samples, frames: int) -> float:
     pieces = [samples[at : at + size] for at in range(0, len(samples) // size * size, size)]
     began = time.process_time()
     for piece in pieces:
-        voice.probabilities(piece)
+        voice.probabilities(piece, np.ones(frames, bool))
     return (time.process_time() - began) / (len(pieces) * frames) * 1e6
 
 

@@ -29,9 +29,6 @@ SPECTRA = 4
 
 FULL_SCALE = np.float32(0x8000)
 
-QUIET = 30.0
-"""Root mean square, of a full scale of 32768, below which a frame is silence: -61 dB, as of a muted microphone."""
-
 
 @dataclass(frozen=True)
 class _Network:
@@ -92,15 +89,15 @@ class VoiceActivity:
         self._hidden = np.zeros(128, np.float32)
         self._cell = np.zeros(128, np.float32)
 
-    def probabilities(self, samples: NDArray[np.int16]) -> list[float]:
+    def probabilities(self, samples: NDArray[np.int16], loud: NDArray[np.bool_]) -> list[float]:
         """Return the probability of speech of each frame, 0 to 1.
 
         Args:
             samples: whole frames [n * 512].
+            loud: which of them may be speech [n]; the others cost nothing, have no speech and end what the network remembers.
         """
         audio = np.concatenate((self._context, samples / FULL_SCALE))
         self._context = audio[-CONTEXT_SAMPLES:]
-        loud = powers_of(samples) >= QUIET**2
         if not loud.any():
             self._forget()
             return [0.0] * len(loud)

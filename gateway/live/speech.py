@@ -25,11 +25,17 @@ BLOCK_FRAMES = 16
 """Frames that are looked at in one go, about half a second of audio."""
 
 
+HELD_FRAMES = 4
+"""Frames that are looked at together once speech has started, 128 ms: a stop may be found late, and each costs half as much."""
+
 SMOOTHED_FRAMES = 3
 """Frames over which power is averaged, about 0.1 s: less than a syllable."""
 
 BACKGROUND_FRAMES, BACKGROUND_BLOCKS = 16, 6
 """The background is the least power of the last blocks of half a second: in 3 s speech has pauses."""
+
+QUIET = 30.0
+"""Root mean square, of a full scale of 32768, below which a frame is silence: -61 dB, as of a muted microphone."""
 
 ABOVE_BACKGROUND = 10**0.7
 """Power of speech relative to the background, 7 dB: a room full of voices is speech too, and fluctuates by as much."""
@@ -94,7 +100,7 @@ class Background:
         if self._frames % BACKGROUND_FRAMES == 0:
             self._least.append(self._lowest)
             self._lowest = math.inf
-        return max(power, smooth) >= background * ABOVE_BACKGROUND
+        return max(power, smooth) >= max(QUIET**2, background * ABOVE_BACKGROUND)
 
 
 class SpeechDetector:
@@ -123,19 +129,24 @@ class SpeechDetector:
         """
         audio = np.concatenate((self._rest, samples))
         frames = len(audio) // FRAME_SAMPLES
+        if self._speaking:
+            frames -= frames % HELD_FRAMES
         taken = -len(self._rest)  # of ``samples``
         yielded = 0
         for first in range(0, frames, BLOCK_FRAMES):
             block = audio[first * FRAME_SAMPLES : min(first + BLOCK_FRAMES, frames) * FRAME_SAMPLES]
-            for probability, power in zip(self._voice.probabilities(block), powers_of(block), strict=True):
+            loud = [self._background.stands_out(float(power)) for power in powers_of(block)]
+            for probability in self._voice.probabilities(block, np.array(loud)):
                 self._position += FRAME_SAMPLES
                 taken += FRAME_SAMPLES
-                if change := self._step(probability if self._background.stands_out(float(power)) else 0.0):
-                    yield Piece(samples[yielded:taken], change, more=True)
-                    yielded = taken
+                if change := self._step(probability):
+                    end = max(yielded, taken)
+                    yield Piece(samples[yielded:end], change, more=True)
+                    yielded = end
             if first + BLOCK_FRAMES < frames:
-                yield Piece(samples[yielded:taken], more=True)
-                yielded = taken
+                end = max(yielded, taken)
+                yield Piece(samples[yielded:end], more=True)
+                yielded = end
         self._rest = audio[frames * FRAME_SAMPLES :]
         yield Piece(samples[yielded:])
 

@@ -33,7 +33,9 @@ def noise(secs: float, level: float = 500.0) -> Samples:
 def probabilities(samples: Samples, frames: int) -> list[float]:
     voice, size = VoiceActivity(), frames * FRAME_SAMPLES
     whole = samples[: len(samples) // size * size]
-    return [one for at in range(0, len(whole), size) for one in voice.probabilities(whole[at : at + size])]
+    return [
+        one for at in range(0, len(whole), size) for one in voice.probabilities(whole[at : at + size], np.ones(frames, bool))
+    ]
 
 
 def changes(samples: Samples, size: int, detection: Detection | None = None) -> list[Change]:
@@ -91,7 +93,7 @@ def test_silence_shorter_than_the_limit_does_not_stop_speech(speech: Samples) ->
 
 def test_only_what_is_louder_than_the_background_stands_out() -> None:
     background = Background()
-    assert background.stands_out(100.0), "no background is known yet"
-    assert not any([background.stands_out(100.0) for _ in range(100)][32:])
-    assert background.stands_out(1000.0)
-    assert [background.stands_out(100.0) for _ in range(10)][-1] is False
+    assert background.stands_out(1e4), "no background is known yet"
+    assert not any([background.stands_out(1e4) for _ in range(100)][32:])
+    assert background.stands_out(1e5)
+    assert [background.stands_out(1e4) for _ in range(10)][-1] is False
