@@ -27,6 +27,9 @@ WINDOW, HOP = 256, 128
 SPECTRA = 4
 """Spectra of one frame."""
 
+DECAY = np.float32(0.8)
+"""What remains of the network's state after a frame that is not looked at."""
+
 FULL_SCALE = np.float32(0x8000)
 
 
@@ -137,9 +140,9 @@ class VoiceActivity:
         return float(1 / (1 + np.exp(-logit)))
 
     def _forget(self) -> float:
-        """Advance by a silent frame, which ends what the LSTM remembers; return its probability."""
-        self._hidden = np.zeros_like(self._hidden)
-        self._cell = np.zeros_like(self._cell)
+        """Advance by a frame without speech; return its probability."""
+        self._hidden = self._hidden * DECAY
+        self._cell = self._cell * DECAY
         return 0.0
 
 
