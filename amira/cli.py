@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from amira.client.rest import API_KEY_VARIABLE, BASE_URL_VARIABLE, DEFAULT_BASE_URL, DEFAULT_MODEL, Client
+from amira.client.exchange import API_KEY_VARIABLE, BASE_URL_VARIABLE, DEFAULT_BASE_URL, DEFAULT_MODEL
+from amira.client.rest import Client
 from amira.client.types import RequestError
 from amira.paths import MODEL_REPOSITORY, SPEECH
 from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener

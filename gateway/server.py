@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -14,12 +15,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from gateway.app import create_app
-from gateway.config.settings import Settings
+from gateway.config.settings import ConfigError, Settings
 from gateway.guard import Config
 from gateway.limits.connects import ConnectionLimits
 from gateway.process import max_connections, raise_descriptor_limit, trim_heap, tune_garbage_collection
 
 LISTEN_BACKLOG = 2048
+
+MAX_EVENT_BYTES = 4 * 2**20
+"""Largest event of a realtime session, in bytes: a minute of audio at 24 kHz in base64."""
 FORCE_EXIT_POLL_SECS = 0.1
 
 KEEP_ALIVE_SECS = 75
@@ -47,7 +51,9 @@ class GatewayServer(uvicorn.Server):
                 port=settings.server_port,
                 loop="uvloop",
                 # The application refuses larger frames with an error frame, and websockets far larger ones without.
-                ws_max_size=2 * settings.max_frame_bytes,
+                ws_max_size=max(2 * settings.max_frame_bytes, MAX_EVENT_BYTES),
+                ssl_certfile=settings.tls_certificate,
+                ssl_keyfile=settings.tls_key,
                 ws_per_message_deflate=False,  # audio does not compress, and inflating costs CPU
                 ws_ping_interval=None,  # stream_timeout_secs decides; a peer held back can't answer pings
                 backlog=LISTEN_BACKLOG,
@@ -110,8 +116,24 @@ class GatewayServer(uvicorn.Server):
 
 
 def build_server(settings: Settings) -> GatewayServer:
-    """Return a server for these settings; ``await serve()`` runs it."""
+    """Return a server for these settings; ``await serve()`` runs it.
+
+    Raises:
+        ConfigError: the TLS certificate is not usable.
+    """
+    _check_certificate(settings)
     raise_descriptor_limit()
     server = GatewayServer(create_app(settings), settings)
     tune_garbage_collection()
     return server
+
+
+def _check_certificate(settings: Settings) -> None:
+    if settings.tls_certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (ssl.SSLError, OSError) as error:
+        given = f"tls_certificate = {settings.tls_certificate!r}, tls_key = {settings.tls_key!r}"
+        reason = getattr(error, "reason", None) or error
+        raise ConfigError(f"{given}: must hold a certificate and its key as PEM ({reason})") from None

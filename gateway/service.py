@@ -9,6 +9,7 @@ from gateway import metrics
 from gateway.audio.pool import FilePool
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.limits.client_secrets import ClientSecrets
 from gateway.limits.places import Places
 from gateway.limits.quotas import Quotas
 from gateway.live.sessions import Sessions
@@ -28,6 +29,7 @@ class Service:
         triton: the Triton servers that decode.
         places: how many streams and recordings are served at once.
         quotas: what each caller may use.
+        client_secrets: keys that callers make for their own clients.
         files: decodes audio files.
         sessions: the engine of live streams.
         transcriber: the engine of recordings.
@@ -40,6 +42,7 @@ class Service:
         self.tracing = tracing
         self.triton = TritonPool(settings)
         self.places = Places(settings)
+        self.client_secrets = ClientSecrets(settings)
         self.files = FilePool()
         self.quotas = quotas = Quotas(settings)
         options = {name: value for name in DECODER_SETTINGS if (value := getattr(settings, name)) is not None}
@@ -57,6 +60,16 @@ class Service:
         if model not in self.settings.models:
             known = ", ".join(sorted(self.settings.models))
             raise ApiError(ErrorKind.MODEL_NOT_FOUND, f"model {model[:64]!r} is not known; known: {known}", "model")
+
+    def resolve_model(self, name: str) -> str:
+        """Return the public name of a model that is given by it or by an alias.
+
+        Raises:
+            ApiError: the name is not known.
+        """
+        model = name if name in self.settings.models else self.settings.model_aliases.get(name, name)
+        self.check_model(model)
+        return model
 
     def ready(self) -> bool:
         """Return whether new work is taken: some model can be served, and no drain has begun."""

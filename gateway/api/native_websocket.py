@@ -1,6 +1,6 @@
 """``/v2/decode/stream/{model}``: a face of the live engine, a WebSocket with the project's own messages.
 
-With the subprotocol ``amira.v2`` the client gets session tokens, by which it can continue after a lost connection.
+With a subprotocol of ``native_messages`` the client gets session tokens, by which it can continue after a lost connection.
 
 Two tasks serve a socket: one reads frames into the session, one writes the session's events. A full session stops the reader,
 and TCP slows the client. A third task looks for clients that are idle, or flood the server with small frames.
@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics, tracing
-from gateway.audio import RATE
+from gateway.api.native_messages import Dialect, message_of, read_events
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
 from gateway.config.settings import Settings
@@ -30,13 +30,11 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.limits.auth import check_key
 from gateway.limits.origins import check_origin, origin_allowed
-from gateway.live.events import Acknowledged, Event, Failed, Final, SegmentFinal
-from gateway.live.session import Ending, Session, State
+from gateway.live.events import Failed
+from gateway.live.session import Session
+from gateway.live.states import Ending, State
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
-
-RESUMABLE = "amira.v2"
-"""Subprotocol of clients that can resume a stream."""
 
 log = structlog.get_logger()
 router = APIRouter()
@@ -85,26 +83,6 @@ def read_resume(text: str) -> str:
     return session
 
 
-def message_of(event: Event, *, resumable: bool) -> dict[str, Any] | None:
-    """Return the message of an event; None if the client gets none."""
-    if isinstance(event, Acknowledged):
-        return {"type": "ack", "session": event.token, "samples": event.samples, "settled": event.settled._asdict()}
-    if isinstance(event, Failed):
-        return None  # the error frame follows with the close
-    if isinstance(event, SegmentFinal) and not event.changed and not resumable:
-        return None  # a resuming client needs the words' last times, which the next acknowledgement settles
-    transcript = event.transcript
-    return {
-        "type": "final" if isinstance(event, Final) else "partial",
-        "text": transcript.text,
-        "tokens": transcript.tokens,
-        "confidence": None if transcript.confidence is None else round(transcript.confidence, 4),
-        "words": transcript.words,
-        "audio_processed_ms": transcript.samples * 1000 // RATE,
-        "stable_chars": transcript.stable_chars,
-    }
-
-
 class Connection:
     """One WebSocket, from the upgrade to the close.
 
@@ -113,7 +91,7 @@ class Connection:
         session: its stream.
         audio: turns the frames into the session's samples.
         settings: the gateway's.
-        resumable: whether the client asked for session tokens.
+        dialect: of its messages.
         flooding_secs: for how long the client has been held back because of small frames.
     """
 
@@ -124,13 +102,13 @@ class Connection:
         audio: StreamInput,
         settings: Settings,
         *,
-        resumable: bool,
+        dialect: Dialect,
         flooding_secs: Callable[[], float],
     ) -> None:
         self._socket = socket
         self._session = session
         self._audio = audio
-        self._resumable = resumable
+        self._dialect = dialect
         self._flooding_secs = flooding_secs
         self._max_frame_bytes = settings.max_frame_bytes
         self._timeout_secs = settings.stream_timeout_secs
@@ -184,7 +162,7 @@ class Connection:
                 await audio.feed(content)
 
     def _resume(self, text: str) -> None:
-        if not self._resumable:
+        if not self._dialect.resumable:
             raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
         if self._session.state is not State.CONNECTING or self._audio.begun:
             raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio")
@@ -201,7 +179,7 @@ class Connection:
         async for event in self._session:
             if isinstance(event, Failed):
                 raise event.error
-            if message := message_of(event, resumable=self._resumable):
+            if message := message_of(event, self._dialect):
                 await self._send(message)
 
     async def _watch(self) -> None:
@@ -259,7 +237,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
     """Admit a stream and serve it, or refuse it before the upgrade."""
     service: Service = socket.app.state.service
     label = model if model in service.settings.models else metrics.UNKNOWN_MODEL
-    resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+    dialect = Dialect.chosen(socket.scope.get("subprotocols", ()))
     began = time.monotonic()
     status = 101
     with contextlib.ExitStack() as place:
@@ -268,12 +246,13 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
+            detection = read_events(socket.query_params)
             raw = parse_raw_format(socket.query_params)
-            if resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
-                message = f"streams that can be resumed ({RESUMABLE}) must have {DEFAULT.rate} Hz and one channel"
+            if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
+                message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"
                 raise ApiError(ErrorKind.UNACCEPTABLE, message, "sample_rate")
             held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
-            session = service.sessions.open(model, caller, place=held, resumable=resumable)
+            session = service.sessions.open(model, caller, place=held, resumable=dialect.resumable, detection=detection)
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error, service)
@@ -281,12 +260,10 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             async with session:
                 await _accept(socket)
                 audio = StreamInput(
-                    raw, service.files, session.append, service.settings.max_stream_audio_secs, resumable=resumable
+                    raw, service.files, session.append, service.settings.max_stream_audio_secs, resumable=dialect.resumable
                 )
                 flooding_secs = socket.state.flooding_secs
-                connection = Connection(
-                    socket, session, audio, service.settings, resumable=resumable, flooding_secs=flooding_secs
-                )
+                connection = Connection(socket, session, audio, service.settings, dialect=dialect, flooding_secs=flooding_secs)
                 code = await connection.serve()
             metrics.CLOSES.labels(str(code)).inc()
             tracing.describe(close_code=code, audio_secs=session.received_secs)
@@ -308,10 +285,10 @@ async def unknown_path(socket: WebSocket, path: str) -> None:
 
 
 async def _accept(socket: WebSocket) -> None:
-    """Upgrade, and take ``amira.v2`` if it is offered: a browser leaves if none of the subprotocols that it offers is taken."""
-    resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+    """Upgrade, and take the dialect's subprotocol: a browser leaves if none of the subprotocols that it offers is taken."""
+    dialect = Dialect.chosen(socket.scope.get("subprotocols", ()))
     headers = [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())]
-    await socket.accept(RESUMABLE if resumable else None, headers)
+    await socket.accept(dialect.value or None, headers)
 
 
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:

@@ -26,6 +26,8 @@ class Snapshot:
         stable_chars: number of leading characters of ``text`` that can no longer change.
         samples: audio decoded for good, in samples since the start of the stream.
         settled: how much of the transcript is of earlier segments.
+        segment: index of the current segment, since the start of the stream.
+        segment_confidence: mean probability of the current segment's tokens, 0 to 1; None where there are none.
     """
 
     text: str
@@ -35,6 +37,8 @@ class Snapshot:
     stable_chars: int
     samples: int
     settled: Counts
+    segment: int
+    segment_confidence: float | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,20 @@ class Final:
 
 
 @dataclass(frozen=True)
+class SpeechStarted:
+    """Speech began; ``at`` says where, in samples since the start of the stream."""
+
+    at: int
+
+
+@dataclass(frozen=True)
+class SpeechStopped:
+    """Speech ended; ``at`` says where, in samples since the start of the stream."""
+
+    at: int
+
+
+@dataclass(frozen=True)
 class Acknowledged:
     """A resumable stream can continue from here on another connection.
 
@@ -86,4 +104,4 @@ class Failed:
     error: ApiError
 
 
-Event = Partial | SegmentFinal | Final | Acknowledged | Failed
+Event = Partial | SegmentFinal | Final | SpeechStarted | SpeechStopped | Acknowledged | Failed

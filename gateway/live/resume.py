@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
@@ -35,7 +35,7 @@ class SessionToken:
         latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
-        chars, tokens, words: length of the settled transcript; what a later connection sends follows it.
+        chars, tokens, words, segments: length of the settled transcript; what a later connection sends follows it.
         stream: identifies the stream.
     """
 
@@ -47,11 +47,12 @@ class SessionToken:
     tokens: int = 0
     words: int = 0
     stream: str = ""
+    segments: int = 0
 
     @property
     def settled(self) -> Counts:
         """Length of the settled transcript."""
-        return Counts(self.chars, self.tokens, self.words)
+        return Counts(self.chars, self.tokens, self.words, self.segments)
 
 
 class SessionTokens:
@@ -96,8 +97,9 @@ class SessionTokens:
         try:
             # Its own age limit would refuse a token of a gateway whose clock is slightly ahead of this one's.
             payload, issued_at = self._serializer.loads(text, return_timestamp=True)
-            token = SessionToken(**payload)
-        except (BadData, TypeError):
+            known = {each.name for each in fields(SessionToken)}  # later versions may have more
+            token = SessionToken(**{name: value for name, value in payload.items() if name in known})
+        except (BadData, TypeError, AttributeError):
             raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
         age_secs = self._wall_clock() - issued_at.timestamp()
         if age_secs > MAX_AGE_SECS:

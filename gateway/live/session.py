@@ -8,12 +8,12 @@ Triton: nothing stays in the decoder.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
@@ -22,14 +22,25 @@ from prometheus_client import Histogram
 
 from gateway import metrics, tracing
 from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Place
-from gateway.limits.priority import Priority
-from gateway.live.buffer import AudioBuffer, BufferUsage
-from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
+from gateway.live.buffer import AudioBuffer
+from gateway.live.events import (
+    Acknowledged,
+    Event,
+    Failed,
+    Final,
+    Partial,
+    SegmentFinal,
+    Snapshot,
+    SpeechStarted,
+    SpeechStopped,
+)
 from gateway.live.pace import Pace, Plan, plan
-from gateway.live.resume import SessionToken, SessionTokens
+from gateway.live.resume import SessionToken
+from gateway.live.shared import Shared
+from gateway.live.speech import Detection, SpeechDetector
+from gateway.live.states import Ending, State
 from gateway.transcript.transcript import Answer, Counts, Transcript
 from gateway.transcript.words import Word
 from gateway.triton.connection import Samples
@@ -40,39 +51,6 @@ HEARTBEAT_SHARE = 0.5
 """Share of Triton's idle limit after which a silent stream's sequence is sent an empty request."""
 
 log = structlog.get_logger()
-
-
-class State(Enum):
-    """Life of a session, in this order."""
-
-    CONNECTING = "nothing was taken yet; the session may be resumed"
-    OPEN = "audio is taken"
-    ENDING = "no more audio is taken; what was taken is decoded"
-    ENDED = "no more events are published"
-
-
-class Ending(Enum):
-    """Why no more audio is taken."""
-
-    CLIENT = "the client has sent all of it"
-    DRAIN = "the server shuts down"
-    ABANDONED = "nobody waits for the transcript any more"
-    FAILED = "the session failed"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all sessions of a gateway share.
-
-    Attributes:
-        running: sessions that hold something: a sequence at Triton, audio, a task.
-    """
-
-    settings: Settings
-    priority: Priority
-    tokens: SessionTokens
-    usage: BufferUsage
-    running: set[Session] = field(default_factory=set)
 
 
 class _Published(NamedTuple):
@@ -97,6 +75,7 @@ class Session:
         spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
         resumable: whether to issue session tokens.
         place: what ``reclaim`` releases.
+        detection: when to publish that speech starts and stops; None for never.
         clock: monotonic time in seconds.
 
     Attributes:
@@ -114,6 +93,7 @@ class Session:
         *,
         resumable: bool,
         place: Place | None = None,
+        detection: Detection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = State.CONNECTING
@@ -125,6 +105,8 @@ class Session:
         self._resumable = resumable
         self._clock = clock
         self.place = place
+        self._detection = detection
+        self._detector: SpeechDetector | None = None
         self._heard_at = clock()
         self._running = shared.running
         self._tokens = shared.tokens
@@ -226,8 +208,20 @@ class Session:
             return
         if self.state is State.CONNECTING:
             self._enter(State.OPEN)
+            if self._detection:
+                self._detector = SpeechDetector(self._detection, self._resumed.samples)
+        if self._detector:
+            await self._detect(self._detector, samples)
         if not self._buffer.offer(samples):
             await self._buffer.put(samples)
+
+    async def _detect(self, detector: SpeechDetector, samples: Samples) -> None:
+        """Publish where speech starts and stops."""
+        for piece in detector.feed(samples):
+            if change := piece.change:
+                self._put(SpeechStarted(change.at) if change.speaking else SpeechStopped(change.at))
+            if piece.more:
+                await asyncio.sleep(0)  # detection takes time, which others need too
 
     def end(self) -> None:
         """Take no more audio, because the client has sent all of it; the final follows."""
@@ -351,6 +345,8 @@ class Session:
             transcript.stable_chars,
             answer.samples,
             settled,
+            self._resumed.segments + settled.segments,
+            None if math.isnan(answer.confidence) else answer.confidence,
         )
 
     def _acknowledge(self) -> None:

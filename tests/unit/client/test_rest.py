@@ -177,7 +177,7 @@ async def test_pause_is_that_of_retry_after(ask: Ask) -> None:
 
 
 async def test_pauses_grow_where_the_server_asks_for_none(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amira.client.rest.PAUSE_RANGE_SECS", (0.1, 0.2))
+    monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     failed = failure(502, "backend_failed", retryable=True)
     with script(failed, failed, failed, failed, success()) as server:
         began = time.monotonic()
@@ -222,7 +222,7 @@ async def test_slow_answer_is_a_timeout_and_not_retried(ask: Ask) -> None:
 
 
 async def test_missing_server_is_tried_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amira.client.rest.PAUSE_RANGE_SECS", (0.1, 0.2))
+    monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     (port,) = free_ports(LOOPBACK, 1)
     url = f"http://{LOOPBACK}:{port}"
     with pytest.raises(RequestError, match=f"no server at {url}") as raised:
