@@ -19,7 +19,11 @@ FRAME_SAMPLES: Final = RATE // 50
 """Resolution of cuts: 20 ms, in samples."""
 
 PAUSE_FRAMES: Final = 25
-"""Length over which a pause is judged, 0.5 s in frames; stop consonants are silent for up to 0.1 s. See docs/Performance.md."""
+"""Length over which a pause is judged, 0.5 s in frames; stop consonants are silent for up to 0.1 s.
+
+Word error rate of 28 minutes of joined sentences (not those of the evaluation): 11.3 % with 0.5 s, 11.2 % with 0.1 s, 12.3 % with
+0.3 s, 11.5 % where the longest pause is taken. The differences are within the noise; cuts after 20 s wherever they fall cost more.
+"""
 
 FLOOR: Final = 1.0
 """Mean square of a frame that counts as silent, in squared steps of 16 bits: digital silence has no logarithm."""
