@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from gateway import __version__, metrics, tracing
-from gateway.api import health, native_rest, native_websocket
+from gateway.api import health, native_rest, native_websocket, openai_errors, openai_rest
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
@@ -54,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.include_router(native_rest.router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_rest.router, dependencies=[Depends(_check_origin)])
     app.include_router(native_websocket.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _answer_error)
@@ -67,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After", openai_errors.SHOULD_RETRY_HEADER],
         )
     app.add_middleware(
         CorrelationIdMiddleware,
@@ -84,13 +85,14 @@ async def _check_origin(request: Request) -> None:
     check_origin(request.headers, service.settings)
 
 
-async def _answer_error(_request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 (registered for it alone)
     metrics.REJECTIONS.labels(error.kind.code).inc()
     tracing.fail(error.kind)
-    return Response(
-        orjson.dumps(error.body(current_request_id())), error.kind.status, error.headers(), media_type="application/json"
-    )
+    body, headers = error.body(current_request_id()), error.headers()
+    if request.url.path.startswith(openai_rest.PREFIX):
+        body, headers = openai_errors.body_of(error, current_request_id()), headers | openai_errors.headers_of(error)
+    return Response(orjson.dumps(body), error.kind.status, headers, media_type="application/json")
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -86,7 +86,8 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
                 REQUESTS.labels(endpoint, model, str(int(status)))
         for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
             histogram.labels(model)
-    for endpoint, answers in (("health", (200, 503)), ("metrics", (200,)), ("other", (200, 404, 405))):
+    others = sorted({200, *(kind.status for kind in ErrorKind)})
+    for endpoint, answers in (("health", [200, 503]), ("metrics", [200]), ("other", others)):
         REQUEST_DURATION.labels(endpoint, UNKNOWN_MODEL)
         for answer in answers:
             REQUESTS.labels(endpoint, UNKNOWN_MODEL, str(answer))

@@ -24,6 +24,7 @@ LARGE_BODIES, SMALL_BODY_BYTES = 8, 10 * 2**20
 """All bodies in flight together may be as large as this number of the largest ones, or as one of this size for each place."""
 
 BATCH_PREFIX = "/v2/decode/batch/"
+OPENAI_TRANSCRIPTIONS = "/v1/audio/transcriptions"
 
 log = structlog.get_logger()
 
@@ -158,9 +159,11 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope.setdefault("state", {})
         endpoint, model = _labels(scope["path"], self._settings)
         if endpoint == "batch":
-            with self._spans.span(f"{scope['method']} {BATCH_PREFIX}{{model}}", Headers(scope=scope), model=model):
+            route = OPENAI_TRANSCRIPTIONS if scope["path"] == OPENAI_TRANSCRIPTIONS else f"{BATCH_PREFIX}{{model}}"
+            with self._spans.span(f"{scope['method']} {route}", Headers(scope=scope), model=model):
                 await self._serve(scope, receive, send, endpoint, model)
         else:
             await self._serve(scope, receive, send, endpoint, model)
@@ -185,7 +188,8 @@ class AccessLog:
             seen["status"] = metrics.CLIENT_GONE
         finally:
             duration_secs = time.perf_counter() - began
-            tracing.describe(**seen)
+            model = scope["state"].get("model", model)  # OpenAI's API names it in the body
+            tracing.describe(**seen, model=model)
             metrics.REQUESTS.labels(endpoint, model, str(seen["status"])).inc()
             metrics.REQUEST_DURATION.labels(endpoint, model).observe(duration_secs)
             log_request = log.info if endpoint in ("batch", "other") else log.debug
@@ -198,5 +202,7 @@ def _labels(path: str, settings: Settings) -> tuple[str, str]:
     if path.startswith(BATCH_PREFIX):
         model = path.removeprefix(BATCH_PREFIX)
         return "batch", model if model in settings.models else metrics.UNKNOWN_MODEL
+    if path == OPENAI_TRANSCRIPTIONS:
+        return "batch", metrics.UNKNOWN_MODEL
     endpoint = path.removeprefix("/").partition("/")[0]
     return endpoint if endpoint in ("health", "metrics") else "other", metrics.UNKNOWN_MODEL

@@ -58,6 +58,16 @@ class Service:
             known = ", ".join(sorted(self.settings.models))
             raise ApiError(ErrorKind.MODEL_NOT_FOUND, f"model {model[:64]!r} is not known; known: {known}", "model")
 
+    def resolve_model(self, name: str) -> str:
+        """Return the public name of a model that is given by it or by an alias.
+
+        Raises:
+            ApiError: the name is not known.
+        """
+        model = name if name in self.settings.models else self.settings.model_aliases.get(name, name)
+        self.check_model(model)
+        return model
+
     def ready(self) -> bool:
         """Return whether new work is taken: some model can be served, and no drain has begun."""
         return not self.places.draining and any(map(self.triton.ready, self.settings.models.values()))
