@@ -7,7 +7,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from amira.client.live import LiveStream, Message
+from amira.client.live import RECONNECT_SECS, LiveStream, Message
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,10 +31,8 @@ class SyncLiveStream:
         reconnect_secs: longest time without a connection; then the stream fails.
     """
 
-    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = 60.0) -> None:
+    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = RECONNECT_SECS) -> None:
         self._stream = LiveStream(url, headers=headers, reconnect_secs=reconnect_secs)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="live stream", daemon=True)
 
     @property
     def reconnects(self) -> int:
@@ -43,6 +41,8 @@ class SyncLiveStream:
 
     def __enter__(self) -> Self:
         """Start to connect."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="live stream", daemon=True)
         self._thread.start()
         self._wait(self._stream.__aenter__())
         return self

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import httpx
 
@@ -99,29 +99,27 @@ class Exchange:
         if output and on_segment:
             raise ValueError(f"on_segment gives segments, and format={output!r} a text; leave one of them out")
         self._server = server
-        self._written = output is not None
         self._on_segment = on_segment
+        self._written = output is not None
         self._segments: list[Segment] = []
-        self._last_event: dict[str, Any] = {}
+        self._last_line: dict[str, Any] = {}
         self._deadline = time.monotonic() + server.retry_secs
         self._pause, self._longest_pause = PAUSE_RANGE_SECS
-        fields: list[tuple[str, str]] | None = None
-        if output or phrases or on_segment:
+        if output:
+            fields = [("model", model), ("response_format", output), *(("keywords[]", phrase) for phrase in phrases)]
             self.url = f"{server.base_url}/v1/audio/transcriptions"
-            fields = [("model", model), *(("keywords[]", phrase) for phrase in phrases)]
-            fields += [("response_format", output)] if output else [("stream", "true"), ("include[]", "segments")]
+            self.upload = Upload(audio, fields, on_progress)
         else:
-            self.url = f"{server.base_url}/v2/decode/batch/{quote(model, safe='')}"
-        self.upload = Upload(audio, fields, on_progress)
+            query = [("phrases", phrase) for phrase in phrases] + ([("format", "ndjson")] if on_segment else [])
+            path = f"{server.base_url}/v2/decode/batch/{quote(model, safe='')}"
+            self.url = f"{path}?{urlencode(query)}" if query else path
+            self.upload = Upload(audio, None, on_progress)
 
     def take_line(self, line: str) -> None:
-        """Take a line of a stream of events (HTML standard, 9.2.6); each event is one line of data."""
-        name, _, data = line.partition(":")
-        if name != "data":
-            return
-        self._last_event = event = json.loads(data)
-        if "segment" in event:
-            segment = Segment.read(event["segment"])
+        """Take a line of an answer that comes line by line, each of which is JSON."""
+        self._last_line = content = json.loads(line)
+        if content.get("type") == "segment":
+            segment = Segment.read(content)
             self._segments.append(segment)
             if self._on_segment:
                 self._on_segment(segment)
@@ -156,7 +154,7 @@ class Exchange:
         try:
             if response.is_success and self._written:
                 return response.text
-            body = self._last_event if is_event_stream(response) else response.json()
+            body = self._last_line if comes_in_lines(response) else response.json()
             if response.is_success and "error" not in body:
                 return Transcript.read(body, self._segments, request_id)
             error = body["error"]
@@ -182,6 +180,6 @@ class Exchange:
         return pause
 
 
-def is_event_stream(response: httpx.Response) -> bool:
-    """Return whether an answer is a stream of events."""
-    return response.is_success and response.headers.get("Content-Type", "").startswith("text/event-stream")
+def comes_in_lines(response: httpx.Response) -> bool:
+    """Return whether an answer comes line by line, as its segments do."""
+    return str(response.headers.get("Content-Type", "")).startswith("application/x-ndjson")

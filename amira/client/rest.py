@@ -20,9 +20,9 @@ from amira.client.exchange import (
     Format,
     OnSegment,
     Server,
-    is_event_stream,
+    comes_in_lines,
 )
-from amira.client.live import LiveStream
+from amira.client.live import RECONNECT_SECS, LiveStream
 from amira.client.types import Transcript
 from amira.client.upload import Audio, Progress
 
@@ -55,7 +55,7 @@ class _Client(Generic[Http]):
             ValueError: the base URL has neither http:// nor https://.
         """
         self._server = Server(base_url, api_key, timeout_secs, retry_secs)
-        self._http = self._connect()
+        self._http: Http = self._connect()
 
     @abstractmethod
     def _connect(self) -> Http:
@@ -141,15 +141,16 @@ class Client(_Client[httpx.Client]):
                 return outcome
             time.sleep(outcome)
 
-    def live(self, *, model: str = DEFAULT_MODEL) -> SyncLiveStream:
-        """Return a live stream, to be used as a context."""
-        return SyncLiveStream(self._server.stream_url(model), headers=self._server.headers)
+    def live(self, *, model: str = DEFAULT_MODEL, reconnect_secs: float = RECONNECT_SECS) -> SyncLiveStream:
+        """Return a live stream, to be used as a context; it fails after ``reconnect_secs`` without a server."""
+        url, headers = self._server.stream_url(model), self._server.headers
+        return SyncLiveStream(url, headers=headers, reconnect_secs=reconnect_secs)
 
     def _post(self, exchange: Exchange) -> httpx.Response | httpx.TransportError:
         upload = exchange.upload
         try:
             with self._http.stream("POST", exchange.url, content=iter(upload), headers=upload.headers) as answer:
-                if is_event_stream(answer):
+                if comes_in_lines(answer):
                     for line in answer.iter_lines():
                         exchange.take_line(line)
                 else:
@@ -225,15 +226,16 @@ class AsyncClient(_Client[httpx.AsyncClient]):
                 return outcome
             await asyncio.sleep(outcome)
 
-    def live(self, *, model: str = DEFAULT_MODEL) -> LiveStream:
-        """Return a live stream, to be used as an asynchronous context."""
-        return LiveStream(self._server.stream_url(model), headers=self._server.headers)
+    def live(self, *, model: str = DEFAULT_MODEL, reconnect_secs: float = RECONNECT_SECS) -> LiveStream:
+        """Return a live stream, to be used as an asynchronous context, as ``Client.live`` does."""
+        url, headers = self._server.stream_url(model), self._server.headers
+        return LiveStream(url, headers=headers, reconnect_secs=reconnect_secs)
 
     async def _post(self, exchange: Exchange) -> httpx.Response | httpx.TransportError:
         upload = exchange.upload
         try:
             async with self._http.stream("POST", exchange.url, content=upload.chunks(), headers=upload.headers) as answer:
-                if is_event_stream(answer):
+                if comes_in_lines(answer):
                     async for line in answer.aiter_lines():
                         exchange.take_line(line)
                 else:

@@ -85,7 +85,7 @@ class Transcript:
 
     @classmethod
     def read(cls, body: Mapping[str, Any], segments: Sequence[Segment], request_id: str | None) -> Transcript:
-        """Read an answer of ``POST /v2/decode/batch/{model}``, or the last event, whose segments came before it."""
+        """Read an answer of ``POST /v2/decode/batch/{model}``, or its last line, which the segments came before."""
         if "words" in body:
             words = tuple(map(Word.read, body["words"]))
         else:

@@ -55,14 +55,19 @@ class Upload:
         for chunk in self._chunks():
             yield chunk
             sent += len(chunk)
-            if self._on_progress:
-                self._on_progress(sent, self.size)
+            self._report(sent)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Iterate as ``__iter__`` does, and read the recording in a thread."""
-        chunks = iter(self)
+        sent, chunks = 0, self._chunks()
         while chunk := await asyncio.to_thread(next, chunks, b""):
             yield chunk
+            sent += len(chunk)
+            self._report(sent)
+
+    def _report(self, sent: int) -> None:
+        if self._on_progress:
+            self._on_progress(sent, self.size)
 
     def _chunks(self) -> Iterator[bytes]:
         if self._head:

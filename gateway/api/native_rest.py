@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from gateway import metrics, tracing
 from gateway.api.error_schema import openapi_responses
+from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
 from gateway.api.uploads import Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
-from gateway.logs import current_request_id
 from gateway.recordings.transcribe import Recording
 from gateway.service import Service
 from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 router = APIRouter()
-
-Result = TypeVar("Result")
 
 SEPARATE = "separate"
 """Value of the query's ``channels`` that gives each channel a transcript of its own."""
@@ -88,6 +82,14 @@ WRITERS: Mapping[Format, tuple[Callable[[Sequence[Segment]], str], str]] = {
     Format.VTT: (to_vtt, "text/vtt"),
 }
 """What writes a format, and its media type."""
+
+
+LINES = Wire(
+    "application/x-ndjson",
+    partial(orjson.dumps, option=orjson.OPT_APPEND_NEWLINE),
+    lambda error, request_id: error.body(request_id),
+)
+"""Lines of JSON."""
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,12 @@ async def decode_batch(request: Request, model: str) -> Response:
             pass  # refused before its body is read, if it can be
         upload = await held.enter_async_context(receive_upload(request))
         recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
-        segments = _segments(service, upload, recording, options)
+        segments = read_segments(
+            service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
+        )
         if options.format is Format.NDJSON:
-            lines = _lines(segments, recording, upload)
-            first = await unless_gone(request, asyncio.ensure_future(anext(lines)))
-            return _Lines(request, first, lines, held.pop_all())
-        await unless_gone(request, asyncio.ensure_future(_exhaust(segments)))
+            return await stream(request, _lines(segments, recording, upload), LINES, held)
+        await read_to_end(request, segments)
     if options.format is Format.JSON:
         answer = {**_answer(recording.transcription), **upload.opaque}
         return Response(orjson.dumps(answer), media_type="application/json")
@@ -209,96 +211,18 @@ def parse_options(request: Request) -> Options:
     return Options(chosen, parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})}), SEPARATE in channels)
 
 
-async def unless_gone(request: Request, work: asyncio.Future[Result]) -> Result:
-    """Wait for work, and cancel it when the client leaves.
-
-    Raises:
-        ClientDisconnect: the client left.
-    """
-    gone = asyncio.ensure_future(request.receive())
-    both: set[asyncio.Future[Any]] = {work, gone}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})
-
-
-async def _segments(service: Service, upload: Upload, recording: Recording, options: Options) -> AsyncGenerator[Segment, None]:
-    """Yield a recording's segments as they are decoded.
-
-    Raises:
-        ApiError: it can't be decoded.
-    """
-    reading = service.files.read(
-        upload.body, upload.content_type, raw=options.raw, separate=options.separate, max_secs=recording.max_secs
-    )
-    async with reading as audio, aclosing(recording.segments(audio, separate=options.separate)) as segments:
-        async for segment in segments:
-            yield segment
-
-
-async def _exhaust(segments: AsyncGenerator[Segment, None]) -> None:
-    async with aclosing(segments):
-        async for _ in segments:
-            pass
-
-
-async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[bytes, None]:
-    """Yield a line of JSON for each segment as it comes, and one for the whole.
+async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:
+    """Yield a line for each segment as it comes, and one for the whole.
 
     Raises:
         ApiError: the recording can't be decoded.
     """
     async with aclosing(segments):
         async for segment in segments:
-            yield _line({"type": "segment", **_segment_answer(segment)})
+            yield {"type": "segment", **_segment_answer(segment)}
     whole = _answer(recording.transcription)
-    summary = {name: value for name, value in whole.items() if name not in ("tokens", "words", "segments")}
-    yield _line({"type": "transcript", **summary, **upload.opaque})
-
-
-class _Lines(StreamingResponse):
-    """An answer that is sent line by line.
-
-    Args:
-        request: what it answers; its client may leave.
-        first: the first line.
-        others: the other lines.
-        held: what the lines need; closed after them.
-    """
-
-    def __init__(self, request: Request, first: bytes, others: AsyncGenerator[bytes, None], held: AsyncExitStack) -> None:
-        super().__init__(self._with_errors(first, others), media_type="application/x-ndjson")
-        self._request = request
-        self._others = others
-        self._held = held
-
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        """Send the answer."""
-        async with self._held, aclosing(self._others):
-            await unless_gone(self._request, asyncio.ensure_future(self.stream_response(send)))
-
-    @staticmethod
-    async def _with_errors(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Yield the lines, the last of which is an error if one comes up; the status is sent by then."""
-        yield first
-        try:
-            async for line in others:
-                yield line
-        except ApiError as error:
-            metrics.REJECTIONS.labels(error.kind.code).inc()
-            tracing.fail(error.kind)
-            yield _line(error.body(current_request_id()))
-
-
-def _line(content: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
+    summary = {name: value for name, value in whole.items() if name not in ("words", "segments")}
+    yield {"type": "transcript", **summary, **upload.opaque}
 
 
 def _answer(transcription: Transcription) -> dict[str, Any]:

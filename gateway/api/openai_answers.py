@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from gateway.audio import RATE
-from gateway.recordings.transcribe import Segment, Transcription
+from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.words import Word
 
 MIN_PROBABILITY = 1e-9
@@ -21,17 +21,11 @@ SEEK_PER_SEC = 100
 """Unit of ``seek``, as in Whisper: spectrogram frames per second."""
 
 
-def text_of(segments: Sequence[Segment]) -> str:
-    """Return the whole transcript."""
-    return "".join(segment.text for segment in segments)
-
-
 def json_body(transcription: Transcription, *, logprobs: bool) -> dict[str, Any]:
     """Return the body of ``json``."""
-    segments = transcription.segments
-    body = {"text": text_of(segments), "usage": _duration_usage(transcription)}
+    body: dict[str, Any] = {"text": transcription.text, "usage": _duration_usage(transcription)}
     if logprobs:
-        body["logprobs"] = [entry for segment in segments for entry in _logprobs(segment)]
+        body["logprobs"] = [entry for segment in transcription.segments for entry in _logprobs(segment)]
     return body
 
 
@@ -44,101 +38,62 @@ def verbose_body(transcription: Transcription, language: str, *, words: bool, se
         words: whether words are listed.
         segments: whether segments are listed.
     """
-    found = [segment for segment in transcription.segments if segment.words]
     body: dict[str, Any] = {
         "task": "transcribe",
         "language": language,
         "duration": transcription.samples / RATE,
-        "text": text_of(transcription.segments),
+        "text": transcription.text,
         "usage": _duration_usage(transcription),
     }
     if segments:
-        body["segments"] = [_verbose_segment(number, segment) for number, segment in enumerate(found)]
+        body["segments"] = list(map(_verbose_segment, transcription.segments))
     if words:
-        body["words"] = [_plain_word(word) for segment in found for word in segment.words]
+        body["words"] = list(map(_plain_word, transcription.words))
     return body
 
 
-def delta_event(number: int, segment: Segment, *, logprobs: bool, whole: bool) -> dict[str, Any]:
-    """Return the event of a segment; the deltas joined are the transcript.
-
-    Args:
-        number: the segment's, from 0.
-        segment: the segment.
-        logprobs: whether logarithms of probabilities are listed.
-        whole: whether the event has the segment as the project's own API has it.
-    """
-    event: dict[str, Any] = {"type": "transcript.text.delta", "delta": segment.text}
-    if logprobs:
-        event["logprobs"] = list(_logprobs(segment))
-    if whole:
-        event["segment"] = _native_segment(number, segment)
-    return event
+def delta_event(segment: Segment, *, logprobs: bool) -> dict[str, Any]:
+    """Return the event of a segment; the deltas joined are the transcript."""
+    event: dict[str, Any] = {"type": "transcript.text.delta", "delta": _joined_text(segment)}
+    return event | ({"logprobs": list(_logprobs(segment))} if logprobs else {})
 
 
-def done_event(transcription: Transcription, *, logprobs: bool, whole: bool) -> dict[str, Any]:
-    """Return the last event; arguments as in ``delta_event``."""
-    tokens = [token for segment in transcription.segments for token in segment.tokens]
-    usage = {
-        "type": "tokens",
-        "input_tokens": transcription.frames,
-        "output_tokens": len(tokens),
-        "total_tokens": transcription.frames + len(tokens),
-    }
-    event = {**json_body(transcription, logprobs=logprobs), "type": "transcript.text.done", "usage": usage}
-    if whole:
-        event |= {
-            "tokens": tokens,
-            "confidence": _confidence(transcription.segments),
-            "audio_length_samples": transcription.samples,
-        }
-    return event
-
-
-def _native_segment(number: int, segment: Segment) -> dict[str, Any]:
-    return {
-        "id": number,
-        "start": segment.words[0]["start"],
-        "end": segment.words[-1]["end"],
-        "text": segment.text,
-        "words": segment.words,
-        "confidence": segment.confidence,
-    }
-
-
-def _confidence(segments: Sequence[Segment]) -> float | None:
-    """Return the mean probability of all tokens; None where there are none."""
-    tokens = sum(len(segment.tokens) for segment in segments)
-    return sum((segment.confidence or 0.0) * len(segment.tokens) for segment in segments) / tokens if tokens else None
+def done_event(transcription: Transcription, *, logprobs: bool) -> dict[str, Any]:
+    """Return the last event."""
+    heard, written = transcription.frames, len(transcription.tokens)
+    usage = {"type": "tokens", "input_tokens": heard, "output_tokens": written, "total_tokens": heard + written}
+    return {"type": "transcript.text.done", **json_body(transcription, logprobs=logprobs), "usage": usage}
 
 
 def _duration_usage(transcription: Transcription) -> dict[str, Any]:
     return {"type": "duration", "seconds": transcription.samples / RATE}
 
 
+def _joined_text(segment: Segment) -> str:
+    """Return a segment's text with the space before it, as OpenAI's have it."""
+    return f" {segment.text}" if segment.id else segment.text
+
+
 def _logprobs(segment: Segment) -> Iterator[dict[str, Any]]:
     """Yield an entry for each word; the entries' tokens joined are the segment's text."""
-    start = 0
-    for word in segment.words:
-        end = segment.text.index(word["word"], start) + len(word["word"])
-        token = segment.text[start:end]
+    for number, word in enumerate(segment.words):
+        token = f" {word['word']}" if segment.id or number else word["word"]
         yield {"token": token, "logprob": _log(word["confidence"]), "bytes": list(token.encode())}
-        start = end
 
 
-def _verbose_segment(number: int, segment: Segment) -> dict[str, Any]:
-    start, text = segment.words[0]["start"], segment.text.encode()
+def _verbose_segment(segment: Segment) -> dict[str, Any]:
+    text = segment.text.encode()
     return {
-        "id": number,
-        "seek": round(start * SEEK_PER_SEC),
-        "start": start,
-        "end": segment.words[-1]["end"],
-        "text": segment.text,
+        "id": segment.id,
+        "seek": round(segment.start * SEEK_PER_SEC),
+        "start": segment.start,
+        "end": segment.end,
+        "text": _joined_text(segment),
         "tokens": segment.tokens,
         "temperature": 0.0,
         "avg_logprob": _log(segment.confidence or 0.0),
         "compression_ratio": round(len(text) / len(zlib.compress(text)), 4),
-        "no_speech_prob": 0.0,  # a segment has words, or it is none
+        "no_speech_prob": 0.0,  # segments without speech do not exist
     }
 
 

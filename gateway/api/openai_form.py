@@ -1,7 +1,7 @@
 """The form of ``POST /v1/audio/transcriptions``: its fields and their checks.
 
-Clients spell fields of several values ``include[]`` (openai-python 3.57, openai-node 6.49) or ``include``, and those of an object
-``chunking_strategy[type]`` or as JSON; both are read.
+Clients spell fields of several values ``include[]`` (openai-python 3.57, openai-node 6.49) or ``include``, and those of an
+object ``chunking_strategy[type]`` or as JSON; both are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.datastructures import FormData, UploadFile
 from gateway.errors import ApiError, ErrorKind
 
 MAX_FIELDS = 1000
-"""Maximum number of fields beside the file; 500 keywords are allowed."""
+"""Maximum number of fields beside the file; clients may send hundreds of keywords."""
 
 MAX_FIELD_BYTES = 2 * 2**20
 """Maximum size of a field, in bytes: a reference of a speaker's voice is up to 10 s of audio in base64."""
@@ -53,22 +53,18 @@ class Form:
         file: the recording.
         model: name or alias of the model.
         languages: the recording's possible languages (ISO 639-1); none where the client does not say.
-        keywords: phrases to boost.
         format: of the answer.
         granularities: what is timed.
         logprobs: whether the answer has logarithms of probabilities.
-        segments: whether events have their segments, as the project's own API has them.
         stream: whether the answer is a stream of events.
     """
 
     file: UploadFile
     model: str
     languages: Sequence[str]
-    keywords: Sequence[str]
     format: Format
     granularities: frozenset[Granularity]
     logprobs: bool
-    segments: bool
     stream: bool
 
 
@@ -86,19 +82,16 @@ def read_form(data: FormData) -> Form:
     text_format = _text(data, "response_format") or Format.JSON.value
     if text_format == "diarized_json":
         raise _invalid("response_format", text_format, "this server does not tell speakers apart", Format)
-    included = {_choice("include", name, _Include) for name in _texts(data, "include")}
     form = Form(
         file=file,
         model=model,
         languages=[language.lower().partition("-")[0] for language in (*_texts(data, "language"), *_texts(data, "languages"))],
-        keywords=_texts(data, "keywords"),
         format=_choice("response_format", text_format, Format),
         granularities=frozenset(
             _choice("timestamp_granularities", name, Granularity) for name in _texts(data, "timestamp_granularities")
         )
         or frozenset((Granularity.SEGMENT,)),
-        logprobs=_Include.LOGPROBS in included,
-        segments=_Include.SEGMENTS in included,
+        logprobs=bool([_choice("include", name, _Include) for name in _texts(data, "include")]),
         stream=_choice("stream", (_text(data, "stream") or "false").lower(), _Flag) is _Flag.TRUE,
     )
     _check_combination(form)
@@ -119,11 +112,11 @@ FORM_SCHEMA: dict[str, Any] = {
         "model": {"type": "string", "description": "name or alias of a model"},
         "response_format": {"type": "string", "enum": [choice.value for choice in Format], "default": Format.JSON.value},
         "timestamp_granularities[]": _strings(*(choice.value for choice in Granularity)),
-        "include[]": _strings("logprobs", "segments"),
+        "include[]": _strings("logprobs"),
         "stream": {"type": "boolean", "default": False},
         "language": {"type": "string", "description": "ISO 639-1; refused if it is not the model's"},
         "languages[]": _strings(),
-        "keywords[]": _strings(),
+        "keywords[]": {**_strings(), "description": "without effect"},
         "prompt": {"type": "string", "description": "without effect"},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1, "description": "without effect"},
         "chunking_strategy": {"type": "string", "description": "`auto`, or JSON; without effect"},
@@ -134,7 +127,6 @@ FORM_SCHEMA: dict[str, Any] = {
 
 class _Include(str, Enum):
     LOGPROBS = "logprobs"
-    SEGMENTS = "segments"
 
 
 class _Flag(str, Enum):
@@ -156,12 +148,6 @@ def _check_combination(form: Form) -> None:
         )
     if form.logprobs and form.format is not Format.JSON:
         raise ApiError(ErrorKind.INVALID_VALUE, "include is logprobs, which needs response_format=json", "include")
-    if form.segments and not form.stream:
-        raise ApiError(
-            ErrorKind.INVALID_VALUE,
-            "include is segments, which needs stream=true; without events use response_format=verbose_json",
-            "include",
-        )
     if form.stream and form.format not in (Format.JSON, Format.TEXT):
         raise ApiError(
             ErrorKind.INVALID_VALUE,

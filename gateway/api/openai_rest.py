@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import orjson
-import structlog
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
-from gateway import metrics, tracing
 from gateway.api.error_schema import openapi_responses
-from gateway.api.openai_answers import delta_event, done_event, json_body, text_of, verbose_body
+from gateway.api.openai_answers import delta_event, done_event, json_body, verbose_body
 from gateway.api.openai_errors import body_of
 from gateway.api.openai_form import FORM_SCHEMA, MAX_FIELD_BYTES, MAX_FIELDS, Form, Format, Granularity, read_form
-from gateway.api.sse import EventStream
+from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
+from gateway.api.uploads import full_disk_refused, open_form_file
 from gateway.audio.media_types import OCTETS
+from gateway.audio.raw import RawFormat
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
-from gateway.limits.places import CallerGoneError
-from gateway.logs import current_request_id
-from gateway.recordings.transcribe import Recording, Transcription
+from gateway.recordings.transcribe import Recording
 from gateway.service import Service
-from gateway.triton.connection import Samples
+from gateway.transcript.segments import Segment, Transcription
+from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 PREFIX = "/v1/"
 """Where OpenAI's API is; errors below it have OpenAI's types."""
 
-Event = Mapping[str, Any]
+EVENTS = Wire("text/event-stream", lambda event: b"data: " + orjson.dumps(event) + b"\n\n", body_of)
+"""Server-sent events (HTML standard, 9.2)."""
 
-log = structlog.get_logger()
+WRITERS: Mapping[Format, Callable[[Sequence[Segment]], str]] = {Format.TEXT: to_text, Format.SRT: to_srt, Format.VTT: to_vtt}
+
 router = APIRouter()
 
 
@@ -70,19 +69,19 @@ async def create_transcription(request: Request) -> Response:
         with service.places.batch():
             pass  # refused before its body is read, if it can be
         limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
-        form = read_form(await held.enter_async_context(request.form(**limits)))
+        with full_disk_refused():
+            data = await held.enter_async_context(request.form(**limits))
+        form = read_form(data)
         request.state.model = model = service.resolve_model(form.model)
         language = _language(form, service.settings.model_languages.get(model))
+        upload = await open_form_file(form.file)
         recording = held.enter_context(service.transcriber.admit(model, caller))
-        samples = await _decode(request, service, form, recording)
-        try:
-            if form.stream:
-                events = _transcribe(recording, samples, request, form)
-                return EventStream(with_error_event(await anext(events), events), held.pop_all())
-            transcription = await recording.transcribe(samples, caller_gone=request.receive)
-        except CallerGoneError:
-            raise ClientDisconnect from None
-    return _answer(transcription, form, language)
+        # The content alone says what the file is; clients name types by the file's name.
+        segments = read_segments(service.files, recording, upload.body, OCTETS, RawFormat())
+        if form.stream:
+            return await stream(request, _events(segments, recording, form), EVENTS, held)
+        await read_to_end(request, segments)
+    return _answer(recording.transcription, form, language)
 
 
 @router.post("/v1/audio/translations", summary="Refused: no model translates", responses=openapi_responses())
@@ -119,53 +118,16 @@ def _language(form: Form, spoken: str | None) -> str:
     return spoken
 
 
-async def _decode(request: Request, service: Service, form: Form, recording: Recording) -> Samples:
-    """Return the recording as 16 kHz mono audio [n].
+async def _events(segments: AsyncGenerator[Segment, None], recording: Recording, form: Form) -> AsyncGenerator[Part, None]:
+    """Yield the event of each segment, and the last one.
 
     Raises:
-        ApiError: the file is not audio, or is too long.
-        ClientDisconnect: the client left.
+        ApiError: the recording can't be decoded.
     """
-    body = await form.file.read()  # its content alone says what it is
-    work = asyncio.ensure_future(service.files.decode(body, OCTETS, recording.max_secs))
-    gone = asyncio.ensure_future(request.receive())
-    both: set[asyncio.Future[Any]] = {work, gone}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        for future in both:
-            future.cancel()
-
-
-async def _transcribe(recording: Recording, samples: Samples, request: Request, form: Form) -> AsyncGenerator[Event, None]:
-    """Transcribe a recording, and yield its events as they come."""
-    transcription = await recording.transcribe(samples, caller_gone=request.receive)
-    for number, segment in enumerate(transcription.segments):
-        if segment.text:
-            yield delta_event(number, segment, logprobs=form.logprobs, whole=form.segments)
-    yield done_event(transcription, logprobs=form.logprobs, whole=form.segments)
-
-
-async def with_error_event(first: Event, others: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """Yield events, and the error's event after a failure, whose status the client can no longer get."""
-    yield first
-    try:
-        async for event in others:
-            yield event
-    except ApiError as error:
-        failure = error
-    except Exception as error:
-        log.exception("request failed")
-        failure = ApiError(ErrorKind.INTERNAL, "internal error")
-        failure.__cause__ = error
-    else:
-        return
-    metrics.REJECTIONS.labels(failure.kind.code).inc()
-    tracing.fail(failure.kind)
-    yield body_of(failure, current_request_id())
+    async with aclosing(segments):
+        async for segment in segments:
+            yield delta_event(segment, logprobs=form.logprobs)
+    yield done_event(recording.transcription, logprobs=form.logprobs)
 
 
 def _answer(transcription: Transcription, form: Form, language: str) -> Response:
@@ -175,7 +137,7 @@ def _answer(transcription: Transcription, form: Form, language: str) -> Response
     if form.format is Format.VERBOSE_JSON:
         words, segments = (granularity in form.granularities for granularity in (Granularity.WORD, Granularity.SEGMENT))
         return _json(verbose_body(transcription, language, words=words, segments=segments))
-    return Response(text_of(transcription.segments) + "\n", media_type="text/plain")
+    return Response(WRITERS[form.format](transcription.segments), media_type="text/plain")
 
 
 def _json(body: Mapping[str, Any]) -> Response:

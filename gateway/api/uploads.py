@@ -51,7 +51,7 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
-        with _disk():
+        with full_disk_refused():
             form = await request.form(max_files=1, max_fields=16)
         try:
             file = form.get("file")
@@ -77,7 +77,7 @@ async def open_form_file(file: UploadFile) -> Upload:
     content_type = file.content_type or OCTETS
     if (file.size or 0) <= MEMORY_BYTES:
         return Upload(await file.read(), content_type)
-    with _disk():
+    with full_disk_refused():
         await run_in_threadpool(file.file.flush)  # it is read by its descriptor
     return Upload(file.file, content_type)
 
@@ -86,7 +86,7 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
     received = bytearray()
     file: BinaryIO | None = None
     try:
-        with _disk():
+        with full_disk_refused():
             async for chunk in request.stream():
                 received += chunk
                 if len(received) > MEMORY_BYTES:
@@ -105,7 +105,7 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
+def full_disk_refused() -> Iterator[None]:
     """Tell a client of a disk that is full.
 
     Raises:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
+from openai import AsyncOpenAI
 from websockets.exceptions import InvalidStatus
 
 from amira import LiveStream, Word
 from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.service import Service
 from tests.support.chaos import gateway_process
@@ -287,3 +294,20 @@ async def test_recording_is_never_sent_twice(
         assert (await recording).status_code == 502
     last = json.loads((tmp_path / "access.log").read_text().splitlines()[-1])
     assert last["upstream"] in processes, "one address alone"
+
+
+async def test_events_are_not_held_back(
+    need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
+) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.concatenate([*recordings.values()] * 2), RATE, format="FLAC")
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(make_gateway(max_concurrent_batches=1))
+        proxy = await stack.enter_async_context(run_nginx(need("nginx"), deploy, tmp_path, gateway.url.removeprefix("http://")))
+        client = await stack.enter_async_context(AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="any"))
+        began, came = time.monotonic(), list[float]()
+        form: dict[str, Any] = {"file": ("a.flac", file.getvalue()), "model": "whisper-1"}
+        async for _ in await client.audio.transcriptions.create(**form, stream=True):
+            came.append(time.monotonic() - began)
+    assert len(came) > 3
+    assert came[0] < 0.7 * came[-1]

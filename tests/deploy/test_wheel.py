@@ -87,7 +87,8 @@ def test_wheel_and_source_distribution_have_all_that_is_tracked(wheel: Path, tmp
 
 
 def test_base_package_has_the_clients(base: Path, folder: Path) -> None:
-    program = "from amira import AsyncClient, Client, LiveStream, Segment, StreamError, Transcript, Word; Client().close()"
+    names = "AsyncClient, Client, LiveStream, Segment, StreamError, SyncLiveStream, Transcript, Word"
+    program = f"from amira import {names}; Client().close()"
     assert run([base / "bin" / "python", "-W", "error", "-c", program], folder) == (0, "", "")
     assert (site_packages(base) / "amira" / "py.typed").exists()
     code, output, _ = run([base / "bin" / "amira", "version"], folder)

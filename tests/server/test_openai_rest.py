@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
@@ -10,16 +11,21 @@ from typing import Any, Literal
 import httpx
 import numpy as np
 import openai
+import orjson
+import pysubs2
 import pytest
 import soundfile
+import webvtt
 from openai import AsyncOpenAI, omit
 from openai.types.audio import TranscriptionTextDeltaEvent, TranscriptionTextDoneEvent, TranscriptionVerbose
 
 from amira.paths import SPEECH
-from gateway.api.openai_rest import with_error_event
+from gateway.api.openai_rest import EVENTS
+from gateway.api.streaming import with_error
 from gateway.audio import RATE
 from gateway.errors import ApiError, ErrorKind
-from tests.support.servers import Gateway
+from tests.support.clients import gateway_metrics, growth
+from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
@@ -44,6 +50,16 @@ async def native(gateway: Gateway, http: httpx.AsyncClient) -> dict[str, Any]:
     body: dict[str, Any] = (await http.post(gateway.batch_url(), content=RECORDING.read_bytes())).raise_for_status().json()
     assert body["text"]
     return body
+
+
+@pytest.fixture(scope="module")
+def long_recording(recordings: Recordings) -> tuple[str, bytes]:
+    """Over 30 s, which the server decodes in pieces."""
+    samples = np.concatenate([*recordings.values()] * 2)
+    assert len(samples) > 40 * RATE
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="FLAC")
+    return "long.flac", file.getvalue()
 
 
 def silence(secs: float = 1.0) -> bytes:
@@ -74,6 +90,43 @@ async def test_logprobs_join_to_the_text(client: AsyncOpenAI, native: dict[str, 
 async def test_text_is_plain(client: AsyncOpenAI, native: dict[str, Any]) -> None:
     answer = await client.audio.transcriptions.create(file=RECORDING, model="amira", response_format="text")
     assert answer == native["text"] + "\n"
+
+
+async def test_subtitles_have_the_words_in_their_times(client: AsyncOpenAI, long_recording: tuple[str, bytes]) -> None:
+    plain = await client.audio.transcriptions.create(file=long_recording, model="amira")
+    secs = plain.usage.seconds if plain.usage and plain.usage.type == "duration" else 0
+    srt = await client.audio.transcriptions.create(file=long_recording, model="amira", response_format="srt")
+    vtt = await client.audio.transcriptions.create(file=long_recording, model="amira", response_format="vtt")
+    captions: Any = webvtt.from_string(str(vtt))
+    cues = [(cue.start / 1000, cue.end / 1000, cue.plaintext) for cue in pysubs2.SSAFile.from_string(str(srt), "srt")]
+    assert len(cues) > 5
+    assert [(cue.start_in_seconds, cue.end_in_seconds) for cue in captions] == [
+        (int(start), int(end)) for start, end, _ in cues
+    ]
+    for words in (" ".join(text for *_, text in cues), " ".join(cue.text for cue in captions)):
+        assert words.split() == plain.text.split()
+    assert all(0 <= start < end <= secs + 1 for start, end, _ in cues)
+
+
+async def test_long_recording_streams_a_delta_a_piece(make_gateway: MakeGateway, long_recording: tuple[str, bytes]) -> None:
+    events, came = [], list[float]()
+    async with make_gateway(max_concurrent_batches=1) as gateway, client_of(gateway) as client:
+        began = time.monotonic()
+        async for event in await client.audio.transcriptions.create(file=long_recording, model="amira", stream=True):
+            events.append(event)
+            came.append(time.monotonic() - began)
+        verbose = await client.audio.transcriptions.create(file=long_recording, model="amira", response_format="verbose_json")
+    *deltas, done = events
+    assert isinstance(done, TranscriptionTextDoneEvent)
+    assert len(deltas) > 2
+    assert "".join(delta.delta for delta in deltas if delta.type == "transcript.text.delta") == done.text
+    assert came[0] < 0.7 * came[-1], "the first piece's text came with the last one's"
+    assert verbose.text == done.text
+    assert verbose.segments
+    assert [segment.id for segment in verbose.segments] == list(range(len(deltas)))
+    assert "".join(segment.text for segment in verbose.segments) == verbose.text
+    times = [time for segment in verbose.segments for time in (segment.start, segment.end)]
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +181,7 @@ async def test_events_are_lines_that_proxies_do_not_hold_back(gateway: Gateway, 
     answer = await http.post(f"{gateway.url}/v1/audio/transcriptions", files={"file": ("a.wav", silence())}, data=form)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
     assert (answer.headers["Cache-Control"], answer.headers["X-Accel-Buffering"]) == ("no-cache", "no")
-    assert answer.text.startswith('data: {"text":"",')
+    assert answer.text.startswith('data: {"type":"transcript.text.done","text":"",')
     assert answer.text.endswith("}\n\n")
     assert answer.text.count("data: ") == 1, "silence has no deltas"
 
@@ -138,7 +191,8 @@ async def test_failure_after_the_first_event_is_an_event() -> None:
         yield {"type": "transcript.text.delta", "delta": " second"}
         raise ApiError(ErrorKind.BACKEND_FAILED, "Triton failed")
 
-    events = [dict(event) async for event in with_error_event({"type": "transcript.text.delta", "delta": "first"}, failing())]
+    first = {"type": "transcript.text.delta", "delta": "first"}
+    events = [orjson.loads(sent.removeprefix(b"data: ")) async for sent in with_error(first, failing(), EVENTS)]
     assert [event.get("delta") for event in events] == ["first", " second", None]
     error = events[-1]["error"]
     assert (error["type"], error["code"], error["message"]) == ("server_error", "backend_failed", "Triton failed")
@@ -147,7 +201,10 @@ async def test_failure_after_the_first_event_is_an_event() -> None:
 async def test_silence_has_the_same_shape(client: AsyncOpenAI) -> None:
     file = ("silence.wav", silence())
     assert (await client.audio.transcriptions.create(file=file, model="amira")).text == ""
-    assert await client.audio.transcriptions.create(file=file, model="amira", response_format="text") == "\n"
+    formats: list[tuple[Literal["text", "srt", "vtt"], str]] = [("text", ""), ("srt", ""), ("vtt", "WEBVTT\n\n")]
+    for response_format, expected in formats:
+        answer = await client.audio.transcriptions.create(file=file, model="amira", response_format=response_format)
+        assert answer == expected
     verbose = await client.audio.transcriptions.create(
         file=file, model="amira", response_format="verbose_json", timestamp_granularities=["word", "segment"]
     )
@@ -261,6 +318,18 @@ async def test_models_are_listed_under_every_name(client: AsyncOpenAI, make_gate
             await other.audio.transcriptions.create(file=("a.wav", silence()), model="whisper-1")
 
 
+async def test_request_counts_for_the_model_of_its_form(gateway: Gateway, client: AsyncOpenAI) -> None:
+    before = await gateway_metrics(gateway.url)
+    await client.audio.transcriptions.create(file=("a.wav", silence()), model="whisper-1")
+    with pytest.raises(openai.NotFoundError):
+        await client.audio.transcriptions.create(file=("a.wav", silence()), model="nobody")
+    grown = growth(before, await gateway_metrics(gateway.url))
+    assert grown("asr_requests_total", endpoint="batch", model="amira", status="200") == 1
+    assert grown("asr_requests_total", endpoint="batch", model="unknown", status="404") == 1
+    assert grown("asr_audio_seconds_total", endpoint="batch", model="amira") == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")
 async def test_translation_is_refused(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         await client.audio.translations.create(file=RECORDING, model="whisper-1")
@@ -316,7 +385,7 @@ async def test_client_retries_what_may_succeed_later(make_gateway: MakeGateway) 
     assert int(refused.value.response.headers["Retry-After"]) >= 1
     assert "x-should-retry" not in refused.value.response.headers
     async with make_gateway() as gateway, client_of(gateway) as client:
-        gateway.server.config.app.state.service.places.drain()  # type: ignore[union-attr]
+        gateway.server._app.state.service.places.drain()
         with pytest.raises(openai.InternalServerError) as draining:
             await client.audio.transcriptions.create(file=("a.wav", silence()), model="amira")
     assert (draining.value.code, draining.value.type, draining.value.status_code) == ("draining", "server_error", 503)
