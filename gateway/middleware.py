@@ -1,4 +1,4 @@
-"""ASGI middleware around every HTTP request: limits on its body, and its log event, metrics and span."""
+"""ASGI middleware for HTTP requests: body limits, and the log event, metrics and span of each request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.tracing import Tracing
 
 MIN_BODY_BYTES_PER_SEC = 16_000
-"""Average rate at which a body has to come after its first ``stream_timeout_secs``; half of real time for raw PCM."""
+"""Minimum average rate of a body after its first ``stream_timeout_secs``; half of real time for raw PCM."""
 
 LARGE_BODIES, SMALL_BODY_BYTES = 8, 10 * 2**20
 """All bodies in flight together may be as large as this number of the largest ones, or as one of this size for each place."""
@@ -31,13 +31,13 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """Limits on bodies.
+    """Limits on request bodies.
 
     Attributes:
-        max_bytes: one body.
-        max_json_bytes: one body of JSON, which takes many times its size when it is parsed.
-        max_total_bytes: all bodies of requests in flight together.
-        patience_secs: time after which a body has to keep to ``MIN_BODY_BYTES_PER_SEC``.
+        max_bytes: maximum size of a body.
+        max_json_bytes: maximum size of a JSON body, which takes many times its size when parsed.
+        max_total_bytes: maximum total size of the bodies of all requests in flight.
+        patience_secs: time after which ``MIN_BODY_BYTES_PER_SEC`` applies.
     """
 
     max_bytes: int
@@ -86,7 +86,7 @@ class BodyLimit:
 
 
 class _Body:
-    """One request's body, as it comes."""
+    """Body of a request that is being received."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, received: Received) -> None:
         headers = Headers(scope=scope)
@@ -136,7 +136,7 @@ class _Body:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send, and have the connection closed after an answer to a body that has not come: it would be read to its end."""
+        """Send; close the connection after a response to an incomplete body, which would otherwise be read to its end."""
         if message["type"] == "http.response.start" and not self._complete:
             MutableHeaders(scope=message)["Connection"] = "close"
         await self._send(message)
@@ -150,8 +150,8 @@ class AccessLog:
 
     Args:
         app: the application.
-        settings: name the models.
-        spans: where spans go.
+        settings: settings of the gateway.
+        spans: creates spans.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, spans: Tracing) -> None:
@@ -203,7 +203,7 @@ class AccessLog:
 
 
 def _labels(path: str, settings: Settings) -> tuple[str, str]:
-    """Return a request's endpoint and model, each from a closed set."""
+    """Return the labels for a request's endpoint and model, each from a closed set."""
     if path.startswith(BATCH_PREFIX):
         model = path.removeprefix(BATCH_PREFIX)
         return "batch", model if model in settings.models else metrics.UNKNOWN_MODEL

@@ -1,4 +1,4 @@
-"""What the routes share: the settings, Triton, the limits and the two engines."""
+"""Objects that all routes share: settings, Triton, limits and engines."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from gateway.tracing import Tracing
 from gateway.triton.pool import TritonPool
 
 DECODER_SETTINGS = ("latency", "max_symbols_per_step", "max_total_tokens")
-"""Settings that the decoder takes as options, by the same names."""
+"""Settings that are passed to the decoder as options of the same names."""
 
 
 class Service:
-    """One gateway process.
+    """State of a gateway process.
 
     Attributes:
-        settings: its settings.
-        triton: the Triton servers that decode.
-        places: how many streams and recordings are served at once.
-        quotas: what each caller may use.
+        settings: settings of the gateway.
+        triton: the Triton servers.
+        places: limits on concurrent streams and recordings.
+        quotas: quotas of callers.
         client_secrets: keys that callers make for their own clients.
         files: decodes audio files.
         sessions: the engine of live streams.
         transcriber: the engine of recordings.
-        tracing: where spans go.
-        started_at: Unix time in seconds.
+        tracing: creates spans.
+        started_at: start of the process, Unix time in seconds.
     """
 
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
@@ -52,10 +52,10 @@ class Service:
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks()))
 
     def check_model(self, model: str) -> None:
-        """Refuse a model that the settings do not have.
+        """Check that the settings have a model of this public name.
 
         Raises:
-            ApiError: the public name is not known.
+            ApiError: they do not.
         """
         if model not in self.settings.models:
             known = ", ".join(sorted(self.settings.models))
@@ -72,7 +72,7 @@ class Service:
         return model
 
     def ready(self) -> bool:
-        """Return whether new work is taken: some model can be served, and no drain has begun."""
+        """Return whether new work is accepted: a model is ready, and no drain has begun."""
         return not self.places.draining and any(map(self.triton.ready, self.settings.models.values()))
 
     async def start(self) -> None:
@@ -80,7 +80,7 @@ class Service:
         await self.triton.start()
 
     async def close(self) -> None:
-        """End what a drain left, and disconnect from Triton."""
+        """End the remaining streams, and disconnect from Triton."""
         await self.sessions.close(self.settings.inference_timeout_secs)
         await self.files.close()
         await self.triton.close()

@@ -23,17 +23,17 @@ MAX_QUEUE_SECS = 30.0
 
 
 class Place:
-    """A place that is held.
+    """A place that is in use.
 
     Args:
-        free: called once, when it is released.
+        free: called once, when the place is released.
     """
 
     def __init__(self, free: Callable[[], None]) -> None:
         self._free: Callable[[], None] | None = free
 
     def release(self) -> None:
-        """Give the place back, if that has not happened."""
+        """Release the place, unless it is released already."""
         if free := self._free:
             self._free = None
             free()
@@ -53,14 +53,14 @@ class Share:
 
 
 class Places:
-    """The places of one gateway.
+    """Places of a gateway.
 
     Args:
-        settings: the gateway's.
+        settings: settings of the gateway.
         max_queue_secs: maximum wait of a recording for its first decoding place.
 
     Attributes:
-        streams, batches: number in flight; batches includes those that wait.
+        streams, batches: number of streams and batch requests in flight; batches includes waiting ones.
         draining: whether new work is refused.
     """
 
@@ -80,7 +80,7 @@ class Places:
 
     @contextmanager
     def stream(self) -> Iterator[Place]:
-        """Hold a place for a stream, until the context is left or the place is released.
+        """Hold a place for a stream until the context ends or the place is released.
 
         Raises:
             ApiError: all places are taken, or the gateway drains.
@@ -98,7 +98,7 @@ class Places:
 
     @contextmanager
     def batch(self) -> Iterator[Share]:
-        """Hold a place in the queue of recordings, from when the body is there until the answer is made.
+        """Hold a place in the queue of recordings, from the end of the request's body to the response.
 
         Raises:
             ApiError: the queue is full, or the gateway drains.
@@ -183,7 +183,7 @@ class Places:
         self._waiting.clear()
 
     async def wait_idle(self, timeout_secs: float) -> bool:
-        """Wait until nothing is in flight; return False if something still is after the timeout."""
+        """Wait until nothing is in flight; return False at the timeout."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_secs)
         except asyncio.TimeoutError:

@@ -1,4 +1,4 @@
-"""Quotas of each API key: concurrent streams, and audio per second."""
+"""Quotas of API keys and client addresses: concurrent streams and batch requests, and audio per second."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gateway.limits.auth import ANONYMOUS
 from gateway.limits.bucket import TokenBucket
 
 BURST_SECS = 60.0
-"""Burst of a caller that was silent: the audio that its rate allows in this time, in seconds."""
+"""Time whose audio, at the maximum rate, a caller may send in one burst, in seconds."""
 
 
 class InUse:
-    """Counts what is in use by key.
+    """Counts items in use by key.
 
     Args:
-        limit: maximum in use of one key; None for no limit.
-        what: what is counted, in the plural, for messages.
+        limit: maximum number of items in use per key; None: no limit.
+        what: name of the items in the plural, for messages.
     """
 
     def __init__(self, limit: int | None, what: str) -> None:
@@ -31,10 +31,10 @@ class InUse:
 
     @contextmanager
     def hold(self, key: Hashable | None) -> Iterator[None]:
-        """Hold one of a key; None is not limited.
+        """Hold one item of a key; the key None has no limit.
 
         Raises:
-            ApiError: all of the key are in use.
+            ApiError: all items of the key are in use.
         """
         if key is None or self._limit is None:
             yield
@@ -51,11 +51,11 @@ class InUse:
 
 
 class Quotas:
-    """What each caller uses of its quota.
+    """Quotas of all callers, and their use.
 
     Args:
-        settings: the gateway's.
-        clock: monotonic time in seconds.
+        settings: settings of the gateway.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -69,7 +69,7 @@ class Quotas:
 
     @contextmanager
     def stream(self, caller: int, address: str | None = None) -> Iterator[None]:
-        """Hold one of the streams of a caller and of a client address.
+        """Hold a stream of a caller and a client address.
 
         Raises:
             ApiError: all of them are in use.
@@ -80,7 +80,7 @@ class Quotas:
 
     @contextmanager
     def batch(self, caller: int, address: str | None = None) -> Iterator[None]:
-        """Hold one of the batch requests of a caller and of a client address, from its head to its answer.
+        """Hold a batch request of a caller and a client address, from its head to the response.
 
         Raises:
             ApiError: all of them are in use.

@@ -1,7 +1,7 @@
 """Events of a live session.
 
-Transcripts are those of the whole stream. A consumer that wants the current segment takes what follows ``settled``; one that
-wants text that never changes takes the first ``stable_chars``.
+A transcript covers the whole stream. The part after ``settled`` is the current segment. The first ``stable_chars`` characters
+never change.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class SegmentFinal:
     """The current segment ended; its text, tokens and words can no longer change.
 
     Attributes:
-        transcript: with the segment, which ``settled`` excludes.
-        changed: whether the text is another than in the event before.
+        transcript: transcript that includes the segment; ``settled`` excludes it.
+        changed: whether the text differs from that of the event before.
     """
 
     transcript: Snapshot
@@ -63,7 +63,7 @@ class SegmentFinal:
 
 @dataclass(frozen=True)
 class Final:
-    """The stream ended; the last event."""
+    """The stream ended. This is the last event."""
 
     transcript: Snapshot
 
@@ -84,12 +84,12 @@ class SpeechStopped:
 
 @dataclass(frozen=True)
 class Acknowledged:
-    """A resumable stream can continue from here on another connection.
+    """A resumable stream can continue from this position on another connection.
 
     Attributes:
         token: text of the session token.
-        samples: position from which audio is still needed, in samples since the start of the stream.
-        settled: length of the transcript that the resumed stream does not repeat, since the start of the stream.
+        samples: position from which audio is still needed, in samples from the start of the stream.
+        settled: length of the transcript, from the start of the stream, that the resumed stream does not repeat.
     """
 
     token: str
@@ -99,7 +99,7 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Failed:
-    """The session failed; the last event."""
+    """The session failed. This is the last event."""
 
     error: ApiError
 

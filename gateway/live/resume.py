@@ -1,7 +1,7 @@
-"""Session tokens: a client that holds one continues its stream after a lost connection, on any gateway.
+"""Session tokens: with a token, a client can continue its stream on any gateway after a lost connection.
 
-A token carries the decoder's state. It is signed, so that the decoder only ever gets its own state, and it is not encrypted: it
-holds nothing but what the client's own audio produced.
+A token contains the decoder's state. It is signed, so the decoder only gets state that it produced. It is not encrypted, since
+the state depends only on the client's own audio.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_AGE_SECS = 3600
 """Maximum age of a token, in seconds."""
 
 MAX_STREAMS = 10_000
-"""Maximum number of streams whose last resumption is remembered (LRU)."""
+"""Maximum number of streams whose last resumption is tracked (LRU)."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class SessionTokens:
     """Issues and redeems session tokens.
 
     Args:
-        settings: the gateway's; its ``session_key`` signs.
-        clock: monotonic time in seconds.
-        wall_clock: Unix time in seconds.
+        settings: settings of the gateway; ``session_key`` is the key of the signature.
+        clock: returns monotonic seconds.
+        wall_clock: returns Unix time in seconds.
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class SessionTokens:
         """Verify a token's text.
 
         Args:
-            text: what the client sent.
-            model: public name of the model that the client asks for.
+            text: text from the client.
+            model: public name of the model that the client requests.
 
         Returns:
-            The token, and the seconds since it was issued or since its stream last continued here, whichever is less.
+            The token, and the smaller of its age and the time since its stream was last resumed here, in seconds.
 
         Raises:
             ApiError: the text is not a token of this service, is too old, or belongs to another model.
         """
         try:
-            # Its own age limit would refuse a token of a gateway whose clock is slightly ahead of this one's.
+            # The serializer's own age limit would refuse a token from a gateway whose clock is slightly ahead.
             payload, issued_at = self._serializer.loads(text, return_timestamp=True)
             known = {each.name for each in fields(SessionToken)}  # later versions may have more
             token = SessionToken(**{name: value for name, value in payload.items() if name in known})

@@ -1,4 +1,4 @@
-"""All live sessions of a gateway: admission, opening, drain."""
+"""Admit, open and drain live sessions."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Connection(Protocol):
 
 
 class Sessions:
-    """The engine of live streams.
+    """Engine of live streams.
 
     Args:
-        settings: the gateway's.
-        triton: what decodes.
-        places: the gateway's.
-        quotas: of its callers.
-        options: of the decoder, for every stream.
+        settings: settings of the gateway.
+        triton: the Triton servers.
+        places: places of the gateway.
+        quotas: quotas of callers.
+        options: options of the decoder for every stream.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Sessions:
 
     @contextlib.contextmanager
     def admit(self, caller: int, address: str | None = None) -> Iterator[Place]:
-        """Hold a place for one stream at a time; take that of a silent stream if there is none.
+        """Hold a place for a stream. If all are in use, a silent stream loses its place.
 
         Args:
-            caller: by whose key the stream is counted.
-            address: by which client address it is counted.
+            caller: caller whose quota the stream counts against.
+            address: client address whose quota it counts against.
 
         Raises:
-            ApiError: the caller, the address or the gateway has none left, or the gateway drains.
+            ApiError: the caller, the address or the gateway has no free place, or the gateway drains.
         """
         with self._quotas.stream(caller, address):
             if self._places.full and not self._places.draining:
@@ -121,7 +121,7 @@ class Sessions:
             self._connections.discard(connection)
 
     def _reclaim(self) -> None:
-        """End the stream that was silent for the longest time, if that was long."""
+        """End the stream that was silent for the longest time, if it was for at least ``reclaim_silent_secs``."""
         least_secs = self._settings.reclaim_silent_secs
         sessions = [session for session in self._shared.running if session.place and session.state is not State.ENDED]
         holders: list[Connection] = [*sessions, *self._connections]
@@ -135,7 +135,7 @@ class Sessions:
             connection.drain()
 
     async def close(self, timeout_secs: float) -> None:
-        """Abandon every session that is left, and wait until the decoder's states are freed, or until the timeout."""
+        """Abandon all sessions, and wait until the decoder's states are freed or the timeout has passed."""
         left = list(self._shared.running)
         for session in left:
             session.abandon()
