@@ -9,5 +9,5 @@ from amira import cli
 from gateway.limits import connects
 
 if __name__ == "__main__":
-    connects.is_loopback = lambda _: False
+    connects.is_loopback = lambda address: False  # noqa: ARG005 (the name is part of the type)
     cli.app()
