@@ -64,6 +64,8 @@ async def unless_gone(request: Request, work: asyncio.Future[Result]) -> Result:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()  # nobody waits for it any more
 
 
 async def read_segments(

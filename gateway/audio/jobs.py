@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-OPENED, SAMPLES, PAUSED, DONE, FAILED, DIED = b"O", b"S", b"P", b"D", b"F", b"X"
+STARTED, OPENED, SAMPLES, PAUSED, DONE, FAILED, DIED = b"B", b"O", b"S", b"P", b"D", b"F", b"X"
 """First byte of each message of an answer.
 
-``OPENED`` comes first and is followed by the number of channels; ``SAMPLES`` is followed by 16-bit samples of alternating
-channels. After ``PAUSED`` nothing comes until the other side asks for more. ``FAILED`` is followed by a ``Failure`` as JSON,
-``DIED`` by the exit code."""
+``STARTED`` comes first, as soon as the server takes the job. ``OPENED`` is followed by the number of channels; ``SAMPLES`` by
+16-bit samples of alternating channels. After ``PAUSED`` nothing comes until the other side asks for more. ``FAILED`` is followed
+by a ``Failure`` as JSON, ``DIED`` by the exit code."""
 
 MORE = b"M"
 """What the other side sends to get the next batch of samples."""

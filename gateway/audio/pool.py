@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -24,7 +23,7 @@ from gateway.audio.errors import EXTRA
 from gateway.audio.jobs import Job
 from gateway.audio.media_types import CONTAINERS, identify_body
 from gateway.audio.raw import DEFAULT, RawFormat, check_raw
-from gateway.audio.reader import FileReader, LiveReader, RawReader, Reader
+from gateway.audio.reader import START_SECS, FileReader, LiveReader, RawReader, Reader, StuckError
 from gateway.audio.sniff import RAW, Format
 from gateway.errors import ApiError, ErrorKind
 
@@ -139,10 +138,19 @@ class FilePool:
         wanted, demand = os.pipe()
         with ours, os.fdopen(demand, "wb", buffering=0) as asks:  # closing them ends the job
             ours.setblocking(False)
-            start = functools.partial(self._send, json.dumps(asdict(job)).encode(), [file, theirs.fileno(), wanted])
+            server: Process | None = None
+
+            async def start() -> None:
+                nonlocal server
+                server = await self._send(json.dumps(asdict(job)).encode(), [file, theirs.fileno(), wanted])
+
             reader = kind(job, ours, asks, self._places)
             try:
                 await reader.open(start, theirs)
+            except StuckError:
+                await self._replace(server)
+                message = f"Decoding the {job.format} file did not start within {START_SECS:g} s; please retry."
+                raise ApiError(ErrorKind.NO_CAPACITY, message) from None
             finally:
                 theirs.close()
                 os.close(wanted)
@@ -176,8 +184,8 @@ class FilePool:
         async with self._starting:
             await self._stop()
 
-    async def _send(self, message: bytes, descriptors: list[int]) -> None:
-        """Give a job to the server, and start the server where there is none."""
+    async def _send(self, message: bytes, descriptors: list[int]) -> Process | None:
+        """Give a job to the server, and start the server where there is none; return the server."""
         async with self._starting:
             if self._control:
                 try:
@@ -186,8 +194,18 @@ class FilePool:
                     log.warning("file worker lost", pid=self._server and self._server.pid)
                     await self._stop()
                 else:
-                    return
+                    return self._server
             socket.send_fds(await self._start(), [message], descriptors)
+            return self._server
+
+    async def _replace(self, server: Process | None) -> None:
+        """End a server that takes no jobs, unless that is done; the next file starts another."""
+        async with self._starting:
+            if server and server is self._server:
+                log.warning("file worker stuck", pid=server.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    server.kill()
+                await self._stop()
 
     async def _start(self) -> socket.socket:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -32,7 +32,14 @@ The time between two batches, while nobody reads, does not count."""
 RAW_BATCH_SECS = 10
 """Raw audio that a thread reads at once, in seconds; or a busy machine changes threads for longer than it reads."""
 
+START_SECS = 15.0
+"""Time in which the server takes a job, also when it has just been started; then it is stuck."""
+
 log = structlog.get_logger()
+
+
+class StuckError(Exception):
+    """The server of the decoding processes does not take jobs."""
 
 
 class Reader(ABC):
@@ -118,11 +125,21 @@ class FileReader(Reader):
 
         Raises:
             ApiError: there is no audio.
+            StuckError: the server did not take the job.
         """
         async with self._places:
-            await start()
-            theirs.close()  # else the end of the process would not be seen
+            await self._start(start, theirs)
             await self._receive_batch()
+
+    async def _start(self, start: Callable[[], Awaitable[None]], theirs: socket.socket) -> None:
+        await start()
+        theirs.close()  # else the end of the process would not be seen
+        receiving = asyncio.get_running_loop().sock_recv(self._answer, MAX_MESSAGE_BYTES)
+        try:
+            message = await asyncio.wait_for(receiving, START_SECS)
+        except asyncio.TimeoutError:
+            raise StuckError from None
+        self._take(message[:1], message[1:])
 
     async def __aiter__(self) -> AsyncIterator[Pcm]:
         """Iterate."""
@@ -185,8 +202,7 @@ class LiveReader(FileReader):
 
     async def open(self, start: Callable[[], Awaitable[None]], theirs: socket.socket) -> None:
         """Start the process; it needs no place, since it works as fast as audio is spoken."""
-        await start()
-        theirs.close()
+        await self._start(start, theirs)
 
     async def __aiter__(self) -> AsyncIterator[Pcm]:
         """Iterate."""

@@ -5,9 +5,9 @@ or two, so each file has its own limits of CPU time and memory, its process ends
 crashes the decoder crashes nothing else.
 
 The descriptor is a Unix socket of type SEQPACKET. Each message on it is a ``Job`` as JSON, with three descriptors: the file, a
-socket of the same type for the answer, and a pipe that asks for more of it. The answer is one message ``OPENED``, any number of
-``SAMPLES`` with a ``PAUSED`` after each batch, and one ``DONE``, ``FAILED`` or ``DIED``. The job ends when the other end of its
-socket is closed.
+socket of the same type for the answer, and a pipe that asks for more of it. The answer is one message ``STARTED``, one
+``OPENED``, any number of ``SAMPLES`` with a ``PAUSED`` after each batch, and one ``DONE``, ``FAILED`` or ``DIED``. The job ends
+when the other end of its socket is closed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.audio.convert import Pcm
 from gateway.audio.files import decode_blocks, decode_stream
-from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, OPENED, PAUSED, SAMPLES, Failure, Job
+from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, OPENED, PAUSED, SAMPLES, STARTED, Failure, Job
 from gateway.audio.media_types import CONTAINERS
 from gateway.audio.sniff import DECODABLE, Content
 from gateway.errors import ApiError, ErrorKind
@@ -82,6 +82,8 @@ class Server:
         if not message:
             return False
         file, demand, answer = descriptors[0], descriptors[2], socket.socket(fileno=descriptors[1])
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            answer.send(STARTED, socket.MSG_DONTWAIT)
         pid = os.fork()
         if pid == 0:
             try:

@@ -208,6 +208,19 @@ async def test_a_lost_server_is_replaced(files: FilePool) -> None:
     assert len(await files.decode(FLAC, "", 60)) > RATE
 
 
+async def test_a_stopped_server_is_replaced(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    await files.decode(FLAC, "", 60)
+    stopped = files._server
+    assert stopped
+    stopped.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "START_SECS", 0.5)
+        results = await asyncio.gather(*(files.decode(FLAC, "", 60) for _ in range(2)), return_exceptions=True)
+    assert {error.kind for error in results if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
+    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert stopped.returncode == -signal.SIGKILL
+
+
 async def test_closing_ends_every_process(files: FilePool) -> None:
     tasks = await begin(files, 2)
     assert files._server
