@@ -9,8 +9,8 @@ STARTED, OPENED, SAMPLES, PAUSED, DONE, FAILED, DIED = b"B", b"O", b"S", b"P", b
 """First byte of each message of an answer.
 
 ``STARTED`` comes first, as soon as the server takes the job. ``OPENED`` is followed by the number of channels; ``SAMPLES`` by
-16-bit samples of alternating channels. After ``PAUSED`` nothing comes until the other side asks for more. ``FAILED`` is followed
-by a ``Failure`` as JSON, ``DIED`` by the exit code."""
+16-bit samples of alternating channels. After ``PAUSED`` nothing comes until the other side asks for more. ``FAILED`` is
+followed by a ``Failure`` as JSON, ``DIED`` by the exit code."""
 
 MORE = b"M"
 """What the other side sends to get the next batch of samples."""
