@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -296,6 +297,11 @@ async def make_trouble(backend: Backend, samples: Samples) -> None:
         lost, *recovered = await asyncio.gather(*streams)
     assert lost.close_code == 4503
     assert [said.close_code for said in recovered] == [1000] * STREAMS
+    async with run_gateway(triton_endpoint=backend.target) as gateway:
+        decoding = asyncio.create_task(transcribe(gateway.stream_url(), np.tile(samples, 4)))
+        await asyncio.sleep(0.5)
+        backend.signal(signal.SIGKILL)
+        assert (await decoding).close_code == 1000
 
 
 async def test_every_panel_has_data(

@@ -348,10 +348,11 @@ async def test_recovery_is_on_the_span_and_in_the_log(
         said = await stream
     assert said.close_code == 1000
     lines = [orjson.loads(line) for line in capsys.readouterr().err.splitlines()]
-    (recovery,) = (line for line in lines if line["event"] == "stream recovery")
-    assert recovery["outcome"] == "recovered"
-    (top,) = (span for span in receiver.spans if span.trace == recovery["trace_id"] and span.service == "asr-test")
-    assert top.events.count("recovery") == 1
+    recoveries = [line for line in lines if line["event"] == "stream recovery"]  # one, or more on a busy machine
+    assert {line["outcome"] for line in recoveries} == {"recovered"}
+    (trace,) = {line["trace_id"] for line in recoveries}
+    (top,) = (span for span in receiver.spans if span.trace == trace and span.service == "asr-test")
+    assert top.events.count("recovery") == len(recoveries)
     (closed,) = (line for line in lines if line["event"] == "stream closed")
     assert closed["trace_id"] == top.trace
     assert "trace_id" not in next(line for line in lines if line["event"] == "triton models"), "that belongs to no request"
@@ -359,6 +360,7 @@ async def test_recovery_is_on_the_span_and_in_the_log(
 
 async def test_triton_ignores_the_unsampled_flag(traced_triton: Backend, receiver: Receiver) -> None:
     """So the gateway hands on nothing then. If this fails, it need not keep that back any longer."""
+    await traced_triton.ready_again()
     await receiver.until_traced(lambda trace: infer(traced_triton, 1, np.zeros(1600, np.int16), trace, "00"))
 
 

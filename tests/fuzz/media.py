@@ -29,6 +29,7 @@ for name in ("audio/wav", "audio/flac", "audio/ogg", "audio/mp4", "audio/webm", 
 
 
 @schemathesis.hook
-def before_generate_path_parameters(_context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def before_generate_path_parameters(context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Draw the name of a model in most cases; random names never hit one."""
-    return st.one_of(st.just({"model": "amira"}), st.just({"model": "amira"}), strategy)
+    parameter = "model" if "{model}" in context.operation.path else "name"
+    return st.one_of(st.just({parameter: "amira"}), st.just({parameter: "amira"}), strategy)

@@ -45,4 +45,4 @@ async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path
     )
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
-    assert b"6 selected / 6 total" in output
+    assert b"11 selected / 11 total" in output

@@ -279,6 +279,30 @@ async def test_end_of_triton_while_starting_is_explained(tmp_path: Path) -> None
         await starting
 
 
+async def test_triton_that_hangs_while_starting_is_restarted(
+    model_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "HUNG_SECS", 5.0)
+    hang = f"""
+    def initialize(self, args):
+        import pathlib
+        if not (hung := pathlib.Path({str(tmp_path / "hung")!r})).exists():
+            hung.touch()
+            time.sleep(600)
+        self.start(args)
+
+    def start(self, args"""
+    edit(model_repository / "detokenizer" / "1" / "model.py", "\n    def initialize(self, args", hang)
+    edit(model_repository / "detokenizer" / "1" / "model.py", "\nimport ", "\nimport time\nimport ")
+    prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
+    with pytest.raises(EngineError, match="hung while it started: it did nothing for 5 s"):
+        await triton.start()
+    assert triton.pid is None
+    await triton.start()
+    await triton.stop(timeout_secs=0)
+
+
 async def test_failed_restart_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log keeps what every try printed. The program is missing at first, then it ends at once."""
     monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))

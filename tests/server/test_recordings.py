@@ -178,7 +178,7 @@ async def test_the_first_line_comes_before_the_rest_is_decoded(
     assert whole["type"] == "transcript"
     assert whole["text"] == " ".join(segment["text"] for segment in segments)
     assert whole["audio_length_samples"] == len(body) // 2
-    assert not {"words", "tokens", "segments"} & set(whole)
+    assert not {"words", "segments"} & set(whole)
 
 
 async def test_an_error_after_the_first_line_is_a_line(

@@ -37,6 +37,9 @@ STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
 """Like ``amira``, but its gateway counts loopback clients too."""
 
 SESSION_KEY = "one for all gateways"
+READY_SECS = 150.0
+"""Time limit for a restart of Triton, in seconds; the launcher ends one that hangs after 120 s."""
+
 NOTICED_SECS = 30.0
 """Time limit for the restart of a Triton that lost a model's process, in seconds; the launcher delays it by up to 10 s."""
 
@@ -144,8 +147,10 @@ class Backend:
     async def ready_again(self) -> float:
         """Wait until all models are ready; return the time, in seconds of time.monotonic."""
         url = f"http://{self.ports.host}:{self.ports.http}/v2"
+        deadline = time.monotonic() + READY_SECS
         async with httpx.AsyncClient(timeout=1) as http:
             while True:
+                assert time.monotonic() < deadline, f"Triton is not ready after {READY_SECS:g} s"
                 with contextlib.suppress(httpx.HTTPError):
                     states = (await http.post(f"{url}/repository/index")).json()
                     if sum(model.get("state") == "READY" for model in states) == MODELS:
