@@ -25,7 +25,7 @@ def speak(url: str, frames: list[bytes]) -> tuple[list[dict[str, Any]], int]:
         while True:
             opcode, data = socket.recv_data()
             if opcode == websocket.ABNF.OPCODE_CLOSE:
-                socket.shutdown()  # the library leaves this to the program then
+                socket.shutdown()  # type: ignore[no-untyped-call]  # the library leaves this to the program then
                 return messages, int.from_bytes(data[:2], "big")
             messages.append(orjson.loads(data))
 
