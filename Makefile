@@ -35,8 +35,8 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: setup  ## Serve on an embedded Triton until Ctrl-C
-	@exec $(BIN)/amira run
+run: setup  ## Serve on an embedded Triton until Ctrl-C: make run [MODEL=name]
+	@exec $(BIN)/amira run $(if $(MODEL),--model $(MODEL))
 
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from amira.client.exchange import DEFAULT_MODEL
 from amira.commands.ending import USAGE_ERROR, fail
 from amira.commands.listen import listen
 from amira.commands.transcribe import transcribe
-from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.paths import MODEL_REPOSITORY, MODELS_HOME, SPEECH
 from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
 
 if TYPE_CHECKING:
@@ -60,8 +61,25 @@ class Format(str, Enum):
     yaml = "yaml"
 
 
+class CacheType(str, Enum):
+    """Types of a cached encoder's carried values."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
 @app.command()
 def run(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            envvar="AMIRA_MODEL",
+            help="Serve this model: a name that amira models known lists, owner/name on Hugging Face, or a directory. "
+            "The first start downloads and imports it.",
+            show_default=False,
+        ),
+    ] = None,
+    models_home: Annotated[Path, typer.Option(envvar="AMIRA_MODELS_HOME", help="Where --model keeps models.")] = MODELS_HOME,
     model_repository: ModelRepository = MODEL_REPOSITORY,
     triton_host: TritonHost = LOOPBACK,
     triton_grpc_port: GrpcPort = 8001,
@@ -73,6 +91,9 @@ def run(
     from amira.engine.service import service
 
     settings = _settings()
+    if model:
+        model_repository, ensemble = _ensure_imported(model, models_home)
+        settings = settings.model_copy(update={"models": {DEFAULT_MODEL: ensemble}})
     ports = Ports(triton_host, triton_grpc_port, triton_metrics_port, triton_http_port)
 
     async def serve() -> None:
@@ -166,17 +187,30 @@ def models_import(
         str,
         typer.Option(help="Durations of a TDT in frames; default: those of config.json, or 0,1,2,3,4.", show_default=False),
     ] = "",
+    files: Annotated[
+        str, typer.Option(help="Part of the graphs' names, where several would do: chunk-16-left-128.", show_default=False)
+    ] = "",
+    latency: Annotated[
+        list[str] | None,
+        typer.Option(help="Source of a cached model's encoder for low or throughput: low=DIRECTORY.", show_default=False),
+    ] = None,
+    cache_type: Annotated[CacheType, typer.Option(help="Type of a cached model's carried values.")] = CacheType.fp16,
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graphs on a GPU.")] = False,
 ) -> None:
-    """Add a transducer in NeMo's ONNX export to a model repository."""
+    """Add a transducer to a model repository: from NeMo, icefall, sherpa-onnx, onnx-asr or parakeet-rs."""
     from amira.models.configs import ModelError
-    from amira.models.importing import import_model
+    from amira.models.importing import ImportOptions, import_with
 
     chosen = name or Path(source).absolute().name
     if not re.fullmatch(r"(\d+(,\d+)*)?", durations):
         fail(f"--durations is {durations!r}; expected whole numbers with commas, such as 0,1,2,3,4")
+    latencies = dict(pair.partition("=")[::2] for pair in latency or [])
+    if unknown := sorted(latencies.keys() - {"low", "throughput"}):
+        fail(f"--latency is {unknown[0]!r}; expected low=SOURCE or throughput=SOURCE")
+    jumps_in_frames = [int(d) for d in durations.split(",") if d]
+    options = ImportOptions(quantization, files, jumps_in_frames, latencies, cache_type.value, gpu)
     try:
-        transducer = import_model(source, chosen, into, quantization, [int(d) for d in durations.split(",") if d], gpu=gpu)
+        transducer = import_with(source, chosen, into, options)
     except ModelError as error:
         fail(str(error))
     jumps = f", durations {transducer.parameters['durations']}" if transducer.durations else ""
@@ -189,6 +223,20 @@ def models_import(
         typer.echo(f"serve it: by a Triton with a GPU, and the gateway with {names}; the embedded engine has no GPU")
     else:
         typer.echo(f"check it: amira models check {into}\nserve it: AMIRA_MODEL_REPOSITORY={into} {names} amira run")
+
+
+@models.command("known")
+def models_known() -> None:
+    """List public models that amira run --model downloads."""
+    from amira.models.known import KNOWN
+
+    rows = [("name", "languages", "streams", "licence", "download", "memory", "from")]
+    for name, known in KNOWN.items():
+        sizes = f"{known.download_mb} MB", f"{known.memory_mb} MB"
+        rows.append((name, known.languages, known.kind, known.licence, *sizes, known.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @models.command("list")
@@ -233,6 +281,18 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     _main(check())
 
 
+def _ensure_imported(model: str, models_home: Path) -> tuple[Path, str]:
+    """Return the repository and ensemble of a public model; an error ends the command with one line."""
+    _require("models")
+    from amira.models.configs import ModelError
+    from amira.models.known import ensure_imported
+
+    try:
+        return ensure_imported(model, models_home)
+    except ModelError as error:
+        fail(str(error))
+
+
 def _check_graphs(repository: Path) -> list[str]:
     """Run the graphs of a repository's ensembles, and return the names of the ensembles."""
     from amira.models.check import check_frames, check_warmups
@@ -244,6 +304,9 @@ def _check_graphs(repository: Path) -> list[str]:
         check_warmups(repository)
         for recogniser in found:
             check_frames(recogniser)
+            if recogniser.is_cached:
+                typer.echo(recogniser.describe())
+                continue
             growth = recogniser.check_memory()
             typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
     except ModelError as error:

@@ -42,5 +42,8 @@ def _engine_home() -> Path:
     return cache / "amira-asr" / f"engine-{environment}"
 
 
+MODELS_HOME = ROOT / ".models" if IN_CHECKOUT else _engine_home().parent / "models"
+"""Directory of the models that ``amira run --model`` imported. It can be deleted; a model is then downloaded again."""
+
 ENGINE_HOME = _engine_home()
 """Directory of the embedded Triton's backends and logs. It can be deleted while no embedded Triton is running."""

@@ -45,6 +45,7 @@ from greedy import JointOutputs
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
 from vocabulary import continuations, read_vocabulary
+from windows import Window
 from words import text_of, words_of
 
 SESSIONS = 2
@@ -105,8 +106,12 @@ class Networks:
         self.step = joint_step(open_graph(recogniser.decoder_joint, 1))
         self.pieces = read_vocabulary(recogniser.vocabulary)
 
-    def encode(self, windows: Sequence[Samples], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+    def encode(self, windows: Sequence[Window], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         """Encode windows of equal length in one call."""
+        return self.encode_samples([window.samples for window in windows])
+
+    def encode_samples(self, windows: Sequence[Samples]) -> list[Encoded]:
+        """Encode audio of equal length in one call."""
         front_end = self._idle.get()
         try:
             waveforms = np.stack(windows).astype(np.float32) / np.float32(32768)
@@ -152,7 +157,7 @@ def window_secs(networks: Networks, windows: Mapping[Geometry, Samples], done: C
 
     def work(window: Samples) -> float:
         began = time.thread_time()  # CPU time of this thread, without other load on the machine
-        networks.encode([window])
+        networks.encode_samples([window])
         return time.thread_time() - began
 
     with ThreadPoolExecutor(SESSIONS) as threads:
@@ -256,6 +261,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         recogniser = choose(arguments.repository, arguments.model)
+        if recogniser.is_cached:
+            raise ModelError(f"{recogniser.name} has a cached encoder, so it has no windows to choose from")
     except ModelError as error:
         parser.error(str(error))
     report = measure(arguments.directory, arguments.quick, recogniser)

@@ -20,8 +20,13 @@ FEATURE_COUNTS = (160, 640)
 SAMPLE_COUNTS = (9_600, 48_000)
 """Input lengths for measuring a front end; their difference is a multiple of all usual hops: 160, 384, …"""
 
-ELEMENT_TYPES = {pb.TYPE_FP32: np.float32, pb.TYPE_INT32: np.int32, pb.TYPE_INT64: np.int64}
-"""Numpy types by Triton's types, for all types in NeMo's export convention."""
+ELEMENT_TYPES = {
+    pb.TYPE_FP16: np.float16,
+    pb.TYPE_FP32: np.float32,
+    pb.TYPE_INT32: np.int32,
+    pb.TYPE_INT64: np.int64,
+}
+"""Numpy types by Triton's types, for all types in the repository's convention."""
 
 
 def check_frames(recogniser: Recogniser) -> None:
@@ -30,12 +35,26 @@ def check_frames(recogniser: Recogniser) -> None:
     Raises:
         ModelError: the parameter ``frame_samples`` differs from the length that the graphs have.
     """
-    samples = samples_per_feature(recogniser.preprocessor) * features_per_frame(recogniser.encoder, recogniser.features)
+    samples = _frame_samples(recogniser)
     if (found := recogniser.parameters["frame_samples"]) != str(samples):
         raise ModelError(
             f"{recogniser.decoder}/config.pbtxt: parameter frame_samples is {found!r}; "
             f"{recogniser.encoder} makes a frame of {samples} samples"
         )
+
+
+def _frame_samples(recogniser: Recogniser) -> int:
+    """Return how many samples an encoder frame stands for."""
+    hop = samples_per_feature(recogniser.preprocessor)
+    if not recogniser.is_cached:
+        return hop * features_per_frame(recogniser.encoder, recogniser.features)
+    lengths = {
+        hop * sizes.chunk_features // check_cached_encoder(sizes.path, sizes.window_features, sizes.chunk_features)
+        for sizes in recogniser.cached_encoders.values()
+    }
+    if len(lengths) > 1:
+        raise ModelError(f"{recogniser.name}: the encoders' frames have {sorted(lengths)} samples; expected one length")
+    return lengths.pop()
 
 
 def samples_per_feature(preprocessor: Path) -> int:
@@ -70,6 +89,48 @@ def features_per_frame(encoder: Path, features: int) -> int:
     return _ratio(encoder, count, FEATURE_COUNTS, "feature frames")
 
 
+def check_cached_encoder(encoder: Path, window_features: int, chunk_features: int) -> int:
+    """Run a cached encoder on two windows, and return how many encoder frames it makes of a chunk.
+
+    Args:
+        encoder: the graph's file, in the repository's convention.
+        window_features: feature frames of a call.
+        chunk_features: feature frames by which the next window begins later.
+
+    Raises:
+        ModelError: the graph can't be run, or its cache or its number of frames is not as expected.
+    """
+    session = open_session(encoder)
+    features, size = (next(node for node in session.get_inputs() if node.name == name) for name in ("audio_signal", "cache"))
+    element = np.float16 if "float16" in size.type else np.float32
+    cache, counts, caches = np.zeros((1, size.shape[1]), element), [], []
+    others = {node.name: np.zeros(1, np.int64) for node in session.get_inputs() if node.name == "prompt_index"}
+    for _ in range(2):
+        feeds = {
+            "audio_signal": _noise(1, features.shape[1], window_features),
+            "length": np.array([window_features], np.int64),
+            "cache": cache,
+            **others,
+        }
+        try:
+            frames, encoded, cache = session.run(["outputs", "encoded_lengths", "cache_next"], feeds)
+        except Exception as error:  # see check_warmups
+            raise ModelError(f"{encoder} can't be run: {' '.join(str(error).split())}") from error
+        counts.append(int(encoded[0]))
+        caches.append(cache)
+    if caches[0].shape != (1, size.shape[1]) or np.array_equal(*caches):
+        raise ModelError(
+            f"{encoder}: output cache_next is {list(cache.shape)} or does not change; expected [1, {size.shape[1]}]"
+        )
+    count = counts[0]
+    if counts != [count, count] or not 0 < count <= frames.shape[2] or chunk_features % count:
+        raise ModelError(
+            f"{encoder} makes {counts} encoder frames of windows of {window_features} feature frames; "
+            f"expected a divisor of {chunk_features}"
+        )
+    return count
+
+
 def check_warmups(repository: Path) -> None:
     """Run each warm-up sample of a repository's graphs.
 
@@ -99,7 +160,7 @@ def _warmup_tensor(directory: Path, tensor: pb.ModelWarmup.Input) -> npt.NDArray
         ValueError: the type is not supported, or the file has another size.
     """
     if tensor.data_type not in ELEMENT_TYPES:
-        raise ValueError(f"data type {pb.DataType.Name(tensor.data_type)}; expected FP32, INT32 or INT64")
+        raise ValueError(f"data type {pb.DataType.Name(tensor.data_type)}; expected FP16, FP32, INT32 or INT64")
     element_type = ELEMENT_TYPES[tensor.data_type]
     if tensor.input_data_file:
         values = np.frombuffer((directory / "warmup" / tensor.input_data_file).read_bytes(), element_type)

@@ -20,6 +20,7 @@ OPEN = -1
 """Size in an expected shape that must be dynamic in the graph; the value is that of Triton's configurations."""
 
 FLOAT, INT32, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
+FLOAT16 = onnx.TensorProto.FLOAT16
 LFS_POINTER = b"version https://git-lfs"
 MAX_DURATIONS = 16
 """Maximum number of durations of a TDT; with more surplus logits, the vocabulary is too short. Published TDTs have 5."""
@@ -94,7 +95,7 @@ class Graph:
         if others := [name for name in self.inputs if name not in inputs]:
             raise ModelError(
                 f"{self.path}: nothing feeds {', '.join(others)}; expected the inputs {', '.join(inputs)} alone "
-                "(encoders with a cache do not fit)"
+                "(encoders with a cache must be imported)"
             )
 
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]], *, exact: bool = False) -> None:
@@ -171,9 +172,7 @@ class TransducerGraphs:
         Raises:
             ModelError: they do not fit.
         """
-        encoder.check("input", {"audio_signal": (FLOAT, (OPEN, features, OPEN)), "length": (INT64, (OPEN,))})
-        encoder.check_no_others(("audio_signal", "length"))
-        encoder.check("output", {"outputs": (FLOAT, (OPEN, None, OPEN)), "encoded_lengths": (INT64, (OPEN,))})
+        _check_encoder(encoder, features)
         decoder_joint.check(
             "input",
             {
@@ -198,7 +197,7 @@ class TransducerGraphs:
         if not (layers and hidden):
             raise _left_open(decoder_joint, "input_states_1")
         pieces = count_pieces(vocabulary)
-        logits = _count_logits(decoder_joint, size, layers, hidden)
+        logits = count_logits(decoder_joint, size, layers, hidden)
         surplus = logits - pieces
         if surplus not in (0, *range(2, MAX_DURATIONS + 1)):
             raise ModelError(
@@ -206,6 +205,22 @@ class TransducerGraphs:
                 f"the blank, so expected {pieces} for an RNN-T, or 2 to {MAX_DURATIONS} more for the durations of a TDT"
             )
         return cls(encoder, decoder_joint, vocabulary, bins, size, layers, hidden, pieces, tuple(range(surplus)))
+
+
+def _check_encoder(encoder: Graph, features: int | None) -> None:
+    """Compare an encoder's tensors with the convention; one with a cache may fix the batch, and fixes its window."""
+    if (cache := encoder.inputs.get("cache")) is None:
+        encoder.check("input", {"audio_signal": (FLOAT, (OPEN, features, OPEN)), "length": (INT64, (OPEN,))})
+        encoder.check_no_others(("audio_signal", "length"))
+        encoder.check("output", {"outputs": (FLOAT, (OPEN, None, OPEN)), "encoded_lengths": (INT64, (OPEN,))})
+        return
+    batch = cache.shape[0] or OPEN
+    carried = FLOAT16 if cache.type == FLOAT16 else FLOAT, (batch, cache.shape[-1])
+    one_a_row = {name: (INT64, (batch,)) for name in ("length", "prompt_index") if name in encoder.inputs or name == "length"}
+    encoder.check("input", {"audio_signal": (FLOAT, (batch, features, None)), **one_a_row, "cache": carried})
+    encoder.check_no_others(("audio_signal", "length", "cache", "prompt_index"))
+    outputs = {"outputs": (FLOAT, (batch, None, None)), "encoded_lengths": (INT64, (batch,)), "cache_next": carried}
+    encoder.check("output", outputs)
 
 
 def data_files(path: Path) -> list[str]:
@@ -240,8 +255,15 @@ def count_pieces(vocabulary: Path) -> int:
     return len(lines)
 
 
-def _count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
-    """Return the number of logits of the joint network. NeMo exports a dynamic size, so one step is run."""
+def count_logits(graph: Graph, size: int, layers: int, hidden: int) -> int:
+    """Return the number of logits of the joint network. NeMo exports a dynamic size, so one step is run.
+
+    Args:
+        graph: graph of ``decoder_joint``.
+        size: number of values of an encoder frame.
+        layers: number of layers of the predictor's states.
+        hidden: number of values of a layer's state.
+    """
     known = graph.outputs["outputs"].shape[-1]
     if known:
         return known

@@ -1,34 +1,38 @@
 """Import transducers into a model repository: ``amira models import``.
 
-A source is a directory with ``encoder-model.onnx``, ``decoder_joint-model.onnx`` and ``vocab.txt`` (NeMo's ONNX export and the
-onnx-asr layout), or a Hugging Face repository with these files. The configurations of the bundled model are the templates.
+A source is a directory or a Hugging Face repository in one of the layouts of ``amira.models.layouts``. The bundled model's
+configurations are the templates of an imported model's.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import onnx
 from google.protobuf import text_format
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.models.check import features_per_frame
+from amira.models.check import ELEMENT_TYPES, check_cached_encoder, features_per_frame
 from amira.models.configs import ModelError, read_config
-from amira.models.graphs import Graph, TransducerGraphs, data_files
+from amira.models.front_ends import HOP_SAMPLES, NEMO_BINS, nemo_front_end
+from amira.models.graphs import Graph, TransducerGraphs
+from amira.models.layouts import icefall, nemo, nemo_cached
+from amira.models.layouts.parts import LATENCIES, CachedEncoder, GraphSource, Parts
 from amira.models.memory import measure_growth
-from amira.models.repository import ROLES
+from amira.models.repository import ONNX_TYPES, ROLES
+from amira.models.sources import NEMO_RECIPE as NEMO_RECIPE  # noqa: PLC0414 (part of this module's interface)
+from amira.models.sources import locate
+from amira.models.vocabularies import to_text
 from amira.paths import MODEL_REPOSITORY
 
 SAMPLE_RATE = 16_000
-MEL_HOP_SAMPLES = 160
-MEL_BINS = (80, 128)
-"""Numbers of mel bins for which onnx-asr has NeMo's front end as a graph."""
 
 WINDOW_SECS = {"left": 10.0, "chunk": 2.0, "right": 2.0}
 """Windows for encoders that were trained on whole utterances; NeMo's buffered streaming loses 0.3 points (PR 9106)."""
@@ -45,21 +49,31 @@ LARGE_ENCODER_BYTES = 200_000_000
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
 """Parameters for a GPU, which computes many windows in little more time than one; not measured."""
 
+EDGE_FEATURES = 2
+"""Feature frames around a cached encoder's window whose audio its features need: a frame's 25 ms, and the sample before."""
+
+LATENCY_PREFIXES = {"low": "low_latency", "throughput": "high_throughput"}
+"""Beginning of the parameters of a latency that is not ``balanced``."""
+
+WINDOWED_PARAMETERS = (
+    "left_frames",
+    "chunk_frames",
+    "right_frames",
+    "low_latency_frames",
+    "high_throughput_frames",
+    "window_bytes_per_sec",
+    "window_bytes_per_sec_squared",
+    "max_encode_bytes",
+)
+"""Parameters of the template that a decoder of a cached encoder does not have."""
+
+CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
+"""Element types of a packed cache."""
+
 VOCABULARY = "vocab.txt"
 """File name of the vocabulary in the directory of each model that reads it."""
 
-NEMO_RECIPE = """\
-{path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
-  import json, pathlib; import nemo.collections.asr as nemo_asr
-  m = nemo_asr.models.ASRModel.restore_from({path!r}); m.export("model.onnx")
-  lines = [f"{{token}} {{i}}\\n" for i, token in enumerate([*m.tokenizer.vocab, "<blk>"])]
-  pathlib.Path("vocab.txt").write_text("".join(lines), encoding="utf-8")
-  durations = list(m.cfg.model_defaults.get("tdt_durations") or [])
-  config = {{"model_type": f"nemo-conformer-{{'tdt' if durations else 'rnnt'}}", "features_size": m.cfg.preprocessor.features}}
-  config |= {{"subsampling_factor": m.cfg.encoder.subsampling_factor, "durations": durations}}
-  pathlib.Path("config.json").write_text(json.dumps(config))"""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class SourceConfig(BaseModel):
@@ -88,63 +102,146 @@ class SourceConfig(BaseModel):
             raise ModelError(f"{path}{where}: {first['msg']}") from error
 
 
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a model is imported.
+
+    Attributes:
+        quantization: which variant to take, such as ``int8`` for ``encoder-model.int8.onnx``.
+        files: text that the names of the graphs contain, where several would do.
+        durations: frames that each duration of a TDT jumps, where they are not 0, 1, 2, 3, 4.
+        latencies: sources of the encoders for ``low`` and ``throughput``, of a model with a cached encoder.
+        cache_type: element type of the packed cache: ``fp16`` or ``fp32``.
+        gpu: whether its graphs are to run on a GPU.
+    """
+
+    quantization: str | None = None
+    files: str = ""
+    durations: Sequence[int] = ()
+    latencies: Mapping[str, str] = field(default_factory=dict)
+    cache_type: str = "fp16"
+    gpu: bool = False
+
+
 def import_model(
     source: str, name: str, repository: Path, quantization: str | None, durations: Sequence[int] = (), *, gpu: bool
 ) -> TransducerGraphs:
-    """Write the models of a recogniser into a repository.
+    """Write a model's parts into a repository; see ``import_with``."""
+    return import_with(source, name, repository, ImportOptions(quantization, durations=durations, gpu=gpu))
+
+
+def import_with(source: str, name: str, repository: Path, options: ImportOptions) -> TransducerGraphs:
+    """Write a model's parts into a repository.
 
     Args:
         source: a directory, or the id of a Hugging Face repository.
-        name: name of the new ensemble; its other models are called ``name_…``.
-        repository: model repository to write to; created if missing.
-        quantization: variant of the graphs, such as ``int8`` for ``encoder-model.int8.onnx``.
-        durations: durations of a TDT in frames; default: those of ``config.json``, or 0, 1, 2, 3, 4.
-        gpu: whether the graphs run on a GPU.
+        name: name of the new ensemble; its parts are called ``name_…``.
+        repository: where to; made if it does not exist.
+        options: how.
 
     Raises:
-        ModelError: the source cannot be used, the name is taken, or the repository cannot be written.
+        ModelError: the source can't be used, the name is taken, or nothing can be written there.
     """
     if not NAME.fullmatch(name):
         raise ModelError(
             f"name {name!r} is not allowed: up to 40 letters, digits, '.', '_' and '-', the first a letter or digit; use --name"
         )
-    writer = _Writer(name, repository)
+    writer = _Writer(name, repository, gpu=options.gpu)
     for directory in writer.directories:
         if directory.exists():
             raise ModelError(f"{directory} exists; choose another --name, or remove it")
-    suffix = f".{quantization}" if quantization else ""
-    directory = _locate(source, suffix)
-    encoder, decoder_joint = (directory / f"{role}-model{suffix}.onnx" for role in ("encoder", "decoder_joint"))
-    if not encoder.exists() and (checkpoints := sorted(directory.glob("*.nemo"))):
-        raise ModelError(NEMO_RECIPE.format(path=str(checkpoints[0])))
-    config = SourceConfig.read(directory / "config.json")
-    transducer = TransducerGraphs.read(Graph(encoder), Graph(decoder_joint), directory / "vocab.txt", config.features_size)
+    files = locate(source, options.quantization, options.files)
+    config = SourceConfig.read(files["encoder"].parent / "config.json")
+    parts = _convert(files, config, options)
+    encoders = _latency_encoders(parts, options)
+    try:
+        return writer.write(parts, encoders)
+    except OSError as error:
+        raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error
+
+
+def _convert(files: Mapping[str, Path], config: SourceConfig, options: ImportOptions) -> Parts:
+    """Convert a source by its layout, which its encoder's tensors tell."""
+    cache_type = CACHE_TYPES[options.cache_type]
+    encoder = Graph(files["encoder"])
+    if nemo_cached.is_cached(encoder):
+        return nemo_cached.convert(files, cache_type, gpu=options.gpu)
+    if icefall.is_icefall(encoder):
+        return icefall.convert(files, cache_type)
+    if options.latencies:
+        raise ModelError(f"{encoder.path} has no cache, so --latency has no use: its windows are parameters of one graph")
+    if "joiner" in files:
+        return nemo.convert(files, gpu=options.gpu)
+    return _convert_nemo(files, config, options)
+
+
+def _convert_nemo(files: Mapping[str, Path], config: SourceConfig, options: ImportOptions) -> Parts:
+    """Take a model that has NeMo's convention already."""
+    encoder, decoder_joint = files["encoder"], files["decoder_joint"]
+    directory = encoder.parent
+    transducer = TransducerGraphs.read(Graph(encoder), Graph(decoder_joint), directory / VOCABULARY, config.features_size)
     declared = config.model_type.partition("nemo-conformer-")[2]
     if declared and declared != transducer.kind:
         raise ModelError(
             f"{directory / 'config.json'}: model_type is {config.model_type!r}, but {decoder_joint.name} and vocab.txt are "
             f"those of {transducer.kind!r}"
         )
-    transducer = _with_durations(transducer, tuple(durations) or config.durations)
-    front_end = _front_end(transducer, gpu=gpu)
+    transducer = _with_durations(transducer, tuple(options.durations) or config.durations)
+    if transducer.features not in NEMO_BINS:
+        raise ModelError(
+            f"{encoder}: input audio_signal takes {transducer.features} features; "
+            f"front ends exist for {' and '.join(map(str, NEMO_BINS))}"
+        )
     factor = features_per_frame(encoder, transducer.features)
     if config.subsampling_factor not in (None, factor):
         raise ModelError(
             f"{directory / 'config.json'}: subsampling_factor is {config.subsampling_factor}, but {encoder.name} makes a frame "
             f"of {factor} feature frames"
         )
-    try:
-        writer.write(transducer, config, front_end, factor * MEL_HOP_SAMPLES, gpu=gpu)
-    except OSError as error:
-        raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error
-    return transducer
+    return Parts(
+        nemo_front_end(transducer.features, gpu=options.gpu),
+        encoder,
+        decoder_joint,
+        transducer.vocabulary,
+        transducer.features,
+        max_symbols=config.max_tokens_per_step,
+        transducer=transducer,
+    )
+
+
+def _latency_encoders(parts: Parts, options: ImportOptions) -> dict[str, CachedEncoder]:
+    """Return a cached model's encoder of each latency; nothing for another model.
+
+    Raises:
+        ModelError: an encoder does not suit the others.
+    """
+    if not isinstance(parts.encoder, CachedEncoder):
+        return {}
+    encoders = {"balanced": parts.encoder}
+    for latency, source in options.latencies.items():
+        path = locate(source, options.quantization, options.files)["encoder"]
+        layout = nemo_cached if nemo_cached.is_cached(Graph(path)) else icefall
+        encoders[latency] = encoder = layout.convert_encoder(path, CACHE_TYPES[options.cache_type])
+        found, expected = (_sizes_of(each.graph.proto.graph) for each in (encoder, parts.encoder))
+        if found != expected:
+            raise ModelError(
+                f"{path} has {found[0]} features and {found[1]} values per frame; expected {expected[0]} and {expected[1]}, "
+                "as the encoder of balanced has"
+            )
+    return encoders
+
+
+def _sizes_of(graph: onnx.GraphProto) -> tuple[int, int]:
+    """Return the sizes of an encoder's feature frames and encoder frames."""
+    features, frames = (tensor.type.tensor_type.shape.dim[1].dim_value for tensor in (graph.input[0], graph.output[0]))
+    return features, frames
 
 
 def _with_durations(transducer: TransducerGraphs, durations: tuple[int, ...]) -> TransducerGraphs:
-    """Return a transducer with the given durations, or with those of published TDTs.
+    """Return a transducer with these durations, or with those that published TDTs have.
 
     Raises:
-        ModelError: the graphs have another number of durations.
+        ModelError: its graphs have another number of them.
     """
     chosen = durations or (ASSUMED_DURATIONS if transducer.durations else ())
     if (found := len(transducer.durations)) != len(chosen):
@@ -156,133 +253,176 @@ def _with_durations(transducer: TransducerGraphs, durations: tuple[int, ...]) ->
     return replace(transducer, durations=chosen)
 
 
-def _locate(source: str, suffix: str) -> Path:
-    """Return the directory of a source; download it if it is a Hugging Face repository."""
-    path = Path(source)
-    if path.suffix == ".nemo":
-        raise ModelError(NEMO_RECIPE.format(path=source))
-    if path.is_dir():
-        return path
-    if path.exists() or not HUB_ID.fullmatch(source):
-        raise ModelError(f"{source} is neither a directory nor the id of a Hugging Face repository (owner/name)")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 (the import takes half a second)
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes that warm-ups need.
 
-    def download(files: list[str], revision: str | None = None) -> Path:
-        try:
-            return Path(snapshot_download(source, allow_patterns=files, revision=revision))
-        except Exception as error:  # every layer below has its own errors
-            reason = str(error).partition("\n")[0]
-            raise ModelError(f"{source} is no directory here, and can't be had from Hugging Face: {reason}") from error
+    Attributes:
+        samples: audio of one window.
+        features: feature frames of an encoder call.
+        frames: encoder frames of a decoder call.
+    """
 
-    graphs = [f"{role}-model{suffix}.onnx" for role in ("encoder", "decoder_joint")]
-    directory = download([*graphs, "vocab.txt", "config.json"])
-    for graph in graphs:
-        if not (directory / graph).exists():
-            raise ModelError(
-                f"{source} on Hugging Face has no {graph}; if it has a .nemo file, export that first: "
-                "docs/Models.md#your-own-model"
-            )
-    if weights := [name for graph in graphs for name in data_files(directory / graph)]:
-        download(weights, revision=directory.name)
-    return directory
-
-
-def _front_end(transducer: TransducerGraphs, *, gpu: bool) -> Path:
-    """Return the mel front end for a model. For a GPU, it has no STFT operator: CUDA has no kernel for it."""
-    if transducer.features not in MEL_BINS:
-        raise ModelError(
-            f"{transducer.encoder.path}: input audio_signal takes {transducer.features} features; "
-            f"front ends exist for {' and '.join(map(str, MEL_BINS))}"
-        )
-    name = f"nemo{transducer.features}{'_conv' if gpu else ''}.onnx"
-    return Path(str(importlib.resources.files("onnx_asr") / "preprocessors" / "data" / name))
+    samples: int
+    features: int
+    frames: int
 
 
 class _Writer:
     """Writes the models of one recogniser into a repository.
 
     Args:
-        name: name of the ensemble.
-        repository: the repository.
+        name: of the ensemble.
+        repository: where to.
+        gpu: whether the graphs are to run on a GPU.
 
     Attributes:
-        directories: directories of the models.
+        directories: all directories that it may write.
     """
 
-    def __init__(self, name: str, repository: Path) -> None:
-        self._name, self._repository = name, repository
-        self.directories = [self._directory(part) for part in ("", "decoder", "detokenizer", *ROLES)]
+    def __init__(self, name: str, repository: Path, *, gpu: bool) -> None:
+        self._name, self._repository, self._gpu = name, repository, gpu
+        parts = ("", "decoder", "detokenizer", "preprocessor", "decoder_joint", *LATENCIES.values())
+        self.directories = [self._directory(part) for part in parts]
 
     def _directory(self, part: str) -> Path:
         return self._repository / (f"{self._name}_{part}" if part else self._name)
 
-    def write(
-        self, transducer: TransducerGraphs, config: SourceConfig, front_end: Path, frame_samples: int, *, gpu: bool
-    ) -> None:
-        """Write all models. If a step fails, remove them."""
-        window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
+    def write(self, parts: Parts, encoders: Mapping[str, CachedEncoder]) -> TransducerGraphs:
+        """Write all models, and return the transducer's sizes; remove what was written if something fails."""
         try:
-            graphs = dict(zip(ROLES, (Graph(front_end), transducer.encoder, transducer.decoder_joint), strict=True))
-            counts = {
-                role: self._write_graph(role, graph, transducer, window_frames, frame_samples, gpu=gpu)
-                for role, graph in graphs.items()
-            }
-            parameters = {
-                **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
-                **transducer.parameters,
-                "encoder_calls": str(counts["encoder"]),
-                "blank_penalty": "0",
-                "max_symbols_per_step": str(config.max_tokens_per_step),
-                "frame_samples": str(frame_samples),
-                **measure_growth(front_end, transducer.encoder.path).parameters,
-                **{f"{part}_frames": str(frames) for part, frames in window_frames.items()},
-                **{
-                    name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
-                    for name, secs in LATENCY_WINDOW_SECS.items()
-                },
-                "vocabulary": VOCABULARY,
-                **(GPU_PARAMETERS if gpu else {}),
-            }
-            # An imported recogniser has only one encoder.
-            self._write_python_model("rnnt_greedy_bls", "decoder", parameters, without="exclusive_encoder_model")
+            self._write_vocabulary(parts)
+            graphs = {"preprocessor": parts.preprocessor, "decoder_joint": parts.decoder_joint}
+            if isinstance(parts.encoder, CachedEncoder):
+                graphs |= {LATENCIES[latency]: encoder.graph for latency, encoder in encoders.items()}
+            else:
+                graphs["encoder"] = parts.encoder
+            written = {part: _write_graph(graph, self._directory(part) / "1") for part, graph in graphs.items()}
+            transducer = parts.transducer or TransducerGraphs.read(
+                written["encoder"], written["decoder_joint"], self._directory("decoder") / VOCABULARY, parts.features
+            )
+            if encoders:
+                parameters = self._write_cached(parts, encoders, written, transducer)
+            else:
+                parameters = self._write_windowed(written, transducer)
+            self._write_decoder(parts, transducer, parameters)
             self._write_python_model("detokenizer", "detokenizer", {"vocabulary": VOCABULARY})
-            for part in ("decoder", "detokenizer"):  # Triton copies only a model's own directory from a bucket
-                shutil.copyfile(transducer.vocabulary, self._directory(part) / VOCABULARY)
             self._write_ensemble()
         except BaseException:
             for directory in self.directories:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
+        return transducer
 
-    def _write_graph(
-        self,
-        role: str,
-        graph: Graph,
-        transducer: TransducerGraphs,
-        window_frames: dict[str, int],
-        frame_samples: int,
-        *,
-        gpu: bool,
-    ) -> int:
-        """Write a graph, its configuration and its warm-up files; return its number of instances."""
-        config = read_config(MODEL_REPOSITORY / role / "config.pbtxt")
-        _set_dims(config, _copy_graph(graph, self._directory(role) / "1"))
-        if gpu:
+    def _write_vocabulary(self, parts: Parts) -> None:
+        """Write the vocabulary twice: Triton copies only a model's own directory from a bucket."""
+        for part in ("decoder", "detokenizer"):
+            directory = self._directory(part)
+            directory.mkdir(parents=True)
+            if parts.pieces:
+                (directory / VOCABULARY).write_text(to_text(parts.pieces), encoding="utf-8")
+            else:
+                shutil.copyfile(parts.vocabulary, directory / VOCABULARY)
+
+    def _write_windowed(self, written: Mapping[str, Graph], transducer: TransducerGraphs) -> dict[str, str]:
+        """Configure the graphs of an encoder that is run over windows; return the decoder's parameters for it."""
+        frame_samples = features_per_frame(written["encoder"].path, transducer.features) * HOP_SAMPLES
+        window_frames = {part: round(secs * SAMPLE_RATE / frame_samples) for part, secs in WINDOW_SECS.items()}
+        samples = sum(window_frames.values()) * frame_samples
+        sizes = _Sizes(samples, samples // HOP_SAMPLES, window_frames["chunk"])
+        counts = {role: self._configure_graph(role, role, written[role], transducer, sizes) for role in ROLES}
+        return {
+            "encoder_calls": str(counts["encoder"]),
+            "frame_samples": str(frame_samples),
+            **measure_growth(written["preprocessor"].path, written["encoder"].path).parameters,
+            **{f"{part}_frames": str(frames) for part, frames in window_frames.items()},
+            **{
+                name: ",".join(str(round(part * SAMPLE_RATE / frame_samples)) for part in secs)
+                for name, secs in LATENCY_WINDOW_SECS.items()
+            },
+        }
+
+    def _write_cached(
+        self, parts: Parts, encoders: Mapping[str, CachedEncoder], written: Mapping[str, Graph], transducer: TransducerGraphs
+    ) -> dict[str, str]:
+        """Configure the graphs of a cached model; return the decoder's parameters for them."""
+        frame_samples, counts = set(), []
+        for latency, encoder in encoders.items():
+            part = LATENCIES[latency]
+            frames = check_cached_encoder(written[part].path, encoder.window_features, encoder.chunk_features)
+            frame_samples.add(encoder.chunk_features * HOP_SAMPLES // frames)
+            sizes = _Sizes(0, encoder.window_features, frames)
+            counts.append(self._configure_graph("encoder", part, written[part], transducer, sizes))
+        if len(frame_samples) > 1:
+            raise ModelError(f"the encoders' frames have {sorted(frame_samples)} samples; expected one length")
+        balanced = encoders["balanced"]
+        window = (balanced.window_features + 2 * EDGE_FEATURES) * HOP_SAMPLES
+        for role in ("preprocessor", "decoder_joint"):
+            sizes = _Sizes(window, balanced.window_features, balanced.chunk_features * HOP_SAMPLES // min(frame_samples))
+            self._configure_graph(role, role, written[role], transducer, sizes)
+        parameters = {
+            "encoder_kind": "cached",
+            "encoder_calls": str(min(counts)),
+            "frame_samples": str(min(frame_samples)),
+            "hop_samples": str(HOP_SAMPLES),
+            "edge_features": str(EDGE_FEATURES),
+            "window_features": str(balanced.window_features),
+            "chunk_features": str(balanced.chunk_features),
+            "cache_size": str(balanced.cache_size),
+            "cache_type": _cache_type(balanced),
+            "fresh_features": parts.fresh_features,
+            "final_padding_ms": str(parts.final_padding_ms),
+        }
+        for latency, prefix in LATENCY_PREFIXES.items():
+            if latency in encoders:
+                encoder = encoders[latency]
+                parameters[f"{prefix}_encoder_model"] = self._directory(LATENCIES[latency]).name
+                numbers = encoder.window_features, encoder.chunk_features, encoder.cache_size
+                parameters[f"{prefix}_features"] = ",".join(map(str, numbers))
+        if any(encoder.fixed_batch for encoder in encoders.values()):
+            parameters["encoder_batch"] = "1"
+        if parts.endpoint_tokens:
+            parameters["endpoint_tokens"] = ",".join(map(str, parts.endpoint_tokens))
+        if balanced.prompts:
+            parameters["languages"] = ",".join(f"{language}={number}" for language, number in balanced.prompts.items())
+            parameters["default_language"] = balanced.default_prompt
+        return parameters
+
+    def _configure_graph(self, template: str, part: str, graph: Graph, transducer: TransducerGraphs, sizes: _Sizes) -> int:
+        """Write a graph's configuration and its warm-up's files; return its number of instances."""
+        config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")
+        _set_tensors(config, graph)
+        if self._gpu:
             config.instance_group[0].kind = pb.ModelInstanceGroup.KIND_GPU
             config.instance_group[0].count = 1
-        elif role == "encoder" and transducer.encoder.size >= LARGE_ENCODER_BYTES:
+        elif template == "encoder" and graph.size >= LARGE_ENCODER_BYTES:
             config.instance_group[0].count = 1
             config.parameters["intra_op_thread_count"].string_value = "0"
-        files = _set_warmup(config, transducer, window_frames, frame_samples)
-        directory = self._write_config(config, role)
+        files = _set_warmup(config, transducer, sizes)
+        directory = self._write_config(config, part)
         (directory / "warmup").mkdir()
         for name, data in files.items():
             (directory / "warmup" / name).write_bytes(data)
         return int(config.instance_group[0].count)
 
-    def _write_python_model(self, template: str, part: str, parameters: dict[str, str], without: str = "") -> None:
+    def _write_decoder(self, parts: Parts, transducer: TransducerGraphs, parameters: Mapping[str, str]) -> None:
+        chosen = {
+            **{f"{role}_model": f"{self._name}_{role}" for role in ROLES},
+            **transducer.parameters,
+            "blank_penalty": "0",
+            "max_symbols_per_step": str(parts.max_symbols),
+            "vocabulary": VOCABULARY,
+            **(GPU_PARAMETERS if self._gpu else {}),
+            **parameters,
+        }
+        # An imported model has one encoder for a window, whether it is alone or not.
+        removed = ("exclusive_encoder_model", *(WINDOWED_PARAMETERS if "encoder_kind" in parameters else ()))
+        self._write_python_model("rnnt_greedy_bls", "decoder", chosen, removed)
+
+    def _write_python_model(self, template: str, part: str, parameters: Mapping[str, str], without: Sequence[str] = ()) -> None:
         config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")
-        config.parameters.pop(without, None)
+        for key in without:
+            config.parameters.pop(key, None)
         for key, value in parameters.items():
             config.parameters[key].string_value = value
         directory = self._write_config(config, part)
@@ -304,49 +444,79 @@ class _Writer:
         return directory
 
 
-def _set_dims(config: pb.ModelConfig, graph: Graph) -> None:
-    """Replace the template's shapes with the graph's. Triton requires the same dynamic sizes of outputs."""
+def _cache_type(encoder: CachedEncoder) -> str:
+    cache = next(value for value in encoder.graph.proto.graph.input if value.name == "cache")
+    return next(name for name, element in CACHE_TYPES.items() if element == cache.type.tensor_type.elem_type)
+
+
+def _set_tensors(config: pb.ModelConfig, graph: Graph) -> None:
+    """Replace the template's shapes by the graph's; Triton requires outputs to be exactly as open as they are.
+
+    Tensors that the template lacks, such as those of a cache, are added with the graph's types.
+    """
     graph.resolve()
+    triton_types: dict[int, pb.DataType] = {onnx_type: triton_type for triton_type, onnx_type in ONNX_TYPES.items()}
     for tensors, found in ((config.input, graph.inputs), (config.output, graph.outputs)):
+        present = {tensor.name for tensor in tensors}
+        for name in (name for name in found if name not in present):
+            tensors.add(name=name).data_type = triton_types[found[name].type]
         for tensor in tensors:
             tensor.dims[:] = found[tensor.name].dims
 
 
-def _set_warmup(
-    config: pb.ModelConfig, transducer: TransducerGraphs, window_frames: dict[str, int], frame_samples: int
-) -> dict[str, bytes]:
-    """Fit the template's warm-up to one window of this model; return its data files by name."""
-    samples = sum(window_frames.values()) * frame_samples
-    features = samples // MEL_HOP_SAMPLES
+def _set_warmup(config: pb.ModelConfig, transducer: TransducerGraphs, sizes: _Sizes) -> dict[str, bytes]:
+    """Fit the template's warm-up to one window of this model; return the contents of the files with its lengths."""
     state = (transducer.layers, 1, transducer.hidden)
     dims = {
-        "waveforms": (1, samples),
-        "audio_signal": (1, transducer.features, features),
-        "encoder_outputs": (1, transducer.encoder_size, window_frames["chunk"]),
+        "waveforms": (1, sizes.samples),
+        "audio_signal": (1, transducer.features, sizes.features),
+        "encoder_outputs": (1, transducer.encoder_size, sizes.frames),
         "input_states_1": state,
         "input_states_2": state,
     }
-    lengths = {"waveforms_lens": samples, "length": features, "target_length": 1}
+    lengths = {"waveforms_lens": sizes.samples, "length": sizes.features, "target_length": 1}
     files = {}
     for sample in config.model_warmup:
+        for tensor in config.input:
+            if tensor.name not in sample.inputs:  # of a cache
+                added = sample.inputs[tensor.name]
+                added.data_type, added.zero_data = tensor.data_type, True
+                added.dims[:] = (1, *tensor.dims[1:])
         for name, tensor in sample.inputs.items():
             if name in dims:
                 tensor.dims[:] = dims[name]
             if name in lengths:
                 tensor.input_data_file = name
-                files[name] = lengths[name].to_bytes(8 if tensor.data_type == pb.TYPE_INT64 else 4, "little")
+                files[name] = lengths[name].to_bytes(np.dtype(ELEMENT_TYPES[tensor.data_type]).itemsize, "little")
     return files
 
 
-def _copy_graph(graph: Graph, directory: Path) -> Graph:
-    """Copy a graph as ``model.onnx``, and its weight files under their names; return the copy.
+def _write_graph(graph: GraphSource, directory: Path) -> Graph:
+    """Write a graph as ``model.onnx``, and copy its files of weights under their own names; return the written graph.
 
-    Links would not do: a write to the copy would change the source, and onnx refuses linked weight files.
+    Not as links: a write to one name would change the other, and onnx refuses weights with two names and symbolic links.
     """
-    if "model.onnx" in graph.data_files:
-        raise ModelError(f"{graph.path} keeps weights in model.onnx, as the graph itself is called in a model repository")
     directory.mkdir(parents=True)
-    shutil.copyfile(graph.path, directory / "model.onnx")
-    for name in graph.data_files:
-        shutil.copyfile(graph.path.parent / name, directory / name)
-    return Graph(directory / "model.onnx")
+    path = directory / "model.onnx"
+    if isinstance(graph, Path):
+        source = Graph(graph)
+        folder, names = graph.parent, source.data_files
+        refused = f"{graph} keeps weights in model.onnx, as the graph itself is called in a model repository"
+    else:
+        folder, names = graph.directory, external_files(graph.proto)
+        refused = f"a graph of {folder} keeps weights in model.onnx, as the graph itself is called in a model repository"
+    if "model.onnx" in names:
+        raise ModelError(refused)
+    for name in names:
+        shutil.copyfile(folder / name, directory / name)
+    if isinstance(graph, Path):
+        shutil.copyfile(graph, path)
+    else:
+        onnx.save(graph.proto, path)
+    return Graph(path)
+
+
+def external_files(proto: onnx.ModelProto) -> list[str]:
+    """Return the names of the files with a graph's external weights."""
+    tensors = (tensor for tensor in proto.graph.initializer if tensor.external_data)
+    return list(dict.fromkeys(entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"))

@@ -6,19 +6,43 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.configs import ModelError, read_configs
-from amira.models.graphs import FLOAT, INT32, INT64, OPEN, Graph, TransducerGraphs
+from amira.models.graphs import FLOAT, FLOAT16, INT32, INT64, OPEN, Graph, TransducerGraphs
 from amira.models.memory import Growth, measure_growth
-from gateway.triton.geometry import LATENCY_PARAMETERS
+from gateway.triton.geometry import CACHED_PREFIXES, LATENCY_PARAMETERS
 
 ROLES = ("preprocessor", "encoder", "decoder_joint")
 """Graphs of a recogniser, named as in the parameters of its decoder."""
 
-ELEMENT_TYPES = {pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
+ONNX_TYPES = {pb.TYPE_FP16: FLOAT16, pb.TYPE_FP32: FLOAT, pb.TYPE_INT32: INT32, pb.TYPE_INT64: INT64}
 """ONNX element types by Triton's types."""
+
+
+DEFAULT_ENCODER_BATCH = 4
+"""The decoder's default for ``encoder_batch``."""
+
+CACHED_NUMBERS = "window_features", "chunk_features", "cache_size", "hop_samples", "edge_features", "frame_samples"
+"""Parameters of a decoder with a cached encoder that must be whole numbers."""
+
+
+class CachedSizes(NamedTuple):
+    """Sizes of a cached encoder.
+
+    Attributes:
+        path: the graph's file.
+        window_features: feature frames of a call.
+        chunk_features: feature frames by which the next window begins later.
+        cache_bytes: size of a stream's cache.
+    """
+
+    path: Path
+    window_features: int
+    chunk_features: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,8 @@ class Recogniser:
     def describe(self) -> str:
         """Return a description of one line."""
         p = self.parameters
+        if self.is_cached:
+            return f"{self.name}: {p['kind']}, {p['blank']} pieces, {self._describe_cached()}"
         frame_ms = int(p["frame_samples"]) / 16
         balanced = ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right"))
         geometries = {"windows of": balanced, **{word: p[name] for word, name in LATENCY_PARAMETERS.items() if name in p}}
@@ -54,6 +80,40 @@ class Recogniser:
             for word, geometry in geometries.items()
         )
         return f"{self.name}: {p['kind']}, {p['blank']} pieces, {frame_ms:g} ms a frame, {', '.join(windows)}"
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether its encoders carry their context in a cache."""
+        return self.parameters.get("encoder_kind") == "cached"
+
+    def _describe_cached(self) -> str:
+        """Return frames, chunks and the cache's memory."""
+        p = self.parameters
+        hop_ms = int(p["hop_samples"]) / 16
+        chunks = {latency: sizes.chunk_features * hop_ms for latency, sizes in self.cached_encoders.items()}
+        chunk_texts = ", ".join(f"{latency} {ms:g} ms" for latency, ms in chunks.items())
+        stream_mb = max(sizes.cache_bytes for sizes in self.cached_encoders.values()) / 1e6
+        batch = int(p.get("encoder_batch", DEFAULT_ENCODER_BATCH))
+        shared_mb = 2 * batch * int(p.get("encoder_calls", 2)) * stream_mb
+        languages = f", {p['languages'].count('=')} languages" if p.get("languages") else ""
+        return (
+            f"{int(p['frame_samples']) / 16:g} ms a frame, cached, chunks of {chunk_texts}{languages}, "
+            f"{stream_mb:.1f} MB a stream, up to {shared_mb:.0f} MB of shared memory for its encoder calls"
+        )
+
+    @property
+    def cached_encoders(self) -> dict[str, CachedSizes]:
+        """Sizes of the cached encoders by latency; a latency without its own is left out."""
+        p = self.parameters
+        values = 2 if p.get("cache_type", "fp16") == "fp16" else 4
+        balanced = CachedSizes(self.encoder, int(p["window_features"]), int(p["chunk_features"]), int(p["cache_size"]) * values)
+        found = {"balanced": balanced}
+        for latency, prefix in CACHED_PREFIXES.items():
+            if text := p.get(f"{prefix}_features"):
+                window, chunk, size = map(int, text.split(","))
+                path = self.encoder.parents[2] / p[f"{prefix}_encoder_model"] / "1" / self.encoder.name
+                found[latency] = CachedSizes(path, window, chunk, size * values)
+        return found
 
     def check_memory(self) -> Growth:
         """Measure the growth of a window's memory, and compare the decoder's parameters with it.
@@ -136,6 +196,14 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
                 f"{decoder_path}: parameter exclusive_encoder_model is {exclusive!r}; expected a model of this repository"
             )
         TransducerGraphs.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
+    for prefix in CACHED_PREFIXES.values():
+        if (other := parameters.get(f"{prefix}_encoder_model")) is not None:
+            if other not in configs:
+                raise ModelError(
+                    f"{decoder_path}: parameter {prefix}_encoder_model is {other!r}; expected a model of this repository"
+                )
+            TransducerGraphs.read(_graph(repository, configs[other]), decoder_joint, vocabulary, transducer.features)
+    _check_kind(decoder_path, parameters, encoder)
     _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
     return Recogniser(
@@ -158,7 +226,7 @@ def _graph(repository: Path, config: pb.ModelConfig) -> Graph:
     graph.resolve()
     batch = (OPEN,) if config.max_batch_size else ()
     for kind, tensors in (("input", config.input), ("output", config.output)):
-        expected = {tensor.name: (ELEMENT_TYPES.get(tensor.data_type, 0), (*batch, *tensor.dims)) for tensor in tensors}
+        expected = {tensor.name: (ONNX_TYPES.get(tensor.data_type, 0), (*batch, *tensor.dims)) for tensor in tensors}
         graph.check(kind, expected, exact=kind == "output")
     if missing := graph.inputs.keys() - {tensor.name for tensor in config.input}:
         path = repository / config.name / "config.pbtxt"
@@ -174,15 +242,29 @@ def _check_same(decoders: Path, vocabulary: Path) -> None:
         raise ModelError(f"{decoders.resolve()} differs from {vocabulary.resolve()}; decoder and detokenizer need the same one")
 
 
+def _check_kind(path: Path, parameters: Mapping[str, str], encoder: Graph) -> None:
+    """Raise ModelError unless the decoder expects a cache where the encoder has one, of the same size and type."""
+    cache = encoder.inputs.get("cache")
+    kind, expected = parameters.get("encoder_kind", "windowed"), "cached" if cache else "windowed"
+    if kind != expected:
+        raise ModelError(f"{path}: parameter encoder_kind is {kind!r}; {encoder.path} is {expected!r}")
+    if cache:
+        named = {"cache_size": str(cache.shape[-1]), "cache_type": "fp16" if cache.type == FLOAT16 else "fp32"}
+        for name, value in named.items():
+            if (found := parameters.get(name, "fp16")) != value:
+                raise ModelError(f"{path}: parameter {name} is {found!r}; {encoder.path} has {value!r}")
+
+
 def _check_parameters(path: Path, parameters: Mapping[str, str], transducer: TransducerGraphs) -> None:
     """Compare the decoder's parameters with graphs and vocabulary, which have the number of durations but not their values."""
     for name, expected in transducer.parameters.items():
         found = parameters.get(name, "")
         if found != expected and not (name == "durations" and found.count(",") == expected.count(",")):
             raise ModelError(f"{path}: parameter {name} is {found!r}; its graphs and vocabulary have {expected!r}")
-    for name in ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
+    cached = parameters.get("encoder_kind") == "cached"
+    for name in CACHED_NUMBERS if cached else ("frame_samples", "left_frames", "chunk_frames", "right_frames"):
         if not (found := parameters.get(name, "")).isdecimal():
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected a whole number")
-    for name in LATENCY_PARAMETERS.values():
+    for name in [f"{prefix}_features" for prefix in CACHED_PREFIXES.values()] if cached else LATENCY_PARAMETERS.values():
         if not re.fullmatch(r"\d+,\d+,\d+", found := parameters.get(name, "0,0,0")):
             raise ModelError(f"{path}: parameter {name} is {found!r}; expected three whole numbers with commas")

@@ -44,7 +44,7 @@ LEGACY_VARIABLES = {
 
 LAUNCHER_VARIABLES = {
     CONFIG_FILE,
-    *(f"{PREFIX}{name}" for name in ("BASE_URL", "API_KEY", "MODEL_REPOSITORY")),
+    *(f"{PREFIX}{name}" for name in ("BASE_URL", "API_KEY", "MODEL", "MODELS_HOME", "MODEL_REPOSITORY")),
     *(f"{PREFIX}TRITON_{name}" for name in ("HOST", "HTTP_PORT", "GRPC_PORT", "METRICS_PORT")),
 }
 """``AMIRA_*`` variables that are not settings of the gateway."""

@@ -180,7 +180,7 @@ class Session:
         self._resumed, age_secs = self._tokens.redeem(token, self._model)
         self._acknowledged = self._resumed
         # The client sends the context again, and the audio since the token was issued.
-        again_secs = self._ensemble.windows[self._resumed.latency].left / RATE if self._resumed.state else 0.0
+        again_secs = self._ensemble.context_secs(self._resumed.latency) if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
         self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
         self._transcript = Transcript(continues=self._resumed.chars > 0)

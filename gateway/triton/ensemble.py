@@ -8,8 +8,13 @@ from typing import Any
 
 from tritonclient.grpc import aio as grpcclient
 
+from gateway.audio import RATE
 from gateway.config.settings import Settings
-from gateway.triton.geometry import LATENCY_PARAMETERS, Windows, read_windows
+from gateway.triton.geometry import CACHED_PREFIXES, LATENCY_PARAMETERS, Windows, read_windows
+
+MAX_REPLAY_SECS = 60.0
+"""Maximum audio kept for a cached encoder, in seconds. A restored stream fills its cache from this audio; older audio changes
+little, since attention sees at most 6 s per layer."""
 
 
 class NoRecogniserError(ValueError):
@@ -29,6 +34,7 @@ class Ensemble:
         max_sequences: maximum number of open sequences.
         encoder_calls: maximum number of encoder calls at once.
         lacks: latencies without windows of their own, each with the missing parameter.
+        cached: whether the encoder carries its context in a cache.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Ensemble:
     max_sequences: int
     encoder_calls: int = 1
     lacks: tuple[tuple[str, str], ...] = ()
+    cached: bool = False
 
     @classmethod
     def from_config(cls, name: str, steps: Iterable[str], decoder: Mapping[str, Any]) -> Ensemble:
@@ -57,6 +64,11 @@ class Ensemble:
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
         callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
         callees.add(parameters.get("exclusive_encoder_model", parameters["encoder_model"]))
+        callees |= {parameters[key] for prefix in CACHED_PREFIXES.values() if (key := f"{prefix}_encoder_model") in parameters}
+        cached = parameters.get("encoder_kind") == "cached"
+        needed = (
+            {latency: f"{prefix}_features" for latency, prefix in CACHED_PREFIXES.items()} if cached else LATENCY_PARAMETERS
+        )
         return cls(
             name=name,
             models=(name, *steps, *sorted(callees)),
@@ -65,8 +77,13 @@ class Ensemble:
             max_idle_secs=int(batching["max_sequence_idle_microseconds"]) / 1e6,
             max_sequences=instances * int(batching["oldest"]["max_candidate_sequences"]),
             encoder_calls=int(parameters.get("encoder_calls", 1)),
-            lacks=tuple(item for item in LATENCY_PARAMETERS.items() if not parameters.get(item[1])),
+            lacks=tuple(item for item in needed.items() if not parameters.get(item[1])),
+            cached=cached,
         )
+
+    def context_secs(self, latency: str) -> float:
+        """Return the maximum audio before a chunk that restoring a stream takes, in seconds."""
+        return MAX_REPLAY_SECS if self.cached else self.windows[latency].left / RATE
 
     def misfits(self, settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield a log event with its fields for each setting that does not fit this ensemble."""

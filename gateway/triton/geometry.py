@@ -40,6 +40,23 @@ class Windows(NamedTuple):
         return self.chunk_due(self.complete(sent))
 
 
+CACHED_PREFIXES = {"low": "low_latency", "throughput": "high_throughput"}
+"""Prefix of the decoder's parameters for the cached encoder of a latency."""
+
+
+def _cached_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
+    """Return the windows of encoders that carry their context in a cache."""
+    hop, edge = int(parameters["hop_samples"]), int(parameters["edge_features"])
+    balanced = f"{parameters['window_features']},{parameters['chunk_features']}"
+    windows = {}
+    for latency in ("balanced", *CACHED_PREFIXES):
+        text = parameters.get(f"{CACHED_PREFIXES.get(latency, '')}_features") or balanced
+        window, chunk = (int(part) for part in text.split(",")[:2])
+        before = window - chunk if parameters.get("fresh_features", "zeros") == "zeros" else 0
+        windows[latency] = Windows((before + edge) * hop, chunk * hop, (window - before - chunk + edge) * hop)
+    return windows
+
+
 def read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
     """Return the windows of each latency.
 
@@ -49,6 +66,8 @@ def read_windows(parameters: Mapping[str, str]) -> dict[str, Windows]:
     Raises:
         KeyError, ValueError: a parameter is missing, or is not a list of whole numbers.
     """
+    if parameters.get("encoder_kind") == "cached":
+        return _cached_windows(parameters)
     balanced = ",".join(parameters[f"{part}_frames"] for part in Windows._fields)
     texts = {
         "balanced": balanced,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import orjson
 import structlog
 
 from gateway import metrics, tracing
@@ -16,7 +17,7 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.transcript.transcript import Answer
 from gateway.triton.connection import Samples
 from gateway.triton.endpoint import Endpoint
-from gateway.triton.ensemble import Ensemble
+from gateway.triton.ensemble import MAX_REPLAY_SECS, Ensemble
 from gateway.triton.geometry import Windows
 from gateway.triton.retry import Failures, RetryPolicy, TritonError
 from gateway.triton.sequence import RemoteSequence
@@ -155,7 +156,11 @@ class Utterance:
         if self._sequence:
             self._sequence.suspect = False
             return await self._sequence.send(samples, end=end, patience=patience)
-        options = {**self._options, "restore": self._state} if self._state else self._options
+        options = self._options
+        if self._state:
+            options = {**options, "restore": self._state}
+            if self._ensemble.cached:
+                options["restore_samples"] = self._kept_from
         endpoint = self._place(self._ensemble.name)
         self._sequence = endpoint.open(self._ensemble.name, options, suspect=failures.deaths > 0)
         metrics.REPLAYED_AUDIO.inc((len(self._kept) - len(samples)) / RATE)
@@ -172,6 +177,9 @@ class Utterance:
             return
         self._state = answer.state
         needed_from = max(0, answer.samples - self.windows.left)
+        if self._ensemble.cached:  # the decoder fills its cache from the audio since the cache was last fresh
+            oldest = answer.samples - int(MAX_REPLAY_SECS * RATE)
+            needed_from = max(self._kept_from, oldest, int(orjson.loads(answer.state)["needed_from"]))
         self._kept = self._kept[needed_from - self._kept_from :]
         self._kept_from = needed_from
 

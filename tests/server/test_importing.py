@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -31,6 +26,7 @@ from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import edit, run_amira, triton_with
+from tests.support.hub import hub_with
 from tests.support.servers import KINDS
 
 
@@ -222,46 +218,8 @@ def hub(sources: dict[str, Path], tmp_path: Path) -> Iterator[str]:
     """
     published = Path(shutil.copytree(sources["rnnt"], tmp_path / "published", ignore=shutil.ignore_patterns("*.int8.*")))
     keep_constants_apart(published / "decoder_joint-model.onnx", "Constant_7_attr__value")
-    files = {path.name: path.read_bytes() for path in published.iterdir()}
-    commit = "0" * 40
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            if path.startswith("/api/models/owner/model/tree/"):
-                listed = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
-                    for name, data in files.items()
-                ]
-                self._answer(json.dumps(listed).encode())
-            elif path.startswith("/api/models/owner/model"):
-                siblings = [{"rfilename": name} for name in files]
-                self._answer(json.dumps({"id": "owner/model", "sha": commit, "siblings": siblings}).encode())
-            elif path.startswith(f"/owner/model/resolve/{commit}/"):
-                self._answer(files[path.rpartition("/")[2]])
-            else:
-                self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def _answer(self, body: bytes) -> None:
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')  # noqa: S324
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            """Print nothing."""
-
-    with ThreadingHTTPServer((LOOPBACK, 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://{LOOPBACK}:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with hub_with({"owner/model": published}) as url:
+        yield url
 
 
 async def test_hub_repository_is_downloaded(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,15 +536,21 @@ def test_invalid_names_and_places_are_refused(source: Path, tmp_path: Path) -> N
         import_model(str(source), "mine", tmp_path / "file", None, gpu=False)
 
 
+def written(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written or replaced, and not when it is read."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def test_existing_models_are_not_touched(sources: dict[str, Path], tmp_path: Path) -> None:
     """Nor are parts whose ensemble has another name or is gone."""
     import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
     shutil.rmtree(tmp_path / "mine")
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = {path: written(path) for path in tmp_path.rglob("*")}
     for name, named in (("mine", "mine_decoder"), ("mine_encoder", "mine_encoder")):
         with pytest.raises(ModelError, match=f"/{named} exists; choose another --name, or remove it"):
             import_model(str(sources["tdt"]), name, tmp_path, None, gpu=False)
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert {path: written(path) for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

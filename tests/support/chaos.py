@@ -110,11 +110,17 @@ async def transcribe_repeatedly(
 class Backend:
     """A Triton that tests can break; it is restarted as the launcher does it."""
 
-    def __init__(self, name: str, model_repository: Path | None = None, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        model_repository: Path | None = None,
+        options: Sequence[str] = (),
+        ensembles: Sequence[str] = ("asr_ensemble",),
+    ) -> None:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
         repository = model_repository or served_repository()
-        self.triton = Triton(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options)
+        self.triton = Triton(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
         self._keeper: asyncio.Task[None] | None = None
 
     @property

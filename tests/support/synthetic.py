@@ -144,7 +144,7 @@ def _features(size: int) -> list[Floats]:
     return features
 
 
-class _Graph:
+class GraphBuilder:
     """A graph in the making; tensors are referred to by name."""
 
     def __init__(self) -> None:
@@ -173,14 +173,16 @@ class _Graph:
         self._nodes.append(helper.make_node(operator, inputs, outputs, f"node_{len(self._nodes)}", **attributes))
         return outputs
 
-    def model(self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    def model(
+        self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], *, full_check: bool = True
+    ) -> onnx.ModelProto:
         graph = helper.make_graph(self._nodes, "main_graph", inputs, outputs, self._weights)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(model, full_check=full_check)
         return model
 
 
-def _tensor(name: str, element: int, *shape: int | None) -> onnx.ValueInfoProto:
+def tensor(name: str, element: int, *shape: int | None) -> onnx.ValueInfoProto:
     """A graph's input or output; dynamic axes, given as None, are named as NeMo's export names them."""
     names = iter(f"{name}_dynamic_axes_{i}" for i in range(1, 9))
     return helper.make_tensor_value_info(name, element, [next(names) if axis is None else axis for axis in shape])
@@ -220,7 +222,7 @@ class _EncoderWeights:
 
 def _encoder(weights: _EncoderWeights) -> onnx.ModelProto:
     """Features to frames. Every layer sees zeros behind a row's end, so padding changes nothing."""
-    graph = _Graph()
+    graph = GraphBuilder()
     x, length = "audio_signal", "length"
 
     def masked(values: str) -> str:
@@ -243,12 +245,12 @@ def _encoder(weights: _EncoderWeights) -> onnx.ModelProto:
     graph.add("Conv", x, graph.weight(weights.output), graph.weight(weights.output_bias), output="outputs")
     return graph.model(
         [
-            _tensor("audio_signal", TensorProto.FLOAT, None, weights.strided[0].shape[1], None),
-            _tensor("length", TensorProto.INT64, None),
+            tensor("audio_signal", TensorProto.FLOAT, None, weights.strided[0].shape[1], None),
+            tensor("length", TensorProto.INT64, None),
         ],
         [
-            _tensor("outputs", TensorProto.FLOAT, None, ENCODED, None),
-            _tensor("encoded_lengths", TensorProto.INT64, None),
+            tensor("outputs", TensorProto.FLOAT, None, ENCODED, None),
+            tensor("encoded_lengths", TensorProto.INT64, None),
         ],
     )
 
@@ -317,7 +319,7 @@ class _DecoderWeights:
 
 def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
     """Predictor and joint network."""
-    graph = _Graph()
+    graph = GraphBuilder()
     graph.add("Identity", "target_length", output="prednet_lengths")
     layers = range(size.layers)
     before = [
@@ -342,17 +344,17 @@ def _decoder_joint(size: _Size, weights: _DecoderWeights) -> onnx.ModelProto:
     state_shape = size.layers, None, HIDDEN
     return graph.model(
         [
-            _tensor("encoder_outputs", TensorProto.FLOAT, None, ENCODED, None),
-            _tensor("targets", TensorProto.INT32, None, None),
-            _tensor("target_length", TensorProto.INT32, None),
-            _tensor("input_states_1", TensorProto.FLOAT, *state_shape),
-            _tensor("input_states_2", TensorProto.FLOAT, *state_shape),
+            tensor("encoder_outputs", TensorProto.FLOAT, None, ENCODED, None),
+            tensor("targets", TensorProto.INT32, None, None),
+            tensor("target_length", TensorProto.INT32, None),
+            tensor("input_states_1", TensorProto.FLOAT, *state_shape),
+            tensor("input_states_2", TensorProto.FLOAT, *state_shape),
         ],
         [
-            _tensor("outputs", TensorProto.FLOAT, None, None, None, size.outputs),
-            _tensor("prednet_lengths", TensorProto.INT32, None),
-            _tensor("output_states_1", TensorProto.FLOAT, *state_shape),
-            _tensor("output_states_2", TensorProto.FLOAT, *state_shape),
+            tensor("outputs", TensorProto.FLOAT, None, None, None, size.outputs),
+            tensor("prednet_lengths", TensorProto.INT32, None),
+            tensor("output_states_1", TensorProto.FLOAT, *state_shape),
+            tensor("output_states_2", TensorProto.FLOAT, *state_shape),
         ],
     )
 

@@ -13,8 +13,11 @@ WORD_START = "▁"
 SEPARATORS = re.compile(rf"[{WORD_START}\s]")
 """Characters between two words."""
 
-BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A piece that stands for one byte of a character that the vocabulary lacks (SentencePiece's byte fallback)."""
+BYTE_PIECE = re.compile(rf"({WORD_START}?)((?:<0x[0-9A-Fa-f]{{2}}>)+)")
+"""A piece of bytes: one byte of a character that the vocabulary lacks (SentencePiece's byte fallback), or a part of characters
+(byte-level BPE), which may begin a word."""
+
+BYTE = re.compile(r"<0x(..)>")
 
 
 def read_vocabulary(path: Path) -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import codecs
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from vocabulary import BYTE_PIECE, SEPARATORS
+from vocabulary import BYTE, BYTE_PIECE, SEPARATORS
 
 ROUNDINGS = (3, 5, 7)
 """Numbers of decimals of times in seconds; a larger one is used if a word would have no length. 7 decimals distinguish samples
 of 16 kHz audio."""
+
+CJK = re.compile(r"[\u3005-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+"""Characters of Chinese and Japanese words, which are written without spaces: kana, ideographs, and their marks."""
 
 FLOATING_POINT_ERROR = 1e-4
 """Largest difference between a time and a multiple of its last decimal that counts as a rounding error, in these multiples."""
@@ -76,8 +80,13 @@ def words_of(
 
 
 def text_of(words: Sequence[Word], segment: int) -> str:
-    """Return a segment's text: its words, separated by spaces. From segment 1 on, the text begins with a space."""
-    text = " ".join(word.word for word in words)
+    """Return a segment's text: its words, separated by spaces. From segment 1 on, the text begins with a space.
+
+    No space separates two words in scripts that are written without spaces.
+    """
+    text = ""
+    for word in words:
+        text += word.word if not text or (CJK.match(text[-1]) and CJK.match(word.word)) else f" {word.word}"
     return f" {text}" if text and segment > 0 else text
 
 
@@ -88,8 +97,12 @@ def _fragments(
     last: tuple[float, float, float] | None = None
     for piece, *times_and_probability in zip(pieces, starts, ends, probabilities, strict=True):
         start, end, probability = times_and_probability
-        if byte := BYTE_PIECE.fullmatch(piece):
-            text = decoder.decode(bytes.fromhex(byte[1]))
+        if of_bytes := BYTE_PIECE.fullmatch(piece):
+            text = ""
+            if of_bytes[1]:  # a new word interrupts a character, which stays incomplete
+                text = decoder.decode(b"", final=True) + of_bytes[1]
+                decoder.reset()
+            text += decoder.decode(bytes.fromhex("".join(BYTE.findall(of_bytes[2]))))
         else:
             text = decoder.decode(b"", final=True) + piece  # another piece interrupts a character, which stays incomplete
             decoder.reset()

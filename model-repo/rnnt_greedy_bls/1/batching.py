@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from greedy import Floats, JointOutputs, Row, Step, advance
 from scheduling import GATHER_SECS, Occupancy, Queued, choose, is_exclusive, next_decoder_call
-from stream import Decoded, Samples, Stream, Window
+from stream import Decoded, Stream
+from windows import Cache, Window
 
 
 class Encoded(NamedTuple):
@@ -30,14 +31,16 @@ class Encoded(NamedTuple):
     Attributes:
         frames: encoder frames [D, T].
         features: number of feature frames that they were computed from.
+        cache: context after the window [S], of a cached encoder.
     """
 
     frames: Floats
     features: int
+    cache: Cache | None = None
 
 
-Encode = Callable[[Sequence[Samples], bool], Sequence[Encoded]]
-"""Encode windows of equal length, 16 kHz audio [n] each, in one call; the flag is set if the call is exclusive."""
+Encode = Callable[[Sequence[Window], bool], Sequence[Encoded]]
+"""Encode windows of one kind in one call; the flag is set if the call is exclusive."""
 
 
 class _Caller(NamedTuple):
@@ -107,9 +110,9 @@ class Encoder:
         recordings = not group[0].window.live
         self._running += 1
         self._running_recordings += recordings
-        samples = [queued.window.samples for queued in group]
+        windows = [queued.window for queued in group]
         loop = asyncio.get_running_loop()
-        call = loop.run_in_executor(self._threads, callers[0].context.run, self._encode, samples, exclusive)
+        call = loop.run_in_executor(self._threads, callers[0].context.run, self._encode, windows, exclusive)
         call.add_done_callback(partial(self._finish, callers, recordings))
 
     def _finish(self, callers: Sequence[_Caller], recordings: bool, call: asyncio.Future[Sequence[Encoded]]) -> None:

@@ -15,6 +15,7 @@ import ctypes
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from metrics import Metrics
 from network import TRACE, Network, own
 from parameters import SAMPLE_RATE, ParameterError, Parameters
 from stall_guard import StallGuard
-from stream import Decoded, Samples, Stream
+from stream import Decoded, Stream
 from vocabulary import continuations, read_vocabulary
+from windows import Samples
 
 REPORT_SECS = 0.5
 """Interval between two reports of the metrics, in seconds."""
@@ -206,7 +208,7 @@ class TritonPythonModel:
         given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
         if saved := given.get("restore"):
-            return OpenSequence(Stream.restore(self._parameters, options, str(saved)))
+            return OpenSequence(Stream.restore(self._parameters, options, str(saved), _restore_samples(given)))
         return OpenSequence(Stream(self._parameters, options))
 
     def _response(self, decoded: Decoded, state: str) -> Any:
@@ -296,6 +298,19 @@ def _sequence_id(request: Any) -> SequenceId:
     except UnicodeDecodeError as error:  # Triton's JSON parser accepts any byte
         raise ParameterError(f"sequence id is not UTF-8: {error.reason} at byte {error.start}") from error
     return sequence_id
+
+
+def _restore_samples(given: Mapping[str, Any]) -> int | None:
+    """Return where in the stream the audio of a restored sequence begins; None if its first request does not say so.
+
+    Raises:
+        ParameterError: it is not a whole number from 0 on.
+    """
+    if (value := given.get("restore_samples")) is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ParameterError(f"restore_samples is {value!r}; it must be a whole number from 0 on")
+    return value
 
 
 def _input(request: Any, name: str) -> Any:

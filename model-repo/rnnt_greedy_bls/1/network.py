@@ -12,10 +12,11 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from batching import Encoded
+from cached_calls import cached_inputs, cached_results
 from greedy import Floats, States
 from metrics import Metrics
-from parameters import Parameters
-from stream import Samples
+from parameters import CachedEncoders, Parameters
+from windows import Carried, Window
 
 INT16_SCALE = np.float32(1 / 32768)
 
@@ -39,28 +40,45 @@ class Network:
         self._parameters = parameters
         self._metrics = metrics
 
-    def encode(self, windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:
-        """Call preprocessor and encoder once on windows of equal length; see ``batching.Encode``.
+    def encode(self, windows: Sequence[Window], exclusive: bool) -> list[Encoded]:
+        """Call preprocessor and encoder once on windows of one kind; see ``batching.Encode``.
 
         Raises:
             NetworkError: a call failed.
         """
         began = time.perf_counter()
-        waveforms = np.empty((len(windows), len(windows[0])), np.float32)
+        waveforms = np.empty((len(windows), len(windows[0].samples)), np.float32)
         for waveform, window in zip(waveforms, windows, strict=True):
-            np.multiply(window, INT16_SCALE, out=waveform)
+            np.multiply(window.samples, INT16_SCALE, out=waveform)
         inputs = [
             pb_utils.Tensor("waveforms", waveforms),
             pb_utils.Tensor("waveforms_lens", np.full(len(windows), waveforms.shape[1], np.int64)),
         ]
         features, lengths = self._call(self._parameters.preprocessor_model, inputs, "features", "features_lens")
-        inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
-        model = self._parameters.exclusive_encoder_model if exclusive else self._parameters.encoder_model
-        frames, encoded = self._call(model, inputs, "outputs", "encoded_lengths")
+        if cached := self._parameters.cached:
+            results = self._encode_cached(cached, features, [window.carried for window in windows if window.carried])
+        else:
+            inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
+            model = self._parameters.exclusive_encoder_model if exclusive else self._parameters.encoder_model
+            frames, encoded = self._call(model, inputs, "outputs", "encoded_lengths")
+            results = [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
         self._metrics.add("encode_calls")
         self._metrics.add("windows", len(windows))
         self._metrics.add("encode_seconds", time.perf_counter() - began)
-        return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
+        return results
+
+    def _encode_cached(self, cached: CachedEncoders, features: Floats, carried: Sequence[Carried]) -> list[Encoded]:
+        """Call a cached encoder once.
+
+        Args:
+            cached: the encoders.
+            features: of the windows' audio [B, F, T].
+            carried: of each window.
+        """
+        feeds = cached_inputs(features, carried, cached.cache_size(carried[0].model), cached.element)
+        inputs = [pb_utils.Tensor(name, array) for name, array in feeds.items()]
+        frames, encoded, caches = self._call(carried[0].model, inputs, "outputs", "encoded_lengths", "cache_next")
+        return cached_results(frames, encoded, caches, carried)
 
     def step(self, frames: Floats, last_tokens: npt.NDArray[np.int32], states: States) -> tuple[Floats, States]:
         """Call decoder_joint once; see ``greedy.Step``.

@@ -89,9 +89,84 @@ class WindowMemory:
         )
 
 
+class CachedWindows(NamedTuple):
+    """A cached encoder, and the sizes of its windows in feature frames.
+
+    Attributes:
+        model: its name.
+        window_features: feature frames of a call.
+        chunk_features: feature frames by which the next window begins later.
+        cache_size: values of a stream's cache.
+    """
+
+    model: str
+    window_features: int
+    chunk_features: int
+    cache_size: int
+
+
+@dataclass(frozen=True)
+class CachedEncoders:
+    """Encoders that carry their context in a cache; ``windows.Cached`` uses them.
+
+    Attributes:
+        encoders: by latency; that of ``balanced`` where the model has no other.
+        hop_samples: samples between two feature frames.
+        edge_features: feature frames around a window whose audio its features need.
+        zeros_before: whether feature frames of zeros stand before a fresh cache; else the encoder begins with the chunk.
+        final_padding_samples: silence behind a stream's end that the encoder needs to emit its last tokens.
+        reset_at_endpoint: whether an endpoint begins a fresh cache.
+        element: numpy type of a cache's values: float16 or float32.
+        languages: number of each language, by name; empty if the encoder takes none.
+        default_language: of streams that name none.
+    """
+
+    encoders: Mapping[str, CachedWindows]
+    hop_samples: int
+    edge_features: int
+    zeros_before: bool
+    final_padding_samples: int
+    reset_at_endpoint: bool
+    element: str
+    languages: Mapping[str, int]
+    default_language: str
+
+    def cache_size(self, model: str) -> int:
+        """Return the number of values in a cache of this encoder."""
+        return next(encoder.cache_size for encoder in self.encoders.values() if encoder.model == model)
+
+    def prompt(self, language: str) -> int | None:
+        """Return the number of a stream's language, or None if the encoder takes none.
+
+        A language without a region, such as ``de``, stands for its first region.
+
+        Raises:
+            ParameterError: the encoder does not know the language.
+        """
+        if not self.languages:
+            return None
+        wanted = language or self.default_language
+        for name, number in self.languages.items():
+            if name.casefold() == wanted.casefold():
+                return number
+        for name, number in self.languages.items():
+            if name.casefold().split("-")[0] == wanted.casefold().split("-")[0]:
+                return number
+        raise ParameterError(f"language is {language!r}; allowed are {', '.join(self.languages)}")
+
+
 GEOMETRY_RANGES = {"left_frames": (0, 100_000), "chunk_frames": (1, 100_000), "right_frames": (0, 100_000)}
 GEOMETRY_PARAMETERS = {"low": "low_latency_frames", "throughput": "high_throughput_frames"}
 """Parameters with the geometries of latencies; ``balanced`` has one parameter for each part."""
+
+CACHED_PARAMETERS = {
+    "low": ("low_latency_encoder_model", "low_latency_features"),
+    "throughput": ("high_throughput_encoder_model", "high_throughput_features"),
+}
+"""Parameters with the cached encoder of a latency, and with its sizes."""
+
+ELEMENTS = {"fp16": "float16", "fp32": "float32"}
+"""numpy's names of a cache's types."""
 
 RENAMED_PARAMETERS = {"lone_encoder_model": "exclusive_encoder_model"}
 """New names by old names. Old names are refused, so that the gateway and ``amira models`` need not support them."""
@@ -110,6 +185,7 @@ class Options:
         max_total_tokens: number of tokens after which a segment ends, 1 … 100,000.
         endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: silence ends no segment.
         save_state: 1 adds the stream's state to every response; another sequence can continue from it.
+        language: language of the speech, for an encoder that takes one; empty: the model's default.
     """
 
     context: str = "window"
@@ -118,6 +194,7 @@ class Options:
     max_total_tokens: int = 200
     endpoint_silence_ms: int = 1200
     save_state: int = 0
+    language: str = ""
 
     def override(self, given: Mapping[str, Any]) -> Options:
         """Return the options with the values of a request's parameters; other parameters are ignored.
@@ -130,6 +207,8 @@ class Options:
         for name, value in given.items():
             if name in ("context", "latency"):
                 chosen[name] = value
+            elif name == "language":
+                chosen[name] = str(value)
             elif name in names:
                 chosen[name] = _integer(name, value)
         return replace(self, **chosen).checked()
@@ -176,6 +255,8 @@ class Parameters:
         vocabulary: path of the vocabulary, relative to the decoder's directory.
         continuations: ids of the tokens that continue a word. A segment does not end before one of them.
         options: defaults of the options of a stream.
+        cached: the encoders, if they carry their context in a cache; ``geometries`` is empty then.
+        endpoint_tokens: ids of tokens that end a segment.
     """
 
     preprocessor_model: str
@@ -199,6 +280,8 @@ class Parameters:
     vocabulary: str
     options: Options
     continuations: frozenset[int] = frozenset()
+    cached: CachedEncoders | None = None
+    endpoint_tokens: frozenset[int] = frozenset()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Parameters:
@@ -209,6 +292,7 @@ class Parameters:
         """
         _refuse_corrid(config)
         given = _Reader({name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()})
+        kind = given.choice("encoder_kind", ("windowed", "cached"), "windowed")
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
             encoder_model=given.text("encoder_model"),
@@ -221,7 +305,7 @@ class Parameters:
             predictor_layers=given.integer("predictor_layers", 1, 64),
             predictor_hidden=given.integer("predictor_hidden", 1, 65_536),
             frame_samples=given.integer("frame_samples", 1, 160_000),
-            geometries=given.geometries(),
+            geometries=given.geometries() if kind == "windowed" else {},
             block_frames=given.integer("block_frames", 1, 100_000, 32),
             encoder_calls=given.integer("encoder_calls", 1, 64, 2),
             encoder_batch=given.integer("encoder_batch", 1, 4096, 4),
@@ -234,6 +318,8 @@ class Parameters:
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
                 endpoint_silence_ms=given.integer("endpoint_silence_ms", 0, 60_000, 1200),
             ),
+            cached=given.cached() if kind == "cached" else None,
+            endpoint_tokens=frozenset(given.integers("endpoint_tokens")),
         )
         given.finish()
         if parameters.kind not in ("rnnt", "tdt"):
@@ -242,19 +328,31 @@ class Parameters:
             raise ParameterError(f"durations is {list(parameters.durations)}; a tdt needs them and an rnnt has none")
         if any(duration < 0 for duration in parameters.durations):
             raise ParameterError(f"durations is {list(parameters.durations)}; none may be negative")
+        if wrong := [token for token in parameters.endpoint_tokens if not 0 <= token < parameters.blank]:
+            raise ParameterError(f"endpoint_tokens has {wrong}; they must be within 0 … {parameters.blank - 1}")
         parameters.check_windows()
         return parameters
 
     def windows_per_call(self, samples: int) -> int:
         """Return the maximum number of windows of this length in samples in one encoder call; at least 1."""
+        if self.cached:
+            return self.encoder_batch
         return int(max(1, min(self.encoder_batch, self.memory.windows_per_call(samples / SAMPLE_RATE))))
 
     def check_windows(self) -> None:
-        """Raise ParameterError if a window may take more memory than one encoder call is allowed.
+        """Raise ParameterError if a window may take more memory than one encoder call is allowed, or has a part of a frame.
 
         The last window of a stream is not longer than its others, and ``stream.py`` refuses whole recordings longer than
         ``max_whole_secs``, so no request can take more.
         """
+        if self.cached:
+            for latency, encoder in self.cached.encoders.items():
+                if encoder.chunk_features * self.cached.hop_samples % self.frame_samples:
+                    raise ParameterError(
+                        f"chunk_features of {latency} is {encoder.chunk_features}; times {self.cached.hop_samples} samples "
+                        f"it must be a multiple of frame_samples, {self.frame_samples}"
+                    )
+            return
         self.memory.check("max_whole_secs", f"{self.max_whole_secs:g}", self.max_whole_secs)
         for latency, geometry in self.geometries.items():
             name = GEOMETRY_PARAMETERS.get(latency, "left_frames + chunk_frames + right_frames")
@@ -315,6 +413,60 @@ class _Reader:
                 _within(f"{name}: {part}", value, low, high)
             geometries[latency] = Geometry(*frames)
         return geometries
+
+    def choice(self, name: str, allowed: tuple[str, ...], default: str) -> str:
+        value = self.text(name, default)
+        if value not in allowed:
+            raise ParameterError(f"{name} is {value!r}; allowed are {' and '.join(map(repr, allowed))}")
+        return value
+
+    def cached(self) -> CachedEncoders:
+        balanced = CachedWindows(
+            self.text("encoder_model"),
+            self.integer("window_features", 1, 100_000),
+            self.integer("chunk_features", 1, 100_000),
+            self.integer("cache_size", 1, 10**9),
+        )
+        encoders = {"balanced": balanced}
+        for latency, (model, features) in CACHED_PARAMETERS.items():
+            sizes = self.integers(features)
+            self._known.add(model)
+            encoders[latency] = balanced
+            if sizes or self._values.get(model):
+                if len(sizes) != len(balanced) - 1 or min(sizes) < 1:
+                    raise ParameterError(
+                        f"{features} is {list(sizes)}; it must be three whole numbers from 1 on: window, chunk, cache"
+                    )
+                encoders[latency] = CachedWindows(self.text(model), *sizes)
+        for latency, encoder in encoders.items():
+            if encoder.chunk_features > encoder.window_features:
+                raise ParameterError(
+                    f"chunk_features of {latency} is {encoder.chunk_features}; it must be at most window_features, "
+                    f"{encoder.window_features}"
+                )
+        languages = self.languages()
+        default = self.text("default_language") if languages else ""
+        if languages and default not in languages:
+            raise ParameterError(f"default_language is {default!r}; allowed are {', '.join(languages)}")
+        return CachedEncoders(
+            encoders=encoders,
+            hop_samples=self.integer("hop_samples", 1, SAMPLE_RATE),
+            edge_features=self.integer("edge_features", 0, 100),
+            zeros_before=self.choice("fresh_features", ("zeros", "none"), "zeros") == "zeros",
+            final_padding_samples=self.integer("final_padding_ms", 0, 10_000, 0) * SAMPLE_RATE // 1000,
+            reset_at_endpoint=self.choice("cache_reset", ("endpoint", "never"), "endpoint") == "endpoint",
+            element=ELEMENTS[self.choice("cache_type", tuple(ELEMENTS), "fp16")],
+            languages=languages,
+            default_language=default,
+        )
+
+    def languages(self) -> dict[str, int]:
+        self._known.add("languages")
+        found = {}
+        for part in filter(None, (part.strip() for part in self._values.get("languages", "").split(","))):
+            name, _, number = part.partition("=")
+            found[name] = _integer(f"languages: {name}", number)
+        return found
 
     def memory(self) -> WindowMemory:
         max_bytes = self.integer("max_encode_bytes", 1_000_000, 10**18, MAX_ENCODE_BYTES)

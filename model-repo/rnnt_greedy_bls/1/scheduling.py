@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stream import Window
+from windows import Window
 
 RECORDING_PATIENCE_SECS = 2.0
 """Time during which live windows overtake a recording's window, so that many streams cannot starve recordings."""
@@ -41,8 +41,8 @@ class Queued:
         return cls(window, now if window.live else now + RECORDING_PATIENCE_SECS)
 
     def can_share(self, other: Queued) -> bool:
-        """Return whether both may share a call. Kind and length must be equal, since padding costs more than sharing saves."""
-        return (self.window.live, len(self.window.samples)) == (other.window.live, len(other.window.samples))
+        """Return whether both may share a call."""
+        return self.window.kind == other.window.kind
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
-"""State of one stream of audio: its windows, and the tokens that its frames were decoded to.
+"""State of one stream of audio: the tokens that its windows' frames were decoded to, in segments.
 
-A window has ``left + chunk + right`` encoder frames; the stream's latency selects the numbers. The chunk's frames are decoded
-for good, from the state after the previous chunk. The right context's frames are decoded from a copy of the state, and their
-tokens are the unstable tail. Windows lie on a grid that begins with the stream, so they do not depend on how the audio was cut
-into requests. A recording that is decoded whole is one window without context.
+A chunk's frames are decoded for good, from the state after the previous chunk. The right context's frames are decoded from a
+copy of the state, and their tokens are the unstable tail. ``windows.py`` cuts the audio.
 """
 
 from __future__ import annotations
@@ -17,12 +15,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from greedy import Floats, PredictorState, Row, Token
 from parameters import SAMPLE_RATE, Options, ParameterError, Parameters
+from windows import Cache, Samples, Window, check_length, windows_of
 
-Samples = npt.NDArray[np.int16]
 Span = tuple[float, float]
 
 UNLIMITED_TOKENS = 2**31
@@ -40,22 +37,6 @@ MAX_WORD_SECS = 2.0
 
 MAX_WORD_TOKENS = 16
 """Maximum number of tokens by which a segment exceeds its limit to complete a word; scripts without spaces need the limit."""
-
-
-class Window(NamedTuple):
-    """Audio for one encoder call.
-
-    Attributes:
-        samples: 16 kHz audio [n].
-        left_frames: number of frames of left context, whose encodings are dropped.
-        chunk_frames: number of frames that are decoded for good; None: all that remain.
-        live: True for a window of a stream, False for a recording that is decoded whole.
-    """
-
-    samples: Samples
-    left_frames: int
-    chunk_frames: int | None
-    live: bool
 
 
 class Decoded(NamedTuple):
@@ -87,18 +68,13 @@ class Stream:
     Attributes:
         parameters: parameters of the decoder.
         options: options of this stream.
-        geometry: geometry of the stream's windows.
     """
 
     def __init__(self, parameters: Parameters, options: Options) -> None:
         self.options = options
         self.parameters = parameters
-        self.geometry = parameters.geometries[options.latency]
-        self._pcm: Samples = np.zeros(0, np.int16)
-        self._pcm_start = 0  # frame index of the first sample of _pcm
-        self._encoded = 0  # frames whose window was returned by next_window
+        self._windows = windows_of(parameters, options)
         self._received_samples = 0
-        self._features = 0
         self._frames = 0  # frames decoded for good
         self._predictor = self._fresh_predictor()  # before the next frame to decode for good
         self._tokens: list[Token] = []  # of the segment
@@ -107,9 +83,10 @@ class Stream:
         self._segment = 0
         self._segment_start_frame = 0
         self._answered_to = 0.0  # end of the last span of the last final result, in frames
+        self._at_rest = False  # whether an endpoint ended the last segment, and no token followed
 
     def save(self) -> str:
-        """Return the state after a result as JSON. With the audio from the left context on, it restores the stream.
+        """Return the state after a result as JSON. With the audio that the windows need, it restores the stream.
 
         The state does not include audio: the caller has it, and it is most of the data.
         """
@@ -117,9 +94,10 @@ class Stream:
         return json.dumps(
             {
                 "version": STATE_VERSION,
-                "geometry": self.geometry,
+                "geometry": self._windows.grid,
+                **self._windows.save(),
                 "frames": self._frames,
-                "features": self._features,
+                "features": self._windows.features,
                 "segment": self._segment,
                 "segment_start_frame": self._segment_start_frame,
                 "answered_to": self._answered_to,
@@ -134,8 +112,14 @@ class Stream:
         )
 
     @classmethod
-    def restore(cls, parameters: Parameters, options: Options, saved: str) -> Stream:
-        """Return a stream with the state ``saved``. The next audio must begin with the left context of the state's ``frames``.
+    def restore(cls, parameters: Parameters, options: Options, saved: str, samples: int | None = None) -> Stream:
+        """Return a stream with the state ``saved``.
+
+        Args:
+            parameters: parameters of the decoder.
+            options: options of the stream.
+            saved: the state.
+            samples: position of the next audio in the stream; None: the first that the windows need.
 
         Raises:
             ParameterError: ``saved`` is not a state of this model and this geometry, or the options have ``context=whole``.
@@ -147,8 +131,8 @@ class Stream:
             state = json.loads(saved)
             if state["version"] != STATE_VERSION:
                 raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
-            if state["geometry"] != list(stream.geometry):  # on another grid, the left context would differ
-                raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream.geometry)}")
+            if state["geometry"] != list(stream._windows.grid):  # on another grid, the left context would differ
+                raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream._windows.grid)}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
             states = tuple(np.frombuffer(base64.b64decode(text), "<f4").reshape(shape) for text in state["states"])
             if len(states) != len(stream._predictor.states) or not np.isfinite(states).all():
@@ -165,15 +149,14 @@ class Stream:
             answered_to = float(state.get("answered_to", 0))  # earlier releases do not save it
             if not 0 <= answered_to <= counts["frames"] + counts["surplus_frames"]:
                 raise ValueError(f"answered_to {answered_to} instead of 0 to {counts['frames'] + counts['surplus_frames']}")
+            received = stream._windows.restore(counts["frames"], counts["features"], state, samples)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ParameterError(f"the state to restore is not one of this model: {error!r}") from None
         stream._predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"])
-        stream._features, stream._segment = counts["features"], counts["segment"]
-        stream._frames = stream._encoded = counts["frames"]
+        stream._segment, stream._frames = counts["segment"], counts["frames"]
         stream._segment_start_frame = counts["segment_start_frame"]
         stream._answered_to = answered_to
-        stream._pcm_start = max(0, stream._frames - stream.geometry.left_frames)
-        stream._received_samples = stream._pcm_start * parameters.frame_samples
+        stream._received_samples = received
         return stream
 
     def push(self, samples: Samples) -> None:
@@ -182,14 +165,9 @@ class Stream:
         Raises:
             ParameterError: the stream is decoded whole and exceeds ``max_whole_secs`` with these samples.
         """
-        limit = int(self.parameters.max_whole_secs * SAMPLE_RATE)
         self._received_samples += len(samples)
-        if self.options.context == "whole" and self._received_samples > limit:
-            raise ParameterError(
-                f"context=whole takes at most {self.parameters.max_whole_secs:g} s of audio; "
-                f"this has {self._received_samples / SAMPLE_RATE:.2f} s; cut it, or send it with context=window"
-            )
-        self._pcm = np.concatenate((self._pcm, samples))
+        check_length(self.parameters, self.options, self._received_samples)
+        self._windows.push(samples)
 
     def next_window(self, end: bool) -> Window | None:
         """Return the next window that is due, if any.
@@ -197,57 +175,18 @@ class Stream:
         Args:
             end: whether no more audio follows; the rest of the audio is then the last window.
         """
-        frame_samples = self.parameters.frame_samples
-        kept_frames, chunk_frames, right_frames = self.geometry
-        left_frames = self._encoded - self._pcm_start
-        ahead = len(self._pcm) - left_frames * frame_samples
-        if self.options.context == "window" and ahead >= (chunk_frames + right_frames) * frame_samples:
-            frames = left_frames + chunk_frames + right_frames
-            window = Window(self._pcm[: frames * frame_samples], left_frames, chunk_frames, live=True)
-            self._encoded += chunk_frames
-            drop = max(0, self._encoded - kept_frames - self._pcm_start)
-            self._pcm = self._pcm[drop * frame_samples :]
-            self._pcm_start += drop
-            return window
-        if not end or ahead <= 0:
-            return None
-        samples = np.pad(self._pcm, (0, max(0, frame_samples - len(self._pcm))))
-        self._encoded += -(-ahead // frame_samples)
-        return Window(samples, left_frames, None, live=self.options.context == "window")
+        self._rest()
+        return self._windows.next_window(end)
 
-    def receive(self, window: Window, frames: Floats, features: int) -> tuple[Floats, Floats]:
-        """Count the encoder frames of a window, and split them.
-
-        Args:
-            window: the window.
-            frames: its encoder frames [D, T].
-            features: number of feature frames that they were computed from.
-
-        Returns:
-            The frames to decode for good, and the frames of the right context.
-
-        Raises:
-            ValueError: there are too few or too many frames: ``frame_samples`` or the contexts do not fit the encoder.
-        """
-        end = frames.shape[1] if window.chunk_frames is None else window.left_frames + window.chunk_frames
-        frame_samples, samples = self.parameters.frame_samples, len(window.samples)
-        # For an incomplete frame at the end of the stream, an encoder outputs a frame or none.
-        needed = window.left_frames + (window.chunk_frames or min(1, samples // frame_samples - window.left_frames))
-        most = -(-samples // frame_samples) + 2  # padding and rounding up add one or two
-        if not needed <= frames.shape[1] <= most:
-            allowed = f"of which {needed} are needed" if frames.shape[1] < needed else f"which has {most} at most"
-            raise ValueError(
-                f"the encoder gave {frames.shape[1]} frames for a window of {samples} samples, {allowed}: "
-                f"frame_samples is {frame_samples}"
-            )
-        features_to = [round(features * frame * frame_samples / samples) for frame in (window.left_frames, end)]
-        self._features += (features if window.chunk_frames is None else features_to[1]) - features_to[0]
-        return frames[:, window.left_frames : end], frames[:, end:]
+    def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None = None) -> tuple[Floats, Floats]:
+        """Count the encoder frames of a window, and split them; see ``Windows.receive``."""
+        return self._windows.receive(window, frames, features, cache)
 
     def row(self, frames: Floats) -> Row:
         """Return the next frames as a row to decode for good; pass the decoded row to ``commit``."""
-        # The first token of the next word ends a full segment, so its rows end after one token.
-        return self._row(frames, self._predictor, 1 if self._is_full else self._left_tokens)
+        # The first token of the next word ends a full segment, and an endpoint token ends any: their rows end after one token.
+        single = self._is_full or self.parameters.endpoint_tokens
+        return self._row(frames, self._predictor, 1 if single else self._left_tokens)
 
     def commit(self, row: Row) -> Floats:
         """Append the tokens of a decoded row, and end the segment if a rule says so.
@@ -259,11 +198,16 @@ class Stream:
         if tokens and self._tokens and self._is_full and tokens[0].id not in self.parameters.continuations:
             self._close_segment_before(tokens[0])
         self._tokens.extend(tokens)
+        self._at_rest &= not tokens
         self._frames += row.done_frames
+        if tokens and tokens[-1].id in self.parameters.endpoint_tokens:
+            return self._close_segment_after_endpoint(row)
         silence_ms = self.options.endpoint_silence_ms
         silent_samples = self._silent_frames * self.parameters.frame_samples
-        if (silence_ms and silent_samples * 1000 // SAMPLE_RATE >= silence_ms) or (self._is_full and not self._is_amid_word):
+        silent = silence_ms > 0 and silent_samples * 1000 // SAMPLE_RATE >= silence_ms
+        if silent or (self._is_full and not self._is_amid_word):
             self._close_segment()
+            self._at_rest = silent
         return row.frames[:, row.done_frames :]
 
     def tail_row(self, frames: Floats) -> Row:
@@ -288,10 +232,17 @@ class Stream:
             self._answered_to = spans[len(tokens)][0] if following else spans[-1][1]
         samples = self._received_samples if end else self._frames * self.parameters.frame_samples
         spans = spans[: len(tokens)]
-        decoded = Decoded(tokens, spans, len(stable), self._segment, final, samples, self._features, self._frames)
+        self._rest()
+        decoded = Decoded(tokens, spans, len(stable), self._segment, final, samples, self._windows.features, self._frames)
         self._closed = []
         self._segment += final
         return decoded
+
+    def _rest(self) -> None:
+        """Inform the windows if the last one ended in silence after an endpoint."""
+        if self._at_rest:
+            self._at_rest = False
+            self._windows.rest()
 
     @property
     def _is_full(self) -> bool:
@@ -338,6 +289,20 @@ class Stream:
         self._segment_start_frame = self._frames
         if not self._predictor.symbols:  # within a frame, a fresh predictor would repeat the frame's tokens
             self._predictor = self._fresh_predictor(self._predictor.surplus_frames)
+
+    def _close_segment_after_endpoint(self, row: Row) -> Floats:
+        """End the segment with an endpoint token; the next segment begins on the next frame with a fresh predictor.
+
+        Returns:
+            The frames that are not yet decoded.
+        """
+        left = row.frames[:, row.done_frames :]
+        passed = min(1, left.shape[1])
+        self._frames += passed
+        self._predictor = self._fresh_predictor()
+        self._close_segment()
+        self._at_rest = True
+        return left[:, passed:]
 
     def _close_segment_before(self, token: Token) -> None:
         """End the segment before a token. The predictor already includes the token, so it is kept."""

@@ -14,8 +14,8 @@ import pytest
 import scheduling
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Row, States, Step
-from stream import Samples, Window
 from tests.support.transducers import RandomTransducer, assert_same, decode_frame_by_frame, random_frames
+from windows import Window
 
 UNLIMITED = 10**9
 LIVE, RECORDING = 100, 1000
@@ -32,16 +32,16 @@ class Network:
         self.error: Exception | None = None
         self._began = threading.Semaphore(0)
 
-    def encode(self, windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:
+    def encode(self, windows: Sequence[Window], exclusive: bool) -> list[Encoded]:
         self.exclusive.append(exclusive)
         done = threading.Event()
-        self.calls.append([int(samples[0]) for samples in windows])
+        self.calls.append([int(window.samples[0]) for window in windows])
         self.running.append(done)
         self._began.release()
         assert done.wait(5), "the test did not end the call"
         if self.error:
             raise self.error
-        return [Encoded(np.full((1, 1), samples[0], np.float32), len(samples)) for samples in windows]
+        return [Encoded(np.full((1, 1), w.samples[0], np.float32), len(w.samples)) for w in windows]
 
     async def wait_for_calls(self, calls: int) -> None:
         for _ in range(calls):
@@ -401,7 +401,7 @@ async def test_call_runs_in_its_first_callers_context() -> None:
     seen: list[str] = []
     network = RandomTransducer(3)
 
-    def encode(windows: Sequence[Samples], exclusive: bool) -> list[Encoded]:  # noqa: ARG001 (an ``Encode``)
+    def encode(windows: Sequence[Window], exclusive: bool) -> list[Encoded]:  # noqa: ARG001 (an ``Encode``)
         seen.append(name.get())
         return [Encoded(random_frames(1, 5), 5) for _ in windows]
 

@@ -20,7 +20,7 @@ from scheduling import (
     is_exclusive,
     next_decoder_call,
 )
-from stream import Window
+from windows import Window
 
 NOW = 1000.0
 NEVER = -math.inf

@@ -18,7 +18,7 @@ import batching
 from batching import Decoder, Encoded, Encoder
 from greedy import Floats, Token
 from parameters import LATENCIES, Geometry, Options, ParameterError, Parameters, WindowMemory
-from stream import MAX_WORD_TOKENS, Decoded, Samples, Stream, Window, token_spans
+from stream import MAX_WORD_TOKENS, Decoded, Stream, token_spans
 from tests.support.transducers import (
     DIMENSION,
     HIDDEN,
@@ -28,6 +28,7 @@ from tests.support.transducers import (
     assert_same,
     decode_frame_by_frame,
 )
+from windows import Samples, Window
 
 FRAME_SAMPLES = 16  # so that a frame is a millisecond
 FEATURES_A_FRAME = 8
@@ -148,9 +149,9 @@ class RecordingEncoder(Encoder):
         self._windows.append(window)
         return await super().encode(window)
 
-    def _call(self, group: Sequence[Samples], exclusive: bool) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
-        assert len({len(samples) for samples in group}) == 1
-        return [Encoded(self._frames_of(samples), features_of(samples)) for samples in group]
+    def _call(self, group: Sequence[Window], exclusive: bool) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
+        assert len({window.kind for window in group}) == 1
+        return [Encoded(self._frames_of(window.samples), features_of(window.samples)) for window in group]
 
 
 def execute(

@@ -165,3 +165,13 @@ def test_text_of_leading_pieces_is_a_prefix(given_pieces: list[str], data: st.Da
     stable = data.draw(st.integers(0, len(given_pieces)))
     for final in (False, True):
         assert text(given_pieces, 1, final=final).startswith(text(given_pieces[:stable], 1, final=False))
+
+
+def test_chinese_words_are_not_separated() -> None:
+    """Byte-level vocabularies begin a word with each character; Latin words among them keep their spaces."""
+    pieces = ["▁你", "▁<0xE5><0xA5>", "<0xBD>", "▁the", "▁cat", "▁中", "▁文"]
+    times = [0.1 * i for i in range(len(pieces))]
+    words = words_of(pieces, times, [at + 0.1 for at in times], [1.0] * len(pieces))
+    assert [word.word for word in words] == ["你", "好", "the", "cat", "中", "文"]
+    assert text_of(words, 0) == "你好 the cat 中文"
+    assert text_of(words_of(pieces[:2], times[:2], [0.1, 0.2], [1.0, 1.0], final=False), 0) == "你"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
@@ -23,31 +22,10 @@ from amira.models.importing import import_model
 from amira.models.repository import recognisers
 from amira.paths import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
 from tests.support.cache import built
+from tests.support.native_backend import refused_by_triton
 
 Change = Callable[[onnx.GraphProto], None]
 Edit = Callable[[pb.ModelConfig], None]
-
-
-def refused_by_triton(repository: Path) -> list[str]:
-    """Tensors that its backend would refuse, by ValidateInputs and ValidateOutputs of its source."""
-    refused = []
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        config = read_config(path)
-        if config.backend != "onnxruntime":
-            continue
-        session = onnxruntime.InferenceSession(path.parent / "1" / "model.onnx", providers=["CPUExecutionProvider"])
-        if len(config.input) != len(session.get_inputs()):
-            refused.append(f"{config.name} inputs")
-        for tensors, nodes, exact in (
-            (config.input, session.get_inputs(), False),
-            (config.output, session.get_outputs(), True),
-        ):
-            shapes = {node.name: [size if isinstance(size, int) else -1 for size in node.shape] for node in nodes}
-            for tensor in tensors:
-                pairs = zip(shapes[tensor.name], tensor.dims, strict=True)
-                if not all(have == want or (have == -1 and not exact) for have, want in pairs):
-                    refused.append(f"{config.name} {tensor.name}")
-    return refused
 
 
 @pytest.fixture
@@ -158,7 +136,7 @@ def test_triton_accepts_the_front_end_for_gpus(source: Path, tmp_path: Path) -> 
         ("decoder_joint", resize("targets", 0, 1), "input targets is INT32 [1, ?]; expected INT32 [?, any]"),
         ("decoder_joint", resize("input_states_2", 1, 1), "input input_states_2 is FLOAT [2, 1, 640]; expected"),
         ("decoder_joint", resize("outputs", 1, 1), "output outputs is FLOAT [?, 1, ?, 1030]; expected FLOAT [?, ?, any, any]"),
-        ("encoder", add_input("cache_last_channel"), "nothing feeds cache_last_channel; expected the inputs audio_"),
+        ("encoder", add_input("speaker"), "nothing feeds speaker; expected the inputs audio_"),
         ("decoder_joint", add_input("speaker"), "nothing feeds speaker; expected the inputs encoder_outputs, targets, "),
     ],
 )

@@ -1,0 +1,1 @@
+"""Layouts in which transducers are published, one module each: each recognises its graphs and converts them."""

@@ -1,0 +1,190 @@
+"""Read the vocabularies that models are published with, and write them in the repository's convention.
+
+The convention is one piece per line with its id, ``▁`` before a word, the blank last, and ``<0xE4>`` for a byte. A piece may be
+several bytes, ``▁<0xE4><0xBD>``; a piece without text is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from amira.models.configs import ModelError
+
+BLANK = "<blk>"
+WORD_START = "▁"
+FILES = ("tokens.txt", "vocab.txt", "tokenizer.json", "tokenizer.model")
+"""Names of vocabulary files, in the order in which they are looked for."""
+
+BYTE_BPE_CHARACTERS = (
+    *map(chr, range(0x100, 0x120)),
+    *map(chr, range(32, 127)),
+    *(c for c in map(chr, range(0x120, 0x1A7)) if unicodedata.normalize("NFKC", c) == c),
+)
+"""The character that stands for each byte in icefall's byte-level BPE: printable, and left alone by NFKC normalisation (Wang et
+al. 2020, arXiv:1909.03341)."""
+
+BYTE_OF = {character: byte for byte, character in enumerate(BYTE_BPE_CHARACTERS)} | {"⁇": 32}
+HIGHEST_BYTE = 0xC6
+"""UTF-8 writes the characters of byte-level BPE with bytes up to this one, and uses this one."""
+
+DISAMBIGUATION = re.compile(r"#\d+")
+"""Symbols that icefall adds behind the vocabulary for decoding graphs."""
+
+SPECIAL = re.compile(r"<(?!unk>)[a-z]{2,3}(-[A-Z]{2})?>|<EO[UB]>")
+"""Pieces that are no text: language tags, end of utterance, and end of backchannel."""
+
+CONTINUES = 0x80
+"""Bit of a protobuf number's byte: more bytes follow."""
+
+VARINT, FIXED_SIZES = 0, {1: 8, 2: 0, 5: 4}
+"""Protobuf's wire types: a number, and the others with their sizes in bytes; 0: the size comes first."""
+
+END_OF_UTTERANCE = "<EOU>"
+
+
+def find_vocabulary(directory: Path) -> Path:
+    """Return the vocabulary file of a source.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for name in FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise ModelError(f"{directory}: the vocabulary is missing; expected one of {', '.join(FILES)}")
+
+
+def read_pieces(path: Path) -> list[str]:
+    """Return pieces by id, as the file has them.
+
+    Raises:
+        ModelError: the file is malformed, or ids are missing.
+    """
+    try:
+        if path.suffix == ".json":
+            numbered = _tokenizer_json(path)
+        elif path.suffix == ".model":
+            numbered = dict(enumerate(_sentencepiece_pieces(path.read_bytes())))
+        else:
+            numbered = _numbered_lines(path)
+    except (UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(f"{path} is no vocabulary: {error!r}") from error
+    pieces = [numbered[index] for index in range(len(numbered)) if index in numbered]
+    if not pieces or len(pieces) != len(numbered):
+        raise ModelError(f"{path} has {len(numbered)} pieces with ids up to {max(numbered, default=0)}; expected ids from 0 on")
+    while DISAMBIGUATION.fullmatch(pieces[-1]):
+        pieces.pop()
+    return pieces
+
+
+def to_convention(pieces: Sequence[str], logits: int, blank: int, path: Path) -> list[str]:
+    """Return a vocabulary with the blank last, and with the text of byte-level BPE and special pieces in the convention.
+
+    Args:
+        pieces: by id, as the file has them; a blank behind the last one may be missing.
+        logits: number of outputs of the joint network.
+        blank: id of the blank: 0 or ``logits - 1``.
+        path: of the file, for messages.
+
+    Raises:
+        ModelError: the number of pieces does not suit the joint network.
+    """
+    if blank == logits - 1 and len(pieces) == logits - 1:
+        pieces = [*pieces, BLANK]
+    if len(pieces) != logits:
+        raise ModelError(f"{path} has {len(pieces)} pieces; expected {logits}, as the joint network has outputs")
+    texts = [*pieces[:blank], *pieces[blank + 1 :]]
+    if is_byte_bpe(texts):
+        texts = [byte_bpe_text(text) for text in texts]
+    return [*("" if SPECIAL.fullmatch(text) else text for text in texts), BLANK]
+
+
+def is_byte_bpe(pieces: Sequence[str]) -> bool:
+    """Whether the pieces are of byte-level BPE: all in its characters, and not in ASCII alone."""
+    highest = [max(piece.removeprefix(WORD_START).encode(), default=0) for piece in pieces]
+    return max(highest, default=0) == HIGHEST_BYTE
+
+
+def byte_bpe_text(piece: str) -> str:
+    """Return a piece of byte-level BPE as text where its bytes are whole characters, else as ``<0x…>`` for each byte."""
+    text = piece.removeprefix(WORD_START)
+    start = piece[: len(piece) - len(text)]
+    if re.fullmatch(r"<[\w/]+>", text) or any(character not in BYTE_OF for character in text):
+        return piece
+    data = bytes(BYTE_OF[character] for character in text)
+    try:
+        return start + data.decode()
+    except UnicodeDecodeError:
+        return start + "".join(f"<0x{byte:02X}>" for byte in data)
+
+
+def to_text(pieces: Sequence[str]) -> str:
+    """Return the content of ``vocab.txt``.
+
+    Raises:
+        ModelError: a piece contains a line break.
+    """
+    if broken := [piece for piece in pieces if "\n" in piece]:
+        raise ModelError(f"the vocabulary has a piece with a line break: {broken[0]!r}")
+    return "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
+
+
+def _numbered_lines(path: Path) -> dict[int, str]:
+    """Read lines ``piece id``. A line of an id alone is a space, as sherpa-onnx reads it."""
+    numbered = {}
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            text = line.rstrip("\r\n")
+            if text.strip():
+                piece, _, index = text.replace("\t", " ").rstrip().rpartition(" ")
+                numbered[int(index)] = piece or " "
+    return numbered
+
+
+def _tokenizer_json(path: Path) -> dict[int, str]:
+    """Read a file of the tokenizers library: a vocabulary by piece or in order, and added pieces."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        numbered = {int(index): piece for piece, index in vocabulary.items()}
+    else:
+        numbered = {index: piece for index, (piece, _) in enumerate(vocabulary)}
+    return numbered | {int(added["id"]): added["content"] for added in content.get("added_tokens", [])}
+
+
+def _sentencepiece_pieces(data: bytes) -> Iterator[str]:
+    """Yield the pieces of a SentencePiece model, a protobuf message: field 1 repeats pieces, whose field 1 is the text."""
+    for number, piece in _fields(data):
+        if number == 1 and isinstance(piece, bytes):
+            yield next(text for field, text in _fields(piece) if field == 1 and isinstance(text, bytes)).decode()
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
+    """Yield number and value of a protobuf message's fields (protobuf's encoding guide)."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        result = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            result |= (byte & ~CONTINUES) << shift
+            shift += 7
+            if not byte & CONTINUES:
+                return result
+
+    while position < len(data):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == VARINT:
+            yield number, varint()
+            continue
+        size = FIXED_SIZES[wire_type] or varint()
+        if position + size > len(data):
+            raise ValueError("the file is cut short")
+        yield number, data[position : position + size]
+        position += size

@@ -1,0 +1,106 @@
+"""Published layouts in small, imported once, for tests of cached and icefall models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import sherpa_onnx
+
+from amira.models.front_ends import Fbank, fbank
+from amira.models.importing import ImportOptions, import_with
+from tests.support.commands import edit
+from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached
+from windows import Samples
+
+NEMO = NemoShape(seed=2, blank_bias=6.0)
+NEMO_560 = NemoShape(seed=0, blank_bias=6.0, right=6, context=70, features=128)
+NEMO_PROMPTED = NemoShape(seed=2, blank_bias=7.0, prompted=True)
+NEMOTRON = NemoShape(seed=2, blank_bias=5.0, prompted=True, features=128)
+EOU = NemoShape(seed=2, blank_bias=6.0, features=128, context=70, kernel=8)
+ZIPFORMER = IcefallShape(seed=1, blank_bias=8.0)
+ZIPFORMER_640 = IcefallShape(seed=4, blank_bias=8.0, chunk=32, left=64)
+OFFLINE = IcefallShape(seed=2, blank_bias=8.0)
+
+SOURCES: dict[str, Callable[[Path], None]] = {
+    "nemo": lambda directory: build_nemo_cached(directory, NEMO),
+    "nemo560": lambda directory: build_nemo_cached(directory, NEMO_560, external=True),
+    "prompted": lambda directory: build_nemo_cached(directory, NEMO_PROMPTED),
+    "nemotron": lambda directory: build_nemo_cached(directory, NEMOTRON, layout="nemotron", external=True),
+    "eou": lambda directory: build_nemo_cached(directory, EOU, layout="eou"),
+    "zipformer": lambda directory: build_icefall(directory, ZIPFORMER),
+    "zipformer640": lambda directory: build_icefall(directory, ZIPFORMER_640),
+    "offline": lambda directory: build_icefall(directory, OFFLINE, streaming=False),
+}
+STREAMING = ("nemo", "nemo560", "prompted", "zipformer", "zipformer640")
+"""Those that sherpa-onnx streams."""
+
+TAIL = np.zeros(12_800, np.int16)
+"""Silence that makes sherpa-onnx decode what precedes it, since it does not flush the encoder at the end."""
+
+
+def published(name: str, root: Path) -> Path:
+    """Return the directory of a source; build it the first time."""
+    directory = root / name
+    if not directory.exists():
+        SOURCES[name](directory)
+    return directory
+
+
+def imported(name: str, root: Path, cache_type: str = "fp16") -> Path:
+    """Return a repository with an imported source under its own name."""
+    repository = root / f"repository-{cache_type}"
+    if not (repository / name).exists():
+        import_with(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type))
+    return repository
+
+
+def as_sherpa_onnx(name: str, root: Path) -> Path:
+    """Return a repository with an imported source that differs from sherpa-onnx in nothing.
+
+    sherpa-onnx begins a stream without zeros before it, so it loses NeMo's first encoder frames; its NeMo features are Kaldi's
+    with Slaney's filters; it knows no segments unless it is asked; and its caches are FP32.
+    """
+    directory = published(name, root)
+    repository = root / "as-sherpa-onnx"
+    if (repository / name).exists():
+        return repository
+    import_with(str(directory), name, repository, ImportOptions(cache_type="fp32"))
+    config = repository / f"{name}_decoder" / "config.pbtxt"
+    text = config.read_text(encoding="utf-8").replace('string_value: "zeros"', 'string_value: "none"')
+    config.write_text(text, encoding="utf-8")
+    for old, new in (('string_value: "1200"', '"0"'), ('string_value: "200"', '"100000"'), ('string_value: "20"', '"3600"')):
+        edit(config, old, f"string_value: {new}")
+    if (directory / "encoder.onnx").exists() and "zipformer" not in name and name != "offline":
+        bins = next(iter(onnx.load(directory / "encoder.onnx", load_external_data=False).graph.input)).type.tensor_type.shape
+        front_end = fbank(Fbank(bins.dim[1].dim_value, 0.0, 8000.0, remove_mean=False, window="hann", slaney=True))
+        onnx.save(front_end.proto, repository / f"{name}_preprocessor" / "1" / "model.onnx")
+    return repository
+
+
+def sherpa_streamed(directory: Path, samples: Samples, language: str = "") -> tuple[list[str], list[float]]:
+    """Return the tokens and their times that sherpa-onnx streams."""
+    parts = {part: str(directory / f"{part}.onnx") for part in ("encoder", "decoder", "joiner")}
+    recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
+        tokens=str(directory / "tokens.txt"), num_threads=1, decoding_method="greedy_search", **parts
+    )
+    stream = recogniser.create_stream()
+    if language:
+        stream.set_option("language", language)
+    stream.accept_waveform(16_000, samples.astype(np.float32) / 32768)
+    while recogniser.is_ready(stream):
+        recogniser.decode_stream(stream)
+    result = recogniser.get_result_all(stream)
+    return list(result.tokens), list(result.timestamps)
+
+
+def sherpa_at_once(directory: Path, samples: Samples) -> tuple[list[str], list[float]]:
+    """Return the tokens and their times of sherpa-onnx's recogniser of whole recordings."""
+    parts = {part: str(directory / f"{part}.onnx") for part in ("encoder", "decoder", "joiner")}
+    recogniser = sherpa_onnx.OfflineRecognizer.from_transducer(tokens=str(directory / "tokens.txt"), num_threads=1, **parts)
+    stream = recogniser.create_stream()
+    stream.accept_waveform(16_000, samples.astype(np.float32) / 32768)
+    recogniser.decode_stream(stream)
+    return list(stream.result.tokens), list(stream.result.timestamps)
