@@ -18,6 +18,8 @@ RUN /opt/amira/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
 FROM python:3.12.11-slim-bookworm
 RUN useradd --system --uid 10001 --home-dir /nonexistent --shell /usr/sbin/nologin amira
 COPY --from=build /opt/amira /opt/amira
+# The extra `containers` brings FFmpeg with GPL parts; whoever passes the image on has to keep to the GPL (docs/Deployment.md).
+LABEL org.opencontainers.image.licenses="MIT AND GPL-3.0-or-later"
 ENV PATH=/opt/amira/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     AMIRA_SERVER_PORT=8057

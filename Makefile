@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
 # Where a training keeps its features and checkpoints, and where its graphs go.
 WORK ?= .training
 INTO ?= model-repo
+# Files of tests that run at a time; each process has a Triton of its own, 0.7 GB of memory.
+WORKERS ?= 3
 # What is measured: an ensemble of a model repository; without these the bundled one.
 MEASURED = $(if $(REPOSITORY),--repository $(REPOSITORY)) $(if $(MODEL),--model $(MODEL))
 SOURCES := gateway amira model-repo backends training tests perf deploy docs examples
@@ -16,7 +18,7 @@ LOCKED := --extra engine --extra models --extra containers --extra mic --extra t
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench windows text data train export peers test-training chaos fuzz soak lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench long windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -39,9 +41,9 @@ run: setup  ## Serve on an embedded Triton until Ctrl-C: make run [MODEL=name]
 demo: setup  ## Transcribe the bundled recordings by batch and by live stream
 	@exec $(BIN)/amira demo
 
-test: setup  ## Run the tests, on real Tritons with the bundled model, three files at a time
+test: setup  ## Run the tests on real Tritons with the bundled model: make test [WORKERS=3]
 	@tools/system-packages
-	@$(BIN)/pytest -n 3 --dist loadfile
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-full: setup  ## Run all tests, slow ones too, with more examples and with coverage
 	@tools/system-packages
@@ -86,6 +88,10 @@ perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEEC
 bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
+long: setup  ## Time, memory and error rate of a long recording, and p95 of streams beside eight: make long SPEECH=dir [HOURS=1]
+	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make long SPEECH=dir" >&2; exit 1; }
+	@$(BIN)/python -m perf.long_recordings $(SPEECH) $(if $(HOURS),--hours $(HOURS))
+
 windows: setup  ## Word error rate and cost of windows by their parts: make windows SPEECH=dir [QUICK=1] [REPOSITORY=dir] [MODEL=name]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make windows SPEECH=dir" >&2; exit 1; }
 	@$(BIN)/python -m perf.windows $(SPEECH) $(if $(QUICK),--quick) $(MEASURED)
@@ -115,14 +121,19 @@ peers: $(VENV)/training-installed  ## Word error rates of other recognisers: mak
 test-training: $(VENV)/training-installed  ## Run a miniature of the whole training, two minutes on idle cores
 	@$(BIN)/pytest tests/training
 
-chaos: setup  ## Break a loaded server in every way of docs/Reliability.md, hostile clients included; half an hour
+chaos: setup  ## Test faults and hostile clients under load (docs/Reliability.md), half an hour
 	@$(BIN)/pytest tests/chaos
 
-fuzz: setup  ## Say what nobody would to REST, WebSocket and decoders of audio: make fuzz [MINUTES=10], of each of four
+fuzz: setup  ## Fuzz REST, WebSocket, audio and frames: make fuzz [MINUTES=10], minutes for each of the four
 	@MINUTES=$(MINUTES) $(BIN)/pytest tests/fuzz -s
 
-soak: setup  ## Load a server in every way and look whether anything grows: make soak [MINUTES=60]
+soak: setup  ## Check for growth under mixed load: make soak [MINUTES=60]
 	@MINUTES=$(MINUTES) $(BIN)/pytest tests/soak -s
+
+audit: setup  ## Look up the locked packages among published vulnerabilities; needs a network
+	@for lock in requirements.lock deploy/requirements.lock; do \
+		echo "$$lock"; $(BIN)/pip-audit --requirement $$lock --require-hashes --disable-pip --strict --progress-spinner off || exit 1; \
+	done
 
 lock:  ## Resolve the newest packages into requirements.lock, and those of the image into deploy/
 	@$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet uv

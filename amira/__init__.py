@@ -1,5 +1,6 @@
 """AMIRA ASR: clients of the speech recognition server. The package's extras add the server and further commands."""
 
+from amira.client.blocking import SyncLiveStream
 from amira.client.live import LiveStream, Message
 from amira.client.rest import AsyncClient, Client
 from amira.client.types import AmiraError, RequestError, Segment, StreamError, Transcript, Word
@@ -13,6 +14,7 @@ __all__ = [
     "RequestError",
     "Segment",
     "StreamError",
+    "SyncLiveStream",
     "Transcript",
     "Word",
 ]

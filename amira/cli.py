@@ -9,13 +9,15 @@ from enum import Enum
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from amira.client.rest import API_KEY_VARIABLE, BASE_URL_VARIABLE, DEFAULT_BASE_URL, DEFAULT_MODEL, Client
-from amira.client.types import RequestError
+from amira.client.exchange import DEFAULT_MODEL
+from amira.commands.ending import USAGE_ERROR, fail
+from amira.commands.listen import listen
+from amira.commands.transcribe import transcribe
 from amira.paths import MODEL_REPOSITORY, MODELS_HOME, SPEECH
 from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
 
@@ -23,12 +25,6 @@ if TYPE_CHECKING:
     from amira.engine.service import Running
     from gateway.config.loading import Loaded
     from gateway.config.settings import Settings
-
-FAILURE, USAGE_ERROR = 1, 2
-"""Exit codes: a server did not do what it was asked; the command can't begin as it was given."""
-
-RETRY_SECS = 10.0
-"""Time in which ``amira transcribe`` tries again to reach a server, or one that is full: a person waits for it."""
 
 MODULES: Mapping[str, tuple[str, ...]] = {
     "server": ("fastapi", "orjson", "pydantic", "soundfile", "soxr", "structlog", "tritonclient", "uvicorn", "uvloop"),
@@ -44,6 +40,8 @@ config = typer.Typer(no_args_is_help=True, help="Show the gateway's configuratio
 app.add_typer(config, name="config")
 models = typer.Typer(no_args_is_help=True)
 app.add_typer(models, name="models")
+app.command()(transcribe)
+app.command()(listen)
 console = Console(stderr=True)
 
 ModelRepository = Annotated[Path, typer.Option(envvar="AMIRA_MODEL_REPOSITORY", help="Models to serve.")]
@@ -68,29 +66,6 @@ class CacheType(str, Enum):
 
     fp16 = "fp16"
     fp32 = "fp32"
-
-
-@app.command()
-def transcribe(
-    recordings: Annotated[
-        list[Path],
-        typer.Argument(help="Recordings: WAV, FLAC, Ogg or raw PCM.", exists=True, dir_okay=False, show_default=False),
-    ],
-    url: Annotated[str, typer.Option(envvar=BASE_URL_VARIABLE, help="Base URL of the server.")] = DEFAULT_BASE_URL,
-    api_key: Annotated[
-        str | None, typer.Option(envvar=API_KEY_VARIABLE, help="API key, where the server needs one.", show_default=False)
-    ] = None,
-    model: Annotated[str, typer.Option(help="Public name of the model.")] = DEFAULT_MODEL,
-) -> None:
-    """Transcribe recordings on a running server; print one transcript per line."""
-    try:
-        with Client(url, api_key=api_key, retry_secs=RETRY_SECS) as client:
-            for recording in recordings:
-                typer.echo(client.transcribe(recording, model=model).text)
-    except RequestError as error:
-        _fail(str(error), FAILURE)
-    except (OSError, ValueError) as error:
-        _fail(str(error))
 
 
 @app.command()
@@ -228,16 +203,16 @@ def models_import(
 
     chosen = name or Path(source).absolute().name
     if not re.fullmatch(r"(\d+(,\d+)*)?", durations):
-        _fail(f"--durations is {durations!r}; expected whole numbers with commas, such as 0,1,2,3,4")
+        fail(f"--durations is {durations!r}; expected whole numbers with commas, such as 0,1,2,3,4")
     latencies = dict(pair.partition("=")[::2] for pair in latency or [])
     if unknown := sorted(latencies.keys() - {"low", "throughput"}):
-        _fail(f"--latency is {unknown[0]!r}; expected low=SOURCE or throughput=SOURCE")
+        fail(f"--latency is {unknown[0]!r}; expected low=SOURCE or throughput=SOURCE")
     jumps_in_frames = [int(d) for d in durations.split(",") if d]
     options = ImportOptions(quantization, files, jumps_in_frames, latencies, cache_type.value, gpu)
     try:
         transducer = import_with(source, chosen, into, options)
     except ModelError as error:
-        _fail(str(error))
+        fail(str(error))
     jumps = f", durations {transducer.parameters['durations']}" if transducer.durations else ""
     typer.echo(
         f"imported {chosen} into {into}: "
@@ -273,7 +248,7 @@ def models_list(repository: Annotated[Path, typer.Argument(help="Model repositor
     try:
         found = inspect_repository(repository)
     except ModelError as error:
-        _fail(str(error))
+        fail(str(error))
     for recogniser in found:
         if isinstance(recogniser, ModelError):
             typer.echo(f"amira: {recogniser}", err=True)
@@ -315,7 +290,7 @@ def _ensure_imported(model: str, models_home: Path) -> tuple[Path, str]:
     try:
         return ensure_imported(model, models_home)
     except ModelError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _check_graphs(repository: Path) -> list[str]:
@@ -335,7 +310,7 @@ def _check_graphs(repository: Path) -> list[str]:
             growth = recogniser.check_memory()
             typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
     except ModelError as error:
-        _fail(str(error))
+        fail(str(error))
     return [recogniser.name for recogniser in found]
 
 
@@ -349,7 +324,7 @@ def _require(*extras: str) -> None:
     """Exit with an error unless these extras of the package are installed."""
     missing = [module for extra in extras for module in MODULES[extra] if not find_spec(module)]
     if missing:
-        _fail(f"{missing[0]} is not installed; this command needs pip install 'amira-asr[{','.join(extras)}]'")
+        fail(f"{missing[0]} is not installed; this command needs pip install 'amira-asr[{','.join(extras)}]'")
 
 
 def _settings() -> Settings:
@@ -368,7 +343,7 @@ def _load_settings() -> Loaded:
     try:
         loaded = load_settings()
     except ConfigError as error:
-        _fail(str(error))
+        fail(str(error))
     configure_logging(loaded.settings)
     log = structlog.get_logger(__name__)
     for notice in loaded.notices:
@@ -387,14 +362,9 @@ def _main(coroutine: Coroutine[Any, Any, None]) -> None:
     try:
         uvloop.run(coroutine)
     except (EngineError, ModelError, PortError, ConfigError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         pass
-
-
-def _fail(message: str, code: int = USAGE_ERROR) -> NoReturn:
-    typer.echo(f"amira: {message}", err=True)
-    raise typer.Exit(code)
 
 
 def _print_welcome(running: Running, settings: Settings) -> None:

@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from gateway import __version__, metrics, tracing
-from gateway.api import health, native_rest, native_websocket
+from gateway.api import health, native_rest, native_websocket, openai_errors, openai_realtime, openai_rest
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
@@ -54,19 +54,15 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.include_router(native_rest.router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_rest.router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_realtime.secrets_router, dependencies=[Depends(_check_origin)])
+    app.include_router(openai_realtime.router)
     app.include_router(native_websocket.router)
     app.include_router(health.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_crash)
-    bodies = settings.max_concurrent_batches + settings.inference_queue_size
-    limits = BodyLimits(
-        settings.max_request_size,
-        settings.max_json_size,
-        max_total_bytes=bodies * settings.max_request_size,
-        patience_secs=settings.stream_timeout_secs,
-    )
-    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(BodyLimit, limits=BodyLimits.from_settings(settings))
     app.add_middleware(AccessLog, settings=settings, spans=spans)
     if settings.enable_cors:
         app.add_middleware(
@@ -74,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=[REQUEST_ID_HEADER, "Retry-After"],
+            expose_headers=[REQUEST_ID_HEADER, "Retry-After", openai_errors.SHOULD_RETRY_HEADER],
         )
     app.add_middleware(
         CorrelationIdMiddleware,
@@ -91,13 +87,14 @@ async def _check_origin(request: Request) -> None:
     check_origin(request.headers, service.settings)
 
 
-async def _answer_error(_request: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 (registered for it alone)
     metrics.REJECTIONS.labels(error.kind.code).inc()
     tracing.fail(error.kind)
-    return Response(
-        orjson.dumps(error.body(current_request_id())), error.kind.status, error.headers(), media_type="application/json"
-    )
+    body, headers = error.body(current_request_id()), error.headers()
+    if request.url.path.startswith(openai_rest.PREFIX):
+        body, headers = openai_errors.body_of(error, current_request_id()), headers | openai_errors.headers_of(error)
+    return Response(orjson.dumps(body), error.kind.status, headers, media_type="application/json")
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -36,6 +36,8 @@ class ErrorKind(Kind, Enum):
     INVALID_BODY = Kind("invalid_body", "invalid_request", 400, 1007)
     UNDECODABLE_AUDIO = Kind("undecodable_audio", "invalid_request", 400, 1007)
     EMPTY_FRAME = Kind("empty_frame", "invalid_request", 400, 1007)
+    INVALID_VALUE = Kind("invalid_value", "invalid_request", 400, 1007)
+    UNSUPPORTED_TASK = Kind("unsupported_task", "invalid_request", 400, 1007)
     UNKNOWN_CONTROL = Kind("unknown_control", "invalid_request", 400, 1007)
     TEXT_FRAME = Kind("text_frame", "invalid_request", 400, 1003)
     INVALID_API_KEY = Kind("invalid_api_key", "authentication", 401, 4401)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from http import HTTPStatus
+from itertools import product
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
@@ -86,15 +87,16 @@ def initialise(models: Iterable[str], ensembles: Iterable[str], stream_capacity:
     """
     names = (*models, UNKNOWN_MODEL)
     statuses = {HTTPStatus.OK, HTTPStatus.SWITCHING_PROTOCOLS, CLIENT_GONE, *(kind.status for kind in ErrorKind)}
-    for model in names:
-        for endpoint in ("batch", "stream"):
-            REQUEST_DURATION.labels(endpoint, model)
-            AUDIO_SECONDS.labels(endpoint, model)
-            for status in statuses:
-                REQUESTS.labels(endpoint, model, str(int(status)))
-        for histogram in (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG):
-            histogram.labels(model)
-    for endpoint, answers in (("health", (200, 503)), ("metrics", (200,)), ("other", (200, 404, 405))):
+    for model, endpoint in product(names, ("batch", "stream", "realtime")):
+        REQUEST_DURATION.labels(endpoint, model)
+        for status in statuses:
+            REQUESTS.labels(endpoint, model, str(int(status)))
+    for model, endpoint in product(names, ("batch", "stream")):  # turns of realtime sessions count as streams
+        AUDIO_SECONDS.labels(endpoint, model)
+    for model, histogram in product(names, (PARTIAL_LATENCY, FINAL_LATENCY, STREAM_LAG)):
+        histogram.labels(model)
+    others = sorted({200, *(kind.status for kind in ErrorKind)})
+    for endpoint, answers in (("health", [200, 503]), ("metrics", [200]), ("other", others)):
         REQUEST_DURATION.labels(endpoint, UNKNOWN_MODEL)
         for answer in answers:
             REQUESTS.labels(endpoint, UNKNOWN_MODEL, str(answer))

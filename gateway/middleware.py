@@ -1,4 +1,4 @@
-"""ASGI middleware around every HTTP request: limits on its body, and its log event, metrics and span."""
+"""ASGI middleware for HTTP requests: body limits, and the log event, metrics and span of each request."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.tracing import Tracing
 
 MIN_BODY_BYTES_PER_SEC = 16_000
-"""Average rate at which a body has to come after its first ``stream_timeout_secs``; half of real time for raw PCM."""
+"""Minimum average rate of a body after its first ``stream_timeout_secs``; half of real time for raw PCM."""
+
+LARGE_BODIES, SMALL_BODY_BYTES = 8, 10 * 2**20
+"""All bodies in flight together may be as large as this number of the largest ones, or as one of this size for each place."""
 
 BATCH_PREFIX = "/v2/decode/batch/"
+OPENAI_TRANSCRIPTIONS = "/v1/audio/transcriptions"
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """Limits on bodies.
+    """Limits on request bodies.
 
     Attributes:
-        max_bytes: one body.
-        max_json_bytes: one body of JSON, which takes many times its size when it is parsed.
-        max_total_bytes: all bodies of requests in flight together.
-        patience_secs: time after which a body has to keep to ``MIN_BODY_BYTES_PER_SEC``.
+        max_bytes: maximum size of a body.
+        max_json_bytes: maximum size of a JSON body, which takes many times its size when parsed.
+        max_total_bytes: maximum total size of the bodies of all requests in flight.
+        patience_secs: time after which ``MIN_BODY_BYTES_PER_SEC`` applies.
     """
 
     max_bytes: int
@@ -41,16 +45,23 @@ class BodyLimits:
     max_total_bytes: int
     patience_secs: float
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> BodyLimits:
+        """Return the limits that the settings give."""
+        places, largest = settings.max_concurrent_batches + settings.inference_queue_size, settings.max_request_size
+        total = max(places * min(SMALL_BODY_BYTES, largest), LARGE_BODIES * largest)
+        return cls(largest, settings.max_json_size, total, patience_secs=settings.stream_timeout_secs)
+
 
 @dataclass
-class InMemory:
-    """Bytes that have come of all requests in flight."""
+class Received:
+    """Bytes that have come of all requests in flight, in memory or on disk."""
 
     bytes: int = 0
 
 
 class BodyLimit:
-    """Refuses a body that is too large or comes too slowly, while it comes.
+    """Refuses a body that is compressed or too large, or comes too slowly, while it comes.
 
     Args:
         app: the application.
@@ -60,33 +71,34 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
         self._app = app
         self._limits = limits
-        self._in_memory = InMemory()
+        self._received = Received()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] == "http":
-            body = _Body(scope, receive, send, self._limits, self._in_memory)
+            body = _Body(scope, receive, send, self._limits, self._received)
             try:
                 await self._app(scope, body.receive, body.send)
             finally:
-                self._in_memory.bytes -= body.received_bytes
+                self._received.bytes -= body.received_bytes
         else:
             await self._app(scope, receive, send)
 
 
 class _Body:
-    """One request's body, as it comes."""
+    """Body of a request that is being received."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, in_memory: InMemory) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limits: BodyLimits, received: Received) -> None:
         headers = Headers(scope=scope)
         is_json = headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
         self._receive = receive
         self._send = send
         self._max_bytes = min(limits.max_json_bytes, limits.max_bytes) if is_json else limits.max_bytes
         self._limits = limits
-        self._in_memory = in_memory
+        self._received = received
         self._began = time.monotonic()
         self.received_bytes = 0
+        self._coding = headers.get("content-encoding", "").strip().lower()
         declared = headers.get("content-length", "0")
         self._declared_bytes = int(declared) if declared.isdecimal() else 0
         self._complete = not self._declared_bytes and "transfer-encoding" not in headers
@@ -95,8 +107,12 @@ class _Body:
         """Return the next part of the body.
 
         Raises:
-            ApiError: the body is too large, comes too slowly, or does not fit in beside the others.
+            ApiError: the body is compressed, is too large, comes too slowly, or does not fit in beside the others.
         """
+        if self._coding not in ("", "identity"):
+            raise ApiError(
+                ErrorKind.UNSUPPORTED_MEDIA, f"Content-Encoding {self._coding[:40]!r} isn't supported; send the body as it is"
+            )
         if self._declared_bytes > self._max_bytes:
             raise ApiError(
                 ErrorKind.BODY_TOO_LARGE, f"the body has {self._declared_bytes} bytes; at most {self._max_bytes} are allowed"
@@ -111,16 +127,16 @@ class _Body:
             ) from None
         size = len(message.get("body", b""))
         self.received_bytes += size
-        self._in_memory.bytes += size
+        self._received.bytes += size
         self._complete = not message.get("more_body", False)
         if self.received_bytes > self._max_bytes:
             raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {self._max_bytes} bytes, the most allowed")
-        if self._in_memory.bytes > self._limits.max_total_bytes:
+        if self._received.bytes > self._limits.max_total_bytes:
             raise ApiError(ErrorKind.NO_CAPACITY, "the requests in flight have too many bytes; please retry")
         return message
 
     async def send(self, message: Message) -> None:
-        """Send, and have the connection closed after an answer to a body that has not come: it would be read to its end."""
+        """Send; close the connection after a response to an incomplete body, which would otherwise be read to its end."""
         if message["type"] == "http.response.start" and not self._complete:
             MutableHeaders(scope=message)["Connection"] = "close"
         await self._send(message)
@@ -134,8 +150,8 @@ class AccessLog:
 
     Args:
         app: the application.
-        settings: name the models.
-        spans: where spans go.
+        settings: settings of the gateway.
+        spans: creates spans.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, spans: Tracing) -> None:
@@ -148,9 +164,11 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope.setdefault("state", {})
         endpoint, model = _labels(scope["path"], self._settings)
         if endpoint == "batch":
-            with self._spans.span(f"{scope['method']} {BATCH_PREFIX}{{model}}", Headers(scope=scope), model=model):
+            route = OPENAI_TRANSCRIPTIONS if scope["path"] == OPENAI_TRANSCRIPTIONS else f"{BATCH_PREFIX}{{model}}"
+            with self._spans.span(f"{scope['method']} {route}", Headers(scope=scope), model=model):
                 await self._serve(scope, receive, send, endpoint, model)
         else:
             await self._serve(scope, receive, send, endpoint, model)
@@ -175,7 +193,8 @@ class AccessLog:
             seen["status"] = metrics.CLIENT_GONE
         finally:
             duration_secs = time.perf_counter() - began
-            tracing.describe(**seen)
+            model = scope["state"].get("model", model)  # OpenAI's API names it in the body
+            tracing.describe(**seen, model=model)
             metrics.REQUESTS.labels(endpoint, model, str(seen["status"])).inc()
             metrics.REQUEST_DURATION.labels(endpoint, model).observe(duration_secs)
             log_request = log.info if endpoint in ("batch", "other") else log.debug
@@ -184,9 +203,11 @@ class AccessLog:
 
 
 def _labels(path: str, settings: Settings) -> tuple[str, str]:
-    """Return a request's endpoint and model, each from a closed set."""
+    """Return the labels for a request's endpoint and model, each from a closed set."""
     if path.startswith(BATCH_PREFIX):
         model = path.removeprefix(BATCH_PREFIX)
         return "batch", model if model in settings.models else metrics.UNKNOWN_MODEL
+    if path == OPENAI_TRANSCRIPTIONS:
+        return "batch", metrics.UNKNOWN_MODEL
     endpoint = path.removeprefix("/").partition("/")[0]
     return endpoint if endpoint in ("health", "metrics") else "other", metrics.UNKNOWN_MODEL

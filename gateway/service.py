@@ -1,4 +1,4 @@
-"""What the routes share: the settings, Triton, the limits and the two engines."""
+"""Objects that all routes share: settings, Triton, limits and engines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from gateway import metrics
 from gateway.audio.pool import FilePool
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.limits.client_secrets import ClientSecrets
 from gateway.limits.places import Places
 from gateway.limits.quotas import Quotas
 from gateway.live.sessions import Sessions
@@ -17,22 +18,23 @@ from gateway.tracing import Tracing
 from gateway.triton.pool import TritonPool
 
 DECODER_SETTINGS = ("latency", "max_symbols_per_step", "max_total_tokens")
-"""Settings that the decoder takes as options, by the same names."""
+"""Settings that are passed to the decoder as options of the same names."""
 
 
 class Service:
-    """One gateway process.
+    """State of a gateway process.
 
     Attributes:
-        settings: its settings.
-        triton: the Triton servers that decode.
-        places: how many streams and recordings are served at once.
-        quotas: what each caller may use.
+        settings: settings of the gateway.
+        triton: the Triton servers.
+        places: limits on concurrent streams and recordings.
+        quotas: quotas of callers.
+        client_secrets: keys that callers make for their own clients.
         files: decodes audio files.
         sessions: the engine of live streams.
         transcriber: the engine of recordings.
-        tracing: where spans go.
-        started_at: Unix time in seconds.
+        tracing: creates spans.
+        started_at: start of the process, Unix time in seconds.
     """
 
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
@@ -40,6 +42,7 @@ class Service:
         self.tracing = tracing
         self.triton = TritonPool(settings)
         self.places = Places(settings)
+        self.client_secrets = ClientSecrets(settings)
         self.files = FilePool()
         self.quotas = quotas = Quotas(settings)
         options = {name: value for name in DECODER_SETTINGS if (value := getattr(settings, name)) is not None}
@@ -49,17 +52,27 @@ class Service:
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks()))
 
     def check_model(self, model: str) -> None:
-        """Refuse a model that the settings do not have.
+        """Check that the settings have a model of this public name.
 
         Raises:
-            ApiError: the public name is not known.
+            ApiError: they do not.
         """
         if model not in self.settings.models:
             known = ", ".join(sorted(self.settings.models))
             raise ApiError(ErrorKind.MODEL_NOT_FOUND, f"model {model[:64]!r} is not known; known: {known}", "model")
 
+    def resolve_model(self, name: str) -> str:
+        """Return the public name of a model that is given by it or by an alias.
+
+        Raises:
+            ApiError: the name is not known.
+        """
+        model = name if name in self.settings.models else self.settings.model_aliases.get(name, name)
+        self.check_model(model)
+        return model
+
     def ready(self) -> bool:
-        """Return whether new work is taken: some model can be served, and no drain has begun."""
+        """Return whether new work is accepted: a model is ready, and no drain has begun."""
         return not self.places.draining and any(map(self.triton.ready, self.settings.models.values()))
 
     async def start(self) -> None:
@@ -67,14 +80,15 @@ class Service:
         await self.triton.start()
 
     async def close(self) -> None:
-        """End what a drain left, and disconnect from Triton."""
+        """End the remaining streams, and disconnect from Triton."""
         await self.sessions.close(self.settings.inference_timeout_secs)
         await self.files.close()
         await self.triton.close()
 
     async def drain(self) -> None:
-        """Refuse new work, let the old finish for as long as the settings allow, then end the live streams."""
+        """Refuse new work, let the old finish for as long as the settings allow, then end live streams and long recordings."""
         self.places.drain()
         if not await self.places.wait_idle(self.settings.drain_timeout_secs):
             self.sessions.drain()
+            self.places.end_recordings()
             await self.places.wait_idle(2 * self.settings.inference_timeout_secs)

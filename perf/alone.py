@@ -42,7 +42,8 @@ class Added(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def _standin(inference_ms: float) -> AsyncIterator[Process]:
+async def standin_running(inference_ms: float) -> AsyncIterator[Process]:
+    """Run a stand-in whose inference takes so long."""
     (port,) = free_ports(LOOPBACK, 1)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "perf.standin", str(port), "--delay-ms", str(inference_ms)),
@@ -65,7 +66,7 @@ async def added_time(samples: Samples, at_once: int, times: int) -> Added:
         at_once: number of requests in flight.
         times: number of alternations.
     """
-    async with _standin(INFERENCE_MS) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
+    async with standin_running(INFERENCE_MS) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
         rest, grpc = RestClient(gateway.url), GrpcClient(standin.url)
         latencies: dict[str, list[float]] = {"REST": [], "gRPC": []}
         try:
@@ -96,7 +97,7 @@ async def crowd(samples: Samples, windows: Windows, streams: int, hold_secs: flo
     size = round(windows.chunk + windows.right + hold_secs * RATE)
     script = Script(samples[:size], range(windows.complete(size) - 2))
     room = {"max_concurrent_streams": streams, "max_connects_per_address": 100_000}
-    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url, **room) as gateway:
+    async with standin_running(0) as standin, amira("serve", triton_endpoint=standin.url, **room) as gateway:
         with _on(gateway.pid, {first}), _on(standin.pid, rest), _on(os.getpid(), rest):
             partials = await play(gateway.url, [script] * streams, windows, 0.0)
     return percentiles_ms([partial.added for partial in partials])[2]
@@ -120,7 +121,7 @@ def _on(pid: int, cores: set[int]) -> Iterator[None]:
 
 async def long_stream(samples: Samples, windows: Windows) -> Growth:
     """Measure a long stream through the gateway; a chunk is sent when the partial of the one before has arrived."""
-    async with _standin(0) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
+    async with standin_running(0) as standin, amira("serve", triton_endpoint=standin.url) as gateway:
         meter = Meter({"gateway": gateway.pid})
         watch = Watch(windows, lambda: meter.rss_mb()["gateway"])
         async with connect(f"{gateway.url.replace('http', 'ws', 1)}{PATH}", compression=None, max_size=None) as socket:

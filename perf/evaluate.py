@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from websockets.asyncio.client import connect
 
-from amira.client.rest import DEFAULT_MODEL
+from amira.client.exchange import DEFAULT_MODEL
 from amira.engine.errors import EngineError
 from amira.engine.service import service
 from amira.models.configs import ModelError

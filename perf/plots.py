@@ -54,6 +54,27 @@ def draw_windows(report: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_memory(traces: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of ``perf.long_recordings``: resident memory by process while each file is decoded.
+
+    Args:
+        traces: by format, ``secs`` and, by process, ``rss_mb``.
+        report: with the machine, the date, and the length in ``hours``.
+        path: of the picture.
+    """
+    figure, columns = plt.subplots(1, len(traces), sharey=True, figsize=SIZE_INCHES, layout="constrained", squeeze=False)
+    for axes, (kind, trace) in zip(columns[0], traces.items(), strict=True):
+        for name, values in sorted(trace["rss_mb"].items()):
+            axes.plot(trace["secs"], values, label=name)
+        axes.set(title=kind, xlabel="s")
+        axes.set_ylim(bottom=0)
+    columns[0][0].set_ylabel("resident memory, MB")
+    columns[0][-1].legend(fontsize=7)
+    figure.suptitle(f"{report['hours']:g} h of speech by REST\n{report['cpu']}, {report['date'][:10]}", fontsize=9)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
 def _streams(axes: Any, report: Mapping[str, Any]) -> None:
     """Plot the latency of partials against the number of paced streams."""
     trials = sorted(report["trials"], key=lambda trial: trial["streams"])

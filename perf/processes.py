@@ -58,7 +58,8 @@ class Meter:
         """Return the current resident memory by name, in MB."""
         sizes: defaultdict[str, float] = defaultdict(float)
         for name, process in self._processes():
-            sizes[name] += process.memory_info().rss / 2**20
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sizes[name] += process.memory_info().rss / 2**20
         return sizes
 
     def _cpu_secs(self) -> Mapping[str, float]:
@@ -73,7 +74,10 @@ class Meter:
             root = psutil.Process(pid)
             yield name, root
             for child in root.children(recursive=True) if pid != os.getpid() else ():
-                command = child.cmdline()
+                try:
+                    command = child.cmdline()
+                except psutil.NoSuchProcess:  # it decoded a file, and has ended
+                    continue
                 yield (_stub_model(command) if command and Path(command[0]).name == STUB else name), child
 
 

@@ -36,6 +36,9 @@ SILENCE_SECS = 60.0
 """Longest time without a byte from the server; then the connection counts as lost. Pings go out every 20 s, and a gateway whose
 buffer is full answers none while Triton fails, for up to 50 s with its defaults."""
 
+RECONNECT_SECS = 60.0
+"""Default of the longest time without a connection; then a stream fails."""
+
 REFUSALS = frozenset((400, 401, 403, 404, 413, 422))
 """HTTP statuses that another try does not change."""
 
@@ -109,7 +112,7 @@ class LiveStream:
         reconnects: number of connections that were lost and opened again.
     """
 
-    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = 60.0) -> None:
+    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = RECONNECT_SECS) -> None:
         self._url = url
         self._headers = dict(headers or {})
         self._reconnect_secs = reconnect_secs

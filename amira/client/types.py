@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,19 @@ class Word:
         start: seconds from the start of the audio.
         end: seconds from the start of the audio.
         confidence: probability, 0 to 1.
+        channel: of the audio, from 0; None where the channels are mixed.
     """
 
     text: str
     start: float
     end: float
     confidence: float
+    channel: int | None = None
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Word:
         """Read a word of the server's JSON."""
-        return cls(body["word"], body["start"], body["end"], body["confidence"])
+        return cls(body["word"], body["start"], body["end"], body["confidence"], body.get("channel"))
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Segment:
         end: seconds from the start of the audio.
         words: the words of the part.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
+        channel: of the audio, from 0; None where the channels are mixed.
     """
 
     text: str
@@ -49,12 +52,13 @@ class Segment:
     end: float
     words: tuple[Word, ...]
     confidence: float | None
+    channel: int | None = None
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> Segment:
         """Read a segment of the server's JSON."""
         words = tuple(map(Word.read, body["words"]))
-        return cls(body["text"], body["start"], body["end"], words, body["confidence"])
+        return cls(body["text"], body["start"], body["end"], words, body["confidence"], body.get("channel"))
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,18 @@ class Transcript:
     request_id: str | None
 
     @classmethod
-    def read(cls, body: Mapping[str, Any], request_id: str | None) -> Transcript:
-        """Read an answer of ``POST /v2/decode/batch/{model}``."""
-        words = tuple(map(Word.read, body["words"]))
+    def read(cls, body: Mapping[str, Any], segments: Sequence[Segment], request_id: str | None) -> Transcript:
+        """Read an answer of ``POST /v2/decode/batch/{model}``, or its last line, which the segments came before."""
+        if "words" in body:
+            words = tuple(map(Word.read, body["words"]))
+        else:
+            words = tuple(word for segment in segments for word in segment.words)
         if "segments" in body:
             segments = tuple(map(Segment.read, body["segments"]))
-        elif words:
+        elif words and not segments:
             segments = (Segment(body["text"], words[0].start, words[-1].end, words, body["confidence"]),)
-        else:
-            segments = ()
         duration = body["audio_length_samples"] / SAMPLE_RATE
-        return cls(body["text"], segments, words, tuple(body["tokens"]), body["confidence"], duration, request_id)
+        return cls(body["text"], tuple(segments), words, tuple(body["tokens"]), body["confidence"], duration, request_id)
 
 
 class AmiraError(RuntimeError):

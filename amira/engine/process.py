@@ -60,6 +60,11 @@ MIN_SHARED_MEMORY_BYTES = 128 * 2**20
 POLL_SECS = 0.1
 """Interval between checks of the models while Triton starts, in seconds."""
 
+HUNG_SECS, HUNG_CPU_SHARE = 120.0, 0.05
+"""A starting Triton hangs when it has loaded no further model within this time and used less than this share of a CPU.
+
+A model's process may wait for Triton for ever after a stall of the machine (seen in 2.51)."""
+
 log = structlog.get_logger()
 
 
@@ -76,6 +81,37 @@ def check_shared_memory() -> None:
             f"{SHARED_MEMORY} has {free >> 20} MB free; Triton needs {MIN_SHARED_MEMORY_BYTES >> 20} MB: enlarge it "
             f"(docker run --shm-size 1g, or mount -o remount,size=1g {SHARED_MEMORY})"
         )
+
+
+class _Progress:
+    """Tells a starting Triton that hangs from a slow one."""
+
+    def __init__(self) -> None:
+        self._ready = -1
+        self._cpu_secs = 0.0
+        self._at = 0.0
+
+    def hangs(self, ready: int, cpu_secs: float, now: float) -> bool:
+        """Return whether Triton makes no progress.
+
+        Args:
+            ready: number of ready models.
+            cpu_secs: CPU time that Triton and its children have used.
+            now: time in seconds.
+        """
+        if ready > self._ready or now - self._at >= HUNG_SECS:
+            hangs = ready <= self._ready and cpu_secs - self._cpu_secs < HUNG_CPU_SHARE * (now - self._at)
+            self._ready, self._cpu_secs, self._at = ready, cpu_secs, now
+            return hangs
+        return False
+
+
+def _cpu_secs(pid: int) -> float:
+    """Return the CPU time of a process and its children, in seconds."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children(recursive=True)))
+    return 0.0
 
 
 class Triton:
@@ -126,17 +162,20 @@ class Triton:
             on_progress: called with the number of ready models and of all models.
 
         Raises:
-            EngineError: Triton ended, or a model failed to load. The message names the model and the reason.
+            EngineError: Triton ended or hung, or a model failed to load. The message names the model and the reason.
         """
         models = [path.parent.name for path in self._model_repository.glob("*/config.pbtxt")]
         if not models:
             raise EngineError(f"model repository {self._model_repository} has no models")
         await self._spawn()
+        progress = _Progress()
         try:
             while (ready := await self._ready_models()) < len(models):
                 on_progress(ready, len(models))
                 if self.pid is None:
                     raise EngineError(f"Triton ended while it started: {self._ending()}; see {self._log_path}")
+                if progress.hangs(ready, _cpu_secs(self.pid), time.monotonic()):
+                    raise EngineError(f"Triton hung while it started: it did nothing for {HUNG_SECS:g} s; see {self._log_path}")
                 await asyncio.sleep(POLL_SECS)
         except BaseException:
             await self.stop()

@@ -71,7 +71,8 @@ async def service(
                 raise EngineError("the gateway ended while it started; see its log")
             await asyncio.sleep(0.02)
         host = LOOPBACK if settings.server_host in ("0.0.0.0", "::") else settings.server_host  # noqa: S104
-        running = Running(f"http://{host}:{server.port}", ports, log_path)
+        scheme = "https" if settings.tls_certificate else "http"
+        running = Running(f"{scheme}://{host}:{server.port}", ports, log_path)
         try:
             yield running, serving
         finally:

@@ -36,10 +36,10 @@ class Panel:
     """A panel of lines.
 
     Args:
-        title: what is above it.
+        title: of the panel.
         unit: Grafana's name of the unit.
-        queries: what is drawn.
-        note: what the title doesn't say.
+        queries: the lines.
+        note: description, where the title needs one.
     """
 
     def __init__(self, title: str, unit: str, *queries: Query, note: str = "") -> None:
@@ -59,32 +59,32 @@ class Board:
 
 
 def rate(metric: str, by: str = "", matchers: str = "") -> str:
-    """How fast a counter grows a second, summed."""
+    """Return PromQL for the summed growth of a counter per second."""
     return f"sum{f' by ({by}) ' if by else ''}(rate({metric}{f'{{{matchers}}}' if matchers else ''}{RATE}))"
 
 
 def ratio(above: str, below: str) -> str:
-    """One sum by the other with the same labels; nothing where that is 0."""
+    """Return PromQL for the ratio of two sums with the same labels; no value where the second is 0."""
     return f"{above} / ({below} > 0)"
 
 
 def each_audio_second(of_models: str) -> str:
-    """A sum by model for each second of audio that the decoders received."""
+    """Return PromQL for a sum by model per second of audio that the decoders received."""
     return f"{of_models} / on () group_left () ({rate('asr_decoder_audio_seconds_total')} > 0)"
 
 
 def decoder_ratio(counter: str) -> str:
-    """One of the decoder's counters for each second of audio that it received."""
+    """Return PromQL for one of the decoder's counters per second of audio that it received."""
     return ratio(rate(f"asr_decoder_{counter}_total"), rate("asr_decoder_audio_seconds_total"))
 
 
 def mean_seconds(duration: str) -> Query:
-    """Mean of one of Triton's durations of a request, by model."""
+    """Return the mean of one of Triton's durations per request, by model."""
     return ratio(f"{rate(duration, 'model')} / 1e6", rate("nv_inference_request_success", "model")), "{{model}}"
 
 
 def quantiles(metric: str, matchers: str = "") -> tuple[Query, ...]:
-    """Median and 95th percentile of a histogram, by model."""
+    """Return the median and the 95th percentile of a histogram, by model."""
     return tuple(
         (f"histogram_quantile({share}, {rate(f'{metric}_bucket', 'model, le', matchers)})", f"p{share * 100:g} {{{{model}}}}")
         for share in (0.5, 0.95)
@@ -107,9 +107,14 @@ SERVICE = Board(
                 "Places in use",
                 "percentunit",
                 ("asr:streams:utilisation", "streams {{namespace}}"),
-                note="Autoscaling looks at this.",
+                note="The autoscaler uses this.",
             ),
-            Panel("Audio", "short", (rate("asr_audio_seconds_total", "endpoint"), "{{endpoint}}"), note="Seconds a second."),
+            Panel(
+                "Audio",
+                "short",
+                (rate("asr_audio_seconds_total", "endpoint"), "{{endpoint}}"),
+                note="Seconds of audio per second.",
+            ),
             Panel("Recordings in flight", "short", ("sum(asr_active_batches)", "recordings")),
             Panel(
                 "Gateways",
@@ -133,7 +138,7 @@ SERVICE = Board(
                 "Partials behind their audio",
                 "s",
                 *quantiles("asr_partial_latency_seconds"),
-                note="Streams that are sent faster than speech are left out.",
+                note="Real-time streams only.",
             ),
             Panel("Finals behind the end", "s", *quantiles("asr_final_latency_seconds")),
             Panel("Recordings", "s", *quantiles("asr_request_duration_seconds", 'endpoint="batch"')),
@@ -141,7 +146,7 @@ SERVICE = Board(
                 "Lag of streams",
                 "s",
                 *quantiles("asr_stream_lag_seconds"),
-                note="Audio received and not yet decoded for good. Streams that are sent faster than speech are left out.",
+                note="Audio received but not yet decoded. Real-time streams only.",
             ),
             Panel("One request to Triton", "s", *quantiles("triton_inference_duration_seconds")),
         ),
@@ -154,19 +159,19 @@ TRITON = Board(
     {
         "Models": (
             Panel("Requests", "reqps", (rate("nv_inference_request_success", "model"), "{{model}}")),
-            Panel("Queue", "s", mean_seconds("nv_inference_queue_duration_us"), note="Mean wait of a request."),
+            Panel("Queue", "s", mean_seconds("nv_inference_queue_duration_us"), note="Mean per request."),
             Panel(
                 "Compute",
                 "s",
                 mean_seconds("nv_inference_compute_infer_duration_us"),
-                note="Mean of a request. rnnt_greedy_bls only takes requests; asr_ensemble is that and detokenizer.",
+                note="Mean per request. rnnt_greedy_bls only accepts requests; asr_ensemble is that and detokenizer.",
             ),
             Panel("Waiting", "short", ("sum by (model) (nv_inference_pending_request_count)", "{{model}}")),
             Panel(
                 "Batch size",
                 "short",
                 (ratio(rate("nv_inference_count", "model"), rate("nv_inference_exec_count", "model")), "{{model}}"),
-                note="As Triton counts it: the ONNX models take a whole batch as one request, which counts as 1.",
+                note="As Triton counts it: a batch for an ONNX model is one request, which counts as 1.",
             ),
             Panel(
                 "Failures by reason",
@@ -180,22 +185,22 @@ TRITON = Board(
                 "Windows that wait",
                 "short",
                 ("sum by (instance) (asr_decoder_waiting_windows)", "{{instance}}"),
-                note="For a call of the encoder. They grow without end where streams are more than the machine can decode.",
+                note="For an encoder call. They grow without end when the machine has more streams than it can decode.",
             ),
             Panel(
                 "Wait for the encoder",
                 "s",
-                ("asr:triton_queue_seconds:mean_5m", "a window {{namespace}}"),
-                note="Autoscaling looks at this. Triton's own queue of rnnt_greedy_bls stays empty.",
+                ("asr:triton_queue_seconds:mean_5m", "per window {{namespace}}"),
+                note="The autoscaler uses this. Triton's own queue of rnnt_greedy_bls stays empty.",
             ),
             Panel(
                 "Batch sizes",
                 "short",
                 (
                     ratio(rate("asr_decoder_windows_total"), rate("asr_decoder_encode_calls_total")),
-                    "windows a call of the encoder",
+                    "windows per encoder call",
                 ),
-                (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "streams a call of decoder_joint"),
+                (ratio(rate("asr_decoder_rows_total"), rate("asr_decoder_calls_total")), "streams per decoder_joint call"),
             ),
             Panel(
                 "Calls",
@@ -208,13 +213,13 @@ TRITON = Board(
                 "short",
                 (rate("asr_decoder_tokens_total", "instance"), "tokens {{instance}}"),
                 (rate("asr_decoder_segments_total", "instance"), "segments {{instance}}"),
-                note="A second, as they become final.",
+                note="Per second, as they become final.",
             ),
             Panel(
                 "Audio",
                 "short",
                 (rate("asr_decoder_audio_seconds_total", "instance"), "{{instance}}"),
-                note="Seconds a second.",
+                note="Seconds of audio per second.",
             ),
         ),
         "Machine": (
@@ -240,7 +245,19 @@ TROUBLE = Board(
                 "Circuit breaker",
                 "short",
                 ("max by (endpoint) (asr_circuit_breaker_state)", "{{endpoint}}"),
-                note="0 closed, 1 half open, 2 open.",
+                note="0 closed, 1 half-open, 2 open.",
+            ),
+            Panel(
+                "Tritons ready",
+                "short",
+                ("min by (endpoint) (asr_triton_ready)", "{{endpoint}}"),
+                note="1: models loaded and canaries answered, as the gateway that sees the least has it.",
+            ),
+            Panel(
+                "Deaths of backends",
+                "short",
+                (f"max by (endpoint) (increase(asr_backend_deaths_total{RATE}))", "{{endpoint}}"),
+                note="Of Triton or a model's process, with requests in flight.",
             ),
             Panel(
                 "Recoveries of streams",
@@ -250,14 +267,14 @@ TROUBLE = Board(
             Panel(
                 "Replayed audio",
                 "short",
-                (rate("asr_replayed_audio_seconds_total"), "seconds a second"),
-                note="Sent to Triton a second time, to carry streams over.",
+                (rate("asr_replayed_audio_seconds_total"), "seconds per second"),
+                note="Sent to Triton again to recover streams.",
             ),
             Panel(
                 "Evictions",
                 "short",
                 (f"sum by (instance) (increase(asr_decoder_evictions_total{RATE}))", "{{instance}}"),
-                note="Streams that the decoder forgot because they idled.",
+                note="Streams that the decoder dropped because they idled.",
             ),
             Panel("Triton's failures", "reqps", (rate("nv_inference_request_failure", "reason"), "{{reason}}")),
         ),
@@ -278,9 +295,9 @@ TROUBLE = Board(
                 "CPU",
                 "short",
                 (rate("process_cpu_seconds_total", "instance", 'job="gateway"'), "{{instance}}"),
-                note="Cores. A gateway is one event loop and can use little more than one.",
+                note="Cores. A gateway is one event loop, which uses little more than one.",
             ),
-            Panel("Tasks", "short", ("asr_event_loop_tasks", "{{instance}}"), note="Of the event loop; about six a stream."),
+            Panel("Tasks", "short", ("asr_event_loop_tasks", "{{instance}}"), note="Of the event loop; about six per stream."),
         ),
     },
 )
@@ -289,27 +306,27 @@ COST = Board(
     "amira-cost",
     "AMIRA ASR: cost",
     {
-        "Seconds of work for a second of audio": (
+        "Seconds of work per second of audio": (
             Panel(
                 "Models",
                 "s",
                 ("asr:compute_seconds_per_audio_second:rate5m", "{{model}} {{namespace}}"),
                 (f"sum by (namespace) (asr:compute_seconds_per_audio_second:rate5m{{{NETWORKS}}})", "networks {{namespace}}"),
-                note="rnnt_greedy_bls only takes requests; asr_ensemble is that and detokenizer. What adds up is networks.",
+                note="rnnt_greedy_bls only accepts requests; asr_ensemble is that and detokenizer. Only networks adds up.",
             ),
             Panel(
                 "Calls of the networks",
                 "s",
                 (decoder_ratio("encode_seconds"), "preprocessor and encoder"),
                 (decoder_ratio("decode_seconds"), "decoder_joint"),
-                note="As the decoder waits for them, whole batches at a time; calls of the encoder run beside each other.",
+                note="Duration of whole batches, as the decoder waits for them; encoder calls may overlap.",
             ),
             Panel(
                 "Gateways",
                 "s",
                 (
                     ratio(rate("process_cpu_seconds_total", matchers='job="gateway"'), rate("asr_audio_seconds_total")),
-                    "processor time",
+                    "CPU time",
                 ),
             ),
             Panel(
@@ -323,14 +340,16 @@ COST = Board(
                 "Decoder calls for a second of audio",
                 "short",
                 (decoder_ratio("calls"), "calls"),
-                note="Falls as streams share calls.",
+                note="Falls when streams share calls.",
             ),
             Panel(
                 "Requests for a second of audio",
                 "short",
                 (each_audio_second(rate("nv_inference_request_success", "model")), "{{model}}"),
             ),
-            Panel("Audio", "short", (rate("asr_audio_seconds_total", "model"), "{{model}}"), note="Seconds a second."),
+            Panel(
+                "Audio", "short", (rate("asr_audio_seconds_total", "model"), "{{model}}"), note="Seconds of audio per second."
+            ),
         ),
     },
 )
@@ -339,7 +358,7 @@ BOARDS = {"service": SERVICE, "triton": TRITON, "trouble": TROUBLE, "cost": COST
 
 
 def build(board: Board) -> Dashboard:
-    """A dashboard for Grafana."""
+    """Return a dashboard for Grafana."""
     dashboard: Dashboard = (
         Dashboard(board.title)
         .uid(board.uid)
@@ -358,7 +377,7 @@ def build(board: Board) -> Dashboard:
 
 
 def as_json() -> Iterator[tuple[Path, str]]:
-    """Each dashboard's file and what it holds."""
+    """Return each dashboard's file and its content."""
     encoder = JSONEncoder(sort_keys=True, indent=2)
     for name, board in BOARDS.items():
         yield JSON / f"{name}.json", encoder.encode(build(board).build()) + "\n"

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
 
 from gateway.api.error_schema import openapi_responses
-from gateway.audio.json_form import unpack_json
-from gateway.audio.media_types import OCTETS
-from gateway.audio.pool import FilePool
+from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
+from gateway.api.uploads import Upload, receive_upload
+from gateway.audio.raw import RawFormat, parse_raw_format
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
-from gateway.limits.places import CallerGoneError
+from gateway.recordings.transcribe import Recording
 from gateway.service import Service
-from gateway.triton.connection import Samples
+from gateway.transcript.segments import Segment, Transcription
+from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 router = APIRouter()
+
+SEPARATE = "separate"
+"""Value of the query's ``channels`` that gives each channel a transcript of its own."""
 
 
 class Word(BaseModel):
@@ -32,6 +37,19 @@ class Word(BaseModel):
     start: float = Field(description="seconds")
     end: float = Field(description="seconds")
     confidence: float = Field(ge=0, le=1)
+    channel: int | None = Field(default=None, description="with `channels=separate`")
+
+
+class SegmentAnswer(BaseModel):
+    """A part of a transcript."""
+
+    id: int
+    start: float = Field(description="of its first word, in seconds")
+    end: float = Field(description="of its last word, in seconds")
+    text: str
+    words: list[Word]
+    confidence: float | None
+    channel: int | None = Field(default=None, description="with `channels=separate`")
 
 
 class BatchAnswer(BaseModel):
@@ -44,7 +62,49 @@ class BatchAnswer(BaseModel):
     encoded_length: int = Field(description="number of encoder frames")
     confidence: float | None = Field(description="mean probability of the tokens; null if there are none")
     words: list[Word]
+    segments: list[SegmentAnswer] = Field(description="parts of a long recording; a short one is one part")
     opaque: Any = Field(default=None, description="value of the same name in the JSON request")
+
+
+class Format(Enum):
+    """Formats of answers; each value is the name in the query."""
+
+    JSON = "json"
+    TEXT = "text"
+    SRT = "srt"
+    VTT = "vtt"
+    NDJSON = "ndjson"
+
+
+WRITERS: Mapping[Format, tuple[Callable[[Sequence[Segment]], str], str]] = {
+    Format.TEXT: (to_text, "text/plain"),
+    Format.SRT: (to_srt, "application/x-subrip"),
+    Format.VTT: (to_vtt, "text/vtt"),
+}
+"""What writes a format, and its media type."""
+
+
+LINES = Wire(
+    "application/x-ndjson",
+    partial(orjson.dumps, option=orjson.OPT_APPEND_NEWLINE),
+    lambda error, request_id: error.body(request_id),
+)
+"""Lines of JSON."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The query of a request.
+
+    Attributes:
+        format: of the answer.
+        raw: format of the audio, if it is raw.
+        separate: whether each channel gets a transcript of its own.
+    """
+
+    format: Format
+    raw: RawFormat
+    separate: bool
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -77,11 +137,29 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
+def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+PARAMETERS = [
+    _query("format", "format of the answer", type="string", enum=[one.value for one in Format], default="json"),
+    _query("encoding", "of raw audio", type="string", enum=["linear16", "mulaw", "alaw", "float32"], default="linear16"),
+    _query("sample_rate", "of raw audio, in Hz", type="integer", minimum=8000, maximum=48000, default=16000),
+    _query(
+        "channels",
+        "`separate`: a transcript for each channel; a number: how many channels raw audio has; both, in two parameters",
+        type="array",
+        items={"anyOf": [{"type": "integer", "minimum": 1, "maximum": 8}, {"const": SEPARATE}]},
+        maxItems=2,
+    ),
+]
+
+
 @router.post(
     "/v2/decode/batch/{model}",
     response_model=BatchAnswer,
     responses=openapi_responses(),
-    openapi_extra={"requestBody": REQUEST_BODY},
+    openapi_extra={"requestBody": REQUEST_BODY, "parameters": PARAMETERS},
     summary="Transcribe a recording",
     description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC, Ogg, MP3, AIFF, AU, CAF or W64 file; "
     "as the body itself, as the `file` of a form, or as an array of bytes in the `audio_buffer` of JSON.",
@@ -91,88 +169,86 @@ async def decode_batch(request: Request, model: str) -> Response:
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
-    with service.quotas.batch(caller, request.client.host if request.client else None):
+    options = parse_options(request)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.transcriber.admit(model, caller):
             pass  # refused before its body is read, if it can be
-        body, content_type = await _read_body(request)
-        with service.transcriber.admit(model, caller) as recording:  # a body that does not come holds no place
-            samples, opaque = await _decode(request, service.files, body, content_type, recording.max_secs)
-            try:
-                transcription = await recording.transcribe(samples, caller_gone=request.receive)
-            except CallerGoneError:
-                raise ClientDisconnect from None
-    (segment,) = transcription.segments
-    answer = {
-        "text": segment.text,
-        "tokens": segment.tokens,
+        upload = await held.enter_async_context(receive_upload(request))
+        recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
+        segments = read_segments(
+            service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
+        )
+        if options.format is Format.NDJSON:
+            return await stream(request, _lines(segments, recording, upload), LINES, held)
+        await read_to_end(request, segments)
+    if options.format is Format.JSON:
+        answer = {**_answer(recording.transcription), **upload.opaque}
+        return Response(orjson.dumps(answer), media_type="application/json")
+    write, content_type = WRITERS[options.format]
+    return Response(write(recording.transcription.segments), media_type=content_type)
+
+
+def parse_options(request: Request) -> Options:
+    """Read the query of a request.
+
+    Raises:
+        ApiError: a value is not known.
+    """
+    query = request.query_params
+    given = query.get("format", Format.JSON.value)
+    try:
+        chosen = Format(given)
+    except ValueError:
+        known = ", ".join(one.value for one in Format)
+        raise ApiError(ErrorKind.UNACCEPTABLE, f"format is {given[:40]!r}; it must be one of {known}", "format") from None
+    channels = query.getlist("channels")
+    counts = [value for value in channels if value != SEPARATE]
+    if len(counts) > 1 or len(channels) > 2:  # noqa: PLR2004 (one of each)
+        message = "channels is given more than once; send a number, 'separate', or one of each"
+        raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+    raw = {name: query[name] for name in ("encoding", "sample_rate") if name in query}
+    return Options(chosen, parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})}), SEPARATE in channels)
+
+
+async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:
+    """Yield a line for each segment as it comes, and one for the whole.
+
+    Raises:
+        ApiError: the recording can't be decoded.
+    """
+    async with aclosing(segments):
+        async for segment in segments:
+            yield {"type": "segment", **_segment_answer(segment)}
+    whole = _answer(recording.transcription)
+    summary = {name: value for name, value in whole.items() if name not in ("words", "segments")}
+    yield {"type": "transcript", **summary, **upload.opaque}
+
+
+def _answer(transcription: Transcription) -> dict[str, Any]:
+    return {
+        "text": transcription.text,
+        "tokens": transcription.tokens,
         "audio_length_samples": transcription.samples,
         "features_length": transcription.features,
         "encoded_length": transcription.frames,
-        "confidence": None if segment.confidence is None else round(segment.confidence, 4),
-        "words": segment.words,
-        **opaque,
+        "confidence": _rounded(transcription.confidence),
+        "words": transcription.words,
+        "segments": list(map(_segment_answer, transcription.segments)),
     }
-    return Response(orjson.dumps(answer), media_type="application/json")
 
 
-async def _read_body(request: Request) -> tuple[bytes, str]:
-    """Return the recording's bytes, and their content type.
-
-    Raises:
-        ApiError: the form has no file.
-        ClientDisconnect: the client left.
-    """
-    content_type = request.headers.get("content-type", "")
-    if _media_type(content_type) == "multipart/form-data":
-        return await _read_form(request)
-    return await request.body(), content_type
-
-
-async def _decode(
-    request: Request, files: FilePool, body: bytes, content_type: str, max_secs: float
-) -> tuple[Samples, dict[str, Any]]:
-    """Decode the body.
-
-    Returns:
-        16 kHz mono audio [n], and the fields that the answer repeats: ``opaque``, if the request has it.
-
-    Raises:
-        ApiError: the body is not audio, or is longer than ``max_secs``.
-        ClientDisconnect: the client left.
-    """
-    opaque: dict[str, Any] = {}
-    if _media_type(request.headers.get("content-type", "")) == "application/json":
-        body, opaque = await run_in_threadpool(unpack_json, body)  # off the event loop: parsing numbers takes long
-        content_type = OCTETS
-    return await _unless_gone(request, asyncio.ensure_future(files.decode(body, content_type, max_secs))), opaque
+def _segment_answer(segment: Segment) -> dict[str, Any]:
+    return {
+        "id": segment.id,
+        "start": segment.start,
+        "end": segment.end,
+        "text": segment.text,
+        "words": segment.words,
+        "confidence": _rounded(segment.confidence),
+        **({} if segment.channel is None else {"channel": segment.channel}),
+    }
 
 
-def _media_type(content_type: str) -> str:
-    return content_type.partition(";")[0].strip().lower()
-
-
-async def _unless_gone(request: Request, work: asyncio.Future[Samples]) -> Samples:
-    """Wait for work, and cancel it when the client leaves.
-
-    Raises:
-        ClientDisconnect: the client left.
-    """
-    gone = asyncio.ensure_future(request.receive())
-    both: set[asyncio.Future[Any]] = {work, gone}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientDisconnect
-        return work.result()
-    finally:
-        for future in both:
-            future.cancel()
-
-
-async def _read_form(request: Request) -> tuple[bytes, str]:
-    """Return the content of the form's file, and its media type."""
-    async with request.form(max_files=1, max_fields=16) as form:
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise ApiError(ErrorKind.INVALID_BODY, "the form has no file under the name 'file'", "file")
-        return await file.read(), file.content_type or "application/octet-stream"
+def _rounded(confidence: float | None) -> float | None:
+    return None if confidence is None else round(confidence, 4)

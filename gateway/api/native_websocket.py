@@ -1,6 +1,6 @@
 """``/v2/decode/stream/{model}``: a face of the live engine, a WebSocket with the project's own messages.
 
-With the subprotocol ``amira.v2`` the client gets session tokens, by which it can continue after a lost connection.
+With a subprotocol of ``native_messages`` the client gets session tokens, by which it can continue after a lost connection.
 
 Two tasks serve a socket: one reads frames into the session, one writes the session's events. A full session stops the reader,
 and TCP slows the client. A third task looks for clients that are idle, or flood the server with small frames.
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import orjson
 import structlog
 from fastapi import APIRouter, WebSocket
@@ -23,21 +22,19 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from gateway import metrics, tracing
-from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.audio.sniff import StreamStart
+from gateway.api.native_messages import Dialect, message_of, read_events
+from gateway.audio.raw import DEFAULT, parse_raw_format
+from gateway.audio.stream import StreamInput
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
 from gateway.limits.auth import check_key
 from gateway.limits.origins import check_origin, origin_allowed
-from gateway.live.events import Acknowledged, Event, Failed, Final, SegmentFinal
-from gateway.live.session import Ending, Session, State
+from gateway.live.events import Failed
+from gateway.live.session import Session
+from gateway.live.states import Ending, State
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
 from gateway.service import Service
-from gateway.triton.connection import Samples
-
-RESUMABLE = "amira.v2"
-"""Subprotocol of clients that can resume a stream."""
 
 log = structlog.get_logger()
 router = APIRouter()
@@ -50,15 +47,15 @@ class Control(Enum):
     KEEPALIVE = b"\x01"
 
 
-def read_frame(frame: bytes, max_bytes: int) -> Samples | Control:
-    """Return the content of a binary frame: 16 kHz audio [n], or a control.
+def read_frame(frame: bytes, max_bytes: int) -> bytes | Control:
+    """Return the content of a binary frame: bytes of the stream, or a control.
 
     Raises:
-        ApiError: the frame is empty, larger than ``max_bytes``, an unknown control, or not made of 16-bit samples.
+        ApiError: the frame is empty, larger than ``max_bytes``, or an unknown control.
     """
     size = len(frame)
-    if size > 1 and size % BYTES_PER_SAMPLE == 0 and size <= max_bytes:
-        return np.frombuffer(frame, "<i2")
+    if 1 < size <= max_bytes:
+        return frame
     if not frame:
         raise ApiError(ErrorKind.EMPTY_FRAME, "the frame is empty; audio frames have at least 2 bytes")
     if size == 1:
@@ -67,9 +64,7 @@ def read_frame(frame: bytes, max_bytes: int) -> Samples | Control:
         except ValueError:
             known = "known: 0x00 end, 0x01 keepalive"
             raise ApiError(ErrorKind.UNKNOWN_CONTROL, f"control byte 0x{frame.hex()} is not known; {known}") from None
-    if size > max_bytes:
-        raise ApiError(ErrorKind.FRAME_TOO_LARGE, f"the frame has {size} bytes; at most {max_bytes} are taken")
-    raise ApiError(ErrorKind.ODD_LENGTH, f"the frame has {size} bytes; 16-bit samples need an even number")
+    raise ApiError(ErrorKind.FRAME_TOO_LARGE, f"the frame has {size} bytes; at most {max_bytes} are taken")
 
 
 def read_resume(text: str) -> str:
@@ -88,34 +83,15 @@ def read_resume(text: str) -> str:
     return session
 
 
-def message_of(event: Event, *, resumable: bool) -> dict[str, Any] | None:
-    """Return the message of an event; None if the client gets none."""
-    if isinstance(event, Acknowledged):
-        return {"type": "ack", "session": event.token, "samples": event.samples, "settled": event.settled._asdict()}
-    if isinstance(event, Failed):
-        return None  # the error frame follows with the close
-    if isinstance(event, SegmentFinal) and not event.changed and not resumable:
-        return None  # a resuming client needs the words' last times, which the next acknowledgement settles
-    transcript = event.transcript
-    return {
-        "type": "final" if isinstance(event, Final) else "partial",
-        "text": transcript.text,
-        "tokens": transcript.tokens,
-        "confidence": None if transcript.confidence is None else round(transcript.confidence, 4),
-        "words": transcript.words,
-        "audio_processed_ms": transcript.samples * 1000 // RATE,
-        "stable_chars": transcript.stable_chars,
-    }
-
-
 class Connection:
     """One WebSocket, from the upgrade to the close.
 
     Args:
         socket: accepted.
         session: its stream.
+        audio: turns the frames into the session's samples.
         settings: the gateway's.
-        resumable: whether the client asked for session tokens.
+        dialect: of its messages.
         flooding_secs: for how long the client has been held back because of small frames.
     """
 
@@ -123,19 +99,20 @@ class Connection:
         self,
         socket: WebSocket,
         session: Session,
+        audio: StreamInput,
         settings: Settings,
         *,
-        resumable: bool,
+        dialect: Dialect,
         flooding_secs: Callable[[], float],
     ) -> None:
         self._socket = socket
         self._session = session
-        self._resumable = resumable
+        self._audio = audio
+        self._dialect = dialect
         self._flooding_secs = flooding_secs
         self._max_frame_bytes = settings.max_frame_bytes
         self._timeout_secs = settings.stream_timeout_secs
         self._waits_since: float | None = None  # for a frame
-        self._start: StreamStart | None = StreamStart()
 
     async def serve(self) -> int:
         """Serve the stream; return the code that closed the socket."""
@@ -144,8 +121,9 @@ class Connection:
         watch = asyncio.create_task(self._watch(), name="stream watch")
         tasks = (writer, reader, watch)  # a final that was sent counts, whatever else ended at the same time
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            ended = next(task for task in tasks if task.done())
+            ends = (*tasks, self._audio.failed)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            ended = next(end for end in ends if end.done())
             self._session.abandon()
             writer.cancel()
             return await self._close(ended.exception())
@@ -153,6 +131,7 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._audio.close()
 
     async def _read(self) -> None:
         """Take frames until the client ends the stream, then wait until it disconnects.
@@ -161,7 +140,7 @@ class Connection:
             ApiError: a frame violates the protocol.
             WebSocketDisconnect: the client disconnected.
         """
-        receive, session, ended = self._socket.receive, self._session, False
+        receive, audio, ended = self._socket.receive, self._audio, False
         while True:
             self._waits_since = None if ended else time.monotonic()
             message = await receive()
@@ -177,21 +156,18 @@ class Connection:
             content = read_frame(frame, self._max_frame_bytes)
             if content is Control.END:
                 ended = True
-                if self._start:
-                    self._start.end()
-                session.end()
+                await audio.end()
+                self._session.end()
             elif content is not Control.KEEPALIVE:
-                if self._start:
-                    self._start.check(frame)
-                await session.append(content)
+                await audio.feed(content)
 
     def _resume(self, text: str) -> None:
-        if not self._resumable:
+        if not self._dialect.resumable:
             raise ApiError(ErrorKind.TEXT_FRAME, "text frames are not understood; audio and control bytes are binary")
-        if self._session.state is not State.CONNECTING:
+        if self._session.state is not State.CONNECTING or self._audio.begun:
             raise ApiError(ErrorKind.TEXT_FRAME, "resume comes first, before any audio")
         self._session.resume(read_resume(text))
-        self._start = None  # the audio continues anywhere in the stream
+        self._audio.resume()
 
     async def _write(self) -> None:
         """Send the session's events until it has ended.
@@ -203,7 +179,7 @@ class Connection:
         async for event in self._session:
             if isinstance(event, Failed):
                 raise event.error
-            if message := message_of(event, resumable=self._resumable):
+            if message := message_of(event, self._dialect):
                 await self._send(message)
 
     async def _watch(self) -> None:
@@ -261,7 +237,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
     """Admit a stream and serve it, or refuse it before the upgrade."""
     service: Service = socket.app.state.service
     label = model if model in service.settings.models else metrics.UNKNOWN_MODEL
-    resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+    dialect = Dialect.chosen(socket.scope.get("subprotocols", ()))
     began = time.monotonic()
     status = 101
     with contextlib.ExitStack() as place:
@@ -270,16 +246,24 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
+            detection = read_events(socket.query_params)
+            raw = parse_raw_format(socket.query_params)
+            if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
+                message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"
+                raise ApiError(ErrorKind.UNACCEPTABLE, message, "sample_rate")
             held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
-            session = service.sessions.open(model, caller, place=held, resumable=resumable)
+            session = service.sessions.open(model, caller, place=held, resumable=dialect.resumable, detection=detection)
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error, service)
         else:
             async with session:
                 await _accept(socket)
+                audio = StreamInput(
+                    raw, service.files, session.append, service.settings.max_stream_audio_secs, resumable=dialect.resumable
+                )
                 flooding_secs = socket.state.flooding_secs
-                connection = Connection(socket, session, service.settings, resumable=resumable, flooding_secs=flooding_secs)
+                connection = Connection(socket, session, audio, service.settings, dialect=dialect, flooding_secs=flooding_secs)
                 code = await connection.serve()
             metrics.CLOSES.labels(str(code)).inc()
             tracing.describe(close_code=code, audio_secs=session.received_secs)
@@ -301,10 +285,10 @@ async def unknown_path(socket: WebSocket, path: str) -> None:
 
 
 async def _accept(socket: WebSocket) -> None:
-    """Upgrade, and take ``amira.v2`` if it is offered: a browser leaves if none of the subprotocols that it offers is taken."""
-    resumable = RESUMABLE in socket.scope.get("subprotocols", ())
+    """Upgrade, and take the dialect's subprotocol: a browser leaves if none of the subprotocols that it offers is taken."""
+    dialect = Dialect.chosen(socket.scope.get("subprotocols", ()))
     headers = [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())]
-    await socket.accept(RESUMABLE if resumable else None, headers)
+    await socket.accept(dialect.value or None, headers)
 
 
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:

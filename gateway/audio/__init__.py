@@ -1,6 +1,6 @@
 """Turn audio of any kind into 16 kHz mono samples.
 
-``sniff`` identifies a body, ``raw`` reads raw PCM, ``files`` decodes files.
+``sniff`` identifies a body, ``raw`` reads raw audio, ``files`` decodes files, ``pool`` does both for a server.
 """
 
 RATE = 16_000

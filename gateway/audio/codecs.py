@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gateway.audio.body import Parts, Pieces
+
 AIFF_CODECS = frozenset(
     b"NONE none sowt twos raw  in24 42ni in32 23ni fl32 FL32 fl64 FL64 ulaw ULAW alaw ALAW ima4 GSM  DWVW"[at : at + 4]
     for at in range(0, 100, 5)
@@ -20,8 +22,13 @@ CAF_FORMAT_ID = slice(28, 32)
 AU_ENCODING = slice(12, 16)
 
 
-def unsupported_codec(file: bytes) -> str:
+SEARCHED_BYTES = 64 * 2**10
+"""Beginning of a file that is searched for its codec."""
+
+
+def unsupported_codec(parts: Parts) -> str:
     """Return the name of the codec of an AIFF-C, CAF or AU file, or nothing where libsndfile decodes that codec."""
+    file = Pieces(parts).read(SEARCHED_BYTES) or b""
     if file.startswith(b"FORM") and file[8:12] == b"AIFC":
         at = file.find(b"COMM")
         kind = file[at + 26 : at + 30] if at >= 0 else b""

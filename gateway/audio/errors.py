@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from gateway.errors import ApiError, ErrorKind
 
-SUPPORTED = "WAV, W64, AIFF, AU, CAF, FLAC, Ogg (Vorbis, Opus) or MP3"
+SUPPORTED = "WAV, W64, AIFF, AU, CAF, FLAC, Ogg (Vorbis, Opus), MP3, M4A/MP4, WebM/Matroska, AAC, AMR or WMA"
 """The formats that are decoded, for messages."""
+
+EXTRA = "install the server's extra 'containers' (pip install 'amira-asr[containers]')"
+"""What decodes the formats that libsndfile does not."""
 
 
 def unsupported(message: str) -> ApiError:

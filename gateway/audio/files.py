@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Iterator
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from io import RawIOBase
 
 import numpy as np
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
 from gateway.audio import RATE, codecs, headers, mp3, ogg, wav
+from gateway.audio.body import Body, Parts, Pieces
+from gateway.audio.convert import Converter, Pcm, check_format
 from gateway.audio.errors import too_long, undecodable, unsupported
-from gateway.audio.media_types import identify_body
-from gateway.audio.mixing import Floats, Mixer, full_scale
-from gateway.audio.raw import read_pcm
-from gateway.audio.sniff import AU, CAF, FLAC, MP3, OGG, RAW, WAV, Content
+from gateway.audio.media_types import CONTAINERS, identify_body
+from gateway.audio.mixing import Floats, full_scale
+from gateway.audio.raw import DEFAULT, check_raw
+from gateway.audio.sniff import AIFF, AU, CAF, FLAC, LIVE_DEMUXERS, MP3, OGG, RAW, WAV, Content, Format
 from gateway.errors import ApiError, ErrorKind
-
-MIN_RATE, MAX_RATE = 8_000, 48_000
-"""Sample rates of files, in Hz."""
-
-MAX_CHANNELS = 8
 
 UNKNOWN_FRAMES = 2**63 - 1
 """Number of frames that libsndfile reports for a FLAC stream of unknown length."""
@@ -29,8 +26,11 @@ UNKNOWN_FRAMES = 2**63 - 1
 FLOATS = ("FLOAT", "DOUBLE")
 """libsndfile's names of float samples."""
 
-REPAIRS = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
+REPAIRS: dict[str, Callable[[Body], Parts]] = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
 """What makes libsndfile read a file whole, by the format's name."""
+
+RARE_CODECS = {AIFF: "aiff", AU: "au", CAF: "caf", OGG: "ogg"}
+"""FFmpeg's names of formats that may have codecs which libsndfile does not decode."""
 
 UNSUPPORTED_ENCODING = 4
 """libsndfile's error (SF_ERR_UNSUPPORTED_ENCODING)."""
@@ -66,73 +66,123 @@ def decode_audio(body: bytes, content_type: str, max_secs: float) -> NDArray[np.
     """
     content = identify_body(body, content_type)
     if content.format == RAW:
-        return read_pcm(body, max_secs)
+        check_raw(len(body), DEFAULT, max_secs)
+        return np.frombuffer(body, "<i2")
     samples = bytearray()
     for block in decode_blocks(body, content, max_secs):
         samples += block.tobytes()
     return np.frombuffer(samples, np.int16)
 
 
-def decode_blocks(body: bytes, content: Content, max_secs: float) -> Iterator[NDArray[np.int16]]:
+def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *, separate: bool = False) -> Iterator[Pcm]:
     """Decode a file, block by block.
 
     Args:
-        body: the whole body.
+        data: the whole file.
         content: what it is, a decodable format.
         max_secs: maximum length of the audio in seconds.
+        separate: whether to keep the channels instead of mixing them down to one.
 
     Yields:
-        Blocks of 16 kHz samples [n] of about a second; at least one sample in all.
+        Blocks [channels, n] of about a second; at least one sample in all, and always the same number of channels.
 
     Raises:
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
     """
-    name, file = content.format.name, body[content.start :] if content.start else body
-    if content.format == WAV:
-        payload, file = wav.repair(file)
-        name = payload.value
-    repair = REPAIRS.get(name)
-    links = ogg.split(file) if content.format == OGG else [repair(file) if repair else file]
-    decoded, left_secs = 0, max_secs
-    for link in links:
-        for block in _decode(name, link, left_secs, max_secs):
-            decoded += len(block)
-            if len(block):
-                yield np.clip(np.rint(block * 0x8000), -0x8000, 0x7FFF).astype(np.int16)
-        left_secs = max_secs - decoded / RATE
+    name, file, decoded, channels = content.format.name, Body(data, content.start), 0, 0
+    for block in _blocks(content.format, file, max_secs, separate=separate):
+        channels = channels or len(block)
+        if len(block) != channels:
+            message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
+            raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+        decoded += block.shape[1]
+        if block.size:
+            yield block
     if not decoded:
-        raise undecodable(f"The {content.format.name} file holds no audio.")
+        raise undecodable(f"The {name} file holds no audio.")
 
 
-def _decode(name: str, file: bytes, left_secs: float, max_secs: float) -> Iterator[Floats]:
-    """Yield 16 kHz mono blocks [n] of a file for libsndfile, full scale 1."""
+def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator[Pcm]:
+    """Decode a container as it comes.
+
+    Args:
+        format_: what it is, one of ``LIVE_DEMUXERS``.
+        pipe: gives its bytes; a read waits for as many as there are, not for as many as are wanted.
+        max_secs: maximum length of the audio in seconds.
+
+    Yields:
+        Blocks [1, n].
+
+    Raises:
+        ApiError: as ``decode_blocks``.
+    """
+    from gateway.audio.containers import decode_container  # noqa: PLC0415 (an extra)
+
+    yield from decode_container(format_.name, LIVE_DEMUXERS[format_], pipe, max_secs, live=True)
+
+
+def _blocks(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield blocks [channels, n] by the library that decodes the file."""
+    if format_.demuxer:
+        yield from _decode_container(format_.name, format_.demuxer, file, max_secs, separate=separate)
+        return
+    begun = False
     try:
-        with _Reader(io.BytesIO(file)) as reader:
-            _check_format(reader)
+        for block in _links(format_, file, max_secs, separate=separate):
+            begun = True
+            yield block
+    except ApiError as error:
+        if error.kind is not ErrorKind.UNSUPPORTED_MEDIA or begun or format_ not in RARE_CODECS or not CONTAINERS:
+            raise
+        try:
+            yield from _decode_container(format_.name, RARE_CODECS[format_], file, max_secs, separate=separate)
+        except ApiError as other:
+            raise error if other.kind in (ErrorKind.UNSUPPORTED_MEDIA, ErrorKind.UNDECODABLE_AUDIO) else other from other
+
+
+def _decode_container(name: str, demuxer: str, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    from gateway.audio.containers import decode_container  # noqa: PLC0415 (an extra)
+
+    yield from decode_container(name, demuxer, Pieces([file.view()]), max_secs, separate=separate)
+
+
+def _links(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield the blocks [channels, n] of a file that libsndfile decodes."""
+    name, decoded = format_.name, 0
+    links: Iterable[Parts]
+    if format_ == WAV:
+        payload, repaired = wav.repair(file)
+        name, links = payload.value, [repaired]
+    elif format_ == OGG:
+        links = ogg.split(file)
+    else:
+        links = [REPAIRS[name](file) if name in REPAIRS else [file.view()]]
+    for link in links:
+        for block in _decode(name, link, max_secs - decoded / RATE, max_secs, separate=separate):
+            yield block
+            decoded += block.shape[1]
+
+
+def _decode(name: str, parts: Parts, left_secs: float, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
+    """Yield the blocks [channels, n] of a file for libsndfile."""
+    try:
+        with _Reader(Pieces(parts)) as reader:
+            check_format(reader.channels, reader.samplerate)
             scale = 1.0
             if reader.subtype in FLOATS:
-                with _Reader(io.BytesIO(file)) as first:
+                with _Reader(Pieces(parts)) as first:
                     scale = full_scale(_limited(name, first, left_secs, max_secs)) or 0.0
             if not scale:
                 raise undecodable(f"The {name} file holds samples that are infinite, far beyond full scale, or not a number.")
-            mix = Mixer(reader.channels, reader.samplerate).mix
-            mono = (mix(block / np.float32(scale)) for block in _limited(name, reader, left_secs, max_secs))
-            yield from mono if reader.samplerate == RATE else _resample(mono, reader.samplerate)
+            converter = Converter(reader.channels, reader.samplerate, separate=separate)
+            for block in _limited(name, reader, left_secs, max_secs):
+                yield converter.convert(block / np.float32(scale))
+            yield converter.finish()
     except soundfile.LibsndfileError as error:
-        codec = codecs.unsupported_codec(file)
+        codec = codecs.unsupported_codec(parts)
         if codec or error.code == UNSUPPORTED_ENCODING:
             raise unsupported(f"The {name} file's codec{codec and f', {codec},'} isn't supported.") from error
         raise undecodable(f"The {name} file is damaged or cut short.") from error
-
-
-def _check_format(reader: _Reader) -> None:
-    rate, channels = reader.samplerate, reader.channels
-    if not MIN_RATE <= rate <= MAX_RATE:
-        message = f"The sample rate is {rate} Hz; it must be from {MIN_RATE} to {MAX_RATE} Hz."
-        raise ApiError(ErrorKind.UNACCEPTABLE, message)
-    if not 1 <= channels <= MAX_CHANNELS:
-        message = f"The audio has {channels} channels; it must have from 1 to {MAX_CHANNELS}."
-        raise ApiError(ErrorKind.UNACCEPTABLE, message)
 
 
 def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> Iterator[Floats]:
@@ -154,10 +204,3 @@ def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> I
         yield block
     if name == FLAC.name and frames < expected != UNKNOWN_FRAMES:
         raise undecodable(f"The FLAC file declares {expected} samples per channel, but holds {frames}.")
-
-
-def _resample(blocks: Iterable[Floats], rate: int) -> Iterator[Floats]:
-    resampler = soxr.ResampleStream(rate, RATE, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield resampler.resample_chunk(block)
-    yield resampler.resample_chunk(np.empty(0, np.float32), last=True)

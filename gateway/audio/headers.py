@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
+from gateway.audio.body import Body, Parts
+
 UNKNOWN = b"\xff" * 4
 
 AU_DATA_SIZE = slice(8, 12)
@@ -14,27 +16,27 @@ CAF_CHUNK = struct.Struct(">4sq")
 """Name and size of a chunk (Apple Core Audio Format Specification 1.0)."""
 
 
-def repair_au(file: bytes) -> bytes:
+def repair_au(file: Body) -> Parts:
     """Return an AU file in which a size of 0 is the value for unknown, which libsndfile reads to the end."""
     if any(file[AU_DATA_SIZE]):
-        return file
-    return file[: AU_DATA_SIZE.start] + UNKNOWN + file[AU_DATA_SIZE.stop :]
+        return [file.view()]
+    return [file[: AU_DATA_SIZE.start], UNKNOWN, file.view(AU_DATA_SIZE.stop)]
 
 
-def repair_caf(file: bytes) -> bytes:
+def repair_caf(file: Body) -> Parts:
     """Return a CAF file in which an unknown size of the audio is the rest of the file."""
     for at, name, size in _chunks(file):
-        rest = len(file) - at - CAF_CHUNK.size
+        start = at + CAF_CHUNK.size
         if name == b"data" and size in (-1, 0):
-            return file[:at] + CAF_CHUNK.pack(name, rest) + file[at + CAF_CHUNK.size :]
-    return file
+            return [file[:at], CAF_CHUNK.pack(name, len(file) - start), file.view(start)]
+    return [file.view()]
 
 
-def _chunks(file: bytes) -> Iterator[tuple[int, bytes, int]]:
+def _chunks(file: Body) -> Iterator[tuple[int, bytes, int]]:
     """Yield offset, name and size of each chunk up to the audio."""
     at = CAF_HEADER_BYTES
     while at + CAF_CHUNK.size <= len(file):
-        name, size = CAF_CHUNK.unpack_from(file, at)
+        name, size = CAF_CHUNK.unpack(file[at : at + CAF_CHUNK.size])
         yield at, name, size
         if size < 0 or name == b"data":
             return

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from gateway.audio import BYTES_PER_SAMPLE
+STARTED, OPENED, SAMPLES, PAUSED, DONE, FAILED, DIED = b"B", b"O", b"S", b"P", b"D", b"F", b"X"
+"""First byte of each message of an answer.
 
-SAMPLES, DONE, FAILED, DIED = b"S", b"D", b"F", b"X"
-"""First byte of each message of an answer. ``FAILED`` is followed by a ``Failure`` as JSON, ``DIED`` by the exit code."""
+``STARTED`` comes first, as soon as the server takes the job. ``OPENED`` is followed by the number of channels; ``SAMPLES`` by
+16-bit samples of alternating channels. After ``PAUSED`` nothing comes until the other side asks for more. ``FAILED`` is
+followed by a ``Failure`` as JSON, ``DIED`` by the exit code."""
+
+MORE = b"M"
+"""What the other side sends to get the next batch of samples."""
 
 MAX_MESSAGE_BYTES = 64 * 2**10
 """Maximum size of a message. Linux limits it by net.core.wmem_default, as a rule 208 KiB."""
-
-MAX_SAMPLES_BYTES = MAX_MESSAGE_BYTES - BYTES_PER_SAMPLE
-"""Maximum size of the samples in a message."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,26 @@ class Job:
     Attributes:
         format: name of the file's format.
         start: offset of the format's first byte in the file.
+        live: whether the file is the end of a pipe, and is decoded as it comes.
+        separate: whether to keep the channels instead of mixing them down to one.
         max_secs: maximum length of the audio in seconds.
-        cpu_secs: limit of CPU time in seconds.
+        cpu_secs: limit of CPU time before the first audio, in seconds.
+        min_speed: slowest decoding, relative to real time; it limits CPU time after the first audio.
         memory_bytes: limit of memory beyond that of the server.
     """
 
     format: str
     start: int
+    live: bool
+    separate: bool
     max_secs: float
-    cpu_secs: int
+    cpu_secs: float
+    min_speed: float
     memory_bytes: int
+
+    def cpu_limit(self, decoded_secs: float) -> int:
+        """Return the limit of CPU time in seconds, when so many seconds of audio are decoded."""
+        return math.ceil(self.cpu_secs + decoded_secs / self.min_speed)
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ def unpack_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
 
 def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
     """Return what else a large body contains, and where its audio begins and ends."""
-    arrays = [(match.end(), body.find(b"]", match.end())) for match in AUDIO_ARRAY.finditer(body)]
-    start, end = max(arrays, key=lambda array: array[1] - array[0], default=(0, 0))
+    start, end = max(_audio_arrays(body), key=lambda array: array[1] - array[0], default=(0, 0))
     mark = secrets.token_hex(8)
     other = b"".join((body[:start], b'"', mark.encode(), b'"', body[end:])) if 0 < start <= end else body
     if len(other) > MAX_OTHER_BYTES:
@@ -66,6 +65,17 @@ def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
     if request["audio_buffer"] != [mark]:
         raise ApiError(ErrorKind.INVALID_BODY, NO_OBJECT, "audio_buffer")  # a nested object has the array
     return request, start, end
+
+
+def _audio_arrays(body: bytes) -> Iterator[tuple[int, int]]:
+    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket."""
+    end = 0
+    for match in AUDIO_ARRAY.finditer(body):
+        if end < match.end():
+            end = body.find(b"]", match.end())
+            if end < 0:
+                return
+        yield match.end(), end
 
 
 def _slices(body: bytes, start: int, end: int) -> Iterator[bytes]:

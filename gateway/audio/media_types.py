@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from gateway.audio.errors import SUPPORTED
+import importlib.util
+
+from gateway.audio.body import Slices
+from gateway.audio.errors import EXTRA, SUPPORTED
 from gateway.audio.sniff import RAW, Content, Format, identify
 from gateway.errors import ApiError, ErrorKind
 
@@ -13,13 +16,19 @@ RAW_TYPES = frozenset({OCTETS, "audio/pcm", "audio/x-pcm", "audio/raw", "audio/x
 FILE_TYPES = frozenset(f"audio/{name}" for name in ("wav", "x-wav", "wave", "vnd.wave", "flac", "x-flac", "ogg", "opus"))
 """Types that need a file."""
 
+FILE_ONLY_TYPES = ("video/", "application/ogg", "application/x-www-form-urlencoded")
+"""Beginnings of other types that are taken if the content is a file: of recordings with a picture, and what curl sends."""
+
+CONTAINERS = importlib.util.find_spec("av") is not None
+"""Whether the extra that decodes further containers is installed."""
+
 ALLOWED = (
     f"Send 16 kHz mono s16le PCM as {OCTETS} or audio/pcm, a {SUPPORTED} file as {OCTETS} or audio/*, "
     "one file as multipart/form-data, or an audio_buffer as application/json."
 )
 
 
-def identify_body(body: bytes, content_type: str) -> Content:
+def identify_body(body: Slices, content_type: str) -> Content:
     """Identify a body that must be audio.
 
     The content decides: a file is taken whatever audio type it is declared as. Raw PCM must be declared as such.
@@ -36,13 +45,19 @@ def identify_body(body: bytes, content_type: str) -> Content:
     """
     media_type = content_type.partition(";")[0].strip().lower() or OCTETS
     shown = repr(media_type[:80])
-    if media_type != OCTETS and not media_type.startswith("audio/"):
+    declared_as_audio = media_type == OCTETS or media_type.startswith("audio/")
+    if not declared_as_audio and (not len(body) or not media_type.startswith(FILE_ONLY_TYPES)):
         raise _unsupported(f"Content type {shown} isn't supported.", "Content-Type")
-    if not body:
+    if not len(body):
         raise ApiError(ErrorKind.EMPTY_BODY, "The body is empty; it must hold audio.")
     content = identify(body)
+    if content.format.demuxer and not CONTAINERS:
+        message = f"The body is {content.format.name}, which this server can't decode: {EXTRA}."
+        raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)
     if content.format.decodable:
         return content
+    if not declared_as_audio:
+        raise _unsupported(f"Content type {shown} isn't supported.", "Content-Type")
     if content.format != RAW:
         raise _unsupported(_describe(content.format))
     if media_type in FILE_TYPES:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gateway.audio.body import Body, Parts
 from gateway.audio.errors import undecodable, unsupported
 
 CAPTURE = b"OggS\0"
@@ -91,7 +92,7 @@ class Link:
             self.flags = page.flags
 
 
-def split(file: bytes) -> Iterator[bytes]:
+def split(file: Body) -> Iterator[Parts]:
     """Yield each link of an Ogg file as a file with one Vorbis or Opus stream.
 
     Raises:
@@ -103,10 +104,10 @@ def split(file: bytes) -> Iterator[bytes]:
             raise unsupported(f"The Ogg file's codec isn't supported: it is {codecs}, and must be Vorbis or Opus.")
         if number == len(links) - 1 and not link.flags & LAST:
             raise undecodable("The Ogg file is cut short: its last page is missing.")
-        yield b"".join(link.pages)
+        yield link.pages
 
 
-def _links(file: bytes) -> list[Link]:
+def _links(file: Body) -> list[Link]:
     links: list[Link] = []
     in_head = False
     for page in _pages(file):
@@ -122,13 +123,13 @@ def _links(file: bytes) -> list[Link]:
     return links
 
 
-def _pages(file: bytes) -> Iterator[Page]:
+def _pages(file: Body) -> Iterator[Page]:
     """Yield the whole pages with the right checksum.
 
     Raises:
         ApiError: too much of the file looks like pages, but is not.
     """
-    view, at, vain = memoryview(file), file.find(CAPTURE), 0
+    view, at, vain = file.view(), file.find(CAPTURE), 0
     while at >= 0:
         page = _page(view, at)
         if page and _checksum(page.data) == page.data[CHECKSUM]:

@@ -5,39 +5,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
-import signal
 import socket
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, SAMPLES, Failure, Job
-from gateway.audio.media_types import identify_body
-from gateway.audio.raw import read_pcm
-from gateway.audio.sniff import RAW, Content
+from gateway.audio.body import OpenFile
+from gateway.audio.errors import EXTRA
+from gateway.audio.jobs import Job
+from gateway.audio.media_types import CONTAINERS, identify_body
+from gateway.audio.raw import DEFAULT, RawFormat, check_raw
+from gateway.audio.reader import START_SECS, FileReader, LiveReader, RawReader, Reader, StuckError
+from gateway.audio.sniff import RAW, Format
 from gateway.errors import ApiError, ErrorKind
 
 MIN_PLACES = 2
 """Files decoded at once on a machine with one CPU, so that one slow file does not delay all others."""
 
 CPU_SECS, MIN_SPEED = 2.0, 50.0
-"""Limit of CPU time: a fixed part, and the maximum length of audio divided by the slowest decoding, relative to real time.
+"""Limit of CPU time: a fixed part in seconds, and the slowest decoding, relative to real time.
 
 FLAC, Opus and Vorbis are decoded and resampled 300 to 1000 times faster than real time."""
 
-WALL_FACTOR = 10.0
-"""Limit of elapsed time, relative to that of CPU time; a busy machine gives a process a part of a CPU."""
+SEARCHED_BYTES_PER_SEC = 10 * 2**20
+"""Slowest search of a file for its frames or pages, in bytes per second of CPU time; it comes before the first audio."""
 
-MEMORY_BYTES, MEMORY_PER_BYTE = 128 * 2**20, 4
-"""Limit of memory: a fixed part, and a multiple of the file's size, which is copied twice."""
+MEMORY_BYTES, MEMORY_PER_BYTE = 128 * 2**20, 2
+"""Limit of memory: a fixed part, and a multiple of the file's size, which is mapped."""
+
+STOP_SECS = 5.0
+"""Time in which the server of the processes has to end by itself, in seconds."""
 
 COPIED_BYTES = 2**20
 """Part of a file that is copied before other tasks get a turn; copying it takes less than a millisecond."""
@@ -62,6 +67,95 @@ class FilePool:
         self._server: Process | None = None
         self._control: socket.socket | None = None
 
+    @contextlib.asynccontextmanager
+    async def read(
+        self, file: bytes | BinaryIO | int, content_type: str, *, raw: RawFormat, separate: bool, max_secs: float
+    ) -> AsyncIterator[Reader]:
+        """Decode a file to 16 kHz samples, as they are read. Raw audio waits for nothing.
+
+        The file is not loaded: its process is at most some seconds of audio ahead of the reader, and is paused while nobody
+        reads. Leaving the context ends the process.
+
+        Args:
+            file: its bytes if there are few, or an open file, or its descriptor; read from its first byte, and not closed.
+            content_type: its media type, as in ``media_types.identify_body``.
+            raw: the format of the file if it is raw audio.
+            separate: whether to keep the channels instead of mixing them down to one.
+            max_secs: maximum length of the audio in seconds.
+
+        Raises:
+            ApiError: the file is not decodable audio, is longer than allowed, or costs too much to decode; also from the
+                iteration of the reader.
+        """
+        body = file if isinstance(file, bytes) else OpenFile(file if isinstance(file, int) else file.fileno())
+        content = identify_body(body, content_type)
+        if content.format == RAW:
+            check_raw(len(body), raw, max_secs)
+            yield RawReader(body, raw, separate=separate)
+            return
+        if isinstance(file, bytes):
+            with _in_memory() as copy:
+                await _write(copy, file)
+                async with self.read(copy, content_type, raw=raw, separate=separate, max_secs=max_secs) as reader:
+                    yield reader
+            return
+        descriptor = file if isinstance(file, int) else file.fileno()
+        memory_bytes = MEMORY_BYTES + MEMORY_PER_BYTE * len(body)
+        cpu_secs = CPU_SECS + len(body) / SEARCHED_BYTES_PER_SEC
+        job = Job(content.format.name, content.start, False, separate, max_secs, cpu_secs, MIN_SPEED, memory_bytes)
+        async with self._run(job, descriptor, FileReader) as reader:
+            yield reader
+
+    @contextlib.asynccontextmanager
+    async def stream(self, format_: Format, max_secs: float) -> AsyncIterator[tuple[socket.socket, Reader]]:
+        """Decode a container as it comes.
+
+        Args:
+            format_: one of ``sniff.LIVE_DEMUXERS``.
+            max_secs: maximum length of the audio in seconds.
+
+        Yields:
+            A non-blocking socket that takes the container's bytes until it is shut down, and what gives its samples [1, n].
+
+        Raises:
+            ApiError: ``UNSUPPORTED_MEDIA``, the extra is not installed; the reader's iteration raises the errors of ``read``.
+        """
+        if not CONTAINERS:
+            message = f"The stream is {format_.name}, which this server can't decode: {EXTRA}, or send raw audio or WAV."
+            raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)
+        job = Job(format_.name, 0, True, False, max_secs, CPU_SECS, MIN_SPEED, MEMORY_BYTES)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs:
+            ours.setblocking(False)
+            async with self._run(job, theirs.fileno(), LiveReader) as reader:
+                theirs.close()
+                yield ours, reader
+
+    @contextlib.asynccontextmanager
+    async def _run(self, job: Job, file: int, kind: type[FileReader]) -> AsyncIterator[Reader]:
+        """Start a job; leaving the context ends it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        wanted, demand = os.pipe()
+        with ours, os.fdopen(demand, "wb", buffering=0) as asks:  # closing them ends the job
+            ours.setblocking(False)
+            server: Process | None = None
+
+            async def start() -> None:
+                nonlocal server
+                server = await self._send(json.dumps(asdict(job)).encode(), [file, theirs.fileno(), wanted])
+
+            reader = kind(job, ours, asks, self._places)
+            try:
+                await reader.open(start, theirs)
+            except StuckError:
+                await self._replace(server)
+                message = f"Decoding the {job.format} file did not start within {START_SECS:g} s; please retry."
+                raise ApiError(ErrorKind.NO_CAPACITY, message) from None
+            finally:
+                theirs.close()
+                os.close(wanted)
+            yield reader
+
     async def decode(self, body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:
         """Decode a body to 16 kHz mono samples. Raw PCM waits for nothing.
 
@@ -76,34 +170,22 @@ class FilePool:
         Raises:
             ApiError: the body is not decodable audio, is longer than allowed, or costs too much to decode.
         """
-        content = identify_body(body, content_type)
-        if content.format == RAW:
-            return read_pcm(body, max_secs)
-        async with self._places:
-            return await self._decode_file(body, content, max_secs)
+        if identify_body(body, content_type).format == RAW:
+            check_raw(len(body), DEFAULT, max_secs)
+            return np.frombuffer(body, "<i2")
+        with _in_memory() as file:
+            await _write(file, body)
+            async with self.read(file, content_type, raw=DEFAULT, separate=False, max_secs=max_secs) as reader:
+                blocks = [block[0] async for block in reader]
+        return np.concatenate(blocks)
 
     async def close(self) -> None:
         """End all decoding."""
         async with self._starting:
             await self._stop()
 
-    async def _decode_file(self, body: bytes, content: Content, max_secs: float) -> NDArray[np.int16]:
-        cpu_secs = math.ceil(CPU_SECS + max_secs / MIN_SPEED)
-        job = Job(content.format.name, content.start, max_secs, cpu_secs, MEMORY_BYTES + MEMORY_PER_BYTE * len(body))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours:  # closing it ends the job
-            ours.setblocking(False)
-            with theirs, _in_memory() as file:
-                await _write(file, body)
-                await self._send(json.dumps(asdict(job)).encode(), [file, theirs.fileno()])
-            try:
-                return await asyncio.wait_for(_receive(ours, job), WALL_FACTOR * cpu_secs)
-            except asyncio.TimeoutError:
-                message = f"The file was not decoded within {WALL_FACTOR * cpu_secs:g} s. The server is busy; please retry."
-                raise ApiError(ErrorKind.NO_CAPACITY, message) from None
-
-    async def _send(self, message: bytes, descriptors: list[int]) -> None:
-        """Give a job to the server, and start the server where there is none."""
+    async def _send(self, message: bytes, descriptors: list[int]) -> Process | None:
+        """Give a job to the server, and start the server where there is none; return the server."""
         async with self._starting:
             if self._control:
                 try:
@@ -112,8 +194,18 @@ class FilePool:
                     log.warning("file worker lost", pid=self._server and self._server.pid)
                     await self._stop()
                 else:
-                    return
+                    return self._server
             socket.send_fds(await self._start(), [message], descriptors)
+            return self._server
+
+    async def _replace(self, server: Process | None) -> None:
+        """End a server that takes no jobs, unless that is done; the next file starts another."""
+        async with self._starting:
+            if server and server is self._server:
+                log.warning("file worker stuck", pid=server.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    server.kill()
+                await self._stop()
 
     async def _start(self) -> socket.socket:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -134,9 +226,12 @@ class FilePool:
             self._control.close()
             self._control = None
         if self._server:
-            with contextlib.suppress(ProcessLookupError):
-                self._server.kill()
-            await self._server.wait()
+            try:  # it ends when its socket is closed, and first ends the processes that it has forked
+                await asyncio.wait_for(self._server.wait(), STOP_SECS)
+            except asyncio.TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    self._server.kill()
+                await self._server.wait()
             self._server = None
 
 
@@ -157,39 +252,3 @@ async def _write(file: int, body: bytes) -> None:
         while part:
             part = part[os.write(file, part) :]
         await asyncio.sleep(0)
-
-
-async def _receive(answer: socket.socket, job: Job) -> NDArray[np.int16]:
-    """Collect the samples that a decoding process sends.
-
-    Raises:
-        ApiError: it sends none, or not all.
-    """
-    loop = asyncio.get_running_loop()
-    samples = bytearray()
-    while message := await loop.sock_recv(answer, MAX_MESSAGE_BYTES):
-        kind, content = message[:1], message[1:]
-        if kind == SAMPLES:
-            samples += content
-        elif kind == DONE:
-            return np.frombuffer(samples, np.int16)
-        elif kind == FAILED:
-            failure = Failure(**json.loads(content))
-            raise ApiError(ErrorKind[failure.kind], failure.message, failure.param)
-        elif kind == DIED:
-            raise _explain(-int(content), job)
-    raise _explain(0, job)
-
-
-def _explain(died_of: int, job: Job) -> ApiError:
-    """Return the error for a process that ended without an answer.
-
-    Args:
-        died_of: the signal that ended it; 0 or less where none did.
-        job: what it worked on.
-    """
-    log.warning("file worker died", signal=died_of, format=job.format)
-    if died_of in (signal.SIGXCPU, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL):
-        problem = f"takes more than {job.cpu_secs} s of CPU time to decode" if died_of == signal.SIGXCPU else "is damaged"
-        return ApiError(ErrorKind.UNDECODABLE_AUDIO, f"The {job.format} file {problem}.")
-    return ApiError(ErrorKind.NO_CAPACITY, "Decoding the file was interrupted; please retry.")

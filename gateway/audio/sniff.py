@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gateway.audio.body import Slices
 from gateway.audio.frames import find_frames
 from gateway.audio.text import describe_text
 from gateway.errors import ApiError, ErrorKind
@@ -17,10 +18,12 @@ class Format:
     Attributes:
         name: as users call it.
         decodable: whether ``files`` decodes it.
+        demuxer: FFmpeg's name of it, where only FFmpeg decodes it.
     """
 
     name: str
     decodable: bool = False
+    demuxer: str = ""
 
 
 RAW = Format("raw PCM")
@@ -32,9 +35,25 @@ CAF = Format("CAF", decodable=True)
 FLAC = Format("FLAC", decodable=True)
 OGG = Format("Ogg", decodable=True)
 MP3 = Format("MP3", decodable=True)
+MP4 = Format("MP4", decodable=True, demuxer="mov")
+QUICKTIME = Format("QuickTime", decodable=True, demuxer="mov")
+WEBM = Format("WebM or Matroska", decodable=True, demuxer="matroska")
+ADTS = Format("AAC (ADTS)", decodable=True, demuxer="aac")
+AMR = Format("AMR", decodable=True, demuxer="amr")
+ASF = Format("ASF or WMA", decodable=True, demuxer="asf")
 
-DECODABLE = {format_.name: format_ for format_ in (WAV, W64, AIFF, AU, CAF, FLAC, OGG, MP3)}
+DECODABLE = {
+    format_.name: format_ for format_ in (WAV, W64, AIFF, AU, CAF, FLAC, OGG, MP3, MP4, QUICKTIME, WEBM, ADTS, AMR, ASF)
+}
 """The formats that ``files`` decodes, by name."""
+
+
+LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
+"""FFmpeg's names of the containers that are decoded as they come."""
+
+
+LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"\x1a\x45\xdf\xa3")
+"""First bytes of what a stream may be besides raw audio."""
 
 
 class Content(NamedTuple):
@@ -70,8 +89,8 @@ def _riff(format_: Format | str, form: bytes, *containers: bytes) -> list[Signat
     return [Signature(kind, ((0, container), (8, form))) for container in containers]
 
 
-def _box(name: str, *kinds: bytes) -> list[Signature]:
-    return [Signature(Format(name), ((4, kind),)) for kind in kinds]
+def _box(format_: Format, *kinds: bytes) -> list[Signature]:
+    return [Signature(format_, ((4, kind),)) for kind in kinds]
 
 
 SIGNATURES: tuple[Signature, ...] = (
@@ -84,19 +103,21 @@ SIGNATURES: tuple[Signature, ...] = (
     *_at_start(CAF, b"caff"),
     *_at_start(FLAC, b"fLaC"),
     *_at_start(OGG, b"OggS"),
+    *_at_start(WEBM, b"\x1a\x45\xdf\xa3"),
+    *_box(MP4, b"ftyp", b"styp", b"moof", b"moov", b"mdat", b"sidx", b"emsg"),
+    *_box(QUICKTIME, b"wide", b"free", b"skip", b"pnot"),
+    *_at_start(AMR, b"#!AMR\n", b"#!AMR-WB\n"),
+    *_at_start(ASF, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
     # Other audio and video
+    *_at_start("WebM or Matroska without its beginning", b"\x1f\x43\xb6\x75"),
+    *_at_start("AMR with several channels", b"#!AMR"),
     *_riff("AVI", b"AVI ", b"RIFF"),
     *_riff("WebP", b"WEBP", b"RIFF"),
     *_riff("RIFF MIDI", b"RMID", b"RIFF"),
     *_at_start("RIFF other than WAV", b"RIFF", b"RIFX"),
     *_at_start("RF64 other than WAV", b"RF64", b"BW64"),
     *_at_start("IFF other than AIFF", b"FORM"),
-    *_at_start("WebM or Matroska", b"\x1a\x45\xdf\xa3", b"\x1f\x43\xb6\x75"),
-    *_box("MP4", b"ftyp", b"styp", b"moof", b"moov", b"mdat", b"sidx", b"emsg"),
-    *_box("QuickTime", b"wide", b"free", b"skip", b"pnot"),
-    *_at_start("AMR", b"#!AMR"),
     *_at_start("AAC (ADIF)", b"ADIF"),
-    *_at_start("ASF or WMA", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
     *_at_start("FLV", b"FLV\x01"),
     *_at_start("MIDI", b"MThd"),
     *_at_start("RealMedia", b".RMF", b".ra\xfd"),
@@ -115,6 +136,19 @@ SIGNATURES: tuple[Signature, ...] = (
     *_at_start("VOC", b"Creative Voice File"),
     *_at_start("NIST SPHERE", b"NIST_1A"),
     *_at_start("QOA", b"qoaf"),
+    *_at_start("NUT", b"nut/multimedia container\0"),
+    *_at_start("SoX", b".SoX", b"XoS."),
+    *_at_start("IRCAM", *(bytes((0x64, 0xA3, machine, 0)) for machine in range(1, 5)), b"\0\x03\xa3\x64", b"\0\x02\xa3\x64"),
+    *_at_start("Flash", b"FWS", b"CWS", b"ZWS"),
+    *_at_start("WTV", b"\xb7\xd8\x00\x20\x37\x49\xda\x11"),
+    *_at_start("Codec 2", b"\xc0\xde\xc2"),
+    *_at_start("MMF", b"MMMD"),
+    *_at_start("SMJPEG", b"\0\nSMJPEG"),
+    *_at_start("S/PDIF", b"\x72\xf8\x1f\x4e"),
+    *_at_start("audio of a game", b"KVAG", b"STRM", b"ASF\0"),
+    Signature(Format("MLP or TrueHD"), ((4, b"\xf8\x72\x6f\xba"),)),
+    Signature(Format("MLP or TrueHD"), ((4, b"\xf8\x72\x6f\xbb"),)),
+    Signature(Format("stream of ASF"), ((12, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),)),
     *_at_start("tracker module", b"Extended Module: ", b"IMPM"),
     *_at_start("SoundFont", b"sfbk"),
     # Not audio
@@ -160,7 +194,7 @@ RECHECK_GROWTH = 2
 """Growth of a stream's beginning after which it is looked at again, so that tiny frames do not cost a look each."""
 
 
-def identify(body: bytes, *, complete: bool = True) -> Content:
+def identify(body: Slices, *, complete: bool = True) -> Content:
     """Identify a body by its content.
 
     Args:
@@ -171,12 +205,13 @@ def identify(body: bytes, *, complete: bool = True) -> Content:
         Its format, ``RAW`` where nothing speaks against raw PCM.
     """
     start = skip_tags(body)
+    head = body[start : start + HEAD_BYTES]
     for format_, parts in SIGNATURES:
-        if _matches(body, start, parts, complete=complete):
+        if _matches(head, parts, complete=complete):
             return Content(format_, start)
-    if found := find_frames(body[start : start + HEAD_BYTES], complete=complete and len(body) - start <= HEAD_BYTES):
+    if found := find_frames(head, complete=complete and len(body) - start <= HEAD_BYTES):
         name, at = found
-        return Content(MP3 if name == MP3.name else Format(name), start + at)
+        return Content(DECODABLE.get(name) or Format(name), start + at)
     if start:
         return Content(MP3, start)  # almost all files with ID3 tags are MP3
     if kind := describe_text(body, complete=complete):
@@ -184,7 +219,7 @@ def identify(body: bytes, *, complete: bool = True) -> Content:
     return Content(RAW)
 
 
-def skip_tags(body: bytes) -> int:
+def skip_tags(body: Slices) -> int:
     """Return the offset after all ID3v2 tags (id3.org, ID3v2.4, section 3.1)."""
     start = 0
     for _ in range(MAX_TAGS):
@@ -196,47 +231,64 @@ def skip_tags(body: bytes) -> int:
     return start
 
 
-def _matches(body: bytes, start: int, parts: tuple[tuple[int, bytes], ...], *, complete: bool) -> bool:
+def _matches(head: bytes, parts: tuple[tuple[int, bytes], ...], *, complete: bool) -> bool:
     (first_offset, first), *others = parts
-    if not body.startswith(first, start + first_offset):
+    if not head.startswith(first, first_offset):
         return False
     for offset, magic in others:
-        there = body[start + offset : start + offset + len(magic)]
+        there = head[offset : offset + len(magic)]
         if not (magic.startswith(there) if complete else there == magic):
             return False
     return True
 
 
 class StreamStart:
-    """Checks that a stream starts like raw PCM."""
+    """Identifies a stream by its first bytes."""
 
     def __init__(self) -> None:
         self._head = bytearray()
         self._checked_bytes = 0
 
-    def check(self, audio: bytes) -> None:
+    @property
+    def complete(self) -> bool:
+        """Whether enough was looked at."""
+        return self._checked_bytes >= HEAD_BYTES
+
+    def check(self, audio: bytes) -> Format | None:
         """Look at the next bytes of the stream; costs nothing after the first ``HEAD_BYTES``.
 
+        Returns:
+            What the stream is so far: ``RAW``, or a container that is decoded as it comes; None where too little is there.
+
         Raises:
-            ApiError: ``UNSUPPORTED_MEDIA``, the stream is a file, text or another encoding.
+            ApiError: ``UNSUPPORTED_MEDIA``, the stream is another file, text or another encoding.
         """
-        if self._checked_bytes >= HEAD_BYTES:
-            return
+        if self.complete:
+            return RAW
         self._head += audio[: HEAD_BYTES - len(self._head)]
         if len(self._head) >= min(HEAD_BYTES, max(MIN_STREAM_BYTES, self._checked_bytes * RECHECK_GROWTH)):
-            self._identify(complete=False)
+            return self._identify(complete=False)
+        return RAW if self._checked_bytes else None
 
-    def end(self) -> None:
+    @property
+    def may_be_container(self) -> bool:
+        """Whether what has come is the beginning of a container, or may become one."""
+        return any(magic.startswith(self._head[: len(magic)]) for magic in LIVE_MAGICS)
+
+    def end(self) -> Format:
         """Look at a stream that ends.
 
         Raises:
             ApiError: as ``check``.
         """
         if len(self._head) > self._checked_bytes:
-            self._identify(complete=len(self._head) < HEAD_BYTES)
+            return self._identify(complete=len(self._head) < HEAD_BYTES)
+        return RAW
 
-    def _identify(self, *, complete: bool) -> None:
+    def _identify(self, *, complete: bool) -> Format:
         self._checked_bytes = len(self._head)
-        if (found := identify(bytes(self._head), complete=complete).format) != RAW:
-            message = f"The stream starts like {found.name}; streams must be raw PCM: s16le, 16 kHz, mono, without a header."
-            raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)
+        found = identify(bytes(self._head), complete=complete)
+        if found.format == RAW or (found.format in (WAV, *LIVE_DEMUXERS) and not found.start):
+            return found.format
+        message = f"The stream starts like {found.format.name}; streams must be raw audio, WAV, Ogg (Opus, Vorbis) or WebM."
+        raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)

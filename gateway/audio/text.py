@@ -6,6 +6,8 @@ import re
 import string
 from unicodedata import category
 
+from gateway.audio.body import Slices
+
 MIN_BYTES, MIN_HEAD_BYTES = 16, 64
 """Size of the shortest text, of a whole body and of a body's beginning; shorter ones may be raw PCM by chance."""
 
@@ -29,6 +31,9 @@ MIN_DISTINCT_CHARS = 5
 
 HEAD_BYTES = 1024
 """Bytes that are checked before the rest is."""
+
+MAX_BYTES = 2**20
+"""Bytes that are checked at most; no audio looks like text for so long."""
 
 WHITE = b"\t\n\v\f\r"
 CONTROLS = bytes(set(range(0x20)) - set(WHITE)) + b"\x7f"
@@ -54,7 +59,7 @@ KINDS = (
 """Patterns at the start of text, and the kind that they show; the last looks at the whole head."""
 
 
-def describe_text(body: bytes, *, complete: bool = True) -> str | None:
+def describe_text(body: Slices, *, complete: bool = True) -> str | None:
     """Return what kind of text a body is, such as "JSON text", or None where it may be audio.
 
     Args:
@@ -67,7 +72,7 @@ def describe_text(body: bytes, *, complete: bool = True) -> str | None:
     if (
         text is None
         or len(set(text)) < MIN_DISTINCT_CHARS
-        or (len(body) > HEAD_BYTES and _decode(body, complete=complete) is None)
+        or (len(body) > HEAD_BYTES and _decode(body[:MAX_BYTES], complete=complete and len(body) <= MAX_BYTES) is None)
     ):
         return None
     head = text[:HEAD_BYTES].lstrip()

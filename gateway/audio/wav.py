@@ -11,7 +11,11 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 
+from gateway.audio import mp3
+from gateway.audio.body import Body, Part, Parts
+from gateway.audio.convert import check_format
 from gateway.audio.errors import undecodable, unsupported
+from gateway.audio.raw import Encoding, RawFormat
 
 STREAMED = 0x7FFF0000
 """Sizes from this on come from writers that did not know the size."""
@@ -91,6 +95,17 @@ CODECS = {
 """Codecs by their number (RFC 2361, and Microsoft's mmreg.h)."""
 
 
+STREAM_ENCODINGS = {
+    (0x0001, 16): Encoding.LINEAR16,
+    (0x0003, 32): Encoding.FLOAT32,
+    (0x0006, 8): Encoding.ALAW,
+    (0x0007, 8): Encoding.MULAW,
+}
+"""Encodings of raw audio by a codec's number and its bits per sample."""
+
+STREAM_CODECS = "16-bit PCM, 32-bit float, A-law or µ-law, little-endian"
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A part of a WAV file.
@@ -116,7 +131,7 @@ class Chunk:
         return self.end + self.size % 2
 
 
-def repair(file: bytes) -> tuple[Payload, bytes]:
+def repair(file: Body) -> tuple[Payload, Parts]:
     """Return a WAV file's audio as something that libsndfile reads whole.
 
     Args:
@@ -136,24 +151,73 @@ def repair(file: bytes) -> tuple[Payload, bytes]:
     if len(form) < MIN_FORMAT_BYTES or not data:
         raise undecodable("The WAV file is damaged or cut short: it has no format, or no audio.")
     codec, form = _codec(form, order)
-    audio = memoryview(file)[data.start : _end_of_audio(file, order, chunks, data)]
+    end = _end_of_audio(file, order, chunks, data)
     if codec.payload is Payload.MP3:
-        return Payload.MP3, bytes(audio)
+        return Payload.MP3, mp3.repair(file.part(data.start, end))
+    audio = file.view(data.start, end)
     fact = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fact" and not codec.samples), b"")
-    parts: list[tuple[bytes, bytes | memoryview]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
+    parts: list[tuple[bytes, Part]] = [(b"fmt ", form), *([(b"fact", fact)] if fact else []), (b"data", audio)]
     pieces = [
         piece for name, part in parts for piece in (name, struct.pack(f"{order}I", len(part)), part, bytes(len(part) % 2))
     ]
     size = struct.pack(f"{order}I", len(b"WAVE") + sum(map(len, pieces)))
-    return Payload.WAV, b"".join((b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces))
+    return Payload.WAV, [b"RIFX" if big else b"RIFF", size, b"WAVE", *pieces]
 
 
-def _chunks(file: bytes, order: str) -> list[Chunk]:
+@dataclass(frozen=True)
+class StreamHeader:
+    """The header of a WAV stream.
+
+    Attributes:
+        format: of the samples.
+        start: offset of the first one.
+        size: of the audio in bytes; None where the recorder did not know it.
+    """
+
+    format: RawFormat
+    start: int
+    size: int | None
+
+
+def read_stream_header(head: bytes) -> StreamHeader | None:
+    """Read the header of a WAV stream.
+
+    Args:
+        head: the stream's beginning.
+
+    Returns:
+        None where the header is not complete.
+
+    Raises:
+        ApiError: the stream is damaged, or its codec is not one of raw audio.
+    """
+    order = ">" if head.startswith(b"RIFX") else "<"
+    file = Body(head)
+    chunks = _chunks(file, order)
+    data = next((chunk for chunk in chunks if chunk.name == b"data"), None)
+    if not data:
+        return None
+    form = next((head[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fmt "), b"")
+    if len(form) < MIN_FORMAT_BYTES:
+        raise undecodable("The WAV stream is damaged: it has no format.")
+    codec, form = _codec(form, order)
+    number, channels, rate, _, _, bits = struct.unpack(f"{order}HHIIHH", form[:MIN_FORMAT_BYTES])
+    encoding = STREAM_ENCODINGS.get((number, bits))
+    if not encoding or order == ">":
+        raise unsupported(
+            f"The WAV stream's codec, {bits}-bit {codec.name}, isn't supported; streams may have {STREAM_CODECS}."
+        )
+    check_format(channels, rate)
+    size = None if data.size == 0 or data.size >= STREAMED else data.size
+    return StreamHeader(RawFormat(encoding, rate, channels), data.start, size)
+
+
+def _chunks(file: Body, order: str) -> list[Chunk]:
     """List the chunks up to the audio."""
     chunks: list[Chunk] = []
     at = RIFF_HEADER_BYTES
     while at + CHUNK_HEADER_BYTES <= len(file):
-        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         chunk = Chunk(name, at + CHUNK_HEADER_BYTES, size)
         chunks.append(chunk)
         if name == b"data":
@@ -162,13 +226,13 @@ def _chunks(file: bytes, order: str) -> list[Chunk]:
     return chunks
 
 
-def _end_of_audio(file: bytes, order: str, chunks: list[Chunk], data: Chunk) -> int:
+def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> int:
     """Return the offset after the last byte of audio.
 
     Raises:
         ApiError: the file is cut short: all its sizes agree that more belongs to it.
     """
-    (riff_size,) = struct.unpack_from(f"{order}I", file, 4)
+    (riff_size,) = struct.unpack(f"{order}I", file[4:8])
     size = data.size
     if file[:4] in (b"RF64", b"BW64"):
         ds64 = next((file[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"ds64"), b"")
@@ -186,10 +250,10 @@ def _end_of_audio(file: bytes, order: str, chunks: list[Chunk], data: Chunk) -> 
     return len(file)
 
 
-def _are_chunks(file: bytes, order: str, at: int) -> bool:
+def _are_chunks(file: Body, order: str, at: int) -> bool:
     """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
     while at + CHUNK_HEADER_BYTES <= len(file):
-        name, size = struct.unpack_from(f"{order}4sI", file, at)
+        name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         if not name.isascii() or not name.decode("ascii").isprintable():
             return False
         at = Chunk(name, at + CHUNK_HEADER_BYTES, size).next
@@ -203,6 +267,7 @@ def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
         ApiError: the codec is not supported.
     """
     (number,) = struct.unpack_from(f"{order}H", form)
+    extension = form[MIN_FORMAT_BYTES:]
     if number == EXTENSIBLE:
         if len(form) < EXTENSIBLE_BYTES:
             raise undecodable("The WAV file is damaged: its format is extensible, but names no codec.")
@@ -210,10 +275,11 @@ def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
         (number,) = struct.unpack_from(f"{order}I", guid)
         if guid[4:] not in GUID_TAILS:
             raise unsupported(f"The WAV file's codec, GUID {guid.hex()}, isn't supported.")
+        rest = form[EXTENSIBLE_BYTES:]
+        extension = struct.pack(f"{order}H", len(rest)) + rest
     codec = CODECS.get(number)
     if not codec or not codec.payload:
         named = f" ({codec.name})" if codec else ""
         raise unsupported(f"The WAV file's codec, 0x{number:04x}{named}, isn't supported.")
-    if codec.samples:
-        form = struct.pack(f"{order}H", number) + form[2:MIN_FORMAT_BYTES]
-    return codec, form
+    plain = struct.pack(f"{order}H", number) + form[2:MIN_FORMAT_BYTES]
+    return codec, plain if codec.samples else plain + extension

@@ -4,16 +4,19 @@
 or two, so each file has its own limits of CPU time and memory, its process ends as soon as nobody waits for it, and a file that
 crashes the decoder crashes nothing else.
 
-The descriptor is a Unix socket of type SEQPACKET. Each message on it is a ``Job`` as JSON, with two descriptors: the file, and
-a socket of the same type for the answer. The answer is any number of messages ``SAMPLES`` and one ``DONE``, ``FAILED`` or
-``DIED``. The job ends when the other end of its socket is closed.
+The descriptor is a Unix socket of type SEQPACKET. Each message on it is a ``Job`` as JSON, with three descriptors: the file, a
+socket of the same type for the answer, and a pipe that asks for more of it. The answer is one message ``STARTED``, one
+``OPENED``, any number of ``SAMPLES`` with a ``PAUSED`` after each batch, and one ``DONE``, ``FAILED`` or ``DIED``. The job ends
+when the other end of its socket is closed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
+import mmap
 import os
 import resource
 import selectors
@@ -21,16 +24,23 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from gateway.audio.files import decode_blocks
-from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, MAX_SAMPLES_BYTES, SAMPLES, Failure, Job
+from gateway.audio import BYTES_PER_SAMPLE, RATE
+from gateway.audio.convert import Pcm
+from gateway.audio.files import decode_blocks, decode_stream
+from gateway.audio.jobs import DIED, DONE, FAILED, MAX_MESSAGE_BYTES, OPENED, PAUSED, SAMPLES, STARTED, Failure, Job
+from gateway.audio.media_types import CONTAINERS
 from gateway.audio.sniff import DECODABLE, Content
 from gateway.errors import ApiError, ErrorKind
 
 CRASH_SCORE = "800"
 """oom_score_adj (proc(5)): where memory runs out, the kernel ends a decoding process and not the gateway or Triton."""
+
+BATCH_SECS = 8.0
+"""Audio that is decoded ahead of its reader, in seconds."""
 
 
 class Server:
@@ -68,22 +78,25 @@ class Server:
 
     def _accept(self) -> bool:
         """Start the next job; return whether there was one."""
-        message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
+        message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 3)
         if not message:
             return False
-        file, answer = descriptors[0], socket.socket(fileno=descriptors[1])
+        file, demand, answer = descriptors[0], descriptors[2], socket.socket(fileno=descriptors[1])
+        with contextlib.suppress(OSError):  # nobody waits for it any more
+            answer.send(STARTED, socket.MSG_DONTWAIT)
         pid = os.fork()
         if pid == 0:
             try:
                 self._become_child()
-                decode(Job(**json.loads(message)), file, answer)
-            except BrokenPipeError:
+                decode(Job(**json.loads(message)), file, answer, demand)
+            except ConnectionError:
                 os._exit(0)  # nobody waits for the answer
             except BaseException:  # noqa: BLE001 (whatever it is, this process must not go on as a server)
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         os.close(file)
+        os.close(demand)
         self._children[pid] = answer
         self._selector.register(answer, selectors.EVENT_READ, pid)
         return True
@@ -95,6 +108,7 @@ class Server:
         self._selector.close()
         for end in (self._control, self._woken, self._wake, *self._children.values()):
             end.close()
+        _silence_libraries()
 
     def _end(self, pid: int) -> None:
         """End a job: the other end of its socket was closed."""
@@ -118,24 +132,27 @@ class Server:
                     answer.send(DIED + str(code).encode(), socket.MSG_DONTWAIT)
 
 
-def decode(job: Job, file: int, answer: socket.socket) -> None:
+def decode(job: Job, file: int, answer: socket.socket, demand: int) -> None:
     """Decode a file within the job's limits.
 
     Args:
         job: what to do.
         file: descriptor of the file.
         answer: gets the messages.
+        demand: descriptor of a pipe, which asks for the next batch.
 
     Raises:
-        BrokenPipeError: the other end of the socket was closed.
+        ConnectionError: the other end of the socket was closed.
     """
-    _limit(job)
+    limits = Limits(job)
     try:
-        body = os.pread(file, os.fstat(file).st_size, 0)
-        for block in decode_blocks(body, Content(DECODABLE[job.format], job.start), job.max_secs):
-            data = block.tobytes()
-            for at in range(0, len(data), MAX_SAMPLES_BYTES):
-                answer.send(SAMPLES + data[at : at + MAX_SAMPLES_BYTES])
+        format_ = DECODABLE[job.format]
+        if job.live:
+            with os.fdopen(file, "rb", buffering=0) as pipe:
+                _send(decode_stream(format_, pipe, job.max_secs), answer, None, limits)
+        else:
+            blocks = decode_blocks(_map(file), Content(format_, job.start), job.max_secs, separate=job.separate)
+            _send(blocks, answer, demand, limits)
     except ApiError as error:
         failure = Failure(error.kind.name, error.message, error.param)
     except MemoryError:
@@ -147,21 +164,77 @@ def decode(job: Job, file: int, answer: socket.socket) -> None:
     answer.send(FAILED + json.dumps(asdict(failure)).encode())
 
 
-def _limit(job: Job) -> None:
-    """Set the limits of this process."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(CRASH_SCORE, encoding="ascii")
-    own_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    memory_bytes = own_bytes + job.memory_bytes
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_secs, job.cpu_secs + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _map(file: int) -> mmap.mmap:
+    """Map a file.
+
+    Raises:
+        MemoryError: it is larger than the limit of memory.
+    """
+    try:
+        return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise MemoryError from error
+
+
+def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int | None, limits: Limits) -> None:
+    """Send samples: each batch when it is asked for, or all as they come."""
+    decoded = sent = 0
+    for block in blocks:
+        channels, length = block.shape
+        if not decoded:
+            answer.send(OPENED + str(channels).encode())
+        decoded += length
+        limits.allow(decoded / RATE)
+        data = block.T.tobytes()
+        frame_bytes = BYTES_PER_SAMPLE * channels
+        step = (MAX_MESSAGE_BYTES - len(SAMPLES)) // frame_bytes * frame_bytes
+        for at in range(0, len(data), step):
+            answer.send(SAMPLES + data[at : at + step])
+        sent += length
+        if demand is not None and sent >= BATCH_SECS * RATE:
+            answer.send(PAUSED)
+            if not os.read(demand, 1):
+                raise BrokenPipeError
+            sent = 0
+
+
+class Limits:
+    """The limits of this process.
+
+    Args:
+        job: what it may cost.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text(CRASH_SCORE, encoding="ascii")
+        own_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        memory_bytes = own_bytes + job.memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        self.allow(0.0)
+
+    def allow(self, decoded_secs: float) -> None:
+        """Limit CPU time to what so many seconds of audio may cost."""
+        most = self._job.cpu_limit(self._job.max_secs) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (min(most, self._job.cpu_limit(decoded_secs)), most))
+
+
+def _silence_libraries() -> None:
+    """Drop what C libraries print, a line for each damaged frame of an MP3, and keep Python's standard error."""
+    sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding="utf-8", errors="backslashreplace")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def main() -> None:
     """Serve on the socket whose descriptor is the only argument."""
     with socket.socket(fileno=int(sys.argv[1])) as control:
         server = Server(control)
+        if CONTAINERS:
+            importlib.import_module("gateway.audio.containers")  # once, and not in each child
         gc.collect()
         gc.freeze()  # or each child's first collection would copy the server's memory
         server.run()

@@ -147,9 +147,9 @@ def _annotate(text: str, settings: Settings, sources: Mapping[str, str] | None) 
         return text
     lines: list[str] = []
     missing = dict(sources)
-    in_table = False  # models is the only one, and the last key of TOML
+    in_table = False  # TOML has its tables last
     for line in text.splitlines():
-        match = None if in_table else TOP_LEVEL_KEY.match(line)
+        match = None if in_table and not line.startswith("[") else TOP_LEVEL_KEY.match(line)
         source = missing.pop(match["key"], None) if match else None
         lines.append(f"{line}  # {source}" if source else line)
         in_table = in_table or line.startswith("[")

@@ -96,6 +96,32 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 A_NAME = "1 … 64 letters, digits, '.', '_' or '-'"
 
+Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:/-]{1,128}$")]
+Language = Annotated[str, StringConstraints(pattern=r"^[a-z]{2}$")]
+
+BUNDLED_ENSEMBLE = "asr_ensemble"
+BUNDLED_LANGUAGE = "en"
+OPENAI_MODELS = (
+    "whisper-1",
+    "gpt-transcribe",
+    "gpt-4o-transcribe",
+    "gpt-4o-mini-transcribe",
+    "gpt-4o-mini-transcribe-2025-12-15",
+    "gpt-live-transcribe",
+    "gpt-realtime-whisper",
+)
+"""OpenAI's models that transcribe without telling speakers apart (openai-python 3.57)."""
+
+
+def _default_aliases(data: dict[str, Any]) -> dict[str, str]:
+    """Return OpenAI's names for the first model."""
+    return dict.fromkeys(OPENAI_MODELS, next(iter(data.get("models", ())), ""))
+
+
+def _default_languages(data: dict[str, Any]) -> dict[str, str]:
+    """Return the language of the bundled models."""
+    return {name: BUNDLED_LANGUAGE for name, ensemble in data.get("models", {}).items() if ensemble == BUNDLED_ENSEMBLE}
+
 
 class Settings(
     BaseModel,
@@ -112,6 +138,10 @@ class Settings(
     """Address to listen on."""
     server_port: Annotated[int, Field(ge=0, le=65535)] = 8057
     """Port to listen on; 0 selects a free port."""
+    tls_certificate: Annotated[str | None, Allowed("the path of a file")] = None
+    """File with the certificate of this server and those of its issuers, as PEM; if set, the gateway speaks TLS."""
+    tls_key: Annotated[str | None, Allowed("the path of a file")] = None
+    """File with the certificate's private key, as PEM; if not set, tls_certificate holds it too."""
 
     triton_endpoint: Annotated[
         str,
@@ -136,8 +166,20 @@ class Settings(
         BeforeValidator(_parse),
         Field(min_length=1),
         Allowed(f'a table of names to Triton ensembles (in the environment {{"amira": "asr_ensemble"}}), each name {A_NAME}'),
-    ] = {"amira": "asr_ensemble"}
+    ] = {"amira": BUNDLED_ENSEMBLE}
     """Public model names in paths, each with its Triton ensemble."""
+    model_aliases: Annotated[
+        dict[Alias, Name],
+        BeforeValidator(_parse),
+        Allowed("a table of other names, of letters, digits and '._:/-', to names in models"),
+    ] = Field(default_factory=_default_aliases)
+    """Other names of models under /v1; by default those of OpenAI's models that transcribe name the first model."""
+    model_languages: Annotated[
+        dict[Name, Language],
+        BeforeValidator(_parse),
+        Allowed("a table of names in models to languages in two letters (ISO 639-1), such as 'en'"),
+    ] = Field(default_factory=_default_languages)
+    """Language of each model; requests under /v1 in another are refused. A model without an entry accepts any."""
 
     max_concurrent_streams: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Maximum number of open WebSocket streams."""
@@ -146,11 +188,11 @@ class Settings(
     inference_queue_size: Annotated[int, Field(ge=0, le=100_000)] = 100
     """Maximum number of batch requests that wait for a place; more are refused."""
 
-    max_request_size: Annotated[int, Field(ge=1, le=2**30)] = 10 * 2**20
-    """Maximum body of a batch request, in bytes."""
+    max_request_size: Annotated[int, Field(ge=1, le=2**36)] = 512 * 2**20
+    """Maximum body of a batch request, in bytes; one over 1 MiB is kept in a temporary file."""
     max_json_size: Annotated[int, Field(ge=1, le=2**26)] = 8 * 2**20
     """Maximum JSON body of a batch request, in bytes; 8 MiB are 50 s of audio as numbers."""
-    max_batch_audio_length_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 30.0
+    max_batch_audio_length_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 14_400.0
     """Maximum length of a recording in a batch request, in seconds of audio."""
 
     max_frame_bytes: Annotated[int, Field(ge=2, le=16 * 2**20)] = 256 * 2**10
@@ -161,6 +203,9 @@ class Settings(
     """Idle time after which a stream is closed, in seconds; keep it below Triton's max_sequence_idle_microseconds."""
     max_stream_audio_secs: Annotated[float, Field(ge=0.001, le=31_536_000)] = 14_400.0
     """Maximum length of a stream, in seconds of audio."""
+
+    realtime_timeout_secs: Annotated[float, Field(ge=0.001, le=86_400)] = 600.0
+    """Idle time after which a session of /v1/realtime is closed, in seconds."""
 
     reclaim_silent_secs: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """A stream without audio for this long, in seconds, loses its place to a new stream when all are taken."""
@@ -227,6 +272,14 @@ class Settings(
         """Refuse true as a number; Pydantic would read it as 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError
+        return value
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _name_models(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        models = info.data.get("models")
+        if models and (unknown := set(value.values()) - models.keys()):
+            raise PydanticCustomError("conflict", "must map to names in models, which has no '{name}'", {"name": min(unknown)})
         return value
 
     @field_validator("audio_buffer_capacity")

@@ -25,10 +25,23 @@ def check_key(headers: Mapping[str, str], settings: Settings) -> int:
     Raises:
         ApiError: the key is missing or wrong.
     """
+    return caller_of(key_in(headers), settings)
+
+
+def key_in(headers: Mapping[str, str]) -> str:
+    """Return the key that headers have; empty if there is none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def caller_of(given: str, settings: Settings) -> int:
+    """Return the caller that has a key, as ``check_key`` does.
+
+    Raises:
+        ApiError: the key is missing or wrong.
+    """
     if not settings.api_keys:
         return ANONYMOUS
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     if not given:
         raise ApiError(ErrorKind.INVALID_API_KEY, "an API key is needed: send Authorization: Bearer KEY or X-API-Key: KEY")
     # Every key is compared, each in constant time, so the duration reveals nothing.

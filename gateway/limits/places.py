@@ -1,52 +1,66 @@
 """Places: how many streams and recordings the gateway serves at once.
 
 Triton's sequence batcher has no limit of its own, so this is the only one.
+
+A recording is decoded in pieces, each of which needs a decoding place. A free place goes to the recording with the fewest
+pieces in flight, and among equals to the one that has waited longest. So a recording of hours has all places while it is alone,
+and one of some seconds waits for the end of one piece at most.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from gateway import metrics
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 
 MAX_QUEUE_SECS = 30.0
-"""Maximum wait of a recording for a decoding place, in seconds: about the patience of HTTP clients."""
-
-
-class CallerGoneError(Exception):
-    """The caller left while its recording waited."""
+"""Maximum wait of a recording for its first decoding place, in seconds: about the patience of HTTP clients."""
 
 
 class Place:
-    """A place that is held.
+    """A place that is in use.
 
     Args:
-        free: called once, when it is released.
+        free: called once, when the place is released.
     """
 
     def __init__(self, free: Callable[[], None]) -> None:
         self._free: Callable[[], None] | None = free
 
     def release(self) -> None:
-        """Give the place back, if that has not happened."""
+        """Release the place, unless it is released already."""
         if free := self._free:
             self._free = None
             free()
 
 
-class Places:
-    """The places of one gateway.
-
-    Args:
-        settings: the gateway's.
-        max_queue_secs: maximum wait of a recording for a decoding place.
+@dataclass(eq=False)
+class Share:
+    """What one recording has of the decoding places.
 
     Attributes:
-        streams, batches: number in flight; batches includes those that wait.
+        decoding: number of its pieces in flight.
+        begun: whether it has had a place.
+    """
+
+    decoding: int = 0
+    begun: bool = False
+
+
+class Places:
+    """Places of a gateway.
+
+    Args:
+        settings: settings of the gateway.
+        max_queue_secs: maximum wait of a recording for its first decoding place.
+
+    Attributes:
+        streams, batches: number of streams and batch requests in flight; batches includes waiting ones.
         draining: whether new work is refused.
     """
 
@@ -55,16 +69,18 @@ class Places:
         self._max_batches = settings.max_concurrent_batches
         self._max_waiting = settings.inference_queue_size
         self._max_queue_secs = max_queue_secs
-        self._decoding = asyncio.Semaphore(self._max_batches)
+        self._free = self._max_batches
+        self._waiting: list[tuple[Share, asyncio.Future[None]]] = []  # in the order in which they came
         self.streams = 0
         self.batches = 0
         self.draining = False
+        self._drain_deadline_passed = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
     def stream(self) -> Iterator[Place]:
-        """Hold a place for a stream, until the context is left or the place is released.
+        """Hold a place for a stream until the context ends or the place is released.
 
         Raises:
             ApiError: all places are taken, or the gateway drains.
@@ -81,8 +97,8 @@ class Places:
             place.release()
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Hold a place in the queue of recordings, from when the body is there until the answer is made.
+    def batch(self) -> Iterator[Share]:
+        """Hold a place in the queue of recordings, from the end of the request's body to the response.
 
         Raises:
             ApiError: the queue is full, or the gateway drains.
@@ -96,47 +112,58 @@ class Places:
         self.batches += 1
         self._report()
         try:
-            yield
+            yield Share()
         finally:
             self.batches -= 1
             self._report()
 
-    @asynccontextmanager
-    async def decoding(self, caller_gone: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-        """Hold a place for Triton's work on a recording; wait for one while all are taken.
+    async def decoding(self, share: Share) -> Place:
+        """Return a place for Triton's work on a piece of a recording; wait for one while all are taken.
 
         Args:
-            caller_gone: called only if the recording must wait; its result ends the wait.
+            share: the recording's; one of its pieces waits at a time.
 
         Raises:
-            ApiError: the wait was longer than ``max_queue_secs``.
-            CallerGoneError: the caller left during the wait.
+            ApiError: the recording has not begun, and waited for longer than ``max_queue_secs``; or the time to drain is over.
         """
-        if self._decoding.locked():
-            await self._wait_for_decoding(caller_gone)
+        if self._drain_deadline_passed:
+            raise _stopping()
+        if self._free and not self._waiting:
+            self._take(share)
         else:
-            await self._decoding.acquire()
-        try:
-            yield
-        finally:
-            self._decoding.release()
+            await self._wait_for_decoding(share)
+        return Place(lambda: self._free_decoding(share))
 
-    async def _wait_for_decoding(self, caller_gone: Callable[[], Awaitable[object]]) -> None:
-        place = asyncio.ensure_future(self._decoding.acquire())
-        gone = asyncio.ensure_future(caller_gone())
+    async def _wait_for_decoding(self, share: Share) -> None:
+        place = asyncio.get_running_loop().create_future()
+        entry = share, place
+        self._waiting.append(entry)
         try:
-            await asyncio.wait({place, gone}, timeout=self._max_queue_secs, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({place}, timeout=None if share.begun else self._max_queue_secs)
         except asyncio.CancelledError:
-            if not place.cancel():
-                self._decoding.release()  # it was acquired in the same turn of the event loop
+            if place.done() and not place.exception():
+                self._free_decoding(share)  # it was given in the same turn of the event loop
             raise
         finally:
-            gone.cancel()
+            if not place.done():
+                self._waiting.remove(entry)
         if not place.done():
-            place.cancel()
-            if gone.done():
-                raise CallerGoneError
             raise ApiError(ErrorKind.NO_CAPACITY, f"no place came free within {self._max_queue_secs:g} s; please retry")
+        place.result()
+
+    def _take(self, share: Share) -> None:
+        self._free -= 1
+        share.decoding += 1
+        share.begun = True
+
+    def _free_decoding(self, share: Share) -> None:
+        self._free += 1
+        share.decoding -= 1
+        if self._waiting:
+            chosen = min(self._waiting, key=lambda entry: entry[0].decoding)
+            self._waiting.remove(chosen)
+            self._take(chosen[0])
+            chosen[1].set_result(None)
 
     @property
     def full(self) -> bool:
@@ -148,8 +175,15 @@ class Places:
         self.draining = True
         metrics.DRAINING.set(1)
 
+    def end_recordings(self) -> None:
+        """Give no more decoding places: the time to drain is over."""
+        self._drain_deadline_passed = True
+        for _, place in self._waiting:
+            place.set_exception(_stopping())
+        self._waiting.clear()
+
     async def wait_idle(self, timeout_secs: float) -> bool:
-        """Wait until nothing is in flight; return False if something still is after the timeout."""
+        """Wait until nothing is in flight; return False at the timeout."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_secs)
         except asyncio.TimeoutError:
@@ -162,7 +196,7 @@ class Places:
 
     def _refuse_while_draining(self) -> None:
         if self.draining:
-            raise ApiError(ErrorKind.DRAINING, "the server is shutting down; please retry")
+            raise _stopping()
 
     def _report(self) -> None:
         metrics.ACTIVE_CONNECTIONS.set(self.streams)
@@ -171,3 +205,7 @@ class Places:
             self._idle.clear()
         else:
             self._idle.set()
+
+
+def _stopping() -> ApiError:
+    return ApiError(ErrorKind.DRAINING, "the server is shutting down; please retry")

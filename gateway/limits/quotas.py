@@ -1,4 +1,4 @@
-"""Quotas of each API key: concurrent streams, and audio per second."""
+"""Quotas of API keys and client addresses: concurrent streams and batch requests, and audio per second."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gateway.limits.auth import ANONYMOUS
 from gateway.limits.bucket import TokenBucket
 
 BURST_SECS = 60.0
-"""Burst of a caller that was silent: the audio that its rate allows in this time, in seconds."""
+"""Time whose audio, at the maximum rate, a caller may send in one burst, in seconds."""
 
 
 class InUse:
-    """Counts what is in use by key.
+    """Counts items in use by key.
 
     Args:
-        limit: maximum in use of one key; None for no limit.
-        what: what is counted, in the plural, for messages.
+        limit: maximum number of items in use per key; None: no limit.
+        what: name of the items in the plural, for messages.
     """
 
     def __init__(self, limit: int | None, what: str) -> None:
@@ -31,10 +31,10 @@ class InUse:
 
     @contextmanager
     def hold(self, key: Hashable | None) -> Iterator[None]:
-        """Hold one of a key; None is not limited.
+        """Hold one item of a key; the key None has no limit.
 
         Raises:
-            ApiError: all of the key are in use.
+            ApiError: all items of the key are in use.
         """
         if key is None or self._limit is None:
             yield
@@ -51,11 +51,11 @@ class InUse:
 
 
 class Quotas:
-    """What each caller uses of its quota.
+    """Quotas of all callers, and their use.
 
     Args:
-        settings: the gateway's.
-        clock: monotonic time in seconds.
+        settings: settings of the gateway.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -69,7 +69,7 @@ class Quotas:
 
     @contextmanager
     def stream(self, caller: int, address: str | None = None) -> Iterator[None]:
-        """Hold one of the streams of a caller and of a client address.
+        """Hold a stream of a caller and a client address.
 
         Raises:
             ApiError: all of them are in use.
@@ -80,7 +80,7 @@ class Quotas:
 
     @contextmanager
     def batch(self, caller: int, address: str | None = None) -> Iterator[None]:
-        """Hold one of the batch requests of a caller and of a client address, from its head to its answer.
+        """Hold a batch request of a caller and a client address, from its head to the response.
 
         Raises:
             ApiError: all of them are in use.
@@ -89,21 +89,51 @@ class Quotas:
         with self._batches_of_key.hold(key), self._batches_of_address.hold(address):
             yield
 
-    def spend(self, caller: int, audio_secs: float) -> None:
+    def spend(self, caller: int, audio_secs: float, *, owe: bool = False) -> None:
         """Charge audio to a caller; the last piece may exceed what is left.
 
+        Args:
+            caller: who is charged.
+            audio_secs: length of the audio in seconds.
+            owe: whether the caller may owe audio, which it then pays by waiting before its next one.
+
         Raises:
-            ApiError: nothing is left.
+            ApiError: nothing is left, and the caller may not owe.
         """
         if caller == ANONYMOUS or self._audio_rate is None:
             return
         bucket = self._audio.get(caller)
         if bucket is None:
             bucket = self._audio[caller] = TokenBucket(self._audio_rate, self._audio_rate * BURST_SECS, self._clock)
-        if (left := bucket.level) <= 0:
+        if not owe and (left := bucket.level) <= 0:
             error = ApiError(
                 ErrorKind.QUOTA_EXCEEDED, f"this key may send {self._audio_rate:g} s of audio per second, and has sent more"
             )
             error.retry_after_secs = 1.0 - left / self._audio_rate
             raise error
         bucket.take(audio_secs)
+
+
+class Bill:
+    """Charges one recording to its caller as it is read.
+
+    The first block is refused if nothing is left. A recording that has begun goes on, since half of it is of no use.
+
+    Args:
+        quotas: the gateway's.
+        caller: who is charged.
+    """
+
+    def __init__(self, quotas: Quotas, caller: int) -> None:
+        self._quotas = quotas
+        self._caller = caller
+        self._begun = False
+
+    def add(self, audio_secs: float) -> None:
+        """Charge more of the recording.
+
+        Raises:
+            ApiError: it is the first, and nothing is left.
+        """
+        self._quotas.spend(self._caller, audio_secs, owe=self._begun)
+        self._begun = True

@@ -1,7 +1,7 @@
 """Events of a live session.
 
-Transcripts are those of the whole stream. A consumer that wants the current segment takes what follows ``settled``; one that
-wants text that never changes takes the first ``stable_chars``.
+A transcript covers the whole stream. The part after ``settled`` is the current segment. The first ``stable_chars`` characters
+never change.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Snapshot:
         stable_chars: number of leading characters of ``text`` that can no longer change.
         samples: audio decoded for good, in samples since the start of the stream.
         settled: how much of the transcript is of earlier segments.
+        segment: index of the current segment, since the start of the stream.
+        segment_confidence: mean probability of the current segment's tokens, 0 to 1; None where there are none.
     """
 
     text: str
@@ -35,6 +37,8 @@ class Snapshot:
     stable_chars: int
     samples: int
     settled: Counts
+    segment: int
+    segment_confidence: float | None
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class SegmentFinal:
     """The current segment ended; its text, tokens and words can no longer change.
 
     Attributes:
-        transcript: with the segment, which ``settled`` excludes.
-        changed: whether the text is another than in the event before.
+        transcript: transcript that includes the segment; ``settled`` excludes it.
+        changed: whether the text differs from that of the event before.
     """
 
     transcript: Snapshot
@@ -59,19 +63,33 @@ class SegmentFinal:
 
 @dataclass(frozen=True)
 class Final:
-    """The stream ended; the last event."""
+    """The stream ended. This is the last event."""
 
     transcript: Snapshot
 
 
 @dataclass(frozen=True)
+class SpeechStarted:
+    """Speech began; ``at`` says where, in samples since the start of the stream."""
+
+    at: int
+
+
+@dataclass(frozen=True)
+class SpeechStopped:
+    """Speech ended; ``at`` says where, in samples since the start of the stream."""
+
+    at: int
+
+
+@dataclass(frozen=True)
 class Acknowledged:
-    """A resumable stream can continue from here on another connection.
+    """A resumable stream can continue from this position on another connection.
 
     Attributes:
         token: text of the session token.
-        samples: position from which audio is still needed, in samples since the start of the stream.
-        settled: length of the transcript that the resumed stream does not repeat, since the start of the stream.
+        samples: position from which audio is still needed, in samples from the start of the stream.
+        settled: length of the transcript, from the start of the stream, that the resumed stream does not repeat.
     """
 
     token: str
@@ -81,9 +99,9 @@ class Acknowledged:
 
 @dataclass(frozen=True)
 class Failed:
-    """The session failed; the last event."""
+    """The session failed. This is the last event."""
 
     error: ApiError
 
 
-Event = Partial | SegmentFinal | Final | Acknowledged | Failed
+Event = Partial | SegmentFinal | Final | SpeechStarted | SpeechStopped | Acknowledged | Failed

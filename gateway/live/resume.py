@@ -1,7 +1,7 @@
-"""Session tokens: a client that holds one continues its stream after a lost connection, on any gateway.
+"""Session tokens: with a token, a client can continue its stream on any gateway after a lost connection.
 
-A token carries the decoder's state. It is signed, so that the decoder only ever gets its own state, and it is not encrypted: it
-holds nothing but what the client's own audio produced.
+A token contains the decoder's state. It is signed, so the decoder only gets state that it produced. It is not encrypted, since
+the state depends only on the client's own audio.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
@@ -23,7 +23,7 @@ MAX_AGE_SECS = 3600
 """Maximum age of a token, in seconds."""
 
 MAX_STREAMS = 10_000
-"""Maximum number of streams whose last resumption is remembered (LRU)."""
+"""Maximum number of streams whose last resumption is tracked (LRU)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SessionToken:
         latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
-        chars, tokens, words: length of the settled transcript; what a later connection sends follows it.
+        chars, tokens, words, segments: length of the settled transcript; what a later connection sends follows it.
         stream: identifies the stream.
     """
 
@@ -47,20 +47,21 @@ class SessionToken:
     tokens: int = 0
     words: int = 0
     stream: str = ""
+    segments: int = 0
 
     @property
     def settled(self) -> Counts:
         """Length of the settled transcript."""
-        return Counts(self.chars, self.tokens, self.words)
+        return Counts(self.chars, self.tokens, self.words, self.segments)
 
 
 class SessionTokens:
     """Issues and redeems session tokens.
 
     Args:
-        settings: the gateway's; its ``session_key`` signs.
-        clock: monotonic time in seconds.
-        wall_clock: Unix time in seconds.
+        settings: settings of the gateway; ``session_key`` is the key of the signature.
+        clock: returns monotonic seconds.
+        wall_clock: returns Unix time in seconds.
     """
 
     def __init__(
@@ -84,20 +85,21 @@ class SessionTokens:
         """Verify a token's text.
 
         Args:
-            text: what the client sent.
-            model: public name of the model that the client asks for.
+            text: text from the client.
+            model: public name of the model that the client requests.
 
         Returns:
-            The token, and the seconds since it was issued or since its stream last continued here, whichever is less.
+            The token, and the smaller of its age and the time since its stream was last resumed here, in seconds.
 
         Raises:
             ApiError: the text is not a token of this service, is too old, or belongs to another model.
         """
         try:
-            # Its own age limit would refuse a token of a gateway whose clock is slightly ahead of this one's.
+            # The serializer's own age limit would refuse a token from a gateway whose clock is slightly ahead.
             payload, issued_at = self._serializer.loads(text, return_timestamp=True)
-            token = SessionToken(**payload)
-        except (BadData, TypeError):
+            known = {each.name for each in fields(SessionToken)}  # later versions may have more
+            token = SessionToken(**{name: value for name, value in payload.items() if name in known})
+        except (BadData, TypeError, AttributeError):
             raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
         age_secs = self._wall_clock() - issued_at.timestamp()
         if age_secs > MAX_AGE_SECS:

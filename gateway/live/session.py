@@ -1,19 +1,19 @@
-"""A live session: audio in, events out.
+"""Live session: takes audio, and yields events.
 
-Audio goes into a bounded buffer. The pump, one task per session, takes it as soon as it completes a window, sends it to Triton,
-one request at a time, and publishes the transcript. Every ending goes through the pump, whose last request ends the sequence at
-Triton: nothing stays in the decoder.
+Audio is appended to a bounded buffer. The pump, one task per session, takes audio when it completes a window, sends it to
+Triton, one request at a time, and publishes the transcript. Every ending goes through the pump. Its last request ends the
+sequence at Triton, so no state remains in the decoder.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple
 
@@ -22,14 +22,25 @@ from prometheus_client import Histogram
 
 from gateway import metrics, tracing
 from gateway.audio import BYTES_PER_SAMPLE, RATE
-from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Place
-from gateway.limits.priority import Priority
-from gateway.live.buffer import AudioBuffer, BufferUsage
-from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
+from gateway.live.buffer import AudioBuffer
+from gateway.live.events import (
+    Acknowledged,
+    Event,
+    Failed,
+    Final,
+    Partial,
+    SegmentFinal,
+    Snapshot,
+    SpeechStarted,
+    SpeechStopped,
+)
 from gateway.live.pace import Pace, Plan, plan
-from gateway.live.resume import SessionToken, SessionTokens
+from gateway.live.resume import SessionToken
+from gateway.live.shared import Shared
+from gateway.live.speech import Detection, SpeechDetector
+from gateway.live.states import Ending, State
 from gateway.transcript.transcript import Answer, Counts, Transcript
 from gateway.transcript.words import Word
 from gateway.triton.connection import Samples
@@ -37,46 +48,13 @@ from gateway.triton.ensemble import Ensemble
 from gateway.triton.utterance import Utterance
 
 HEARTBEAT_SHARE = 0.5
-"""Share of Triton's idle limit after which a silent stream's sequence is sent an empty request."""
+"""Share of Triton's idle timeout after which an empty request is sent for a silent stream."""
 
 log = structlog.get_logger()
 
 
-class State(Enum):
-    """Life of a session, in this order."""
-
-    CONNECTING = "nothing was taken yet; the session may be resumed"
-    OPEN = "audio is taken"
-    ENDING = "no more audio is taken; what was taken is decoded"
-    ENDED = "no more events are published"
-
-
-class Ending(Enum):
-    """Why no more audio is taken."""
-
-    CLIENT = "the client has sent all of it"
-    DRAIN = "the server shuts down"
-    ABANDONED = "nobody waits for the transcript any more"
-    FAILED = "the session failed"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all sessions of a gateway share.
-
-    Attributes:
-        running: sessions that hold something: a sequence at Triton, audio, a task.
-    """
-
-    settings: Settings
-    priority: Priority
-    tokens: SessionTokens
-    usage: BufferUsage
-    running: set[Session] = field(default_factory=set)
-
-
 class _Published(NamedTuple):
-    """An event, and the latency to observe when the consumer has it: since a time on the clock."""
+    """An event, and the histogram that observes the time from ``since`` to its delivery."""
 
     event: Event
     latency: Histogram | None = None
@@ -97,6 +75,7 @@ class Session:
         spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
         resumable: whether to issue session tokens.
         place: what ``reclaim`` releases.
+        detection: when to publish that speech starts and stops; None for never.
         clock: monotonic time in seconds.
 
     Attributes:
@@ -114,6 +93,7 @@ class Session:
         *,
         resumable: bool,
         place: Place | None = None,
+        detection: Detection | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = State.CONNECTING
@@ -125,6 +105,8 @@ class Session:
         self._resumable = resumable
         self._clock = clock
         self.place = place
+        self._detection = detection
+        self._detector: SpeechDetector | None = None
         self._heard_at = clock()
         self._running = shared.running
         self._tokens = shared.tokens
@@ -162,22 +144,22 @@ class Session:
         await self.wait_freed()
 
     async def wait_freed(self) -> None:
-        """Wait until the stream has ended and the decoder's state is freed, which happens even if this wait is cancelled."""
+        """Wait until the stream has ended and the decoder's state is freed. Both happen even if this wait is cancelled."""
         if self._pump:
             await asyncio.wait({self._pump})
 
     @property
     def received_secs(self) -> float:
-        """Audio received since the start of the stream, including earlier connections, in seconds."""
+        """Audio received from the start of the stream, including earlier connections, in seconds."""
         return (self._resumed.samples + self._received) / RATE
 
     @property
     def silent_secs(self) -> float:
-        """Time since audio came, or since the session began, in seconds."""
+        """Time since the last audio, or since the start of the session, in seconds."""
         return self._clock() - self._heard_at
 
     def reclaim(self) -> None:
-        """Fail, and release the place at once, because another stream waits and this one has sent no audio for long."""
+        """Fail, and release the place at once: another stream needs the place, and this one has sent no audio for long."""
         if self.state is State.ENDED or not self.place:
             return
         waited = f"no audio came for {self.silent_secs:.0f} s, and another stream needs the place"
@@ -189,7 +171,7 @@ class Session:
 
         Raises:
             RuntimeError: the session is not resumable, or no longer CONNECTING.
-            ApiError: the token can't be used here; the session stays as it was.
+            ApiError: the token is not valid here; the session is unchanged.
         """
         if not self._resumable or self.state is not State.CONNECTING:
             raise RuntimeError(
@@ -197,7 +179,7 @@ class Session:
             )
         self._resumed, age_secs = self._tokens.redeem(token, self._model)
         self._acknowledged = self._resumed
-        # The client sends the context once more, and what was spoken since the token was issued.
+        # The client sends the context again, and the audio since the token was issued.
         again_secs = self._ensemble.context_secs(self._resumed.latency) if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
         self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
@@ -205,9 +187,9 @@ class Session:
         self._sent = self._resumed.samples
 
     async def append(self, samples: Samples) -> None:
-        """Take audio; wait while the buffer has no room.
+        """Append audio; wait while the buffer has no room.
 
-        The session fails if the audio exceeds the caller's quota or the maximum length. After an ending audio is dropped.
+        The session fails if the audio exceeds the caller's quota or the maximum length. After an ending, audio is dropped.
 
         Args:
             samples: contiguous 16 kHz mono audio [n].
@@ -226,25 +208,37 @@ class Session:
             return
         if self.state is State.CONNECTING:
             self._enter(State.OPEN)
+            if self._detection:
+                self._detector = SpeechDetector(self._detection, self._resumed.samples)
+        if self._detector:
+            await self._detect(self._detector, samples)
         if not self._buffer.offer(samples):
             await self._buffer.put(samples)
 
+    async def _detect(self, detector: SpeechDetector, samples: Samples) -> None:
+        """Publish where speech starts and stops."""
+        for piece in detector.feed(samples):
+            if change := piece.change:
+                self._put(SpeechStarted(change.at) if change.speaking else SpeechStopped(change.at))
+            if piece.more:
+                await asyncio.sleep(0)  # detection takes time, which others need too
+
     def end(self) -> None:
-        """Take no more audio, because the client has sent all of it; the final follows."""
+        """Accept no more audio: the client has ended the stream. The final follows."""
         if not self.ending:
             self._ended_at = self._clock()
             self._stop(Ending.CLIENT)
 
     def drain(self) -> None:
-        """Take no more audio, because the server shuts down.
+        """Accept no more audio: the server shuts down.
 
-        The final follows, but not if the session is resumable: its client continues on another gateway.
+        The final follows, unless the session is resumable: its client continues on another gateway.
         """
         if self.state is not State.ENDED:
             self._stop(Ending.DRAIN)
 
     def abandon(self) -> None:
-        """Drop everything, because nobody waits for the transcript; no more events follow."""
+        """Drop all audio: the client is gone. No more events follow."""
         if self.state is not State.ENDED:
             self._drop(Ending.ABANDONED)
 
@@ -267,7 +261,7 @@ class Session:
         return self._delivering.event
 
     async def _run(self) -> None:
-        """Decode until the stream has ended, and free what it holds."""
+        """Decode until the stream has ended, and free its resources."""
         try:
             await self._decode_all()
         except ApiError as error:
@@ -299,7 +293,7 @@ class Session:
             self._publish(answer, arrived, last=last)
 
     async def _decode(self, samples: Samples, planned: Plan, *, end: bool) -> Answer:
-        """Send a request to Triton when it is its turn."""
+        """Wait for the request's turn, and send it to Triton."""
         self._pace.spend(planned)
         self._waits_in_line = True  # nothing of the request is at Triton
         try:
@@ -313,11 +307,11 @@ class Session:
         return answer
 
     def _publish(self, answer: Answer, arrived: float, *, last: bool) -> None:
-        """Publish what an answer changes."""
+        """Publish the changes of an answer."""
         if self.state is State.ENDED:
             return
         lag_secs = max(0.0, self.received_secs - answer.samples / RATE)
-        in_real_time = not self._member.ahead  # a stream that is sent faster than it was spoken lags by itself
+        in_real_time = not self._member.ahead  # a stream that is sent faster than real time always lags
         if in_real_time:
             metrics.STREAM_LAG.labels(self._model).observe(lag_secs)
         settled = self._transcript.settled
@@ -333,7 +327,7 @@ class Session:
         if changed:
             tracing.event("partial", lag_secs=lag_secs)
             latency = metrics.PARTIAL_LATENCY if in_real_time else None
-        # All words each time would make the traffic of a stream grow with the square of its length.
+        # With all words in each message, traffic would grow with the square of the stream's length.
         if answer.segment_final:
             self._put(SegmentFinal(self._snapshot(answer, settled, answer.words), changed), latency, arrived)
         elif changed:
@@ -351,10 +345,12 @@ class Session:
             transcript.stable_chars,
             answer.samples,
             settled,
+            self._resumed.segments + settled.segments,
+            None if math.isnan(answer.confidence) else answer.confidence,
         )
 
     def _acknowledge(self) -> None:
-        """Publish from where the stream can be resumed, if that has changed."""
+        """Publish the position from which the stream can be resumed, if it has changed."""
         state, samples = self._utterance.restart
         settled = self._resumed.settled.plus(self._transcript.settled)
         token = replace(self._resumed, samples=samples, state=state, **settled._asdict())
@@ -383,7 +379,7 @@ class Session:
             self._drop(Ending.FAILED)
 
     def _drop(self, ending: Ending) -> None:
-        """Decode nothing more."""
+        """Stop decoding."""
         self.ending = ending
         if ending is Ending.ABANDONED:
             self._events.clear()

@@ -1,4 +1,4 @@
-"""All live sessions of a gateway: admission, opening, drain."""
+"""Admit, open and drain live sessions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Protocol
 
 import structlog
 
@@ -18,21 +19,38 @@ from gateway.limits.quotas import Quotas
 from gateway.limits.reclaim import longest_silent
 from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
-from gateway.live.session import Session, Shared, State
+from gateway.live.session import Session
+from gateway.live.shared import Shared
+from gateway.live.speech import Detection
+from gateway.live.states import State
 from gateway.triton.pool import TritonPool
 
 log = structlog.get_logger()
 
 
+class Connection(Protocol):
+    """A client's connection that holds its place itself, and opens one session after the other."""
+
+    @property
+    def silent_secs(self) -> float:
+        """Time since its last audio, or since its start, in seconds."""
+
+    def reclaim(self) -> None:
+        """End, and release the place at once, because another stream waits and this one has sent no audio for long."""
+
+    def drain(self) -> None:
+        """End, because the server shuts down."""
+
+
 class Sessions:
-    """The engine of live streams.
+    """Engine of live streams.
 
     Args:
-        settings: the gateway's.
-        triton: what decodes.
-        places: the gateway's.
-        quotas: of its callers.
-        options: of the decoder, for every stream.
+        settings: settings of the gateway.
+        triton: the Triton servers.
+        places: places of the gateway.
+        quotas: quotas of callers.
+        options: options of the decoder for every stream.
     """
 
     def __init__(
@@ -45,18 +63,19 @@ class Sessions:
         self._quotas = quotas
         usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity // BYTES_PER_SAMPLE)
         self._shared = Shared(settings, Priority(), SessionTokens(settings), usage)
+        self._connections: set[Connection] = set()
         metrics.BUFFER_USAGE.set_function(usage.share)
 
     @contextlib.contextmanager
     def admit(self, caller: int, address: str | None = None) -> Iterator[Place]:
-        """Hold a place for one stream at a time; take that of a silent stream if there is none.
+        """Hold a place for a stream. If all are in use, a silent stream loses its place.
 
         Args:
-            caller: by whose key the stream is counted.
-            address: by which client address it is counted.
+            caller: caller whose quota the stream counts against.
+            address: client address whose quota it counts against.
 
         Raises:
-            ApiError: the caller, the address or the gateway has none left, or the gateway drains.
+            ApiError: the caller, the address or the gateway has no free place, or the gateway drains.
         """
         with self._quotas.stream(caller, address):
             if self._places.full and not self._places.draining:
@@ -71,6 +90,7 @@ class Sessions:
         *,
         place: Place | None = None,
         resumable: bool = False,
+        detection: Detection | None = None,
         options: Mapping[str, str | int] | None = None,
     ) -> Session:
         """Return a new session; entering it as a context starts it.
@@ -80,6 +100,7 @@ class Sessions:
             caller: who is charged for the audio.
             place: that ``admit`` gave, which the session releases early if it is reclaimed.
             resumable: whether the client can resume the stream by session tokens.
+            detection: when to publish that speech starts and stops; None for never.
             options: of the decoder, which override those of every stream; ``latency`` names the windows.
 
         Raises:
@@ -88,23 +109,33 @@ class Sessions:
         ensemble = self._triton.ensemble(self._settings.models[model])
         utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
         spend = partial(self._quotas.spend, caller)
-        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place)
+        return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place, detection=detection)
+
+    @contextlib.contextmanager
+    def connected(self, connection: Connection) -> Iterator[None]:
+        """Reclaim and drain a connection with the sessions, until the context is left."""
+        self._connections.add(connection)
+        try:
+            yield
+        finally:
+            self._connections.discard(connection)
 
     def _reclaim(self) -> None:
-        """End the stream that was silent for the longest time, if that was long."""
+        """End the stream that was silent for the longest time, if it was for at least ``reclaim_silent_secs``."""
         least_secs = self._settings.reclaim_silent_secs
-        holders = [session for session in self._shared.running if session.place and session.state is not State.ENDED]
-        if session := longest_silent(holders, least_secs):
-            log.info("stream reclaimed", silent_secs=round(session.silent_secs, 1))
-            session.reclaim()
+        sessions = [session for session in self._shared.running if session.place and session.state is not State.ENDED]
+        holders: list[Connection] = [*sessions, *self._connections]
+        if holder := longest_silent(holders, least_secs):
+            log.info("stream reclaimed", silent_secs=round(holder.silent_secs, 1))
+            holder.reclaim()
 
     def drain(self) -> None:
-        """End every session, because the server shuts down."""
-        for session in list(self._shared.running):
-            session.drain()
+        """End every connection and session, because the server shuts down."""
+        for connection in [*self._connections, *self._shared.running]:
+            connection.drain()
 
     async def close(self, timeout_secs: float) -> None:
-        """Abandon every session that is left, and wait until the decoder's states are freed, or until the timeout."""
+        """Abandon all sessions, and wait until the decoder's states are freed or the timeout has passed."""
         left = list(self._shared.running)
         for session in left:
             session.abandon()

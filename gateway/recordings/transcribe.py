@@ -1,54 +1,86 @@
-"""Transcription of a recording: admission, quota, a place at Triton, decoding."""
+"""Transcription of recordings of any length: cut into pieces, decoded in parallel, joined in order.
+
+A recording's audio is read no further ahead than the piece that waits for a decoding place, so that its memory does not depend
+on its length.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from gateway import metrics
 from gateway.audio import RATE
+from gateway.audio.convert import Pcm
 from gateway.config.settings import Settings
-from gateway.limits.places import Places
-from gateway.limits.quotas import Quotas
-from gateway.transcript.words import Word
-from gateway.triton.connection import Samples
+from gateway.limits.places import Place, Places, Share
+from gateway.limits.quotas import Bill, Quotas
+from gateway.recordings.cut import Cutter, Lengths, Piece, Samples
+from gateway.transcript.segments import Segment, Transcription
+from gateway.transcript.transcript import Answer
 from gateway.triton.pool import TritonPool
-from gateway.triton.utterance import Utterance
+
+MAX_UNDELIVERED = 64
+"""Maximum number of a recording's pieces that are in flight or decoded and not delivered: a slow client stops the reading."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A part of a recording's transcript.
-
-    Attributes:
-        text: its words.
-        tokens: ids in the model's vocabulary.
-        words: with times in seconds since the start of the recording.
-        confidence: mean probability of the tokens, 0 to 1; None where there are none.
-    """
-
-    text: str
-    tokens: Sequence[int]
-    words: Sequence[Word]
-    confidence: float | None
-
-
-@dataclass(frozen=True)
-class Transcription:
-    """A recording's transcript.
+class Audio(Protocol):
+    """A recording as it is read.
 
     Attributes:
-        segments: in the order of their times; at least one.
-        samples, features, frames: length of the recording in 16 kHz samples, feature frames and encoder frames.
+        channels: number of channels; 1 where they are mixed.
     """
 
-    segments: Sequence[Segment]
-    samples: int
-    features: int
-    frames: int
+    channels: int
+
+    def __aiter__(self) -> AsyncIterator[Pcm]:
+        """Iterate over blocks of 16 kHz samples [channels, n].
+
+        Raises:
+            ApiError: the rest is not decodable, or is longer than allowed.
+        """
+
+
+class Decoder(Protocol):
+    """Decodes one piece; an ``Utterance``."""
+
+    async def send(self, samples: Samples, *, end: bool) -> Answer:
+        """Return the decoder's answer to 16 kHz audio [n].
+
+        Raises:
+            ApiError: it can't be decoded.
+        """
+
+    def give_up(self) -> None:
+        """Try no more after a failure: nobody waits for the answer any more."""
+
+
+async def cut_pieces(audio: Audio, lengths: Lengths, charge: Callable[[float], None]) -> AsyncGenerator[Piece, None]:
+    """Yield the pieces of a recording in the order of their starts.
+
+    Args:
+        audio: the recording.
+        lengths: of the pieces.
+        charge: called with the length of each block in seconds, summed over the channels, before the block is used.
+    """
+    cutters = [Cutter(lengths, channel) for channel in range(audio.channels)]
+    async for block in audio:
+        charge(block.size / RATE)
+        for cutter, samples in zip(cutters, block, strict=True):
+            for piece in cutter.push(samples):
+                yield piece
+    for piece in sorted((piece for cutter in cutters for piece in cutter.finish()), key=lambda piece: piece.start):
+        yield piece
+
+
+class _Decoded(NamedTuple):
+    """A piece and the decoder's answer to it."""
+
+    piece: Piece
+    answer: Answer
 
 
 class Recording:
@@ -57,39 +89,98 @@ class Recording:
     Args:
         model: public name of the model.
         max_secs: maximum length of the audio.
-        spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
-        utterance: the recording at Triton.
+        lengths: of the pieces.
+        bill: charges audio to the caller.
+        decoder: returns a new decoder, for a piece.
         places: the gateway's.
+        share: the recording's share of the decoding places.
+
+    Attributes:
+        transcription: what is decoded so far.
     """
 
     def __init__(
-        self, model: str, max_secs: float, spend: Callable[[float], None], utterance: Utterance, places: Places
+        self,
+        model: str,
+        max_secs: float,
+        lengths: Lengths,
+        bill: Bill,
+        decoder: Callable[[], Decoder],
+        places: Places,
+        share: Share,
     ) -> None:
         self.max_secs = max_secs
-        self._model = model
-        self._spend = spend
-        self._utterance = utterance
+        self.transcription = Transcription()
+        self._audio_seconds = metrics.AUDIO_SECONDS.labels("batch", model)
+        self._lengths = lengths
+        self._bill = bill
+        self._decoder = decoder
         self._places = places
+        self._share = share
+        self._in_flight: dict[asyncio.Task[_Decoded], Decoder] = {}
 
-    async def transcribe(self, samples: Samples, caller_gone: Callable[[], Awaitable[object]]) -> Transcription:
-        """Decode the recording, once.
+    async def segments(self, audio: Audio, *, separate: bool = False) -> AsyncGenerator[Segment, None]:
+        """Decode the recording, once; yield its segments in order, each as soon as it and those before it are decoded.
+
+        Closing the iterator stops the reading. What Triton works on then keeps its places until it is done, without a retry.
 
         Args:
-            samples: 16 kHz mono audio [n].
-            caller_gone: called only if the recording must wait for a place at Triton; its result ends the wait.
+            audio: the recording.
+            separate: whether segments name their channel.
 
         Raises:
-            ApiError: the caller's quota is used up, no place came free in time, or Triton failed.
-            CallerGoneError: the caller left during the wait.
+            ApiError: the audio is not decodable or too long, the caller's quota is used up, no place came free in time, or
+                Triton failed.
         """
-        audio_secs = len(samples) / RATE
-        self._spend(audio_secs)
-        metrics.AUDIO_SECONDS.labels("batch", self._model).inc(audio_secs)
-        async with self._places.decoding(caller_gone):
-            answer = await self._utterance.send(samples, end=True)
-        confidence = None if math.isnan(answer.confidence) else answer.confidence
-        segment = Segment(answer.text, answer.tokens, answer.words, confidence)
-        return Transcription([segment], answer.samples, answer.features, answer.frames)
+        decoded: asyncio.Queue[asyncio.Future[_Decoded | None]] = asyncio.Queue(MAX_UNDELIVERED)
+        feeding = asyncio.create_task(self._feed(audio, decoded))
+        try:
+            while result := await (await decoded.get()):
+                piece, answer = result
+                if segment := self.transcription.add(answer, piece.start, piece.channel if separate else None):
+                    yield segment
+        finally:
+            feeding.cancel()
+            for decoder in self._in_flight.values():
+                decoder.give_up()
+            await asyncio.wait({feeding})
+
+    async def _feed(self, audio: Audio, decoded: asyncio.Queue[asyncio.Future[_Decoded | None]]) -> None:
+        """Read the recording, and send each piece as soon as there is a place for it."""
+        end: asyncio.Future[_Decoded | None] = asyncio.get_running_loop().create_future()
+        try:
+            async with aclosing(cut_pieces(audio, self._lengths, self._charge)) as pieces:
+                async for piece in pieces:
+                    await decoded.put(self._begin(piece, await self._places.decoding(self._share)))
+            end.set_result(None)
+        except Exception as error:  # noqa: BLE001 (it is raised to the one who waits for the segments)
+            end.set_exception(error)
+            end.exception()  # there may be none any more
+        await decoded.put(end)
+
+    def _begin(self, piece: Piece, place: Place) -> asyncio.Future[Any]:
+        """Begin to decode a piece."""
+        decoder = self._decoder()
+        task = asyncio.create_task(_decode(piece, decoder, place))
+        self._in_flight[task] = decoder
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: asyncio.Task[_Decoded]) -> None:
+        del self._in_flight[task]
+        if not task.cancelled():
+            task.exception()  # nobody may wait for it any more
+
+    def _charge(self, audio_secs: float) -> None:
+        self._bill.add(audio_secs)
+        self._audio_seconds.inc(audio_secs)
+
+
+async def _decode(piece: Piece, decoder: Decoder, place: Place) -> _Decoded:
+    try:
+        return _Decoded(piece, await decoder.send(piece.samples, end=True))
+    finally:
+        place.release()
 
 
 class Transcriber:
@@ -124,8 +215,15 @@ class Transcriber:
         Raises:
             ApiError: the queue is full, the gateway drains, or no Triton can serve the model now.
         """
-        with self._places.batch():
+        with self._places.batch() as share:
             ensemble = self._triton.ensemble(self._settings.models[model])
-            utterance = self._triton.recording(ensemble, {**self._options, **(options or {})})
-            max_secs = min(self._settings.max_batch_audio_length_secs, ensemble.max_whole_secs)
-            yield Recording(model, max_secs, partial(self._quotas.spend, caller), utterance, self._places)
+            decoder = partial(self._triton.recording, ensemble, {**self._options, **(options or {})})
+            yield Recording(
+                model,
+                self._settings.max_batch_audio_length_secs,
+                Lengths.within(ensemble.max_whole_secs),
+                Bill(self._quotas, caller),
+                decoder,
+                self._places,
+                share,
+            )

@@ -36,15 +36,16 @@ class Answer(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Length of a part of a transcript."""
+    """Length of a part of a transcript; ``segments`` counts the final ones."""
 
     chars: int = 0
     tokens: int = 0
     words: int = 0
+    segments: int = 0
 
     def plus(self, other: Counts) -> Counts:
         """Return the sum of both."""
-        return Counts(self.chars + other.chars, self.tokens + other.tokens, self.words + other.words)
+        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Transcript:
         segment_probability = 0.0 if math.isnan(answer.confidence) else answer.confidence * len(answer.tokens)
         self._probability = self._settled_probability + segment_probability
         if answer.segment_final:
-            self.settled = Counts(len(self.text), len(self.tokens), len(self.words))
+            self.settled = Counts(len(self.text), len(self.tokens), len(self.words), self.settled.segments + 1)
             self._settled_probability = self._probability
         return self.text != before
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 
-class Word(TypedDict):
-    """A recognised word, as the decoder's JSON has it.
-
-    A dictionary rather than a class: words go from one JSON text into another, and objects between them would cost a stream
-    more than its transcript.
-    """
-
+class _Word(TypedDict):
     word: str
     start: float
     """Seconds since the start of the stream or recording."""
@@ -19,3 +13,14 @@ class Word(TypedDict):
     """Seconds since the start of the stream or recording."""
     confidence: float
     """Mean probability of the word's tokens, 0 to 1."""
+
+
+class Word(_Word, total=False):
+    """A recognised word, as the decoder's JSON has it.
+
+    A dictionary rather than a class: words go from one JSON text into another, and objects between them would cost a stream
+    more than its transcript.
+    """
+
+    channel: int
+    """Which channel it is of, from 0 on, where the channels of a recording are separated."""

@@ -19,7 +19,7 @@ from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from perf.server import cpu_model
 from tests.support import hostile
-from tests.support.chaos import RATE, Backend, Said, backends, gateway_process, p95, pieces, speak
+from tests.support.chaos import RATE, STRANGERS, Backend, Said, backends, gateway_process, p95, pieces, speak
 from tests.support.clients import transcribe
 from tests.support.footprint import Footprint, growth, look
 from tests.support.servers import Samples, read_recordings, run_gateway
@@ -168,7 +168,7 @@ async def test_hostile_clients(
         "max_concurrent_streams": str(CAPACITY),
         "stream_timeout_secs": str(TIMEOUT_SECS),
     }
-    async with gateway_process(port, backend.ports, **settings) as gateway:
+    async with gateway_process(port, backend.ports, STRANGERS, **settings) as gateway:
         # Pools and caches that grow once are not what is looked for.
         first, *_ = await asyncio.gather(
             attack(port, name, kind.clients), *(transcribe(stream_url, samples[: 5 * RATE]) for samples in said)

@@ -68,7 +68,7 @@ def test_grafana_wants_a_password() -> None:
 
 
 @pytest.mark.parametrize("service", BY_NAME)
-def test_what_a_service_names_exists(service: str) -> None:
+def test_named_files_exist(service: str) -> None:
     content = BY_NAME[service]
     assert PINNED.fullmatch(content["image"]), content["image"]
     for mount in content.get("volumes", ()):
@@ -142,7 +142,7 @@ def test_logs_end(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", services(BASE))
-def test_nobody_serves_as_root(service: str) -> None:
+def test_no_service_runs_as_root(service: str) -> None:
     content = BY_NAME[service]
     assert content["cap_drop"] == ["ALL"]
     assert content["security_opt"] == ["no-new-privileges:true"]

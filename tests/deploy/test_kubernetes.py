@@ -14,6 +14,7 @@ import yaml
 
 from gateway.config.loading import OWN_VARIABLES, load_settings
 from gateway.config.settings import Settings
+from gateway.middleware import BodyLimits
 
 Need = Callable[[str], str]
 Manifest = dict[str, Any]
@@ -197,13 +198,14 @@ def test_tritons_grow_with_the_streams_and_a_zone_of_three_may_fail(
 def test_a_full_gateway_fits_into_its_memory(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
     settings = load_settings(manifests["ConfigMap", "amira-gateway"]["data"], deploy).settings
     gateway = manifests["Deployment", "amira-gateway"]
-    body = settings.max_request_size / 2**20
-    bodies = (settings.max_concurrent_batches + settings.inference_queue_size) * body
+    requests = settings.max_concurrent_batches + settings.inference_queue_size
     buffers = settings.max_concurrent_streams * settings.audio_buffer_capacity / 2**20
-    # The process itself has 125 MiB. A body of JSON is three times its size once it is read.
-    assert 125 + 3 * bodies + buffers < mebibytes(container(gateway)["resources"]["limits"]["memory"])
+    # The process itself has 125 MiB. A body of JSON is three times its size once it is read; of others 1 MiB is in memory, a
+    # piece, and the audio ahead of it.
+    body = max(3 * settings.max_json_size / 2**20, 1 + 3)
+    assert 125 + requests * body + buffers < mebibytes(container(gateway)["resources"]["limits"]["memory"])
     (tmp,) = pod(gateway)["volumes"]
-    assert bodies < mebibytes(tmp["emptyDir"]["sizeLimit"]), "forms wait in files"
+    assert BodyLimits.from_settings(settings).max_total_bytes / 2**20 < mebibytes(tmp["emptyDir"]["sizeLimit"])
 
 
 def test_images_and_options_are_those_of_the_compose_file(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import soundfile
+from openai import AsyncOpenAI
 from websockets.exceptions import InvalidStatus
 
 from amira import LiveStream, Word
 from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
+from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.service import Service
 from tests.support.chaos import gateway_process
@@ -137,16 +144,26 @@ async def test_requests_and_streams_pass(proxy: Proxy, http: httpx.AsyncClient, 
     assert answer.headers["X-Request-ID"] in (proxy.directory / "access.log").read_text()
 
 
-async def test_the_gateway_refuses_bodies_itself(proxy: Proxy, http: httpx.AsyncClient, deploy: Path) -> None:
+async def test_the_gateway_refuses_bodies_itself(proxy: Proxy, deploy: Path) -> None:
     (limit,) = re.findall(r"client_max_body_size (\d+)m", (deploy / "nginx" / "nginx.conf").read_text())
-    assert Settings().max_request_size < int(limit) * MIB
-    answer = await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(Settings().max_request_size + 1))
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "body_too_large"
-    assert (await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(int(limit) * MIB + 1))).status_code == 413
+    allowed = Settings().max_request_size
+    assert allowed < int(limit) * MIB
+    assert b"body_too_large" in await declare(proxy, allowed + 1)
+    assert (await declare(proxy, int(limit) * MIB + 1)).startswith(b"HTTP/1.1 413 ")
 
 
-async def test_what_is_for_operators_stays_inside(proxy: Proxy, http: httpx.AsyncClient) -> None:
+async def declare(proxy: Proxy, size: int) -> bytes:
+    """Say how large a body is, send its beginning, and return the answer."""
+    url = httpx.URL(proxy.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = f"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
+    writer.write(head.encode() + bytes(1000))
+    answer = await asyncio.wait_for(reader.read(2**16), 30)
+    writer.close()
+    return answer
+
+
+async def test_operator_pages_stay_inside(proxy: Proxy, http: httpx.AsyncClient) -> None:
     for path in ("/metrics", "/health/detailed"):
         assert (await http.get(f"{proxy.url}{path}")).status_code == 404
     assert (await http.get(f"{proxy.url}/health")).json()["status"] == "healthy"
@@ -176,7 +193,7 @@ async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple
         await socket.close()
 
 
-async def test_a_stream_finds_the_one_gateway_that_takes_it(
+async def test_stream_finds_the_gateway_with_room(
     need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
 ) -> None:
     """However many refuse: while gateways are replaced, those that drain have the fewest streams and are asked first."""
@@ -192,7 +209,7 @@ async def test_a_stream_finds_the_one_gateway_that_takes_it(
         await busy.close()
 
 
-async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
+async def test_stopping_gateway_hands_over(
     proxy: Proxy, gateways: tuple[Gateway, Gateway], recordings: Recordings, http: httpx.AsyncClient
 ) -> None:
     sockets = [await open_socket(proxy.stream_url()) for _ in range(2)]
@@ -224,7 +241,7 @@ async def test_a_stopping_gateway_ends_its_stream_and_the_other_takes_new_ones(
         assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
 
 
-async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Recordings) -> None:
+async def test_reload_keeps_live_streams(proxy: Proxy, recordings: Recordings) -> None:
     frames = cut(recordings["jfk"], 16_000)
     async with open_socket(proxy.stream_url()) as socket:
         listener = asyncio.create_task(listen(socket))
@@ -240,7 +257,7 @@ async def test_a_reload_leaves_a_live_stream_alone(proxy: Proxy, recordings: Rec
     assert "fellow" in conversation.final["text"]
 
 
-async def test_a_stream_outlives_its_killed_gateway(
+async def test_stream_outlives_its_gateway(
     need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], recordings: Recordings
 ) -> None:
     async with run_nginx(need("nginx"), deploy, tmp_path, *processes) as proxy:
@@ -263,7 +280,7 @@ async def test_a_stream_outlives_its_killed_gateway(
         assert (final.text, final.tokens, final.words) == (plain["text"], tuple(plain["tokens"]), words)
 
 
-async def test_a_recording_is_never_sent_twice(
+async def test_recording_is_never_sent_twice(
     need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], http: httpx.AsyncClient
 ) -> None:
     """One gateway has it and dies; the other may not get it too."""
@@ -277,3 +294,20 @@ async def test_a_recording_is_never_sent_twice(
         assert (await recording).status_code == 502
     last = json.loads((tmp_path / "access.log").read_text().splitlines()[-1])
     assert last["upstream"] in processes, "one address alone"
+
+
+async def test_events_are_not_held_back(
+    need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
+) -> None:
+    file = io.BytesIO()
+    soundfile.write(file, np.concatenate([*recordings.values()] * 2), RATE, format="FLAC")
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(make_gateway(max_concurrent_batches=1))
+        proxy = await stack.enter_async_context(run_nginx(need("nginx"), deploy, tmp_path, gateway.url.removeprefix("http://")))
+        client = await stack.enter_async_context(AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="any"))
+        began, came = time.monotonic(), list[float]()
+        form: dict[str, Any] = {"file": ("a.flac", file.getvalue()), "model": "whisper-1"}
+        async for _ in await client.audio.transcriptions.create(**form, stream=True):
+            came.append(time.monotonic() - began)
+    assert len(came) > 3
+    assert came[0] < 0.7 * came[-1]

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,12 +23,13 @@ import yaml
 from tritonclient.utils import InferenceServerException
 from websockets.exceptions import InvalidStatus
 
-from amira.paths import MODEL_REPOSITORY, SPEECH
+from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.errors import ErrorKind
 from perf.clients import GrpcClient
 from tests.support.chaos import Backend, speak, stop_for
 from tests.support.clients import transcribe
+from tests.support.repositories import copy_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 Need = Callable[[str], str]
@@ -137,7 +138,7 @@ def test_the_address_is_put_before_runbooks(deploy: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
-def test_dashboards_are_what_the_code_makes() -> None:
+def test_dashboards_are_generated() -> None:
     from deploy.grafana.dashboards import JSON, as_json  # noqa: PLC0415 (not to be had on Python 3.10)
 
     made = dict(as_json())
@@ -253,10 +254,13 @@ async def run_prometheus(
         await process.wait()
 
 
-@pytest.fixture
-async def victim(tmp_path: Path) -> AsyncIterator[Backend]:
-    """A Triton that forgets idle sequences soon."""
-    models = Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+@pytest.fixture(scope="module")
+async def victim(
+    tmp_path_factory: pytest.TempPathFactory,
+    quick_restarts: None,  # noqa: ARG001 (needed for its effect)
+) -> AsyncIterator[Backend]:
+    """A Triton that forgets idle sequences soon; the last test stops it."""
+    models = copy_repository(tmp_path_factory.mktemp("victim") / "models", warm=False)
     config = models / "rnnt_greedy_bls" / "config.pbtxt"
     config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
     backend = Backend("trouble", models)
@@ -293,6 +297,11 @@ async def make_trouble(backend: Backend, samples: Samples) -> None:
         lost, *recovered = await asyncio.gather(*streams)
     assert lost.close_code == 4503
     assert [said.close_code for said in recovered] == [1000] * STREAMS
+    async with run_gateway(triton_endpoint=backend.target) as gateway:
+        decoding = asyncio.create_task(transcribe(gateway.stream_url(), np.tile(samples, 4)))
+        await asyncio.sleep(0.5)
+        backend.signal(signal.SIGKILL)
+        assert (await decoding).close_code == 1000
 
 
 async def test_every_panel_has_data(
@@ -350,7 +359,7 @@ async def test_every_panel_has_data(
     assert {query for query in of_trouble if not values[query]} == set()
 
 
-async def test_an_alert_reaches_people(
+async def test_alert_reaches_its_receiver(
     need: Need, deploy: Path, tmp_path: Path, gateway: Gateway, victim: Backend, http: httpx.AsyncClient
 ) -> None:
     """Prometheus with the lines that docs/Monitoring.md gives for it, and Alertmanager with a receiver; Triton is stopped."""

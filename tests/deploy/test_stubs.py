@@ -18,8 +18,9 @@ import yaml
 
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
-from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
+from tests.support.repositories import served_repository
 
 SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 
@@ -35,6 +36,12 @@ class Victim(NamedTuple):
     @property
     def stubs(self) -> list[psutil.Process]:
         return list(psutil.Process(self.triton.pid).children())
+
+    @property
+    def well(self) -> bool:
+        """Whether it runs with all its models' processes."""
+        ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
+        return self.triton.pid is not None and not any(stub.status() in ended for stub in self.stubs)
 
     def check(self, *options: str) -> int:
         """Run the containers' check on this Triton, and return its exit status."""
@@ -63,16 +70,24 @@ class Victim(NamedTuple):
             await asyncio.sleep(0.01)
 
 
-@pytest.fixture
-async def victim(need: Callable[[str], str], tmp_path: Path) -> AsyncIterator[Victim]:
+@pytest.fixture(scope="module")
+async def running(need: Callable[[str], str]) -> AsyncIterator[Victim]:
     need("curl")  # the checks call it
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, MODEL_REPOSITORY, ports, ENGINE_HOME / "triton-stubs.log")
-    await triton.start()
+    triton = Triton(engine, served_repository(warm=False), ports, ENGINE_HOME / "triton-stubs.log")
     assert ports.http
-    yield Victim(triton, ports.http, ports.metrics, tmp_path)
-    await triton.stop()
+    yield Victim(triton, ports.http, ports.metrics, Path())
+    await triton.stop(timeout_secs=0)
+
+
+@pytest.fixture
+async def victim(running: Victim, tmp_path: Path) -> Victim:
+    """A Triton that is well; started again where the test before broke it."""
+    if not running.well:
+        await running.triton.stop(timeout_secs=0)
+        await running.triton.start()
+    return running._replace(folder=tmp_path)
 
 
 def of_compose() -> list[str]:
@@ -114,11 +129,17 @@ def test_kubernetes_runs_the_check() -> None:
     assert of_kubernetes() == ["sh", "/health/triton-health.sh"]
 
 
-async def test_docker_ends_a_triton_that_lost_a_process(victim: Victim) -> None:
+async def test_check_says_nothing_of_another_ensemble(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENSEMBLE", "no_such_ensemble")
     assert victim.check("--kill") == 0
-    await victim.lose_a_stub()
-    assert victim.check("--kill") == 1
-    assert await victim.ended()
+
+
+async def test_check_fails_without_triton_and_ends_nothing(victim: Victim) -> None:
+    """While models load Triton does not listen."""
+    nowhere = victim._replace(http_port=1)
+    for _ in range(4):
+        assert nowhere.check("--kill") == 1
+    assert victim.triton.pid
 
 
 async def test_docker_ends_a_triton_after_three_failed_canaries(victim: Victim) -> None:
@@ -132,22 +153,12 @@ async def test_docker_ends_a_triton_after_three_failed_canaries(victim: Victim) 
     assert await victim.ended()
 
 
-async def test_kubernetes_takes_it_for_dead(victim: Victim, http: httpx.AsyncClient) -> None:
+async def test_lost_process_fails_the_check(victim: Victim, http: httpx.AsyncClient) -> None:
+    """In Kubernetes that is all; in Docker the check ends Triton."""
     assert victim.check() == 0
     await victim.lose_a_stub()
     assert victim.check() == 1
     answer = await http.get(f"http://{LOOPBACK}:{victim.http_port}/v2/health/ready")
     assert answer.status_code == 200, "this Triton tells by itself; does it need the check still?"
-
-
-async def test_check_says_nothing_of_another_ensemble(victim: Victim, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ENSEMBLE", "no_such_ensemble")
-    assert victim.check("--kill") == 0
-
-
-async def test_check_fails_without_triton_and_ends_nothing(victim: Victim) -> None:
-    """While models load Triton does not listen."""
-    nowhere = victim._replace(http_port=1)
-    for _ in range(4):
-        assert nowhere.check("--kill") == 1
-    assert victim.triton.pid
+    assert victim.check("--kill") == 1
+    assert await victim.ended()

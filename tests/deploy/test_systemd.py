@@ -40,7 +40,7 @@ def units(deploy: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_systemd_understands_it(need: Need, units: Path, unit: str) -> None:
+def test_unit_passes_systemd(need: Need, units: Path, unit: str) -> None:
     done = subprocess.run(
         [need("systemd-analyze"), "verify", "--man=no", str(units / f"{unit}.service")],
         capture_output=True,
@@ -53,7 +53,7 @@ def test_systemd_understands_it(need: Need, units: Path, unit: str) -> None:
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_it_is_confined(need: Need, deploy: Path, unit: str) -> None:
+def test_unit_is_confined(need: Need, deploy: Path, unit: str) -> None:
     path = deploy / "systemd" / f"{unit}.service"
     done = subprocess.run(
         [need("systemd-analyze"), "security", "--offline=true", f"--threshold={MOST_EXPOSED}", str(path)],

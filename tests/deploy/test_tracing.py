@@ -28,6 +28,7 @@ from gateway.config.settings import ConfigError, Settings
 from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
+from tests.support.repositories import served_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 CLIENTS_SPAN = "b7ad6b7169203331"
@@ -160,7 +161,7 @@ def receiver() -> Iterator[Receiver]:
 async def traced_triton(receiver: Receiver) -> AsyncIterator[Backend]:
     """A Triton that sends its spans to the receiver."""
     options = [*triton_options(Settings(jaeger_endpoint=receiver.url)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
-    backend = Backend("traced", options=options)
+    backend = Backend("traced", served_repository(warm=False), options)
     await backend.start()
     yield backend
     await backend.stop()
@@ -231,7 +232,7 @@ async def infer(triton: Backend, sequence: int, samples: Samples, trace: str | N
 
 
 @pytest.mark.parametrize("is_traced", [False, True])
-async def test_a_traced_request_holds_up_the_others(
+async def test_traced_request_delays_others(
     traced_triton: Backend, receiver: Receiver, recordings: Recordings, is_traced: bool
 ) -> None:
     """Which is what tracing costs. If this fails, the documentation need not warn of it any longer."""
@@ -250,7 +251,7 @@ async def test_a_traced_request_holds_up_the_others(
     assert held_up is is_traced
 
 
-async def test_a_stream_is_one_span_with_events(traced: Gateway, receiver: Receiver, recordings: Recordings) -> None:
+async def test_stream_is_one_span_with_events(traced: Gateway, receiver: Receiver, recordings: Recordings) -> None:
     await transcribe(traced.stream_url(), recordings["jfk"])
     top, spans = await receiver.trace("GET /v2/decode/stream/{model}", MODELS)
     print("\n".join(tree(top, spans)))
@@ -288,9 +289,7 @@ async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, htt
     assert found["internal"] is True
 
 
-async def test_what_the_client_does_not_sample_is_not_traced(
-    traced: Gateway, receiver: Receiver, http: httpx.AsyncClient
-) -> None:
+async def test_unsampled_requests_are_not_traced(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
     """Not sampled by the client means not traced, in the gateway and in Triton."""
     await asyncio.sleep(0.3)
     before = len(receiver.spans)
@@ -301,7 +300,7 @@ async def test_what_the_client_does_not_sample_is_not_traced(
     assert [span for span in receiver.spans[before:] if span.trace == "1" * 32] == []
 
 
-async def test_what_the_sampler_leaves_out_is_not_traced(
+async def test_sampler_limits_traces(
     traced_triton: Backend,
     settings: dict[str, Any],
     receiver: Receiver,
@@ -327,7 +326,7 @@ async def test_what_the_sampler_leaves_out_is_not_traced(
     assert {span.trace for span in receiver.spans[before:]} == set(sampled) - {""}
 
 
-async def test_a_recovery_is_on_the_span_and_in_the_log(
+async def test_recovery_is_on_the_span_and_in_the_log(
     traced_triton: Backend,
     settings: dict[str, Any],
     receiver: Receiver,
@@ -349,21 +348,23 @@ async def test_a_recovery_is_on_the_span_and_in_the_log(
         said = await stream
     assert said.close_code == 1000
     lines = [orjson.loads(line) for line in capsys.readouterr().err.splitlines()]
-    (recovery,) = (line for line in lines if line["event"] == "stream recovery")
-    assert recovery["outcome"] == "recovered"
-    (top,) = (span for span in receiver.spans if span.trace == recovery["trace_id"] and span.service == "asr-test")
-    assert top.events.count("recovery") == 1
+    recoveries = [line for line in lines if line["event"] == "stream recovery"]  # one, or more on a busy machine
+    assert {line["outcome"] for line in recoveries} == {"recovered"}
+    (trace,) = {line["trace_id"] for line in recoveries}
+    (top,) = (span for span in receiver.spans if span.trace == trace and span.service == "asr-test")
+    assert top.events.count("recovery") == len(recoveries)
     (closed,) = (line for line in lines if line["event"] == "stream closed")
     assert closed["trace_id"] == top.trace
     assert "trace_id" not in next(line for line in lines if line["event"] == "triton models"), "that belongs to no request"
 
 
-async def test_triton_itself_traces_what_says_that_it_is_not_sampled(traced_triton: Backend, receiver: Receiver) -> None:
+async def test_triton_ignores_the_unsampled_flag(traced_triton: Backend, receiver: Receiver) -> None:
     """So the gateway hands on nothing then. If this fails, it need not keep that back any longer."""
+    await traced_triton.ready_again()
     await receiver.until_traced(lambda trace: infer(traced_triton, 1, np.zeros(1600, np.int16), trace, "00"))
 
 
-def test_without_a_place_to_send_them_no_sdk_is_imported() -> None:
+def test_disabled_tracing_imports_no_sdk() -> None:
     code = """if True:
         import sys
         from gateway.app import create_app
@@ -390,7 +391,7 @@ def test_addresses(given: str, url: str) -> None:
     assert otlp_url(given) == url
 
 
-def test_opentelemetrys_own_variables_count() -> None:
+def test_opentelemetry_variables_are_used() -> None:
     for environ in (
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318/"},
         {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"},
@@ -400,7 +401,7 @@ def test_opentelemetrys_own_variables_count() -> None:
         assert triton_options(Settings(), {**environ, "OTEL_TRACES_EXPORTER": "none"}) == []
 
 
-def test_missing_packages_are_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ConfigError, match=r"amira-asr\[tracing\]"):
         Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))

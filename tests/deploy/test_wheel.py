@@ -87,7 +87,8 @@ def test_wheel_and_source_distribution_have_all_that_is_tracked(wheel: Path, tmp
 
 
 def test_base_package_has_the_clients(base: Path, folder: Path) -> None:
-    program = "from amira import AsyncClient, Client, LiveStream, Segment, StreamError, Transcript, Word; Client().close()"
+    names = "AsyncClient, Client, LiveStream, Segment, StreamError, SyncLiveStream, Transcript, Word"
+    program = f"from amira import {names}; Client().close()"
     assert run([base / "bin" / "python", "-W", "error", "-c", program], folder) == (0, "", "")
     assert (site_packages(base) / "amira" / "py.typed").exists()
     code, output, _ = run([base / "bin" / "amira", "version"], folder)
@@ -159,6 +160,8 @@ def test_run_and_demo_work_in_an_empty_folder(engine: Path, folder: Path) -> Non
     code, output, errors = run([amira, "demo"], folder)
     assert code == 0, errors
     assert output.count("real-time factor") == 3
+    assert output.count("final ") == 3
+    assert all(path.name in output for path in speech.glob("*.flac"))
     assert TRANSCRIPT in " ".join(output.split())
     (home,) = (folder.parent / "cache" / "amira-asr").iterdir()
     assert (home / "backends" / "python").is_dir()
@@ -177,7 +180,7 @@ def files(directory: Path) -> set[Path]:
         (["PYTHON=/bin/true"], "Darwin arm64", "make: the embedded Triton needs x86-64 Linux, this is Darwin arm64; "),
     ],
 )
-def test_setup_says_what_it_needs(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
+def test_setup_names_requirements(tmp_path: Path, variables: list[str], uname: str, line: str) -> None:
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")

@@ -7,9 +7,9 @@ from typing import Any
 import schemathesis
 from hypothesis import strategies as st
 
-from tests.fuzz.recordings import files, pcm
+from tests.fuzz.recordings import containers, files, pcm
 
-RECORDINGS = [*files(), pcm()]
+RECORDINGS = [*files(), *containers(), pcm()]
 
 
 @st.composite
@@ -24,11 +24,12 @@ def audio(draw: st.DrawFn) -> bytes:
     return bytes(body[: draw(st.integers(0, len(body)))] if draw(st.integers(0, 4)) == 0 else body)
 
 
-for name in ("audio/wav", "audio/flac", "audio/ogg", "application/octet-stream"):
+for name in ("audio/wav", "audio/flac", "audio/ogg", "audio/mp4", "audio/webm", "application/octet-stream"):
     schemathesis.openapi.media_type(name, audio())
 
 
 @schemathesis.hook
-def before_generate_path_parameters(_context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def before_generate_path_parameters(context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """Draw the name of a model in most cases; random names never hit one."""
-    return st.one_of(st.just({"model": "amira"}), st.just({"model": "amira"}), strategy)
+    parameter = "model" if "{model}" in context.operation.path else "name"
+    return st.one_of(st.just({parameter: "amira"}), st.just({parameter: "amira"}), strategy)

@@ -67,7 +67,7 @@ async def test_websocket(url: str) -> None:
     await asyncio.to_thread(converse_until, time.monotonic() + SECS, server, HOME / "websocket")
 
 
-@pytest.mark.parametrize("target", ["audio", "frames"])
+@pytest.mark.parametrize("target", ["audio", "containers", "frames"])
 def test_coverage_guided(target: str) -> None:
     """Atheris; the printed file repeats a crash: ``python tests/fuzz/TARGET.py FILE``."""
     directory = HOME / target

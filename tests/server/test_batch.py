@@ -25,8 +25,8 @@ from amira.paths import SPEECH
 from amira.ports import LOOPBACK, Ports
 from gateway.guard import LINGER_SECS
 from gateway.limits.places import Places
-from perf.server import REPORTED_SECS
 from tests.support.clients import gateway_metrics, growth
+from tests.support.repositories import REPORTED_SECS
 from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -68,7 +68,7 @@ async def reference(gateway: Gateway, http: httpx.AsyncClient, recordings: Recor
 
 async def test_answer_has_the_documented_fields(reference: dict[str, Any], recordings: Recordings) -> None:
     assert set(reference) == {
-        "text", "tokens", "audio_length_samples", "features_length", "encoded_length", "confidence", "words",
+        "text", "tokens", "audio_length_samples", "features_length", "encoded_length", "confidence", "words", "segments",
     }  # fmt: skip
     assert jiwer.wer(JFK, reference["text"]) < 0.3
     assert reference["audio_length_samples"] == len(recordings["jfk"])
@@ -79,6 +79,11 @@ async def test_answer_has_the_documented_fields(reference: dict[str, Any], recor
     for word in reference["words"]:
         assert 0 <= word["start"] < word["end"] <= 11.1
         assert 0 < word["confidence"] <= 1
+    (segment,) = reference["segments"]
+    assert (segment["id"], segment["text"], segment["words"]) == (0, reference["text"], reference["words"])
+    assert (segment["start"], segment["end"]) == (reference["words"][0]["start"], reference["words"][-1]["end"])
+    assert segment["confidence"] == reference["confidence"]
+    assert "channel" not in segment
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -146,9 +151,7 @@ FLAC = encode((np.random.default_rng(0).normal(size=32000) * 3000).astype(np.int
         (_zip(), "application/zip", 415, "unsupported_media"),
         (b"\xff\xfb\x90\x00" * 100, "audio/mpeg", 415, "unsupported_media"),
         (encode(np.zeros(4000, np.int16), 4000, format="WAV"), "audio/wav", 422, "unacceptable"),
-        (encode(np.zeros(4000, np.int16), 96000, format="WAV"), "audio/wav", 422, "unacceptable"),
-        (bytes(31 * 32000), "application/octet-stream", 413, "audio_too_long"),
-        (encode(np.zeros(31 * 16000, np.int16), format="FLAC"), "audio/flac", 413, "audio_too_long"),
+        (encode(np.zeros(4000, np.int16), 384000, format="WAV"), "audio/wav", 422, "unacceptable"),
         (b"{", "application/json", 400, "invalid_body"),
         (b'{"audio": []}', "application/json", 400, "invalid_body"),
         (b'{"audio_buffer": [1, 256]}', "application/json", 422, "unacceptable"),
@@ -167,6 +170,23 @@ async def test_invalid_bodies_are_refused(
     assert "/" not in error["message"] or "application/" in error["message"], "the message has a path"
 
 
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (bytes(31 * 32000), "application/octet-stream"),
+        (encode(np.zeros(31 * 16000, np.int16), format="FLAC"), "audio/flac"),
+    ],
+)
+async def test_longer_audio_than_allowed_is_refused(
+    make_gateway: MakeGateway, http: httpx.AsyncClient, body: bytes, content_type: str
+) -> None:
+    async with make_gateway(max_batch_audio_length_secs=30) as gateway:
+        answer = await http.post(gateway.batch_url(), content=body, headers={"Content-Type": content_type})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "audio_too_long"
+    assert "30 s" in answer.json()["error"]["message"]
+
+
 async def test_thirty_seconds_are_accepted(gateway: Gateway, http: httpx.AsyncClient) -> None:
     answer = await http.post(gateway.batch_url(), content=bytes(30 * 32000), headers=OCTETS)
     assert answer.status_code == 200
@@ -181,19 +201,25 @@ async def test_very_short_audio(gateway: Gateway, http: httpx.AsyncClient, sampl
     assert answer.json()["audio_length_samples"] == samples
 
 
-async def test_oversized_body_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_oversized_body_is_refused(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield bytes(10**6)
 
-    for content in (body(), bytes(10**8)):
-        answer = await http.post(gateway.batch_url(), content=content, headers=OCTETS)
-        assert answer.status_code == 413
-        assert answer.json()["error"]["code"] == "body_too_large"
-        assert "10485760" in answer.json()["error"]["message"]
+    async with make_gateway(max_request_size=10_485_760) as gateway:
+        for content in (body(), bytes(10**8)):
+            answer = await http.post(gateway.batch_url(), content=content, headers=OCTETS)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "body_too_large"
+            assert "10485760" in answer.json()["error"]["message"]
 
 
-async def test_endless_body_is_cut_off(gateway: Gateway) -> None:
+async def test_endless_body_is_cut_off(make_gateway: MakeGateway) -> None:
+    async with make_gateway(max_request_size=10_485_760) as gateway:
+        await _pour_into(gateway)
+
+
+async def _pour_into(gateway: Gateway) -> None:
     reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
     writer.write(b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
 
@@ -331,7 +357,7 @@ async def test_leaving_the_queue_frees_a_place(
             body = np.resize(recordings["jfk"], round(secs * 16_000)).tobytes()
             return await http.post(gateway.batch_url(), content=body, headers=OCTETS)
 
-        first = asyncio.create_task(post(30))
+        first = asyncio.create_task(post(20))
         await asyncio.sleep(0.1)
         second = asyncio.create_task(post(1))
         await asyncio.sleep(0.1)
@@ -350,7 +376,7 @@ async def test_wait_for_a_place_is_bounded(
 ) -> None:
     monkeypatch.setattr("gateway.service.Places", partial(Places, max_queue_secs=0.1))
     async with make_gateway(max_concurrent_batches=1) as gateway:
-        body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
+        body = np.resize(recordings["jfk"], 20 * 16_000).tobytes()
         first = asyncio.create_task(http.post(gateway.batch_url(), content=body, headers=OCTETS))
         await asyncio.sleep(0.1)
         late = await http.post(gateway.batch_url(), content=body[:32_000], headers=OCTETS)
@@ -364,24 +390,33 @@ async def test_many_recordings_open_no_breaker(
     make_gateway: MakeGateway, gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
 ) -> None:
     """Together they take longer than a request of a stream may, and the breaker stays closed."""
-    body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
+    body = np.resize(recordings["jfk"], 12 * 16_000).tobytes()
 
-    async def post_all(url: str) -> list[int]:
+    async def post_all(url: str) -> float:
+        """Return how long all recordings take together."""
+        began = time.monotonic()
         answers = await asyncio.gather(*(http.post(url, content=body, headers=OCTETS) for _ in range(8)))
-        return [answer.status_code for answer in answers]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        return time.monotonic() - began
 
-    began = time.monotonic()
-    assert await post_all(gateway.batch_url()) == [200] * 8
-    all_secs = time.monotonic() - began
-    async with make_gateway(inference_timeout_secs=0.4 * all_secs) as hasty:
-        posts = asyncio.create_task(post_all(hasty.batch_url()))
-        states = set()
-        while not posts.done():
-            health = (await http.get(f"{hasty.url}/health/detailed")).json()
-            states.add(health["dependencies"]["triton"][0]["breaker"])
-            await asyncio.sleep(0.05)
-        assert await posts == [200] * 8
-        assert states == {"closed"}
+    async def post_all_in_haste(timeout_secs: float) -> float:
+        async with make_gateway(inference_timeout_secs=timeout_secs) as hasty:
+            posts = asyncio.create_task(post_all(hasty.batch_url()))
+            states = set()
+            while not posts.done():
+                health = (await http.get(f"{hasty.url}/health/detailed")).json()
+                states.add(health["dependencies"]["triton"][0]["breaker"])
+                await asyncio.sleep(0.05)
+            assert states == {"closed"}
+            return await posts
+
+    # A recording may take four times as long as a request of a stream, so the machine may become half as fast meanwhile. If it
+    # becomes so much faster that all recordings are in time, there is nothing to see.
+    for _ in range(5):
+        timeout_secs = 0.6 * await post_all(gateway.batch_url())
+        if await post_all_in_haste(timeout_secs) > timeout_secs:
+            return
+    pytest.fail("the machine became quicker all the time")
 
 
 async def test_keep_alive_is_longer_than_that_of_proxies(gateway: Gateway) -> None:

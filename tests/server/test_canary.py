@@ -15,10 +15,14 @@ from amira.ports import Ports
 from tests.support.chaos import Backend
 from tests.support.clients import decoder_metric, gateway_metrics, open_socket, transcribe
 from tests.support.commands import until
+from tests.support.repositories import served_repository
 from tests.support.servers import Gateway, Recordings, run_gateway
 
-NOTICED_SECS = 15.0
-"""A stopped process is noticed within this time: a pause of 5 s, and two rounds that take up to 2 s each."""
+INTERVAL_SECS = 0.5
+"""Pause between canaries; a tenth of users' gateways', so that tests need not wait."""
+
+NOTICED_SECS = 10.0
+"""A stopped process is noticed within this time: a pause, and two rounds that take up to 2 s each on an idle machine."""
 
 RESTARTED_SECS = 90.0
 """Within this time it is replaced, on a machine that is busy with other tests."""
@@ -27,9 +31,11 @@ MODELS = ["decoder_joint", "encoder", "encoder_exclusive", "preprocessor", "deto
 
 
 @pytest.fixture(scope="module")
-async def backend() -> AsyncIterator[Backend]:
-    """A Triton that is kept alive as the launcher does."""
-    backend = Backend("canary")
+async def backend(quick_restarts: None) -> AsyncIterator[Backend]:  # noqa: ARG001 (needed for its effect)
+    """A Triton that is kept alive as the launcher does, with more canaries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amira.engine.process.CANARY_INTERVAL_SECS", INTERVAL_SECS)
+        backend = Backend("canary", served_repository(warm=False))
     await backend.start()
     yield backend
     await backend.stop()
@@ -38,7 +44,7 @@ async def backend() -> AsyncIterator[Backend]:
 @asynccontextmanager
 async def unkept() -> AsyncIterator[Backend]:
     """A Triton that nobody restarts."""
-    backend = Backend("canary-unkept")
+    backend = Backend("canary-unkept", served_repository(warm=False))
     await backend.triton.start()
     try:
         yield backend
@@ -74,7 +80,7 @@ async def nothing_left(triton: Ports) -> bool:
     "model", [pytest.param(model, marks=[] if model == "decoder_joint" else pytest.mark.slow) for model in MODELS]
 )
 async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordings: Recordings, model: str) -> None:
-    async with run_gateway(triton_endpoint=backend.target) as gateway:
+    async with run_gateway(triton_endpoint=backend.target, canary_interval_secs=INTERVAL_SECS) as gateway:
         await wait_for_readiness(gateway, 200, RESTARTED_SECS)
         expected = (await transcribe(gateway.stream_url(), recordings["jfk"])).final["text"]
         before = backend.triton.pid
@@ -88,7 +94,7 @@ async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordi
 
 @pytest.mark.slow
 async def test_stopped_process_on_a_triton_that_nobody_restarts() -> None:
-    async with unkept() as backend, run_gateway(triton_endpoint=backend.target) as gateway:
+    async with unkept() as backend, run_gateway(triton_endpoint=backend.target, canary_interval_secs=INTERVAL_SECS) as gateway:
         assert await readiness(gateway) == 200
         label = (("endpoint", backend.target),)
         assert (await gateway_metrics(gateway.url))["asr_triton_ready", label] == 1
@@ -109,22 +115,24 @@ async def test_stopped_process_on_a_triton_that_nobody_restarts() -> None:
 
 
 async def test_new_streams_go_where_speech_is_recognised(backend: Backend, recordings: Recordings) -> None:
-    async with unkept() as broken, run_gateway(triton_endpoints=[broken.target, backend.target]) as gateway:
+    async with unkept() as broken:
+        targets = [broken.target, backend.target]
+        async with run_gateway(triton_endpoints=targets, canary_interval_secs=INTERVAL_SECS) as gateway:
 
-        async def shows(status: str) -> bool:
-            return bool((await detailed(gateway))["status"] == status)
+            async def shows(status: str) -> bool:
+                return bool((await detailed(gateway))["status"] == status)
 
-        await until(lambda: shows("ready"), RESTARTED_SECS)
-        (process,) = broken.stubs("preprocessor")
-        process.suspend()
-        await until(lambda: shows("degraded"), NOTICED_SECS)
-        assert await readiness(gateway) == 200
-        before = await decoder_metric(broken.ports, "asr_decoder_audio_seconds_total")
-        for _ in range(4):
-            assert (await transcribe(gateway.stream_url(), recordings["jfk"][:48_000])).close_code == 1000
-        after = await decoder_metric(broken.ports, "asr_decoder_audio_seconds_total")
-        assert after - before < 0.1, "only canaries went there"
-        process.resume()
+            await until(lambda: shows("ready"), RESTARTED_SECS)
+            (process,) = broken.stubs("preprocessor")
+            process.suspend()
+            await until(lambda: shows("degraded"), NOTICED_SECS)
+            assert await readiness(gateway) == 200
+            before = await decoder_metric(broken.ports, "asr_decoder_audio_seconds_total")
+            for _ in range(4):
+                assert (await transcribe(gateway.stream_url(), recordings["jfk"][:48_000])).close_code == 1000
+            after = await decoder_metric(broken.ports, "asr_decoder_audio_seconds_total")
+            assert after - before < 0.1, "only canaries went there"
+            process.resume()
 
 
 @pytest.mark.slow
@@ -156,14 +164,17 @@ async def test_readiness_stays_under_heavy_load(triton: Ports, recordings: Recor
 async def test_canaries_leave_nothing_and_hold_no_place(
     make_gateway: Callable[..., AbstractAsyncContextManager[Gateway]], triton: Ports
 ) -> None:
-    calls = await decoder_metric(triton, "asr_decoder_calls_total")
-    async with make_gateway(canary_interval_secs=0.5, max_concurrent_streams=1) as gateway:
-        await asyncio.sleep(3)
+    before = await decoder_metric(triton, "asr_decoder_calls_total")
+
+    async def several_were_sent() -> bool:
+        return await decoder_metric(triton, "asr_decoder_calls_total") - before >= 4
+
+    async with make_gateway(canary_interval_secs=INTERVAL_SECS, max_concurrent_streams=1) as gateway:
+        await until(several_were_sent)
         body = await detailed(gateway)
         assert body["streams"]["active"] == 0
         assert body["batches"]["active"] == 0
         assert body["dependencies"]["triton"][0]["sequences"] == 0
         async with open_socket(gateway.stream_url()):
             assert (await detailed(gateway))["streams"]["active"] == 1
-    assert await decoder_metric(triton, "asr_decoder_calls_total") - calls >= 4
     assert await decoder_metric(triton, "asr_decoder_sequences") == 0

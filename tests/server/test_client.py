@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
-from amira import AsyncClient, RequestError
+from amira import AsyncClient, Client, Message, RequestError, Segment
 from amira.paths import SPEECH
-from tests.support.commands import run_amira
+from gateway.audio import RATE
+from tests.support.commands import AMIRA, run_amira, until
 from tests.support.servers import Gateway, Recordings
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -69,3 +75,102 @@ async def test_transcribe_command(gateway: Gateway) -> None:
     code, _, errors = await run_amira("transcribe", str(SPEECH / "jfk.flac"), "--url", gateway.url, "--model", "nobody")
     assert code == 1
     assert errors.startswith("amira: model 'nobody' is not known")
+
+
+async def test_transcribe_command_goes_on_after_a_failure(gateway: Gateway, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"RIFF and nothing more")
+    recordings = [str(SPEECH / "2609-156975-0001.flac"), str(broken), str(SPEECH / "jfk.flac")]
+    code, output, errors = await run_amira("transcribe", *recordings, "--url", gateway.url)
+    assert code == 1
+    assert len(output.splitlines()) == 2
+    assert "ask not what your country can do for you" in output.splitlines()[1]
+    (line,) = errors.splitlines()
+    assert line.startswith(f"amira: {broken}: ")
+
+
+async def test_transcribe_command_writes_formats_to_a_directory(gateway: Gateway, tmp_path: Path) -> None:
+    recordings = [str(SPEECH / "2609-156975-0001.flac"), str(SPEECH / "jfk.flac")]
+    for name, beginning in (
+        ("srt", "1\n00:00:0"),
+        ("vtt", "WEBVTT\n\n"),
+        ("verbose_json", '{"task":"transcribe"'),
+        ("json", '{"text":'),
+    ):
+        options = ["--format", name, "--output-dir", str(tmp_path), "--url", gateway.url]
+        assert await run_amira("transcribe", *recordings, *options) == (0, "", "")
+        suffix = "json" if "json" in name else name
+        for stem in ("2609-156975-0001", "jfk"):
+            assert (tmp_path / f"{stem}.{suffix}").read_text().startswith(beginning)
+
+
+async def test_transcribe_command_reads_standard_input_and_streams(gateway: Gateway) -> None:
+    process = await asyncio.create_subprocess_exec(
+        AMIRA,
+        "transcribe",
+        "-",
+        "--stream",
+        "--url",
+        gateway.url,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await asyncio.wait_for(process.communicate((SPEECH / "jfk.flac").read_bytes()), 60)
+    assert process.returncode == 0
+    assert "ask not what your country can do for you" in output.decode()
+
+
+async def test_segments_are_told_by_the_server(gateway: Gateway, recordings: Recordings) -> None:
+    told: list[Segment] = []
+    audio = np.concatenate([*recordings.values()] * 2).tobytes()
+    async with AsyncClient(gateway.url) as client:
+        transcript = await client.transcribe(audio, on_segment=told.append)
+        plain = await client.transcribe(audio)
+        srt = await client.transcribe(audio, format="srt")
+    assert len(told) > 2
+    assert transcript.segments == tuple(told) == plain.segments
+    assert (transcript.text, transcript.words, transcript.tokens) == (plain.text, plain.words, plain.tokens)
+    assert (transcript.duration, transcript.confidence) == (plain.duration, plain.confidence)
+    assert srt.startswith("1\n00:00:00,")
+
+
+async def test_sync_live_stream_has_the_final_of_the_other(gateway: Gateway, recordings: Recordings) -> None:
+    pcm = recordings["2609-156975-0001"].tobytes()
+    async with AsyncClient(gateway.url) as client, client.live() as stream:
+        await stream.send(pcm)
+        expected = await stream.finish()
+
+    def converse() -> list[Message]:
+        with Client(gateway.url) as client, client.live() as stream:
+            for start in range(0, len(pcm), 32_000):
+                stream.send(pcm[start : start + 32_000])
+            final = stream.finish()
+            messages = list(stream)
+            assert messages[-1] == final
+            return messages
+
+    assert (await asyncio.to_thread(converse))[-1] == expected
+
+
+async def test_listen_command_plays_a_file(gateway: Gateway, recordings: Recordings, tmp_path: Path) -> None:
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, recordings["2609-156975-0001"], RATE)
+    code, output, errors = await run_amira("listen", "--file", str(path), "--url", gateway.url, "--format", "json")
+    assert (code, errors) == (0, "")
+    final = json.loads(output)
+    assert final["final"]
+    assert " ".join(word["text"] for word in final["words"]) == final["text"]
+
+
+async def test_ctrl_c_ends_listening_with_the_final(gateway: Gateway, recordings: Recordings, tmp_path: Path) -> None:
+    path, written = tmp_path / "speech.wav", tmp_path / "final.txt"
+    soundfile.write(path, np.concatenate([recordings["jfk"]] * 4), RATE)
+    process = await asyncio.create_subprocess_exec(
+        AMIRA, "listen", "--file", str(path), "--url", gateway.url, "-o", str(written), stderr=asyncio.subprocess.PIPE
+    )
+    await until(lambda: gateway.server._app.state.service.places.streams)
+    await asyncio.sleep(6)
+    process.send_signal(signal.SIGINT)
+    _, errors = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, errors.decode()) == (0, "")
+    assert written.read_text().startswith("and so my fel")

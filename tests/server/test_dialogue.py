@@ -27,7 +27,8 @@ async def test_dialogues(gateway: Gateway, recordings: Recordings, examples: int
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="this Schemathesis needs Python 3.11")
-async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [20, pytest.param(100, marks=pytest.mark.slow)])
+async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path, examples: int) -> None:
     process = await asyncio.create_subprocess_exec(
         Path(sys.executable).with_name("schemathesis"),
         "--no-color",
@@ -36,7 +37,7 @@ async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path
         "run",
         f"{gateway.url}/openapi.json",
         "--generation-deterministic",
-        "--max-examples=100",
+        f"--max-examples={examples}",
         "--warnings=off",
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -44,4 +45,4 @@ async def test_answers_are_those_of_the_openapi(gateway: Gateway, tmp_path: Path
     )
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
-    assert b"6 selected / 6 total" in output
+    assert b"11 selected / 11 total" in output

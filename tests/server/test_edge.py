@@ -20,6 +20,7 @@ from gateway.config.settings import Settings
 from tests.support import hostile
 from tests.support.chaos import AMIRA
 from tests.support.clients import END, KEEPALIVE, converse, open_socket, transcribe
+from tests.support.commands import until_ready
 from tests.support.hostile import TEXT, frame, peer
 from tests.support.servers import Gateway, Recordings
 
@@ -117,14 +118,7 @@ async def limited_gateway(triton: Ports, soft: int, hard: int) -> AsyncIterator[
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )
     try:
-        async with httpx.AsyncClient() as http:
-            for _ in range(300):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                await asyncio.sleep(0.1)
+        await until_ready(f"http://{LOOPBACK}:{port}")
         yield port, process
     finally:
         if process.returncode is None:

@@ -34,7 +34,7 @@ time.sleep(60)
 @pytest.mark.parametrize(
     ("leak", "named"), [("memory", "process: rss grew by"), ("descriptors", "descriptors afterwards"), ("none", "")]
 )
-async def test_a_planted_leak_is_found(leak: str, named: str) -> None:
+async def test_planted_leak_is_found(leak: str, named: str) -> None:
     program = await asyncio.create_subprocess_exec(sys.executable, "-c", PROGRAM, leak, stdout=asyncio.subprocess.PIPE)
     assert program.stdout
     await program.stdout.readline()
@@ -60,7 +60,7 @@ def sample(**changed: object) -> Footprint:
         ({"memory": {}}, "processes came or went: gateway"),
     ],
 )
-def test_what_is_held_afterwards_is_found(after: dict[str, object], named: str) -> None:
+def test_leftovers_are_found(after: dict[str, object], named: str) -> None:
     good = sample()
     assert problems(good, [good] * 10, good) == []
     assert problems(good, [good] * 10, sample(**after)) == [named]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -33,13 +32,14 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.loading import load_settings
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.commands import AMIRA, edit, environment, run_amira, triton_with, until
+from tests.support.repositories import copy_repository
 from tests.support.servers import run_gateway
 
 
 @pytest.fixture
 def model_repository(tmp_path: Path) -> Path:
     """A copy of the bundled repository that a test may change."""
-    return Path(shutil.copytree(MODEL_REPOSITORY, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__")))
+    return copy_repository(tmp_path / "models", warm=False)
 
 
 async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
@@ -99,7 +99,7 @@ def _shared_memory(pid: int) -> list[Path]:
     return [*Path("/dev/shm").glob(f"amira_{pid}_*")]  # noqa: S108
 
 
-async def test_embedded_triton_exposes_what_is_used_only() -> None:
+async def test_embedded_triton_exposes_only_used_protocols() -> None:
     async with triton_with(MODEL_REPOSITORY) as ports:
         children = psutil.Process().children()
         (process,) = (child for child in children if f"--grpc-port={ports.grpc}" in child.cmdline())
@@ -176,7 +176,9 @@ async def _equals(status: Callable[[], Any], expected: int) -> bool:
     return bool(await status() == expected)
 
 
+@pytest.mark.slow
 async def test_demo_transcribes_the_bundled_recordings() -> None:
+    """As test_wheel.py sees it of the installed package."""
     code, output, errors = await run_amira("demo", timeout_secs=90)
     assert code == 0, errors
     for path in SPEECH.glob("*.flac"):
@@ -211,34 +213,47 @@ async def test_port_of_serve_in_use_is_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "named"),
-    [
-        ("encoder/config.pbtxt", '"encoded_lengths"', '"lengths"', ["encoder", "output lengths"]),
-        ("encoder/config.pbtxt", "[ -1, 384, -1 ]", "[ -1, 80, -1 ]", ["encoder", "audio_signal", "80", "384"]),
-        ("rnnt_greedy_bls/config.pbtxt", 'string_value: "rnnt"', 'string_value: "ctc"', ["rnnt_greedy_bls", "'ctc'", "'tdt'"]),
-        (
-            "encoder/config.pbtxt",
-            "dims: [ 1, 384, 184 ]",
-            "dims: [ 1, 384 ]",
-            ["encoder", "warm-up", "audio_signal", "[1, 384]"],
-        ),
-        ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
-        ("vocab.txt", None, "", ["detokenizer", "vocab.txt is empty"]),
-    ],
-)
-async def test_model_that_fails_to_load_is_named(
-    model_repository: Path, file: str, old: str | None, new: str, named: list[str]
-) -> None:
+FAULTS_AT_LOAD: dict[str, tuple[str, str | None, str, list[str]]] = {
+    "unknown output": ("encoder/config.pbtxt", '"encoded_lengths"', '"lengths"', ["encoder", "output lengths"]),
+    "wrong dims": ("encoder/config.pbtxt", "[ -1, 384, -1 ]", "[ -1, 80, -1 ]", ["encoder", "audio_signal", "80", "384"]),
+    "wrong kind": (
+        "rnnt_greedy_bls/config.pbtxt",
+        'string_value: "rnnt"',
+        'string_value: "ctc"',
+        ["rnnt_greedy_bls", "'ctc'", "'tdt'"],
+    ),
+    "wrong warm-up": (
+        "encoder/config.pbtxt",
+        "dims: [ 1, 384, 184 ]",
+        "dims: [ 1, 384 ]",
+        ["encoder", "warm-up", "audio_signal", "[1, 384]"],
+    ),
+    "wrong vocabulary": ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
+    "empty vocabulary": ("vocab.txt", None, "", ["detokenizer", "vocab.txt is empty"]),
+}
+"""A file of the repository, what is replaced in it by what, and the parts of the message."""
+
+
+@pytest.mark.parametrize("fault", FAULTS_AT_LOAD)
+async def test_model_that_fails_to_load_is_named(tmp_path: Path, fault: str) -> None:
+    file, old, new, named = FAULTS_AT_LOAD[fault]
+    model_repository = copy_repository(tmp_path / "models", warm="warm-up" in fault)
     if old is None:
         (model_repository / file).write_text(new)
     else:
         edit(model_repository / file, old, new)
+    with pytest.raises(EngineError) as failed:
+        async with triton_with(model_repository):
+            pass
+    for part in named:
+        assert part in str(failed.value)
+
+
+async def test_failed_start_is_one_line(model_repository: Path) -> None:
+    (model_repository / "vocab.txt").write_text("")
     code, _, errors = await run_amira("run", model_repository=model_repository)
     assert code == 2
-    last = errors.strip().splitlines()[-1]
-    for part in named:
-        assert part in last, last
+    assert "vocab.txt is empty" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
 
 
@@ -262,6 +277,30 @@ async def test_end_of_triton_while_starting_is_explained(tmp_path: Path) -> None
     os.kill(killed.pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="ended while it started: SIGKILL, no error printed"):
         await starting
+
+
+async def test_triton_that_hangs_while_starting_is_restarted(
+    model_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "HUNG_SECS", 5.0)
+    hang = f"""
+    def initialize(self, args):
+        import pathlib
+        if not (hung := pathlib.Path({str(tmp_path / "hung")!r})).exists():
+            hung.touch()
+            time.sleep(600)
+        self.start(args)
+
+    def start(self, args"""
+    edit(model_repository / "detokenizer" / "1" / "model.py", "\n    def initialize(self, args", hang)
+    edit(model_repository / "detokenizer" / "1" / "model.py", "\nimport ", "\nimport time\nimport ")
+    prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
+    triton = Triton(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
+    with pytest.raises(EngineError, match="hung while it started: it did nothing for 5 s"):
+        await triton.start()
+    assert triton.pid is None
+    await triton.start()
+    await triton.stop(timeout_secs=0)
 
 
 async def test_failed_restart_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,7 +447,7 @@ async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) ->
         ):
             await socket.send(bytes(3200))
             async with open_socket(gateway.stream_url(), subprotocols=["amira.v2"]) as late:
-                await asyncio.sleep(3)
+                await asyncio.sleep(2)
                 # Nothing of a stream is at Triton before its first audio, so a late resumption is still looked at.
                 await late.send('{"type":"resume","session":"x"}')
                 assert (await listen(late)).error["code"] == "invalid_session"

@@ -18,8 +18,9 @@ from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Places
 from gateway.limits.quotas import Quotas
 from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
-from gateway.live.session import Ending, Session, State
+from gateway.live.session import Session
 from gateway.live.sessions import Sessions
+from gateway.live.states import Ending, State
 from gateway.triton.pool import TritonPool
 from tests.support.chaos import Proxy
 from tests.support.clients import transcribe

@@ -19,9 +19,9 @@ from google.protobuf import text_format
 from amira.models.configs import read_config
 from amira.models.importing import import_model
 from amira.models.repository import ROLES, recognisers
-from amira.paths import MODEL_REPOSITORY
 from tests.support.clients import END, converse, cut
 from tests.support.commands import edit, triton_with
+from tests.support.repositories import copy_repository
 from tests.support.servers import KINDS, Gateway, Recordings, Samples, run_gateway
 
 FEATURES = {"rnnt": 80, "tdt": 128}
@@ -39,44 +39,56 @@ class Served(NamedTuple):
     repository: Path
 
 
-@pytest.fixture(scope="session")
-def peers(sources: dict[str, Path]) -> dict[str, Any]:
-    """onnx-asr's recognisers on the same directories."""
-    return {kind: onnx_asr.load_model(f"nemo-conformer-{kind}", path).with_timestamps() for kind, path in sources.items()}
+@pytest.fixture(scope="module")
+def wanted(sources: dict[str, Path], recordings: Recordings) -> dict[str, list[list[int]]]:
+    """The tokens that onnx-asr gives for each case, by kind."""
+    tokens = {}
+    for kind, path in sources.items():
+        peer = onnx_asr.load_model(f"nemo-conformer-{kind}", path).with_timestamps()
+        vocabulary = read_vocabulary(path)
+        tokens[kind] = [expected(peer, samples, vocabulary) for samples in cases(recordings)]
+    return tokens
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     repository = tmp_path_factory.mktemp("served") / "models"
-    shutil.copytree(MODEL_REPOSITORY, repository, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_repository(repository, warm=False)
     names = {}
     for kind, source in sources.items():
         for block_frames in BLOCK_FRAMES:
             name = names[f"{kind}-{block_frames}"] = f"{kind}_{block_frames}"
             import_model(str(source), name, repository, None, gpu=False)
             set_parameters(repository / f"{name}_decoder" / "config.pbtxt", {"block_frames": block_frames})
-            if block_frames != BLOCK_FRAMES[0]:  # one set of the graphs is enough
-                share_graphs(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
+            if block_frames != BLOCK_FRAMES[0]:
+                share_models(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
         add_local_front_end(repository, kind)
         for public, chunk_frames in FULL_CONTEXT.items():
             name = names[f"{kind}-{public}"] = f"{kind}_cut_{chunk_frames}"
             import_model(str(source), name, repository, None, gpu=False)
-            share_graphs(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
+            share_models(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
             decoder = repository / f"{name}_decoder" / "config.pbtxt"
             edit(decoder, f'"{kind}_{BLOCK_FRAMES[0]}_preprocessor"', f'"{kind}_local"')
             values = {"left_frames": 15, "chunk_frames": chunk_frames, "right_frames": 15, "endpoint_silence_ms": 0}
             set_parameters(decoder, values)
+        first_quantized = next(iter(QUANTIZED.values()))
         for public, block_frames in QUANTIZED.items():
             name = names[f"{kind}-{public}"] = f"{kind}_int8_{block_frames}"
             import_model(str(source), name, repository, "int8", gpu=False)
             set_parameters(repository / f"{name}_decoder" / "config.pbtxt", {"block_frames": block_frames})
+            if block_frames != first_quantized:
+                share_models(repository, name, f"{kind}_int8_{first_quantized}")
         name = names[f"{kind}-{ON_GPU}"] = f"{kind}_gpu"
         import_model(str(source), name, repository, None, gpu=True)
         for role in ROLES:
             edit(repository / f"{name}_{role}" / "config.pbtxt", "KIND_GPU", "KIND_CPU")
     async with (
         triton_with(repository) as ports,
-        run_gateway(triton_endpoint=f"{ports.host}:{ports.grpc}", models={"amira": "asr_ensemble", **names}) as gateway,
+        run_gateway(
+            triton_endpoint=f"{ports.host}:{ports.grpc}",
+            models={"amira": "asr_ensemble", **names},
+            canary_interval_secs=3600,  # those of so many models would keep the machine busy
+        ) as gateway,
     ):
         yield Served(gateway, repository)
 
@@ -88,11 +100,12 @@ def set_parameters(config_file: Path, values: dict[str, int]) -> None:
     config_file.write_text(text_format.MessageToString(config), encoding="utf-8")
 
 
-def share_graphs(repository: Path, name: str, other: str) -> None:
-    """Let a recogniser use the graphs of another instead of its own."""
-    for role in ROLES:
-        shutil.rmtree(repository / f"{name}_{role}")
-        edit(repository / f"{name}_decoder" / "config.pbtxt", f'"{name}_{role}"', f'"{other}_{role}"')
+def share_models(repository: Path, name: str, other: str) -> None:
+    """Let a recogniser use graphs and detokenizer of another instead of its own; each costs a process."""
+    users = {**dict.fromkeys(ROLES, f"{name}_decoder"), "detokenizer": name}
+    for part, user in users.items():
+        shutil.rmtree(repository / f"{name}_{part}")
+        edit(repository / user / "config.pbtxt", f'"{name}_{part}"', f'"{other}_{part}"')
 
 
 def add_local_front_end(repository: Path, kind: str) -> None:
@@ -153,18 +166,16 @@ def read_vocabulary(source: Path) -> dict[str, int]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block_frames", BLOCK_FRAMES)
 async def test_tokens_are_those_of_onnx_asr(
-    served: Served, peers: dict[str, Any], sources: dict[str, Path], recordings: Recordings, kind: str, block_frames: int
+    served: Served, wanted: dict[str, list[list[int]]], recordings: Recordings, kind: str, block_frames: int
 ) -> None:
     """Recordings of mixed lengths at once, so that they share the decoder's calls."""
-    vocabulary = read_vocabulary(sources[kind])
-    wanted = [expected(peers[kind], samples, vocabulary) for samples in cases(recordings)]
     url = served.gateway.batch_url(f"{kind}-{block_frames}")
     async with httpx.AsyncClient(timeout=60) as http:
         answers = await asyncio.gather(
             *(http.post(url, content=samples.tobytes(), headers=OCTETS) for samples in cases(recordings))
         )
-    assert [answer.json()["tokens"] for answer in answers] == wanted
-    assert sum(map(len, wanted)) > 50
+    assert [answer.json()["tokens"] for answer in answers] == wanted[kind]
+    assert sum(map(len, wanted[kind])) > 50
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from amira.engine import process
-from amira.paths import MODEL_REPOSITORY
 from tests.support.chaos import Backend
 from tests.support.clients import gateway_metrics, growth, transcribe
-from tests.support.commands import edit, until
+from tests.support.commands import edit, until_ready
+from tests.support.repositories import copy_repository
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 POISON = np.array([31_111, -31_112, 31_113], np.int16)
@@ -33,7 +31,7 @@ class Trap:
     """
 
     def __init__(self, folder: Path, what_dies: str) -> None:
-        repository = Path(shutil.copytree(MODEL_REPOSITORY, folder / "models", ignore=shutil.ignore_patterns("__pycache__")))
+        repository = copy_repository(folder / "models", warm=False)
         self._deaths = folder / "deaths"
         trap = f"""
         import os
@@ -53,13 +51,15 @@ class Trap:
 
 
 @pytest.fixture(scope="module", params=["Triton", pytest.param("model process", marks=pytest.mark.slow)])
-async def trap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trap]:
+async def trap(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    quick_restarts: None,  # noqa: ARG001 (needed for its effect)
+) -> AsyncIterator[Trap]:
     trap = Trap(tmp_path_factory.mktemp("poison"), request.param)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
-        await trap.backend.start()
-        yield trap
-        await trap.backend.stop()
+    await trap.backend.start()
+    yield trap
+    await trap.backend.stop()
 
 
 @pytest.fixture
@@ -67,13 +67,6 @@ async def gateway(trap: Trap) -> AsyncIterator[Gateway]:
     await trap.backend.ready_again()
     async with run_gateway(triton_endpoint=trap.backend.target, recovery_timeout_secs=240) as gateway:
         yield gateway
-
-
-async def until_ready(gateway: Gateway, http: httpx.AsyncClient) -> None:
-    async def ready() -> bool:
-        return (await http.get(f"{gateway.url}/health/ready")).status_code == 200
-
-    await until(ready, 60)
 
 
 def poisoned(samples: Samples) -> Samples:
@@ -90,7 +83,7 @@ async def test_recording_that_ends_a_backend_is_not_sent_again(trap: Trap, gatew
         assert answer.json()["error"]["code"] == "backend_died"
         assert answer.json()["error"]["retryable"] is False
         await trap.backend.started_anew(pid)
-        await until_ready(gateway, http)
+        await until_ready(gateway.url)
         assert trap.deaths - deaths == 1
         # Others are served.
         answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=headers)

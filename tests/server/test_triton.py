@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from amira.paths import MODEL_REPOSITORY
 from amira.ports import Ports
 from tests.support.clients import decoder_metric
 from tests.support.commands import edit, triton_with
+from tests.support.repositories import copy_repository
 from tests.support.servers import Recordings, Samples
 
 SEQUENCE_IDS = itertools.count(1)
@@ -61,11 +61,6 @@ class Ensemble:
 
     async def whole(self, samples: Samples, **options: Any) -> dict[str, Any]:
         return await self(next(SEQUENCE_IDS), samples, start=True, end=True, **options)
-
-
-def copy_repository(directory: Path) -> Path:
-    """Copy the bundled model repository, to change it."""
-    return Path(shutil.copytree(MODEL_REPOSITORY, directory / "models", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 @pytest.fixture
@@ -137,12 +132,19 @@ WORD_OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", WORD_OPTIONS)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (None, 4 * 16_000 + 5, 9 * 16_000 + 700),
+        pytest.param((21 * 16_000 + 1000,), marks=pytest.mark.slow),
+    ],
+    ids=["some", "more"],
+)
 async def test_words_match_text_in_order_within_audio(
-    ensemble: Ensemble, recordings: Recordings, options: dict[str, Any]
+    ensemble: Ensemble, recordings: Recordings, lengths: tuple[int | None, ...], options: dict[str, Any]
 ) -> None:
     """Segments end amid speech, and the end of the audio cuts the last word off."""
     samples = np.concatenate(list(recordings.values()))
-    lengths = (len(samples), 4 * 16000 + 5, 9 * 16000 + 700, 21 * 16000 + 1000)
     for audio in (samples[:length] for length in lengths):
         sequence, words, segments = next(SEQUENCE_IDS), list[dict[str, Any]](), list[dict[str, Any]]()
         pieces = np.array_split(audio, 1 + len(audio) // 12000)
@@ -172,7 +174,7 @@ def assert_no_word_is_split(segments: list[dict[str, Any]]) -> None:
 
 
 async def test_batched_streams_keep_their_options(ensemble: Ensemble, recordings: Recordings) -> None:
-    samples = recordings["jfk"]
+    samples = recordings["jfk"][: 8 * 16_000]
     options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 3
     solo = [await ensemble.whole(samples, **chosen) for chosen in options[:4]]
     together = await asyncio.gather(*(ensemble.whole(samples, **chosen) for chosen in options))
@@ -211,7 +213,7 @@ async def test_too_long_whole_recording_is_invalid_argument(ensemble: Ensemble) 
 
 async def test_oversized_window_is_refused_at_load(tmp_path: Path) -> None:
     """One recording of 300 s in one window took 14 GB, and the kernel killed the process."""
-    model_repository = copy_repository(tmp_path)
+    model_repository = copy_repository(tmp_path / "models", warm=False)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         '"max_whole_secs" value: { string_value: "60" }',
@@ -224,15 +226,15 @@ async def test_oversized_window_is_refused_at_load(tmp_path: Path) -> None:
 
 
 async def test_equal_recordings_share_calls_within_memory(ensemble: Ensemble, triton: Ports) -> None:
-    """Four windows of 50 s would take 3.7 GB in one encoder call; four of 4 s share calls."""
-    shares = {}
-    for secs in (50, 4):
+    """Two windows of 50 s would take 1.9 GB in one encoder call; eight of 4 s share calls."""
+    calls = {}
+    for secs, windows in ((50, 2), (4, 8)):
         before = await decoder_metric(triton, "asr_decoder_encode_calls_total")
         quiet = np.zeros(secs * 16000, np.int16)
-        await asyncio.gather(*(ensemble.whole(quiet, context="whole") for _ in range(4)))
-        shares[secs] = await decoder_metric(triton, "asr_decoder_encode_calls_total") - before
-    assert shares[50] == 4
-    assert shares[4] < 4
+        await asyncio.gather(*(ensemble.whole(quiet, context="whole") for _ in range(windows)))
+        calls[secs] = await decoder_metric(triton, "asr_decoder_encode_calls_total") - before
+    assert calls[50] == 2
+    assert calls[4] < 8
 
 
 async def test_unstarted_sequence_is_refused(ensemble: Ensemble) -> None:
@@ -334,7 +336,7 @@ async def test_non_utf8_id_fails_only_its_request(ensemble: Ensemble, recordings
 
 async def test_correlation_id_control_is_refused_at_load(tmp_path: Path) -> None:
     """Older repositories have the control; with it, string ids overrun an input."""
-    model_repository = copy_repository(tmp_path)
+    model_repository = copy_repository(tmp_path / "models", warm=False)
     edit(
         model_repository / "rnnt_greedy_bls" / "config.pbtxt",
         "control_input [\n",

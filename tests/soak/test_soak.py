@@ -139,7 +139,7 @@ class Load:
             (400, {"json": {"audio_buffer": "?"}}),
             (413, {"content": bytes(11 * 2**20), "headers": RAW}),
             (413, {"content": bytes(31 * 2 * RATE), "headers": RAW}),
-            (415, {"content": b"ID3" + bytes(100), "headers": {"Content-Type": "audio/mpeg"}}),
+            (415, {"content": b"PK\x03\x04" + bytes(100), "headers": {"Content-Type": "audio/mpeg"}}),
         ]
         async with httpx.AsyncClient(timeout=30) as http:
             for status, body in bad:
@@ -162,7 +162,12 @@ class Load:
 async def test_nothing_grows() -> None:
     speech = [*itertools.chain(*(pieces([*read_recordings().values()], 3, secs) for secs in (3.0, 7.0, 12.0)))]
     (port,) = free_ports(LOOPBACK, 1)
-    settings = {"max_concurrent_streams": str(CAPACITY), "stream_timeout_secs": str(TIMEOUT_SECS)}
+    settings = {
+        "max_concurrent_streams": str(CAPACITY),
+        "stream_timeout_secs": str(TIMEOUT_SECS),
+        "max_request_size": str(10 * 2**20),
+        "max_batch_audio_length_secs": "30",
+    }
     async with backends(1) as (backend,), gateway_process(port, backend.ports, **settings) as gateway:
         url = f"http://{LOOPBACK}:{port}"
 

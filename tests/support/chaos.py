@@ -1,4 +1,4 @@
-"""Load that is like real use, faults that really happen, and what became of the load."""
+"""Realistic load, realistic faults, and the outcome of the load."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -24,20 +25,28 @@ from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, open_socket
+from tests.support.commands import until_ready
+from tests.support.repositories import served_repository
 from tests.support.servers import Samples
 
 RATE = 16_000
 FRAME_SECS = 0.1
 MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
 AMIRA = ROOT / ".venv" / "bin" / "amira"
+STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
+"""Like ``amira``, but its gateway counts loopback clients too."""
+
 SESSION_KEY = "one for all gateways"
+READY_SECS = 150.0
+"""Time limit for a restart of Triton, in seconds; the launcher ends one that hangs after 120 s."""
+
 NOTICED_SECS = 30.0
-"""Within this time a Triton that lost a stub is started again: at once, but for the launcher's delays of up to 10 s."""
+"""Time limit for the restart of a Triton that lost a model's process, in seconds; the launcher delays it by up to 10 s."""
 
 
 @dataclass
 class Said:
-    """What a stream got back.
+    """Answers to one stream.
 
     Attributes:
         messages: with the time of their arrival, in seconds of time.monotonic.
@@ -55,7 +64,7 @@ class Said:
 
 
 async def speak(url: str, samples: Samples, pace: float = 1.0, right_secs: float = 0.48) -> Said:
-    """Stream a recording at ``pace`` times real time."""
+    """Stream a recording at ``pace`` times real time, and collect the answers."""
     said = Said()
     async with open_socket(url) as socket:
         began = time.monotonic()
@@ -87,7 +96,7 @@ async def speak(url: str, samples: Samples, pace: float = 1.0, right_secs: float
 async def transcribe_repeatedly(
     url: str, samples: Samples, until: asyncio.Event, pause_secs: float = 0.3
 ) -> list[tuple[int, str]]:
-    """Send a recording as a batch, and again as long as it is not time to end; status and text of each answer."""
+    """Send a recording as a batch repeatedly, at least once; return status and text of each answer."""
     answers: list[tuple[int, str]] = []
     headers = {"Content-Type": "audio/pcm"}
     async with httpx.AsyncClient(timeout=120) as http:
@@ -99,18 +108,19 @@ async def transcribe_repeatedly(
 
 
 class Backend:
-    """A Triton that can be made to fail; started again as the launcher does it."""
+    """A Triton that tests can break; it is restarted as the launcher does it."""
 
     def __init__(
         self,
         name: str,
-        model_repository: Path = MODEL_REPOSITORY,
+        model_repository: Path | None = None,
         options: Sequence[str] = (),
         ensembles: Sequence[str] = ("asr_ensemble",),
     ) -> None:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        self.triton = Triton(engine, model_repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
+        repository = model_repository or served_repository()
+        self.triton = Triton(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -119,7 +129,7 @@ class Backend:
 
     @property
     def shm_prefix(self) -> str:
-        """How the names of its files in /dev/shm begin."""
+        """Prefix of its files in /dev/shm."""
         return self.triton._shm_prefix
 
     async def start(self) -> None:
@@ -130,21 +140,23 @@ class Backend:
         if self._keeper:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        await self.triton.stop()
+        await self.triton.stop(timeout_secs=0)
 
     def signal(self, number: int) -> None:
         assert self.triton.pid
         os.kill(self.triton.pid, number)
 
     def stubs(self, model: str) -> list[psutil.Process]:
-        """The processes of a Python model."""
+        """Return the processes of a Python model."""
         return [p for p in psutil.Process(self.triton.pid).children() if f"{model}_0" in " ".join(p.cmdline())]
 
     async def ready_again(self) -> float:
-        """Wait until all models are served; the moment."""
+        """Wait until all models are ready; return the time, in seconds of time.monotonic."""
         url = f"http://{self.ports.host}:{self.ports.http}/v2"
+        deadline = time.monotonic() + READY_SECS
         async with httpx.AsyncClient(timeout=1) as http:
             while True:
+                assert time.monotonic() < deadline, f"Triton is not ready after {READY_SECS:g} s"
                 with contextlib.suppress(httpx.HTTPError):
                     states = (await http.post(f"{url}/repository/index")).json()
                     if sum(model.get("state") == "READY" for model in states) == MODELS:
@@ -152,17 +164,17 @@ class Backend:
                 await asyncio.sleep(0.05)
 
     async def started_anew(self, before: int | None) -> float:
-        """Wait until another Triton than that of this process id serves; the moment."""
+        """Wait until a Triton with another process id is ready; return the time, in seconds of time.monotonic."""
         deadline = time.monotonic() + NOTICED_SECS
         while self.triton.pid in (before, None):
-            assert time.monotonic() < deadline, "Triton goes on as if nothing had been"
+            assert time.monotonic() < deadline, "Triton was not restarted"
             await asyncio.sleep(0.05)
         return await self.ready_again()
 
 
 @asynccontextmanager
-async def backends(count: int) -> AsyncIterator[list[Backend]]:
-    running = [Backend(f"chaos-{i}") for i in range(count)]
+async def backends(count: int, *, warm: bool = True) -> AsyncIterator[list[Backend]]:
+    running = [Backend(f"chaos-{i}", served_repository(warm=warm)) for i in range(count)]
     try:
         await asyncio.gather(*(backend.start() for backend in running))
         yield running
@@ -171,7 +183,7 @@ async def backends(count: int) -> AsyncIterator[list[Backend]]:
 
 
 class Proxy:
-    """TCP between a gateway and a Triton, which can be bad.
+    """TCP proxy between a gateway and a Triton that tests can break.
 
     Attributes:
         delay_secs: how much later everything arrives.
@@ -199,7 +211,7 @@ class Proxy:
             self.reset()
 
     def forget(self) -> None:
-        """Pass nothing on from the connections there are, and tell neither side, as a router does that was replaced."""
+        """Drop everything on the present connections without closing them, as a replaced router does."""
         self._forgotten |= self._writers
 
     def reset(self) -> None:
@@ -240,8 +252,17 @@ class Proxy:
 
 
 @asynccontextmanager
-async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A gateway in a process of its own."""
+async def gateway_process(
+    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), **settings: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a gateway in a process of its own.
+
+    Args:
+        port: to listen on.
+        triton: ports of its Triton.
+        command: the program, whose argument ``serve`` starts a gateway.
+        settings: other than those here.
+    """
     env = {
         **os.environ,
         "AMIRA_SERVER_HOST": LOOPBACK,
@@ -251,16 +272,9 @@ async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIte
         "AMIRA_DRAIN_TIMEOUT_SECS": "0",
         **{f"AMIRA_{name.upper()}": value for name, value in settings.items()},
     }
-    process = await asyncio.create_subprocess_exec(AMIRA, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
     try:
-        async with httpx.AsyncClient() as http:
-            for _ in range(200):
-                try:
-                    if (await http.get(f"http://{LOOPBACK}:{port}/health/ready")).status_code == 200:
-                        break
-                except httpx.HTTPError:
-                    pass
-                await asyncio.sleep(0.1)
+        await until_ready(f"http://{LOOPBACK}:{port}")
         yield process
     finally:
         if process.returncode is None:
@@ -270,7 +284,7 @@ async def gateway_process(port: int, triton: Ports, **settings: str) -> AsyncIte
 
 @dataclass
 class Outcome:
-    """What became of the load.
+    """Outcome of the load.
 
     Attributes:
         lost: streams whose final is not that of the undisturbed run, or that have none or several.
@@ -294,7 +308,7 @@ Fault = Callable[[], Awaitable[float | None]]
 
 
 async def disturb(stream_url: str, batch_url: str, speech: Sequence[Samples], texts: Sequence[str], fault: Fault) -> Outcome:
-    """Run a stream for each piece of speech and batches beside them, with a fault in their midst.
+    """Run a stream for each piece of speech and batches beside them, with a fault while they run.
 
     Args:
         stream_url, batch_url: of the gateway.
@@ -328,12 +342,12 @@ async def disturb(stream_url: str, batch_url: str, speech: Sequence[Samples], te
 
 
 def p95(values: Sequence[float]) -> float:
-    """The 95th percentile; not a number where there are none."""
+    """Return the 95th percentile; NaN without values."""
     return float(np.percentile(values, 95)) if values else float("nan")
 
 
 def pieces(recordings: Sequence[Samples], count: int, seconds: float) -> list[Samples]:
-    """Different speech for so many streams."""
+    """Return different speech for this number of streams."""
     everything = np.concatenate(list(recordings))
     length = int(seconds * RATE)
     starts = np.random.default_rng(5).integers(0, len(everything), count)
@@ -341,21 +355,21 @@ def pieces(recordings: Sequence[Samples], count: int, seconds: float) -> list[Sa
 
 
 async def kill(backend: Backend) -> float:
-    """SIGKILL, as by the kernel when memory is short."""
+    """Kill Triton, as the kernel does when memory is short."""
     backend.signal(signal.SIGKILL)
     await asyncio.sleep(0.2)
     return await backend.ready_again()
 
 
 async def kill_twice(backend: Backend) -> float:
-    """Killed, and once more as soon as it is back."""
+    """Kill Triton, and again as soon as it is ready."""
     await kill(backend)
     await asyncio.sleep(0.5)
     return await kill(backend)
 
 
 async def terminate(backend: Backend) -> float:
-    """SIGTERM, as by an operator's restart."""
+    """Terminate Triton, as an operator's restart does."""
     backend.signal(signal.SIGTERM)
     with contextlib.suppress(psutil.NoSuchProcess):
         await asyncio.to_thread(psutil.Process(backend.triton.pid).wait, 60)
@@ -363,7 +377,7 @@ async def terminate(backend: Backend) -> float:
 
 
 async def kill_stub(backend: Backend, model: str) -> float:
-    """The process of a Python model is killed; Triton goes on without it, and is started again."""
+    """Kill the process of a Python model, after which Triton is restarted."""
     before = backend.triton.pid
     (process, *_) = backend.stubs(model)
     process.kill()
@@ -371,7 +385,7 @@ async def kill_stub(backend: Backend, model: str) -> float:
 
 
 async def stop_for(backend: Backend, seconds: float) -> float:
-    """SIGSTOP and SIGCONT, to Triton and its stubs, as on a machine that swaps; the stubs end for it."""
+    """Stop Triton and its models' processes for a time, as swapping does; the models' processes then end themselves."""
     before = backend.triton.pid
     processes = [psutil.Process(before), *psutil.Process(before).children(recursive=True)]
     for process in processes:

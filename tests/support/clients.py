@@ -1,4 +1,4 @@
-"""What the tests use to talk to a server as its users do."""
+"""Clients of a running server, and its metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from amira.ports import Ports
-from perf.server import REPORTED_SECS
+from tests.support.repositories import REPORTED_SECS
 
 MetricSamples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -24,7 +24,7 @@ KEEPALIVE = b"\x01"
 
 
 class Conversation(NamedTuple):
-    """Everything that a server said on a socket until it closed it."""
+    """Messages of one socket until the server closed it."""
 
     messages: list[dict[str, Any]]
     close_code: int | None
@@ -50,7 +50,7 @@ def open_socket(url: str, **options: Any) -> connect:
 
 
 async def listen(socket: ClientConnection) -> Conversation:
-    """Collect what comes until the server closes."""
+    """Collect messages until the server closes the socket."""
     messages = []
     try:
         while True:
@@ -60,7 +60,7 @@ async def listen(socket: ClientConnection) -> Conversation:
 
 
 async def converse(url: str, frames: Iterable[bytes | str], pause_secs: float = 0.0, **options: Any) -> Conversation:
-    """Send frames, and collect what comes until the server closes."""
+    """Send frames, and collect messages until the server closes the socket."""
     async with open_socket(url, **options) as socket:
         listener = asyncio.create_task(listen(socket))
         try:
@@ -68,12 +68,12 @@ async def converse(url: str, frames: Iterable[bytes | str], pause_secs: float = 
                 await socket.send(frame)
                 await asyncio.sleep(pause_secs)
         except ConnectionClosed:
-            pass  # the server had enough; what it said is what counts
+            pass  # the server closed early; its messages tell why
         return await listener
 
 
 def cut(samples: npt.NDArray[np.int16], sizes: int | Sequence[int]) -> list[bytes]:
-    """Frames of so many samples each; the last size repeats."""
+    """Cut samples into frames of these sizes; the last size repeats."""
     frames, start, turn = [], 0, 0
     while start < len(samples):
         size = sizes if isinstance(sizes, int) else sizes[min(turn, len(sizes) - 1)]
@@ -85,13 +85,19 @@ def cut(samples: npt.NDArray[np.int16], sizes: int | Sequence[int]) -> list[byte
 async def transcribe(
     url: str, samples: npt.NDArray[np.int16], frame_samples: int | Sequence[int] = 1600, **options: Any
 ) -> Conversation:
-    """Stream a whole recording as fast as it is taken; a ping may wait behind it for long."""
+    """Stream a recording as fast as the server takes it, without a time limit for pings, which wait behind the audio."""
     return await converse(url, [*cut(samples, frame_samples), END], ping_timeout=None, **options)
 
 
-async def decoder_metric(ports: Ports, name: str) -> float:
-    """Sum of a metric over its labels, from Triton's metrics port, once the decoder has reported what it did until now."""
-    await asyncio.sleep(REPORTED_SECS)
+async def decoder_metric(ports: Ports, name: str, settle_secs: float = REPORTED_SECS) -> float:
+    """Return a metric's sum over its labels, from Triton's metrics port.
+
+    Args:
+        ports: of the Triton.
+        name: of the metric.
+        settle_secs: pause before, in which the decoder reports what it did until now.
+    """
+    await asyncio.sleep(settle_secs)
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"http://{ports.host}:{ports.metrics}/metrics")).text
     return sum(
@@ -100,7 +106,7 @@ async def decoder_metric(ports: Ports, name: str) -> float:
 
 
 async def gateway_metrics(url: str) -> MetricSamples:
-    """Every sample of the gateway, by name and labels."""
+    """Return every sample of the gateway's metrics, by name and labels."""
     async with httpx.AsyncClient() as client:
         page = (await client.get(f"{url}/metrics")).text
     return {
@@ -111,7 +117,7 @@ async def gateway_metrics(url: str) -> MetricSamples:
 
 
 def growth(before: MetricSamples, after: MetricSamples) -> Callable[..., float]:
-    """How much a metric grew between two looks, as a function of its name and labels."""
+    """Return a function of a metric's name and labels that returns its growth between two reads."""
 
     def grown(name: str, **labels: str) -> float:
         key = name, tuple(sorted(labels.items()))

@@ -1,4 +1,4 @@
-"""The ``amira`` command and Tritons of a test's own."""
+"""The ``amira`` command, Tritons for one test, and waiting."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
@@ -19,7 +21,7 @@ AMIRA = Path(sys.executable).with_name("amira")
 
 
 def environment(**settings: Any) -> dict[str, str]:
-    """Environment of a command: free ports, and these settings."""
+    """Return the environment of a command, with free ports and these settings."""
     gateway, grpc, metrics = free_ports(LOOPBACK, 3)
     ports = {
         "server_host": LOOPBACK,
@@ -31,7 +33,7 @@ def environment(**settings: Any) -> dict[str, str]:
 
 
 async def run_amira(*arguments: str, timeout_secs: float = 60, **settings: Any) -> tuple[int, str, str]:
-    """Run a command to its end: exit code, standard output and standard error."""
+    """Run a command; return its exit code, standard output and standard error."""
     process = await asyncio.create_subprocess_exec(
         AMIRA, *arguments, env=environment(**settings), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -41,19 +43,36 @@ async def run_amira(*arguments: str, timeout_secs: float = 60, **settings: Any) 
 
 
 async def until(condition: Callable[[], Any], timeout_secs: float = 30) -> None:
-    """Wait for a condition, given as a function or a coroutine function."""
+    """Poll a condition, a function or a coroutine function, until it is true.
+
+    Raises:
+        AssertionError: it was not true in time.
+    """
     deadline = asyncio.get_running_loop().time() + timeout_secs
     while True:
         result = condition()
         if await result if asyncio.iscoroutine(result) else result:
             return
-        assert asyncio.get_running_loop().time() < deadline, "it did not happen in time"
+        assert asyncio.get_running_loop().time() < deadline, "the condition did not come true in time"
         await asyncio.sleep(0.1)
+
+
+async def until_ready(url: str, timeout_secs: float = 60) -> None:
+    """Wait until a gateway, which may still be starting, is ready."""
+    async with httpx.AsyncClient(timeout=timeout_secs) as http:
+
+        async def ready() -> bool:
+            try:
+                return (await http.get(f"{url}/health/ready")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        await until(ready, timeout_secs)
 
 
 @asynccontextmanager
 async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
-    """A Triton of a test's own."""
+    """Run a Triton for one test."""
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     server = Triton(
         Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND),
@@ -65,7 +84,7 @@ async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     try:
         yield ports
     finally:
-        await server.stop()
+        await server.stop(timeout_secs=0)
 
 
 def edit(path: Path, old: str, new: str) -> None:

@@ -23,6 +23,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
+from gateway.server import MAX_EVENT_BYTES
+
 END, KEEPALIVE = b"\x00", b"\x01"
 ANSWER_SECS = 30.0
 FREED_SECS = 10.0
@@ -81,7 +83,7 @@ class Dialogue(RuleBasedStateMachine):
     def _open(self, *, resumable: bool, before: str = "", position: int = 0, heard: int = 0) -> ClientConnection:
         url = f"{self.server.url.replace('http', 'ws', 1)}/v2/decode/stream/amira"
         chosen: dict[str, Any] = {"subprotocols": ["amira.v2"]} if resumable else {}
-        connection: ClientConnection = connect(url, compression=None, max_size=None, ping_interval=None, **chosen).__enter__()
+        connection = connect(url, compression=None, max_size=None, ping_interval=None, **chosen)
         self.connection = connection
         self.resumable, self.before, self.position, self.heard = resumable, before, position, heard
         self.said_audio = self.ended = False
@@ -235,7 +237,7 @@ class Dialogue(RuleBasedStateMachine):
     @rule()
     def says_far_too_much(self) -> None:
         with contextlib.suppress(ConnectionClosed):
-            self._socket.send(bytes(3 * self.server.max_frame_bytes))
+            self._socket.send(bytes(MAX_EVENT_BYTES + 1))
         self._is_refused(None, 1009)
 
     @talking

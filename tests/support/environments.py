@@ -1,4 +1,4 @@
-"""Fresh virtual environments with the package's wheel, quick since their packages are those that are installed here."""
+"""Fresh virtual environments with the package's wheel, whose other packages are links to those installed here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 
 def fresh_environment(directory: Path, wheel: Path, extras: tuple[str, ...]) -> Path:
-    """Make a virtual environment with the wheel and what it and its extras require, and nothing else; return it."""
+    """Make a virtual environment with the wheel and the packages that it and its extras require; return its directory."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", directory], check=True)
     pip = [sys.executable, "-m", "pip", "--python", str(directory / "bin" / "python")]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True)
@@ -31,7 +31,7 @@ def site_packages(environment: Path) -> Path:
 
 
 def required(ours: Distribution, extras: tuple[str, ...]) -> set[str]:
-    """Names of all distributions that one needs with these extras, as pip finds them."""
+    """Return the names of all distributions that one requires with these extras."""
     found: set[tuple[str, str]] = set()
     pending = [(ours, extra) for extra in ("", *extras)]
     while pending:
@@ -48,7 +48,7 @@ def required(ours: Distribution, extras: tuple[str, ...]) -> set[str]:
 
 
 def link_files(installed: Distribution, packages: Path) -> None:
-    """Give a distribution's modules and data a second name in another environment; scripts are left out."""
+    """Link a distribution's modules and data into another environment, without its scripts."""
     for file in installed.files or ():
         if ".." not in file.parts:
             source, target = Path(str(installed.locate_file(file))), packages / file

@@ -1,10 +1,10 @@
-"""One real Triton with the bundled model for the whole run, and gateways before it with whatever settings a test wants."""
+"""Fixtures: one real Triton with the bundled model for each process of the tests, and gateways in front of it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +14,19 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from amira.engine.process import Triton
 from amira.engine.wheel import Engine
-from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, SPEECH
+from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.app import create_app
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
 from gateway.server import GatewayServer
-from tests.support.cache import copied
+from tests.support.cache import published, remembered_growth
 from tests.support.clients import decoder_metric
+from tests.support.repositories import REPORT_SECS, served_repository
 from tests.support.synthetic import Kind
 
 Samples = npt.NDArray[np.int16]
@@ -67,21 +67,39 @@ async def run_gateway(**settings: Any) -> AsyncIterator[Gateway]:
 
 
 @pytest.fixture(scope="session")
-async def triton() -> AsyncIterator[Ports]:
+async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
+    """Ports of the Triton with the bundled model that all tests of this process share.
+
+    A model's process ends itself when the machine stalls for a second. Triton is then restarted, so that one test fails and not
+    all after it. It gets no canaries, since tests count what it decodes.
+    """
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
+    engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
-    server = Triton(Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND), MODEL_REPOSITORY, ports, log_path)
+    server = Triton(engine, served_repository(), ports, log_path, ensembles=())
     await server.start()
+    keeper = asyncio.create_task(server.keep_alive())
     yield ports
-    await server.stop()
+    keeper.cancel()
+    await asyncio.gather(keeper, return_exceptions=True)
+    # Only in the seconds of an orderly end do the models' processes write which lines they ran.
+    await server.stop(timeout_secs=20 if pytestconfig.getoption("cov_source", None) else 0)
+
+
+@pytest.fixture(scope="module")
+def quick_restarts() -> Iterator[None]:
+    """Restart a Triton that is kept alive at once, however often it ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amira.engine.process.RESTART_DELAY_RANGE_SECS", (0.1, 0.2))
+        yield
 
 
 @pytest.fixture(scope="session")
 def make_gateway(triton: Ports) -> Callable[..., AbstractAsyncContextManager[Gateway]]:
-    """Gateways before the one Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
+    """Factory of gateways in front of the shared Triton: ``async with make_gateway(stream_timeout_secs=1) as gateway``."""
 
     def make(**settings: Any) -> AbstractAsyncContextManager[Gateway]:
-        # Canaries are seldom, since tests count the decoder's calls.
+        # Tests count the decoder's calls, so canaries are rare.
         defaults = {"triton_endpoint": f"{triton.host}:{triton.grpc}", "canary_interval_secs": 3600}
         return run_gateway(**{**defaults, **settings})
 
@@ -114,23 +132,24 @@ def read_recordings() -> Recordings:
 
 @pytest.fixture
 async def no_sequence_left(triton: Ports) -> AsyncIterator[None]:
-    """Fail a test after which the decoder still holds a stream; not for streams of killed gateways, which age out."""
-    before = await decoder_metric(triton, "asr_decoder_sequences")
+    """Fail a test that leaves a sequence in the decoder; sequences from before, as of killed gateways, do not count."""
+    before = await decoder_metric(triton, "asr_decoder_sequences", settle_secs=0)
     yield
-    for _ in range(100):
-        if await decoder_metric(triton, "asr_decoder_sequences") <= before:
+    for _ in range(50):
+        if await decoder_metric(triton, "asr_decoder_sequences", settle_secs=3 * REPORT_SECS) <= before:
             return
-        await asyncio.sleep(0.05)
     pytest.fail("the decoder still holds a stream")
 
 
 @pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories as the ecosystem publishes models, by kind; the RNN-T's encoder keeps its weights in a file of their own."""
-    root = tmp_path_factory.mktemp("published")
-    for kind in KINDS:
-        copied(kind, root / kind, external_data=kind == "rnnt")
-        for part in ("encoder", "decoder_joint"):
-            plain, quantized = (root / kind / f"{part}-model{suffix}.onnx" for suffix in ("", ".int8"))
-            quantize_dynamic(plain, quantized, weight_type=QuantType.QUInt8)
-    return {kind: root / kind for kind in KINDS}
+def quick_imports() -> Iterator[None]:
+    """Measure the memory of each encoder once, not at each import."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("amira.models.importing.measure_growth", remembered_growth)
+        yield
+
+
+@pytest.fixture(scope="session")
+def sources(quick_imports: None) -> dict[str, Path]:  # noqa: ARG001 (needed for its effect)
+    """Directories of synthetic models by kind, in the layout that models are published in. Tests must not change them."""
+    return {kind: published(kind) for kind in KINDS}

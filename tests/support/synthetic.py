@@ -80,14 +80,13 @@ SIZES: Mapping[Kind, _Size] = {
 }
 
 
-def build(directory: Path, kind: Kind, seed: int = 0, external_data: bool = False) -> None:
+def build(directory: Path, kind: Kind, seed: int = 0) -> None:
     """Write a model.
 
     Args:
         directory: where to; made if missing.
         kind: ``rnnt`` has 80 mel features, 512 pieces and one LSTM layer, ``tdt`` has 128, 1024 and two, and 5 durations.
         seed: of the weights.
-        external_data: the encoder's weights go into a file of their own, ``encoder-model.onnx.data``.
 
     Raises:
         RuntimeError: with none of the weights tried can tokens be had at the wanted rate.
@@ -97,11 +96,7 @@ def build(directory: Path, kind: Kind, seed: int = 0, external_data: bool = Fals
     encoder, encoded = _normalised_encoder(_EncoderWeights.draw(size, random), _features(size.features))
     decoder_joint = _calibrated_decoder_joint(size, encoded, random)
     directory.mkdir(parents=True, exist_ok=True)
-    data = directory / "encoder-model.onnx.data"
-    data.unlink(missing_ok=True)  # onnx would append to it
-    onnx.save_model(
-        encoder, directory / "encoder-model.onnx", save_as_external_data=external_data, location=data.name, size_threshold=1024
-    )
+    onnx.save_model(encoder, directory / "encoder-model.onnx")
     onnx.save_model(decoder_joint, directory / "decoder_joint-model.onnx")
     lines = "".join(f"{piece} {index}\n" for index, piece in enumerate(vocabulary(kind)))
     (directory / "vocab.txt").write_text(lines, encoding="utf-8")
@@ -111,6 +106,13 @@ def build(directory: Path, kind: Kind, seed: int = 0, external_data: bool = Fals
         "subsampling_factor": SUBSAMPLING,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+
+
+def move_weights(directory: Path) -> None:
+    """Move the encoder's weights into a file of their own, ``encoder-model.onnx.data``."""
+    path = directory / "encoder-model.onnx"
+    location = f"{path.name}.data"
+    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location=location, size_threshold=1024)
 
 
 def vocabulary(kind: Kind) -> list[str]:
@@ -384,25 +386,25 @@ class _Network:
         logits, *after = self._session.run(["outputs", "output_states_1", "output_states_2"], inputs)
         return logits + self.bias, after
 
-    def decode(self, frames: Floats) -> tuple[list[int], float]:
-        """Greedily decode frames [D, T], one call a decision: the frames of the tokens, and how narrow a decision was."""
+    def count_tokens(self, frames: Floats) -> int | None:
+        """Greedily decode frames [D, T]; return the number of tokens, None if a decision is not clear."""
         blank = self.size.blank
-        emitted: list[int] = []
-        gap = np.inf
+        tokens = 0
         token, states, t, symbols = blank, None, 0, 0
         while t < frames.shape[1]:
             logits, after = self.step(frames[None, :, t : t + 1], np.array([[token]], np.int32), states)
             scores, durations = np.split(logits[0, 0, 0], [blank + 1])
-            gap = min(gap, *(np.diff(np.sort(part)[-2:])[0] for part in (scores, durations) if part.size))
+            if any(np.diff(np.partition(part, -2)[-2:])[0] < CLEAR_GAP for part in (scores, durations) if part.size):
+                return None
             best, jump = int(scores.argmax()), int(durations.argmax()) if durations.size else 0
             if best != blank:
                 token, states = best, after
-                emitted.append(t)
+                tokens += 1
                 symbols += 1
             if jump or best == blank or symbols == MAX_TOKENS_PER_FRAME:
                 t += max(jump, 1)
                 symbols = 0
-        return emitted, float(gap)
+        return tokens
 
 
 def _calibrated_decoder_joint(size: _Size, rows: Sequence[Floats], random: np.random.Generator) -> onnx.ModelProto:
@@ -429,13 +431,16 @@ def _calibrate(network: _Network, rows: Sequence[Floats], random: np.random.Gene
         shares = np.bincount(best, minlength=duration_bias.size) / len(best)
         duration_bias += np.log(DURATION_SHARES / np.maximum(shares, 1e-3))
 
-    least, most = TOKENS_PER_SECOND
     margins = logits[:, :blank].max(axis=1) - logits[:, blank]
     for share in np.linspace(*network.size.token_shares, 30):
         network.bias[blank] = np.quantile(margins, 1 - share)
-        decoded = [network.decode(row) for row in rows]
-        rates = [len(emitted) * FRAMES_PER_SECOND / row.shape[1] for row, (emitted, _) in zip(rows, decoded, strict=True)]
-        gap = min(gap for _, gap in decoded)
-        if least <= min(rates) and max(rates) <= most and gap >= CLEAR_GAP:
+        if all(_is_decoded_as_speech(network, row) for row in rows):
             return True
     return False
+
+
+def _is_decoded_as_speech(network: _Network, row: Floats) -> bool:
+    """Return whether all decisions on a recording's frames [D, T] are clear and tokens come at the wanted rate."""
+    least, most = TOKENS_PER_SECOND
+    tokens = network.count_tokens(row)
+    return tokens is not None and least <= tokens * FRAMES_PER_SECOND / row.shape[1] <= most

@@ -25,6 +25,15 @@ def rows(page: str, header: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
 
+def entries(page: str, heading: str) -> Iterator[tuple[list[str], str]]:
+    """Return the names and the explanation of each entry of the first list below a heading."""
+    _, _, section = (DOCS / page).read_text().partition(f"\n## {heading}\n")
+    (first, *_) = re.findall(r"^(?:- .*\n)+", section, re.MULTILINE)
+    for line in first.splitlines():
+        cell, explanation = re.findall(r"^- (`[^:]*`): (.*)$", line)[0]
+        yield names(cell), explanation
+
+
 def names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
@@ -63,7 +72,7 @@ def test_types_of_errors_and_which_are_retryable() -> None:
 
 def test_metrics_of_the_gateway() -> None:
     """With their labels."""
-    documented = {name for cell, _ in rows("Monitoring.md", "| metric{labels} |") for name in names(cell)}
+    documented = {name for found, _ in entries("Monitoring.md", "Metrics") for name in found}
     ours = {metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)}
     assert documented == {described(metric) for metric in ours}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import email
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +32,7 @@ ANSWER = {
     "confidence": 0.9,
     "words": [WORD],
 }
-Ask = Callable[..., Awaitable[Transcript]]
+Ask = Callable[..., Awaitable[Any]]
 
 
 class Answer(NamedTuple):
@@ -96,15 +99,15 @@ def script(*answers: Answer, port: int = 0) -> Iterator[Script]:
 
 @pytest.fixture(params=["Client", "AsyncClient"])
 def ask(request: pytest.FixtureRequest) -> Ask:
-    """Transcribe with either client."""
+    """Transcribe with either client; ``asked`` are arguments of the call, others those of the client."""
 
-    async def of_sync(url: str | None, audio: Any = b"\0\0", model: str = "amira", **options: Any) -> Transcript:
+    async def of_sync(url: str | None, audio: Any = b"\0\0", asked: Any = None, **options: Any) -> Any:
         with Client(url, **options) as client:
-            return await asyncio.to_thread(client.transcribe, audio, model=model)
+            return await asyncio.to_thread(partial(client.transcribe, audio, **(asked or {})))
 
-    async def of_async(url: str | None, audio: Any = b"\0\0", model: str = "amira", **options: Any) -> Transcript:
+    async def of_async(url: str | None, audio: Any = b"\0\0", asked: Any = None, **options: Any) -> Any:
         async with AsyncClient(url, **options) as client:
-            return await client.transcribe(audio, model=model)
+            return await client.transcribe(audio, **(asked or {}))
 
     return of_sync if request.param == "Client" else of_async
 
@@ -148,7 +151,7 @@ async def test_url_and_key_come_from_the_environment(ask: Ask, monkeypatch: pyte
     with script(success(), success()) as server:
         monkeypatch.setenv("AMIRA_BASE_URL", f"{server.url}/")
         monkeypatch.setenv("AMIRA_API_KEY", "key of the environment")
-        await ask(None, model="a/b")
+        await ask(None, asked={"model": "a/b"})
         await ask(None, api_key="key of the call")
     (first, headers, _), (second, others, _) = server.requests
     assert (first, second) == ("POST /v2/decode/batch/a%2Fb", "POST /v2/decode/batch/amira")
@@ -177,7 +180,7 @@ async def test_pause_is_that_of_retry_after(ask: Ask) -> None:
 
 
 async def test_pauses_grow_where_the_server_asks_for_none(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amira.client.rest.PAUSE_RANGE_SECS", (0.1, 0.2))
+    monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     failed = failure(502, "backend_failed", retryable=True)
     with script(failed, failed, failed, failed, success()) as server:
         began = time.monotonic()
@@ -222,7 +225,7 @@ async def test_slow_answer_is_a_timeout_and_not_retried(ask: Ask) -> None:
 
 
 async def test_missing_server_is_tried_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amira.client.rest.PAUSE_RANGE_SECS", (0.1, 0.2))
+    monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     (port,) = free_ports(LOOPBACK, 1)
     url = f"http://{LOOPBACK}:{port}"
     with pytest.raises(RequestError, match=f"no server at {url}") as raised:
@@ -232,3 +235,90 @@ async def test_missing_server_is_tried_again(ask: Ask, monkeypatch: pytest.Monke
     await asyncio.sleep(0.3)
     with script(success(), port=port):
         assert (await asking).text == "yes"
+
+
+def lines(*contents: Any) -> Answer:
+    body = b"".join(json.dumps(content).encode() + b"\n" for content in contents)
+    return Answer(200, body, {"Content-Type": "application/x-ndjson", "X-Request-ID": "of the lines"})
+
+
+SEGMENT = {"id": 0, "start": 0.25, "end": 0.5, "text": "yes", "words": [WORD], "confidence": 0.9}
+SUMMARY = {"text": "yes yes", "tokens": [7, 7], "confidence": 0.9, "audio_length_samples": 32_000}
+
+
+async def test_segments_are_told_as_they_come(ask: Ask) -> None:
+    told: list[Segment] = []
+    answer = lines({"type": "segment", **SEGMENT}, {"type": "segment", **SEGMENT, "id": 1}, {"type": "transcript", **SUMMARY})
+    with script(answer) as server:
+        transcript = await ask(server.url, asked={"on_segment": told.append, "phrases": ["Ask not", "ü&"]})
+    segment = Segment("yes", 0.25, 0.5, (Word("yes", 0.25, 0.5, 0.9),), 0.9)
+    assert told == [segment, segment]
+    assert transcript == Transcript("yes yes", (segment, segment), segment.words * 2, (7, 7), 0.9, 2.0, "of the lines")
+    ((request, _, body),) = server.requests
+    assert request == "POST /v2/decode/batch/amira?phrases=Ask+not&phrases=%C3%BC%26&format=ndjson"
+    assert body == b"\0\0"
+
+
+async def test_failure_after_a_segment_is_raised_and_not_retried(ask: Ask) -> None:
+    told: list[Segment] = []
+    error = {"message": "Triton failed", "code": "backend_failed", "retryable": True}
+    with script(lines({"type": "segment", **SEGMENT}, {"error": error})) as server, pytest.raises(RequestError) as raised:
+        await ask(server.url, asked={"on_segment": told.append})
+    assert (raised.value.code, len(told)) == ("backend_failed", 1)
+
+
+async def test_format_is_written_by_the_server(ask: Ask) -> None:
+    with script(BUSY, Answer(200, "WEBVTT\n\nü".encode(), {"Content-Type": "text/plain; charset=utf-8"})) as server:
+        written = await ask(server.url, b"RIFF", asked={"format": "vtt", "model": "a/b", "phrases": ["one", "two"]})
+    assert written == "WEBVTT\n\nü"
+    first, second = server.requests
+    assert first == second, "a retry sends the same form"
+    request, headers, body = first
+    assert request == "POST /v1/audio/transcriptions"
+    message = email.message_from_bytes(b"Content-Type: " + headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+    fields = [(part.get_param("name", header="content-disposition"), part.get_payload(decode=True)) for part in message.walk()]
+    assert fields[1:] == [
+        ("model", b"a/b"),
+        ("response_format", b"vtt"),
+        ("keywords[]", b"one"),
+        ("keywords[]", b"two"),
+        ("file", b"RIFF"),
+    ]
+
+
+async def test_segments_of_a_text_are_refused(ask: Ask) -> None:
+    with pytest.raises(ValueError, match="leave one of them out"):
+        await ask("http://localhost", asked={"format": "srt", "on_segment": print})
+
+
+async def test_upload_reports_its_progress(ask: Ask, tmp_path: Path) -> None:
+    path, told = tmp_path / "recording", list[tuple[int, int]]()
+    path.write_bytes(bytes(200_000))
+    with script(success()) as server:
+        await ask(server.url, path, asked={"on_progress": lambda sent, size: told.append((sent, size))})
+    assert told == [(65_536, 200_000), (131_072, 200_000), (196_608, 200_000), (200_000, 200_000)]
+    assert server.requests[0][1]["Content-Length"] == "200000"
+
+
+async def test_file_is_sent_from_where_it_is_and_stays_open(ask: Ask, tmp_path: Path) -> None:
+    path = tmp_path / "recording"
+    path.write_bytes(b"header body")
+    with script(BUSY, success()) as server, path.open("rb") as file:
+        file.seek(7)
+        await ask(server.url, file)
+        assert not file.closed
+    assert [body for _, _, body in server.requests] == [b"body", b"body"]
+
+
+async def test_pipe_is_sent_again_too(ask: Ask) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"piped")
+    os.close(writing)
+    with script(BUSY, success()) as server, os.fdopen(reading, "rb") as pipe:
+        await ask(server.url, pipe)
+    assert [body for _, _, body in server.requests] == [b"piped", b"piped"]
+
+
+async def test_missing_file_is_an_os_error(ask: Ask, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await ask("http://localhost", tmp_path / "nothing")

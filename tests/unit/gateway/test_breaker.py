@@ -85,7 +85,7 @@ def test_single_failures_among_successes_never_open_it() -> None:
     assert breaker.state is BreakerState.CLOSED
 
 
-def test_a_few_failures_open_a_fresh_one() -> None:
+def test_few_failures_open_a_fresh_breaker() -> None:
     breaker = Breaker()
     states = []
     for _ in range(MIN_FAILURES):

@@ -115,7 +115,7 @@ def test_audio_arrives_before_there_is_room_for_it() -> None:
     run_virtual(scenario())
 
 
-def test_closed_buffer_keeps_what_it_has_and_takes_no_more() -> None:
+def test_closed_buffer_keeps_its_audio_and_takes_no_more() -> None:
     """Otherwise a client that sends on would delay the final."""
 
     async def scenario() -> None:

@@ -26,7 +26,7 @@ def test_one_failure_is_no_outage_and_two_in_a_row_are() -> None:
     assert health.failing_secs(10.0) == 9.0
 
 
-def test_an_answer_clears_what_was_late() -> None:
+def test_answer_clears_late_rounds() -> None:
     health = Health().after(Outcome.ANSWERED, 0.0)
     for now in range(10):
         health = health.after(Outcome.LATE, float(now)).after(Outcome.ANSWERED, now + 0.5)
@@ -79,14 +79,14 @@ async def running(canary: Canary, *, loaded: bool = True) -> AsyncIterator[None]
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_round_reaches_every_instance(triton: Triton) -> None:
+async def test_round_reaches_every_instance(triton: Triton) -> None:
     canary = canary_of(triton)
     await canary.make_round(3)
     assert triton.asked == 1 + 3
     assert canary.health.well
 
 
-async def test_an_error_is_a_failure_whatever_else_is_decoded(triton: Triton) -> None:
+async def test_error_counts_despite_progress(triton: Triton) -> None:
     canary = canary_of(triton)
     await canary.make_round(1)
     triton.fails = True
@@ -114,7 +114,7 @@ async def test_late_is_a_failure_only_while_nothing_else_is_decoded(triton: Trit
     triton.open.set()
 
 
-async def test_a_late_answer_shows_that_triton_is_slow(triton: Triton) -> None:
+async def test_late_answer_counts_as_slow(triton: Triton) -> None:
     canary = canary_of(triton)
     await canary.make_round(1)
     triton.open.clear()
@@ -141,7 +141,7 @@ async def test_rounds_are_not_made_while_speech_is_decoded(triton: Triton) -> No
         assert triton.asked > asked
 
 
-async def test_a_failure_makes_a_round_hurry(triton: Triton) -> None:
+async def test_failure_starts_a_round_at_once(triton: Triton) -> None:
     canary = canary_of(triton, interval_secs=100)
     async with running(canary):
         await canary.judged.wait()
@@ -152,7 +152,7 @@ async def test_a_failure_makes_a_round_hurry(triton: Triton) -> None:
         assert triton.asked > asked
 
 
-async def test_nothing_is_asked_before_the_models_are_loaded(triton: Triton) -> None:
+async def test_no_canary_before_models_are_loaded(triton: Triton) -> None:
     canary = canary_of(triton)
     async with running(canary, loaded=False):
         await asyncio.sleep(1.2)
@@ -160,7 +160,7 @@ async def test_nothing_is_asked_before_the_models_are_loaded(triton: Triton) -> 
     assert not canary.health.well
 
 
-async def test_what_was_forgotten_does_not_count(triton: Triton) -> None:
+async def test_forgotten_rounds_do_not_count(triton: Triton) -> None:
     canary = canary_of(triton)
     triton.open.clear()
     rounds = asyncio.create_task(canary.make_round(1))

@@ -11,7 +11,7 @@ FACES = ("starlette", "fastapi", "uvicorn", "websockets", "asgi_correlation_id",
 
 
 @pytest.mark.parametrize("module", ["gateway.live.sessions", "gateway.recordings.transcribe"])
-def test_an_engine_imports_without_any_protocol(module: str) -> None:
+def test_engine_imports_without_any_protocol(module: str) -> None:
     code = f"""if True:
         import sys
         sys.modules.update(dict.fromkeys({FACES!r}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import random
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import soundfile
 
-from gateway.audio import RATE, pool
+from gateway.audio import RATE, pool, reader
 from gateway.audio.files import decode_audio
 from gateway.audio.pool import FilePool
 from gateway.errors import ApiError, ErrorKind
@@ -145,6 +146,7 @@ async def test_cancelling_ends_the_process_and_frees_its_place(files: FilePool) 
 
 async def test_cpu_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "CPU_SECS", 0.1)
+    monkeypatch.setattr(pool, "SEARCHED_BYTES_PER_SEC", 2**40)
     with pytest.raises(ApiError, match=r"takes more than 1 s of CPU time") as caught:
         await files.decode(SLOW * 5, "", 30)
     assert caught.value.kind is ErrorKind.UNDECODABLE_AUDIO
@@ -161,7 +163,7 @@ async def test_memory_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatc
 
 
 async def test_elapsed_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "WALL_FACTOR", 0.001)
+    monkeypatch.setattr(reader, "WALL_FACTOR", 0.001)
     with pytest.raises(ApiError, match="not decoded within") as caught:
         await files.decode(SLOW, "", 3600)
     assert caught.value.kind is ErrorKind.NO_CAPACITY
@@ -186,12 +188,37 @@ async def test_a_crash_costs_one_request(files: FilePool, number: signal.Signals
         task.cancel()
 
 
+async def test_messages_of_decoders_are_no_log_lines(files: FilePool, capfd: pytest.CaptureFixture[str]) -> None:
+    """libmpg123 prints a line to standard error, where the log goes, for each damaged frame of a file."""
+    randomness = random.Random(1)  # noqa: S311
+    file = bytearray(encode("MP3", "MPEG_LAYER_III", samples=29 * RATE))
+    for at in range(len(file)):
+        if at % 24 > 8 and randomness.random() < 0.3:
+            file[at] = randomness.randrange(256)
+    with suppress(ApiError):
+        await files.decode(bytes(file), "audio/mpeg", 30)
+    assert "mpg123" not in capfd.readouterr().err
+
+
 async def test_a_lost_server_is_replaced(files: FilePool) -> None:
     await files.decode(FLAC, "", 60)
     assert files._server
     files._server.kill()
     await until(lambda: files._server and files._server.returncode is not None)
     assert len(await files.decode(FLAC, "", 60)) > RATE
+
+
+async def test_a_stopped_server_is_replaced(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    await files.decode(FLAC, "", 60)
+    stopped = files._server
+    assert stopped
+    stopped.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "START_SECS", 0.5)
+        results = await asyncio.gather(*(files.decode(FLAC, "", 60) for _ in range(2)), return_exceptions=True)
+    assert {error.kind for error in results if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
+    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert stopped.returncode == -signal.SIGKILL
 
 
 async def test_closing_ends_every_process(files: FilePool) -> None:

@@ -71,6 +71,17 @@ def test_ignored_keys_cost_no_memory(unit: bytes, key: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
 
 
+@pytest.mark.parametrize("end", [b"1]}", b"1"])
+def test_many_arrays_cost_no_time(end: bytes) -> None:
+    """All of them end at the last bracket, or never."""
+    name = b'"audio_buffer":['
+    body = b"{" + name * (8 * 2**20 // len(name)) + end
+    began = time.thread_time()
+    with pytest.raises(ApiError):
+        unpack_json(body)
+    assert time.thread_time() - began < 3
+
+
 def test_other_threads_run_while_numbers_are_parsed() -> None:
     body = form(LARGE * 5)
     parser = threading.Thread(target=unpack_json, args=(body,))

@@ -87,6 +87,21 @@ async def test_json_has_a_limit_of_its_own(content_type: str) -> None:
     assert error.value.kind is ErrorKind.BODY_TOO_LARGE
 
 
+@pytest.mark.parametrize("coding", ["br", "gzip", "Deflate", "identity, gzip"])
+async def test_compressed_body_is_refused(coding: str) -> None:
+    """Its bytes would be taken for raw PCM."""
+    client = Client(parts(bytes(60)))
+    with pytest.raises(ApiError, match="Content-Encoding") as error:
+        await BodyLimit(read_all, limits(100))(http_scope(content_encoding=coding), client.receive, client.send)
+    assert error.value.kind is ErrorKind.UNSUPPORTED_MEDIA
+
+
+async def test_identity_is_no_compression() -> None:
+    client = Client(parts(bytes(60)))
+    await BodyLimit(read_all, limits(100))(http_scope(content_encoding="Identity"), client.receive, client.send)
+    assert client.got[0]["status"] == 200
+
+
 async def test_bodies_in_flight_have_a_limit_together() -> None:
     limited = BodyLimit(read_all, limits(100, total_bytes=150))
     waiting = Client([{"type": "http.request", "body": bytes(90), "more_body": True}])
@@ -105,7 +120,7 @@ async def test_bodies_in_flight_have_a_limit_together() -> None:
     assert third.got
 
 
-async def test_body_that_does_not_come_is_refused() -> None:
+async def test_missing_body_is_refused() -> None:
     client = Client([{"type": "http.request", "body": bytes(1600), "more_body": True}])
     loop = asyncio.get_running_loop()
     began = loop.time()

@@ -19,7 +19,7 @@ spare_secs = st.floats(-MAX_LEAD_SECS, MAX_BACKLOG_SECS)
 
 
 @given(waiting=waiting, due=due, chunk=chunk, spare_secs=spare_secs, crowded=st.booleans())
-def test_a_request_is_bounded(waiting: int, due: int, chunk: int, spare_secs: float, *, crowded: bool) -> None:
+def test_request_is_bounded(waiting: int, due: int, chunk: int, spare_secs: float, *, crowded: bool) -> None:
     planned = plan(waiting, due, chunk, spare_secs, crowded=crowded)
     most = due + (MAX_WINDOWS - 1) * chunk
     assert min(waiting, due) <= planned.samples <= min(waiting, most)
@@ -39,7 +39,7 @@ def test_others_in_real_time_never_make_a_request_larger(waiting: int, due: int,
 
 
 @given(waiting=waiting, due=due, chunk=chunk, spare_secs=spare_secs, crowded=st.booleans())
-def test_a_request_waits_if_and_only_if_it_is_ahead(
+def test_request_waits_if_and_only_if_it_is_ahead(
     waiting: int, due: int, chunk: int, spare_secs: float, *, crowded: bool
 ) -> None:
     planned = plan(waiting, due, chunk, spare_secs, crowded=crowded)

@@ -57,7 +57,7 @@ def test_streams_ahead_do_not_wait_for_each_other_alone() -> None:
     assert len({began for began, _ in run_virtual(scenario())}) == 1
 
 
-def test_a_stream_ahead_waits_for_real_time_requests() -> None:
+def test_stream_ahead_waits_for_real_time_requests() -> None:
     async def scenario() -> None:
         streams = Streams()
         real_time, patient, impatient = (streams.priority.join() for _ in range(3))
@@ -75,7 +75,7 @@ def test_a_stream_ahead_waits_for_real_time_requests() -> None:
     run_virtual(scenario())
 
 
-def test_a_busy_triton_lets_nobody_get_ahead() -> None:
+def test_busy_triton_stops_streams_ahead() -> None:
     async def scenario() -> None:
         streams = Streams()
         real_time, fast = streams.priority.join(), streams.priority.join()
@@ -109,7 +109,7 @@ def test_leaving_the_line_delays_nobody(where: str) -> None:
     run_virtual(scenario())
 
 
-def test_a_stream_that_left_counts_no_more() -> None:
+def test_ended_stream_counts_no_more() -> None:
     async def scenario() -> None:
         streams = Streams()
         fast, real_time = streams.priority.join(), streams.priority.join()
@@ -126,7 +126,7 @@ def test_a_stream_that_left_counts_no_more() -> None:
     run_virtual(scenario())
 
 
-def test_a_failed_request_gives_its_turn_back() -> None:
+def test_failed_request_gives_its_turn_back() -> None:
     async def scenario() -> None:
         streams = Streams()
         streams.priority.join()

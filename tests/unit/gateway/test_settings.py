@@ -192,6 +192,21 @@ class TestValues:
         settings = load_settings({"AMIRA_MODELS": '{"amira": "asr_ensemble", "de-1.0": "german"}'}, tmp_path).settings
         assert settings.models == {"amira": "asr_ensemble", "de-1.0": "german"}
 
+    def test_names_of_openai_are_the_first_model(self, tmp_path: Path) -> None:
+        settings = load_settings({"AMIRA_MODELS": '{"de": "german", "amira": "asr_ensemble"}'}, tmp_path).settings
+        assert settings.model_aliases["whisper-1"] == settings.model_aliases["gpt-4o-transcribe"] == "de"
+        assert settings.model_languages == {"amira": "en"}, "that of the bundled ensemble alone is known"
+
+    def test_aliases_replace_those_of_openai(self, tmp_path: Path) -> None:
+        given = {"AMIRA_MODEL_ALIASES": '{"Systran/faster-whisper": "amira"}', "AMIRA_MODEL_LANGUAGES": '{"amira": "de"}'}
+        settings = load_settings(given, tmp_path).settings
+        assert settings.model_aliases == {"Systran/faster-whisper": "amira"}
+        assert settings.model_languages == {"amira": "de"}
+        with pytest.raises(ConfigError, match=r"must map to names in models, which has no 'nobody'$"):
+            load_settings({"AMIRA_MODEL_ALIASES": '{"whisper-1": "nobody"}'}, tmp_path)
+        with pytest.raises(ConfigError, match="must be a table of names in models to languages in two letters"):
+            load_settings({"AMIRA_MODEL_LANGUAGES": '{"amira": "english"}'}, tmp_path)
+
     def test_api_keys_are_not_exported(self, tmp_path: Path) -> None:
         loaded = load_settings({"AMIRA_API_KEYS": "first-secret, second-secret"}, tmp_path)
         assert [key.get_secret_value() for key in loaded.settings.api_keys] == ["first-secret", "second-secret"]
@@ -422,7 +437,9 @@ class TestLegacyServers:
     def test_config_file(self, tmp_path: Path) -> None:
         (tmp_path / "config.toml").write_text(LEGACY_CONFIG)
         loaded = load_settings({}, tmp_path)
-        assert loaded.settings == Settings(max_concurrent_batches=50, max_symbols_per_step=30, max_total_tokens=200)
+        assert loaded.settings == Settings(
+            max_concurrent_batches=50, max_batch_audio_length_secs=30, max_symbols_per_step=30, max_total_tokens=200
+        )
         assert len(loaded.notices) == 5
 
     def test_tuning_file(self, tmp_path: Path) -> None:
@@ -438,6 +455,8 @@ class TestLegacyServers:
             inference_timeout_secs=10,
             max_concurrent_streams=50,
             max_concurrent_batches=200,
+            max_request_size=10_485_760,
+            max_batch_audio_length_secs=30,
             max_symbols_per_step=30,
             max_total_tokens=200,
             jaeger_endpoint="http://localhost:14268/api/traces",

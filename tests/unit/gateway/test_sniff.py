@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.audio import media_types
 from gateway.audio.media_types import OCTETS, identify_body
 from gateway.audio.sniff import HEAD_BYTES, RAW, SIGNATURES, StreamStart, identify
 from gateway.errors import ApiError, ErrorKind
@@ -56,24 +58,32 @@ DECODED = {
     "Ogg": encode("OGG", "OPUS"),
     "MP3": encode("MP3", "MPEG_LAYER_III"),
 }
-FOREIGN = {
+CONTAINERS = {
     "MP4": b"\0\0\0\x20ftypM4A " + NOISE,
     "MP4 ": b"\0\0\0\x18stypmsdh" + NOISE,  # a segment of a live stream
     "QuickTime": b"\0\0\0\x08wide" + NOISE,
     "WebM or Matroska": b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81" + NOISE,
-    "WebM or Matroska ": b"\x1f\x43\xb6\x75\x01\xff" + NOISE,  # a recording that goes on
+    "AMR": b"#!AMR-WB\n" + NOISE,
+    "AAC (ADTS)": frames(adts(200), 200),
+    "ASF or WMA": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + NOISE,
+}
+"""Formats that need the extra."""
+
+LIVE = ("WAV", "Ogg", "WebM or Matroska")
+"""Formats that a stream may have."""
+
+FOREIGN = {
+    "WebM or Matroska without its beginning": b"\x1f\x43\xb6\x75\x01\xff" + NOISE,
+    "AMR with several channels": b"#!AMR_MC1.0\n" + NOISE,
     "AVI": b"RIFF\0\0\0\0AVI LIST" + NOISE,
     "WebP": b"RIFF\0\0\0\0WEBP" + NOISE,
     "RIFF MIDI": b"RIFF\0\0\0\0RMID" + NOISE,
     "RIFF other than WAV": b"RIFF\0\0\0\0ACON" + NOISE,
     "RF64 other than WAV": b"RF64\xff\xff\xff\xffABCD" + NOISE,
     "IFF other than AIFF": b"FORM\0\0\0\08SVX" + NOISE,
-    "AMR": b"#!AMR-WB\n" + NOISE,
     "AAC (ADIF)": b"ADIF" + NOISE,
-    "AAC (ADTS)": frames(adts(200), 200),
     "AAC (LOAS)": frames(b"\x56\xe0\x60", 0x63),
     "AC-3": frames(b"\x0b\x77\x12\x34\x14\x40", 768),
-    "ASF or WMA": b"\x30\x26\xb2\x75\x8e\x66\xcf\x11" + NOISE,
     "FLV": b"FLV\x01\x04" + NOISE,
     "MIDI": b"MThd\0\0\0\x06" + NOISE,
     "RealMedia": b".RMF" + NOISE,
@@ -137,10 +147,28 @@ def check(body: bytes, frame_bytes: int = 640) -> None:
         start.check(body[at : at + frame_bytes])
 
 
-@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("name", [*DECODED, *CONTAINERS])
 def test_files_are_recognised(name: str) -> None:
-    found = identify(DECODED[name])
-    assert (found.format.name, found.format.decodable, found.start) == (name, True, 0)
+    found = identify((DECODED | CONTAINERS)[name])
+    assert (found.format.name, found.format.decodable, found.start) == (name.strip(), True, 0)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_without_the_extra_are_refused_with_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert identify_body(CONTAINERS[name], "").format.name == name.strip()
+    monkeypatch.setattr(media_types, "CONTAINERS", False)
+    with pytest.raises(ApiError, match=r"pip install 'amira-asr\[containers\]'") as caught:
+        identify_body(CONTAINERS[name], "")
+    assert caught.value.kind is ErrorKind.UNSUPPORTED_MEDIA
+    assert name.strip() in caught.value.message
+
+
+@pytest.mark.parametrize("content_type", ["video/mp4", "video/webm", "application/ogg", "application/x-www-form-urlencoded"])
+def test_other_types_are_taken_for_files_alone(content_type: str) -> None:
+    assert identify_body(DECODED["Ogg"], content_type).format.name == "Ogg"
+    with pytest.raises(ApiError, match=re.escape(content_type)) as caught:
+        identify_body(NOISE, content_type)
+    assert caught.value.kind is ErrorKind.UNSUPPORTED_MEDIA
 
 
 @pytest.mark.parametrize("content_type", [OCTETS, "audio/wav", "audio/mpeg", "audio/pcm"])
@@ -156,10 +184,10 @@ def test_what_is_not_audio_for_us_is_refused_by_name(name: str, content_type: st
 
 
 @pytest.mark.parametrize("frame_bytes", [2, 160, 640, 4096, 2**20])
-@pytest.mark.parametrize("name", [*DECODED, *FOREIGN, *TEXTS])
+@pytest.mark.parametrize("name", [name for name in (*DECODED, *CONTAINERS, *FOREIGN, *TEXTS) if name not in LIVE])
 def test_streams_that_are_not_pcm_are_refused_within_their_first_bytes(name: str, frame_bytes: int) -> None:
     with pytest.raises(ApiError) as caught:
-        check((DECODED | FOREIGN | TEXTS)[name] * 9, frame_bytes)
+        check((DECODED | CONTAINERS | FOREIGN | TEXTS)[name] * 9, frame_bytes)
     assert caught.value.kind is ErrorKind.UNSUPPORTED_MEDIA
     assert name.strip().removesuffix("other than WAV").removesuffix("text")[:4] in caught.value.message
 

@@ -21,7 +21,7 @@ from amira.models.configs import ModelError, read_config
 from amira.models.importing import import_model
 from amira.models.repository import recognisers
 from amira.paths import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
-from tests.support.cache import copied
+from tests.support.cache import built
 from tests.support.native_backend import refused_by_triton
 
 Change = Callable[[onnx.GraphProto], None]
@@ -35,9 +35,9 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path: Path, quick_imports: None) -> Path:  # noqa: ARG001 (needed for its effect)
     """A copy of a published model, for a test to break."""
-    return copied("tdt", tmp_path / "source")
+    return Path(shutil.copytree(built("tdt"), tmp_path / "source"))
 
 
 def edit_graph(path: Path, *changes: Change) -> None:
@@ -89,7 +89,7 @@ def add_input(name: str) -> Change:
     return lambda graph: graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["B", 4]))
 
 
-def test_the_bundled_models_are_taken_by_triton() -> None:
+def test_triton_accepts_the_bundled_models() -> None:
     assert refused_by_triton(MODEL_REPOSITORY) == []
 
 
@@ -106,7 +106,7 @@ def test_the_bundled_models_are_taken_by_triton() -> None:
         ([], [resize("targets", 1, 1)], {"targets": [-1, 1], "outputs": [-1, -1, 1, 1030]}),
     ],
 )
-def test_imported_models_are_taken_by_triton(
+def test_triton_accepts_imported_models(
     source: Path, tmp_path: Path, encoder: list[Change], decoder_joint: list[Change], dims: dict[str, list[int]]
 ) -> None:
     edit_graph(source / "encoder-model.onnx", *encoder)
@@ -120,7 +120,7 @@ def test_imported_models_are_taken_by_triton(
     assert written == {**written, **dims}
 
 
-def test_the_front_end_for_gpus_is_taken_by_triton(source: Path, tmp_path: Path) -> None:
+def test_triton_accepts_the_front_end_for_gpus(source: Path, tmp_path: Path) -> None:
     import_model(str(source), "mine", tmp_path / "models", None, gpu=True)
     assert refused_by_triton(tmp_path / "models") == []
 
@@ -140,7 +140,7 @@ def test_the_front_end_for_gpus_is_taken_by_triton(source: Path, tmp_path: Path)
         ("decoder_joint", add_input("speaker"), "nothing feeds speaker; expected the inputs encoder_outputs, targets, "),
     ],
 )
-def test_what_can_not_be_called_by_batches_and_blocks_is_refused(
+def test_graphs_without_batches_or_blocks_are_refused(
     source: Path, tmp_path: Path, role: str, change: Change, named: str
 ) -> None:
     path = source / f"{role}-model.onnx"
@@ -152,7 +152,7 @@ def test_what_can_not_be_called_by_batches_and_blocks_is_refused(
     assert not into.exists()
 
 
-def test_a_graph_that_can_not_run_is_refused(source: Path, tmp_path: Path) -> None:
+def test_graph_that_fails_is_refused(source: Path, tmp_path: Path) -> None:
     path = source / "encoder-model.onnx"
     edit_graph(path, lambda graph: graph.node[0].ClearField("input"))
     into = tmp_path / "into"
@@ -169,7 +169,7 @@ def test_a_graph_that_can_not_run_is_refused(source: Path, tmp_path: Path) -> No
         (add_input("dither"), "preprocessor/config.pbtxt: input dither is missing"),
     ],
 )
-def test_a_front_end_that_can_not_be_called_by_batches_is_refused(repository: Path, change: Change, named: str) -> None:
+def test_front_end_without_batches_is_refused(repository: Path, change: Change, named: str) -> None:
     edit_graph(repository / "preprocessor" / "1" / "model.onnx", change)
     with pytest.raises(ModelError) as raised:
         recognisers(repository)
@@ -243,7 +243,7 @@ def with_batches(config: pb.ModelConfig) -> None:
         ("decoder_joint", set_dims("output", 0, -1, -1, 1, 513), "output outputs"),
     ],
 )
-def test_both_checks_know_what_triton_would_refuse(
+def test_checks_refuse_what_triton_refuses(
     repository: Path, load_stand_in: Callable[[Path], None], name: str, edit: Edit, named: str | None
 ) -> None:
     edit_config(repository, name, edit)

@@ -22,7 +22,7 @@ GROWTHS = st.builds(Growth, st.integers(0, 10**8), st.integers(0, 10**6))
 
 
 @given(GROWTHS, st.lists(st.floats(0.8, 1.2), min_size=len(SECS), max_size=len(SECS)))
-def test_a_fit_bounds_every_peak(growth: Growth, noise: list[float]) -> None:
+def test_fit_bounds_every_peak(growth: Growth, noise: list[float]) -> None:
     peaks = [growth.window_bytes(secs) * factor for secs, factor in zip(SECS, noise, strict=True)]
     fit = Growth.fit(SECS, peaks)
     assert min(fit.bytes_per_sec, fit.bytes_per_sec_squared) >= 0
@@ -31,13 +31,13 @@ def test_a_fit_bounds_every_peak(growth: Growth, noise: list[float]) -> None:
 
 
 @given(GROWTHS)
-def test_a_fit_finds_the_growth(growth: Growth) -> None:
+def test_fit_finds_the_growth(growth: Growth) -> None:
     fit = Growth.fit(SECS, [growth.window_bytes(secs) for secs in SECS])
     for secs in (5.0, 60.0, 200.0):
         assert fit.window_bytes(secs) == pytest.approx(MARGIN * growth.window_bytes(secs), abs=2 * secs**2)
 
 
-def test_the_bundled_repository_declares_what_is_measured() -> None:
+def test_bundled_repository_declares_its_memory() -> None:
     (bundled,) = recognisers(MODEL_REPOSITORY)
     measured = bundled.check_memory()
     assert 0.8e9 < measured.window_bytes(60) < 1.6e9
@@ -53,7 +53,7 @@ def test_the_bundled_repository_declares_what_is_measured() -> None:
 
 
 @pytest.mark.slow
-def test_an_imported_model_declares_what_was_measured(tmp_path: Path) -> None:
+def test_imported_model_declares_its_memory(tmp_path: Path) -> None:
     build(tmp_path / "source", "rnnt")
     import_model(str(tmp_path / "source"), "mine", tmp_path / "into", None, gpu=False)
     (mine,) = recognisers(tmp_path / "into")

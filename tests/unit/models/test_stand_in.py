@@ -95,7 +95,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "attribute", "value"), TAKEN)
-def test_settings_mean_what_they_mean_to_the_native_backend(stand_in: Any, text: str, attribute: str, value: object) -> None:
+def test_settings_equal_those_of_the_native_backend(stand_in: Any, text: str, attribute: str, value: object) -> None:
     assert getattr(stand_in.session_options(config(text)), attribute) == value
 
 
@@ -106,7 +106,7 @@ def test_settings_that_the_native_backend_refuses_are_refused_by_name(stand_in: 
     assert named in str(error.value)
 
 
-def test_an_accelerator_that_only_the_container_has_is_named(stand_in: Any) -> None:
+def test_unavailable_accelerator_is_named(stand_in: Any) -> None:
     openvino = 'optimization { execution_accelerators { cpu_execution_accelerator { name: "openvino" } } }'
     with pytest.raises(ValueError, match=r"no CPU accelerator 'openvino'; .* use the Triton container"):
         stand_in.session_options(config(openvino))

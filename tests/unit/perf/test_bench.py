@@ -25,7 +25,7 @@ RATE = 16_000
 
 @pytest.mark.parametrize("capacity", [0, 1, 7, 8, 13, 31, 100])
 @pytest.mark.parametrize("start", [1, 8, 40])
-async def test_the_search_finds_what_is_held(capacity: int, start: int) -> None:
+async def test_search_finds_the_limit(capacity: int, start: int) -> None:
     tried: list[int] = []
 
     async def holds(streams: int) -> bool:
@@ -60,7 +60,7 @@ def test_windows_are_due_as_the_decoder_cuts_them() -> None:
     assert windows_of(MODEL_REPOSITORY).chunk > 0
 
 
-def test_a_chunk_is_timed_by_the_first_message_that_covers_it() -> None:
+def test_chunk_is_timed_by_the_first_message_that_covers_it() -> None:
     """Two chunks are covered by one late message, one changes nothing, and the last never comes."""
     script = Script(np.zeros(7 * RATE, np.int16), [0, 1, 3, 4])
     sent_at = [100 + 0.1 * frame for frame in range(1, 71)]

@@ -1,0 +1,185 @@
+"""One recording's requests, apart from how they are sent: what is asked, what an answer means, and when to ask again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+from urllib.parse import quote, urlencode
+
+import httpx
+
+from amira.client.types import RequestError, Segment, Transcript
+from amira.client.upload import Audio, Progress, Upload
+
+BASE_URL_VARIABLE = "AMIRA_BASE_URL"
+API_KEY_VARIABLE = "AMIRA_API_KEY"
+DEFAULT_BASE_URL = "http://localhost:8057"
+DEFAULT_MODEL = "amira"
+DEFAULT_TIMEOUT_SECS = 120.0
+"""A server under load answers a recording of 30 s after a minute, and lets it wait for 30 s before that."""
+
+DEFAULT_RETRY_SECS = 60.0
+CONNECT_TIMEOUT_SECS = 10.0
+PAUSE_RANGE_SECS = (0.5, 8.0)
+"""Pauses between tries where the server names none: the first and the longest; they double."""
+
+RETRYABLE_STATUSES = frozenset((408, 429, 502, 503, 504))
+"""Statuses that something before the server answers, without the API's body, while the server is away or overloaded."""
+
+Format = Literal["text", "json", "verbose_json", "srt", "vtt"]
+"""Formats of a transcript that the server writes; those of OpenAI's API."""
+
+OnSegment = Callable[[Segment], object]
+
+
+class Server:
+    """The server that a client speaks to.
+
+    Attributes:
+        base_url: without a slash at its end.
+        headers: of every request.
+        retry_secs: time in which a request that may succeed later is sent again.
+        timeout: of one request.
+    """
+
+    def __init__(self, base_url: str | None, api_key: str | None, timeout_secs: float, retry_secs: float) -> None:
+        url = base_url or os.environ.get(BASE_URL_VARIABLE) or DEFAULT_BASE_URL
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url (or {BASE_URL_VARIABLE}) is {url!r}; expected http://… or https://…")
+        key = api_key or os.environ.get(API_KEY_VARIABLE)
+        self.base_url = url.rstrip("/")
+        self.retry_secs = retry_secs
+        self.timeout = httpx.Timeout(timeout_secs, connect=CONNECT_TIMEOUT_SECS, pool=None)
+        self.headers = {
+            "User-Agent": f"amira-asr/{version('amira-asr')}",
+            **({"Authorization": f"Bearer {key}"} if key else {}),
+        }
+
+    def stream_url(self, model: str) -> str:
+        """Return the URL of a model's live streams."""
+        return f"{self.base_url.replace('http', 'ws', 1)}/v2/decode/stream/{quote(model, safe='')}"
+
+
+class Exchange:
+    """The requests for one transcript.
+
+    Args:
+        server: where they go.
+        audio: the recording.
+        model: public name of the model.
+        output: format that the server writes; None for a ``Transcript``.
+        phrases: boosted while decoding.
+        on_segment: called with each segment as it comes.
+        on_progress: called while the recording is sent.
+
+    Attributes:
+        url: where to post.
+        upload: the body to post, with its headers.
+
+    Raises:
+        OSError: the recording can't be read.
+        ValueError: segments are asked for in a format that has none.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        audio: Audio,
+        model: str,
+        output: Format | None,
+        phrases: Sequence[str],
+        on_segment: OnSegment | None,
+        on_progress: Progress | None,
+    ) -> None:
+        if output and on_segment:
+            raise ValueError(f"on_segment gives segments, and format={output!r} a text; leave one of them out")
+        self._server = server
+        self._on_segment = on_segment
+        self._written = output is not None
+        self._segments: list[Segment] = []
+        self._last_line: dict[str, Any] = {}
+        self._deadline = time.monotonic() + server.retry_secs
+        self._pause, self._longest_pause = PAUSE_RANGE_SECS
+        if output:
+            fields = [("model", model), ("response_format", output), *(("keywords[]", phrase) for phrase in phrases)]
+            self.url = f"{server.base_url}/v1/audio/transcriptions"
+            self.upload = Upload(audio, fields, on_progress)
+        else:
+            query = [("phrases", phrase) for phrase in phrases] + ([("format", "ndjson")] if on_segment else [])
+            path = f"{server.base_url}/v2/decode/batch/{quote(model, safe='')}"
+            self.url = f"{path}?{urlencode(query)}" if query else path
+            self.upload = Upload(audio, None, on_progress)
+
+    def take_line(self, line: str) -> None:
+        """Take a line of an answer that comes line by line, each of which is JSON."""
+        self._last_line = content = json.loads(line)
+        if content.get("type") == "segment":
+            segment = Segment.read(content)
+            self._segments.append(segment)
+            if self._on_segment:
+                self._on_segment(segment)
+
+    def take(self, answer: httpx.Response | httpx.TransportError) -> Transcript | str | float:
+        """Return the transcript, or the seconds until the next request.
+
+        Args:
+            answer: the last request's, or what prevented one.
+
+        Raises:
+            RequestError: another request is of no use or would begin too late.
+        """
+        try:
+            if isinstance(answer, httpx.Response):
+                return self._read(answer)
+            raise self._failure(answer) from answer
+        except RequestError as error:
+            pause = self._next_pause(answer)
+            again = error.retryable and not self._segments  # those that came would come twice
+            if not again or time.monotonic() + pause > self._deadline:
+                raise
+            return pause
+
+    def _read(self, response: httpx.Response) -> Transcript | str:
+        """Read an answer.
+
+        Raises:
+            RequestError: it is an error.
+        """
+        request_id = response.headers.get("X-Request-ID")
+        try:
+            if response.is_success and self._written:
+                return response.text
+            body = self._last_line if comes_in_lines(response) else response.json()
+            if response.is_success and "error" not in body:
+                return Transcript.read(body, self._segments, request_id)
+            error = body["error"]
+            code, message, retryable = error["code"], error["message"], error["retryable"]
+        except (ValueError, KeyError, TypeError):
+            code, retryable = "http", response.status_code in RETRYABLE_STATUSES
+            message = f"{response.url} answered {response.status_code} {response.reason_phrase} without a body of this API"
+        raise RequestError(code, message, retryable=retryable, status=response.status_code, request_id=request_id)
+
+    def _failure(self, error: httpx.TransportError) -> RequestError:
+        server = self._server.base_url
+        if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):  # a second request would double a slow server's work
+            return RequestError("timeout", f"no answer from {server} within {self._server.timeout.read:g} s")
+        return RequestError("unreachable", f"no server at {server}: {error}", retryable=True)
+
+    def _next_pause(self, answer: httpx.Response | httpx.TransportError) -> float:
+        """Return the pause that the answer asks for; a date (RFC 9110, 10.2.3) or none counts as not asked for."""
+        asked = answer.headers.get("Retry-After", "") if isinstance(answer, httpx.Response) else ""
+        if asked.isascii() and asked.isdecimal():
+            return float(asked)
+        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 (so that clients that failed together don't return together)
+        self._pause = min(2 * self._pause, self._longest_pause)
+        return pause
+
+
+def comes_in_lines(response: httpx.Response) -> bool:
+    """Return whether an answer comes line by line, as its segments do."""
+    return str(response.headers.get("Content-Type", "")).startswith("application/x-ndjson")

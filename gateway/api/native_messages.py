@@ -1,0 +1,104 @@
+"""Messages of ``/v2/decode/stream/{model}``, in the dialects that a client chooses by subprotocol."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from enum import Enum
+from typing import Any
+
+from gateway.audio import RATE
+from gateway.errors import ApiError, ErrorKind
+from gateway.live.events import (
+    Acknowledged,
+    Event,
+    Failed,
+    Final,
+    Partial,
+    SegmentFinal,
+    Snapshot,
+    SpeechStarted,
+    SpeechStopped,
+)
+from gateway.live.speech import Detection
+
+SPEECH = "speech"
+"""Value of ``events`` in the query of clients that are told when speech starts and stops."""
+
+
+class Dialect(Enum):
+    """Subprotocols; the value is the name."""
+
+    PLAIN = ""
+    """Each message has the whole transcript."""
+    V2 = "amira.v2"
+    """The same, and the stream can be resumed."""
+    V3 = "amira.v3"
+    """Each message has the current segment only, and the stream can be resumed."""
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the client gets session tokens."""
+        return self is not Dialect.PLAIN
+
+    @classmethod
+    def chosen(cls, offered: Collection[str]) -> Dialect:
+        """Return the newest of the dialects that a client offers."""
+        return next((dialect for dialect in (cls.V3, cls.V2) if dialect.value in offered), cls.PLAIN)
+
+
+def read_events(query: Mapping[str, str]) -> Detection | None:
+    """Return how to detect speech, if the query of a stream asks for that.
+
+    Raises:
+        ApiError: ``UNACCEPTABLE``, it asks for something else.
+    """
+    wanted = query.get("events")
+    if wanted is None:
+        return None
+    if wanted != SPEECH:
+        raise ApiError(ErrorKind.UNACCEPTABLE, f"events is {wanted[:40]!r}; it must be {SPEECH!r}", "events")
+    return Detection()
+
+
+def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
+    """Return the message of an event; None if the client gets none."""
+    if isinstance(event, SpeechStarted | SpeechStopped):
+        state = "started" if isinstance(event, SpeechStarted) else "stopped"
+        return {"type": "speech", "state": state, "at_ms": event.at * 1000 // RATE}
+    if isinstance(event, Acknowledged):
+        return {"type": "ack", "session": event.token, "samples": event.samples, "settled": event.settled._asdict()}
+    if isinstance(event, Failed):
+        return None  # the error frame follows with the close
+    if isinstance(event, SegmentFinal) and not event.changed and not dialect.resumable:
+        return None  # a resuming client needs the words' last times, which the next acknowledgement settles
+    transcript = event.transcript
+    kind = "final" if isinstance(event, Final) else "partial"
+    if dialect is Dialect.V3:
+        words = transcript.words[transcript.settled.words :] if kind == "final" else transcript.words
+        return {"type": kind, **_segment(transcript), "words": words, "segment_final": not isinstance(event, Partial)}
+    return {
+        "type": kind,
+        "text": transcript.text,
+        "tokens": transcript.tokens,
+        "confidence": _rounded(transcript.confidence),
+        "words": transcript.words,
+        "audio_processed_ms": transcript.samples * 1000 // RATE,
+        "stable_chars": transcript.stable_chars,
+    }
+
+
+def _segment(transcript: Snapshot) -> dict[str, Any]:
+    """Return the current segment. The segments' texts, one after the other, are the transcript."""
+    settled = transcript.settled
+    return {
+        "segment": transcript.segment,
+        "text": transcript.text[settled.chars :],
+        "tokens": transcript.tokens[settled.tokens :],
+        "confidence": _rounded(transcript.segment_confidence),
+        "audio_processed_ms": transcript.samples * 1000 // RATE,
+        "stable_chars": max(0, transcript.stable_chars - settled.chars),
+    }
+
+
+def _rounded(confidence: float | None) -> float | None:
+    return None if confidence is None else round(confidence, 4)

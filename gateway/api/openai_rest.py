@@ -1,0 +1,144 @@
+"""``/v1``: the face of the recordings' engine for clients of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from gateway.api.error_schema import openapi_responses
+from gateway.api.openai_answers import delta_event, done_event, json_body, verbose_body
+from gateway.api.openai_errors import body_of
+from gateway.api.openai_form import FORM_SCHEMA, MAX_FIELD_BYTES, MAX_FIELDS, Form, Format, Granularity, read_form
+from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
+from gateway.api.uploads import full_disk_refused, open_form_file
+from gateway.audio.media_types import OCTETS
+from gateway.audio.raw import RawFormat
+from gateway.errors import ApiError, ErrorKind
+from gateway.limits.auth import check_key
+from gateway.recordings.transcribe import Recording
+from gateway.service import Service
+from gateway.transcript.segments import Segment, Transcription
+from gateway.transcript.writers import to_srt, to_text, to_vtt
+
+PREFIX = "/v1/"
+"""Where OpenAI's API is; errors below it have OpenAI's types."""
+
+EVENTS = Wire("text/event-stream", lambda event: b"data: " + orjson.dumps(event) + b"\n\n", body_of)
+"""Server-sent events (HTML standard, 9.2)."""
+
+WRITERS: Mapping[Format, Callable[[Sequence[Segment]], str]] = {Format.TEXT: to_text, Format.SRT: to_srt, Format.VTT: to_vtt}
+
+router = APIRouter()
+
+
+@router.get("/v1/models", summary="List the models", responses=openapi_responses())
+async def list_models(request: Request) -> dict[str, Any]:
+    """Answer with all names of all models."""
+    service: Service = request.app.state.service
+    check_key(request.headers, service.settings)
+    settings = service.settings
+    return {"object": "list", "data": [_describe(name, service) for name in (*settings.models, *settings.model_aliases)]}
+
+
+@router.get("/v1/models/{name:path}", summary="Describe a model", responses=openapi_responses())
+async def describe_model(request: Request, name: str) -> dict[str, Any]:
+    """Answer with one model, by its name or an alias."""
+    service: Service = request.app.state.service
+    check_key(request.headers, service.settings)
+    service.resolve_model(name)
+    return _describe(name, service)
+
+
+@router.post(
+    "/v1/audio/transcriptions",
+    summary="Transcribe a recording, as OpenAI's API does",
+    description="The answer has the form that `response_format` names, or is a stream of server-sent events.",
+    responses=openapi_responses(),
+    openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
+)
+async def create_transcription(request: Request) -> Response:
+    """Answer one recording."""
+    service: Service = request.app.state.service
+    caller = check_key(request.headers, service.settings)
+    async with AsyncExitStack() as held:
+        held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
+        with service.places.batch():
+            pass  # refused before its body is read, if it can be
+        limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
+        with full_disk_refused():
+            data = await held.enter_async_context(request.form(**limits))
+        form = read_form(data)
+        request.state.model = model = service.resolve_model(form.model)
+        language = _language(form, service.settings.model_languages.get(model))
+        upload = await open_form_file(form.file)
+        recording = held.enter_context(service.transcriber.admit(model, caller))
+        # The content alone says what the file is; clients name types by the file's name.
+        segments = read_segments(service.files, recording, upload.body, OCTETS, RawFormat())
+        if form.stream:
+            return await stream(request, _events(segments, recording, form), EVENTS, held)
+        await read_to_end(request, segments)
+    return _answer(recording.transcription, form, language)
+
+
+@router.post("/v1/audio/translations", summary="Refused: no model translates", responses=openapi_responses())
+async def create_translation(request: Request) -> Response:
+    """Refuse to translate."""
+    service: Service = request.app.state.service
+    check_key(request.headers, service.settings)
+    raise ApiError(
+        ErrorKind.UNSUPPORTED_TASK,
+        "this server transcribes speech and does not translate it; transcribe it with /v1/audio/transcriptions",
+    )
+
+
+def _describe(name: str, service: Service) -> dict[str, Any]:
+    created, owner = int(service.started_at), service.settings.service_name
+    return {"id": name, "object": "model", "created": created, "owned_by": owner}
+
+
+def _language(form: Form, spoken: str | None) -> str:
+    """Return the language of a recording: the model's, or else the one that the client names.
+
+    Raises:
+        ApiError: the client names languages, and the model's is none of them.
+    """
+    if spoken is None:
+        return form.languages[0] if form.languages else ""
+    if form.languages and spoken not in form.languages:
+        raise ApiError(
+            ErrorKind.INVALID_VALUE,
+            f"language is {form.languages[0][:8]!r}, and model {form.model!r} knows {spoken!r} alone; leave language out, "
+            "or choose another model",
+            "language",
+        )
+    return spoken
+
+
+async def _events(segments: AsyncGenerator[Segment, None], recording: Recording, form: Form) -> AsyncGenerator[Part, None]:
+    """Yield the event of each segment, and the last one.
+
+    Raises:
+        ApiError: the recording can't be decoded.
+    """
+    async with aclosing(segments):
+        async for segment in segments:
+            yield delta_event(segment, logprobs=form.logprobs)
+    yield done_event(recording.transcription, logprobs=form.logprobs)
+
+
+def _answer(transcription: Transcription, form: Form, language: str) -> Response:
+    """Return the answer in the form's format."""
+    if form.format is Format.JSON:
+        return _json(json_body(transcription, logprobs=form.logprobs))
+    if form.format is Format.VERBOSE_JSON:
+        words, segments = (granularity in form.granularities for granularity in (Granularity.WORD, Granularity.SEGMENT))
+        return _json(verbose_body(transcription, language, words=words, segments=segments))
+    return Response(WRITERS[form.format](transcription.segments), media_type="text/plain")
+
+
+def _json(body: Mapping[str, Any]) -> Response:
+    return Response(orjson.dumps(body), media_type="application/json")

@@ -1,0 +1,120 @@
+"""Receive recordings: small ones stay in memory, larger ones go to a temporary file on disk."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from gateway.audio.json_form import unpack_json
+from gateway.audio.media_types import OCTETS
+from gateway.errors import ApiError, ErrorKind
+
+MEMORY_BYTES = 2**20
+"""Maximum size of a body in memory, as Starlette has it for the files of forms; 33 s of raw PCM."""
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A recording as it was received.
+
+    Attributes:
+        body: its bytes, or the open file that has them.
+        content_type: its media type.
+        opaque: what the answer repeats: the value of this name in a JSON request, if there is one.
+    """
+
+    body: bytes | BinaryIO
+    content_type: str
+    opaque: Mapping[str, Any] = field(default_factory=dict)
+
+
+@asynccontextmanager
+async def receive_upload(request: Request) -> AsyncIterator[Upload]:
+    """Receive the recording of a request: its body, the ``file`` of its form, or the ``audio_buffer`` of its JSON.
+
+    Leaving the context deletes it.
+
+    Raises:
+        ApiError: the form has no file, the JSON no audio, the body is too large or too slow, or the disk has no room for it.
+        ClientDisconnect: the client left.
+    """
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        with full_disk_refused():
+            form = await request.form(max_files=1, max_fields=16)
+        try:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise ApiError(ErrorKind.INVALID_BODY, "the form has no file under the name 'file'", "file")
+            yield await open_form_file(file)
+        finally:
+            await form.close()
+    elif media_type == "application/json":
+        body, opaque = await run_in_threadpool(unpack_json, await request.body())  # parsing numbers takes long
+        yield Upload(body, OCTETS, opaque)
+    else:
+        body_or_file = await _receive_body(request)
+        try:
+            yield Upload(body_or_file, content_type)
+        finally:
+            if not isinstance(body_or_file, bytes):
+                body_or_file.close()
+
+
+async def open_form_file(file: UploadFile) -> Upload:
+    """Return the file of a form, which must stay open while it is used."""
+    content_type = file.content_type or OCTETS
+    if (file.size or 0) <= MEMORY_BYTES:
+        return Upload(await file.read(), content_type)
+    with full_disk_refused():
+        await run_in_threadpool(file.file.flush)  # it is read by its descriptor
+    return Upload(file.file, content_type)
+
+
+async def _receive_body(request: Request) -> bytes | BinaryIO:
+    received = bytearray()
+    file: BinaryIO | None = None
+    try:
+        with full_disk_refused():
+            async for chunk in request.stream():
+                received += chunk
+                if len(received) > MEMORY_BYTES:
+                    file = file or tempfile.TemporaryFile()  # noqa: SIM115 (closed by the caller)
+                    await run_in_threadpool(file.write, received)
+                    received = bytearray()
+            if not file:
+                return bytes(received)
+            await run_in_threadpool(file.write, received)
+            await run_in_threadpool(file.flush)  # it is read by its descriptor
+    except BaseException:
+        if file:
+            file.close()
+        raise
+    return file
+
+
+@contextmanager
+def full_disk_refused() -> Iterator[None]:
+    """Tell a client of a disk that is full.
+
+    Raises:
+        ApiError: there is no room.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        message = "the server's disk has no room for the body; please retry later, or send less"
+        raise ApiError(ErrorKind.NO_CAPACITY, message) from error

@@ -1,0 +1,29 @@
+"""What all live sessions of a gateway share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gateway.config.settings import Settings
+from gateway.limits.priority import Priority
+from gateway.live.buffer import BufferUsage
+from gateway.live.resume import SessionTokens
+
+if TYPE_CHECKING:
+    from gateway.live.session import Session
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all sessions of a gateway share.
+
+    Attributes:
+        running: sessions that hold something: a sequence at Triton, audio, a task.
+    """
+
+    settings: Settings
+    priority: Priority
+    tokens: SessionTokens
+    usage: BufferUsage
+    running: set[Session] = field(default_factory=set)

@@ -1,0 +1,23 @@
+"""States of a live session, and its endings."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class State(Enum):
+    """Life of a session, in this order."""
+
+    CONNECTING = "nothing was taken yet; the session may be resumed"
+    OPEN = "audio is taken"
+    ENDING = "no more audio is taken; what was taken is decoded"
+    ENDED = "no more events are published"
+
+
+class Ending(Enum):
+    """Why no more audio is taken."""
+
+    CLIENT = "the client has sent all of it"
+    DRAIN = "the server shuts down"
+    ABANDONED = "nobody waits for the transcript any more"
+    FAILED = "the session failed"

@@ -1,0 +1,118 @@
+"""A recording's transcript, joined from the decoder's answers to its pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gateway.audio import RATE
+from gateway.transcript.transcript import Answer
+from gateway.transcript.words import Word
+
+MILLISECONDS = 3
+"""Digits of times after the point."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a recording's transcript.
+
+    Attributes:
+        id: number in the order of the segments, from 0 on.
+        start, end: of its words, in seconds since the start of the recording.
+        text: its words.
+        tokens: ids in the model's vocabulary.
+        words: with times in seconds since the start of the recording.
+        confidence: mean probability of the tokens, 0 to 1; None where there are none.
+        channel: which channel it is of, from 0 on; None where channels are not separated.
+    """
+
+    id: int
+    start: float
+    end: float
+    text: str
+    tokens: Sequence[int]
+    words: Sequence[Word]
+    confidence: float | None
+    channel: int | None = None
+
+
+@dataclass
+class Transcription:
+    """A recording's transcript as far as it is decoded.
+
+    Attributes:
+        segments: in the order of their times; pieces without words have none.
+        samples, features, frames: length of what is decoded in 16 kHz samples, feature frames and encoder frames; of the first
+            channel where channels are separated.
+    """
+
+    segments: list[Segment] = field(default_factory=list)
+    samples: int = 0
+    features: int = 0
+    frames: int = 0
+
+    def add(self, answer: Answer, start: int, channel: int | None = None) -> Segment | None:
+        """Add the decoder's answer to the next piece; return its segment, if it has words.
+
+        Args:
+            answer: the whole piece's.
+            start: the piece's first sample.
+            channel: which channel it is of; None where channels are not separated.
+        """
+        if not channel:
+            self.samples += answer.samples
+            self.features += answer.features
+            self.frames += answer.frames
+        if not answer.words:
+            return None
+        words = _shifted(answer.words, start / RATE) if start else answer.words
+        if channel is not None:
+            words = [{**word, "channel": channel} for word in words]
+        segment = Segment(
+            len(self.segments),
+            words[0]["start"],
+            words[-1]["end"],
+            answer.text,
+            answer.tokens,
+            words,
+            None if math.isnan(answer.confidence) else answer.confidence,
+            channel,
+        )
+        self.segments.append(segment)
+        return segment
+
+    @property
+    def text(self) -> str:
+        """The words of all segments."""
+        return " ".join(segment.text for segment in self.segments)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of all segments."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def words(self) -> list[Word]:
+        """The words of all segments."""
+        return [word for segment in self.segments for word in segment.words]
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean probability of all tokens, 0 to 1; None where there are none."""
+        rated = [segment for segment in self.segments if segment.confidence is not None]
+        tokens = sum(len(segment.tokens) for segment in rated)
+        return sum((segment.confidence or 0.0) * len(segment.tokens) for segment in rated) / tokens if tokens else None
+
+
+def _shifted(words: Sequence[Word], secs: float) -> list[Word]:
+    return [
+        {
+            "word": word["word"],
+            "start": round(word["start"] + secs, MILLISECONDS),
+            "end": round(word["end"] + secs, MILLISECONDS),
+            "confidence": word["confidence"],
+        }
+        for word in words
+    ]
