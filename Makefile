@@ -55,10 +55,10 @@ LOWEST_TESTS := tests/unit/gateway $(addprefix tests/server/test_,batch.py healt
 
 test-lowest: setup  ## Run the gateway's tests with the lowest versions that pyproject.toml allows
 	@$(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/pip install --quiet --disable-pip-version-check uv
-	@.venv-lowest/bin/uv pip compile pyproject.toml --extra engine --extra models --resolution lowest-direct --quiet \
-		--python .venv-lowest/bin/python --output-file .venv-lowest/requirements.txt
+	@.venv-lowest/bin/uv pip compile pyproject.toml --extra engine --extra models --extra containers --resolution lowest-direct \
+		--quiet --python .venv-lowest/bin/python --output-file .venv-lowest/requirements.txt
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python -r .venv-lowest/requirements.txt \
-		pytest pytest-asyncio hypothesis jiwer
+		pytest pytest-asyncio hypothesis jiwer pysubs2 webvtt-py
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps -e .
 	@.venv-lowest/bin/python -m pytest $(LOWEST_WARNINGS) $(LOWEST_TESTS)
 
