@@ -158,7 +158,7 @@ async def declare(proxy: Proxy, size: int) -> bytes:
     reader, writer = await asyncio.open_connection(url.host, url.port)
     head = f"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
     writer.write(head.encode() + bytes(1000))
-    answer = await asyncio.wait_for(reader.read(2**16), 30)
+    answer = await asyncio.wait_for(reader.read(), 30)  # to the end of the connection
     writer.close()
     return answer
 
