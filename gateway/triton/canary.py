@@ -37,6 +37,9 @@ REPEAT_SECS = 0.5
 MIN_ID, MAX_ID = 2**62, 2**63 - 1
 """Range of the canaries' sequence ids. Ids of streams are smaller, so they never collide. gRPC's parameter has 63 bits."""
 
+AS_RECORDING = {"context": "whole"}
+"""Options of a canary. As a live stream it would keep an encoder call free of recordings for two seconds each time."""
+
 log = structlog.get_logger()
 
 
@@ -234,6 +237,8 @@ async def ask(client: grpcclient.InferenceServerClient, ensemble: str) -> None:
     audio.set_data_from_numpy(np.zeros((1, 1), np.int16))
     number = MIN_ID + secrets.randbelow(MAX_ID - MIN_ID)
     try:
-        await client.infer(ensemble, [audio], sequence_id=number, sequence_start=True, sequence_end=True)
+        await client.infer(
+            ensemble, [audio], sequence_id=number, sequence_start=True, sequence_end=True, parameters=AS_RECORDING
+        )
     except InferenceServerException as error:
         raise CanaryError(error.message()) from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from gateway.triton.canary import CLEARING_ANSWERS, MAX_FAILURES, Canary, CanaryError, Health, Outcome
+from gateway.triton.canary import CLEARING_ANSWERS, MAX_FAILURES, Canary, CanaryError, Health, Outcome, ask
 
 
 def test_ensemble_is_well_only_once_a_canary_was_answered() -> None:
@@ -169,3 +170,17 @@ async def test_forgotten_rounds_do_not_count(triton: Triton) -> None:
     triton.open.set()
     await rounds
     assert canary.health == Health(), "its answer came from a Triton that is gone"
+
+
+async def test_canary_is_a_recording() -> None:
+    """As a live stream it would keep one of the encoder's calls free of recordings for two seconds."""
+    asked: dict[str, Any] = {}
+
+    class Client:
+        async def infer(self, *_: object, **options: object) -> None:
+            asked.update(options)
+
+    await ask(Client(), "asr_ensemble")
+    assert asked["parameters"] == {"context": "whole"}
+    assert asked["sequence_start"]
+    assert asked["sequence_end"]
