@@ -199,7 +199,7 @@ def models_import(
 ) -> None:
     """Add a transducer to a model repository: from NeMo, icefall, sherpa-onnx, onnx-asr or parakeet-rs."""
     from amira.models.configs import ModelError
-    from amira.models.importing import ImportOptions, import_with
+    from amira.models.importing import ImportOptions, import_model
 
     chosen = name or Path(source).absolute().name
     if not re.fullmatch(r"(\d+(,\d+)*)?", durations):
@@ -210,7 +210,7 @@ def models_import(
     jumps_in_frames = [int(d) for d in durations.split(",") if d]
     options = ImportOptions(quantization, files, jumps_in_frames, latencies, cache_type.value, gpu)
     try:
-        transducer = import_with(source, chosen, into, options)
+        transducer = import_model(source, chosen, into, options)
     except ModelError as error:
         fail(str(error))
     jumps = f", durations {transducer.parameters['durations']}" if transducer.durations else ""

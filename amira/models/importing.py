@@ -124,14 +124,10 @@ class ImportOptions:
     gpu: bool = False
 
 
-def import_model(
-    source: str, name: str, repository: Path, quantization: str | None, durations: Sequence[int] = (), *, gpu: bool
-) -> TransducerGraphs:
-    """Write a model's parts into a repository; see ``import_with``."""
-    return import_with(source, name, repository, ImportOptions(quantization, durations=durations, gpu=gpu))
+DEFAULTS = ImportOptions()
 
 
-def import_with(source: str, name: str, repository: Path, options: ImportOptions) -> TransducerGraphs:
+def import_model(source: str, name: str, repository: Path, options: ImportOptions = DEFAULTS) -> TransducerGraphs:
     """Write a model's parts into a repository.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from amira.models.configs import ModelError
-from amira.models.importing import ImportOptions, import_with
+from amira.models.importing import ImportOptions, import_model
 from amira.models.sources import HUB_ID, hub_bytes
 
 SPACE_FACTOR = 2.1
@@ -114,7 +114,7 @@ def ensure_imported(model: str, models_home: Path) -> tuple[Path, str]:
     partial = repository.with_name(f".{repository.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        import_with(source, name, partial, options)
+        import_model(source, name, partial, options)
         partial.rename(repository)
     except OSError as error:
         raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error

@@ -21,7 +21,7 @@ from amira.cli import app
 from amira.engine.errors import EngineError
 from amira.models.check import check_frames, check_warmups
 from amira.models.configs import ModelError, read_config
-from amira.models.importing import NEMO_RECIPE, import_model
+from amira.models.importing import NEMO_RECIPE, ImportOptions, import_model
 from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, free_ports
@@ -63,7 +63,7 @@ def test_vocabulary_of_a_tdt_that_is_too_short_is_refused(sources: dict[str, Pat
     assert (
         "has 1030 logits a frame; vocab.txt has 1023 pieces with the blank, so 7 more would be durations, expected 5" in message
     )
-    found = import_model(str(source), "mine", tmp_path / "into", None, range(7), gpu=False)
+    found = import_model(str(source), "mine", tmp_path / "into", ImportOptions(durations=range(7)))
     assert found.parameters["durations"] == "0,1,2,3,4,5,6"
 
 
@@ -80,7 +80,7 @@ async def test_durations_are_taken_from_the_command_line(sources: dict[str, Path
 
 @pytest.mark.parametrize("frame_samples", ["640", "2560"])
 def test_wrong_frame_length_is_refused(sources: dict[str, Path], tmp_path: Path, frame_samples: str) -> None:
-    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    import_model(str(sources["rnnt"]), "mine", tmp_path)
     check_frames(*recognisers(tmp_path))
     edit(tmp_path / "mine_decoder" / "config.pbtxt", '"1280"', f'"{frame_samples}"')
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_bundled_model_passes_the_checks() -> None:
 async def test_failing_warmup_is_named(
     sources: dict[str, Path], tmp_path: Path, role: str, old: str, new: str, named: list[str]
 ) -> None:
-    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    import_model(str(sources["rnnt"]), "mine", tmp_path)
     check_warmups(tmp_path)
     config = tmp_path / f"mine_{role}" / "config.pbtxt"
     head, warmup, tail = config.read_text().partition("model_warmup")
@@ -130,7 +130,7 @@ async def test_gpu_model_is_refused_by_the_engine(sources: dict[str, Path], tmp_
 
 async def test_broken_ensemble_does_not_hide_others(sources: dict[str, Path], tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        import_model(str(sources["rnnt"]), name, tmp_path, None, gpu=False)
+        import_model(str(sources["rnnt"]), name, tmp_path)
     (tmp_path / "b_encoder" / "1" / "model.onnx").unlink()
     code, output, errors = await run_amira("models", "list", str(tmp_path))
     assert code == 2
@@ -147,7 +147,7 @@ def test_missing_package_for_models_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 async def test_imported_graphs_are_warmed_up(sources: dict[str, Path], tmp_path: Path) -> None:
     """On sizes of one window of this model. That Triton does run them shows by one that can't be run: it isn't loaded."""
-    import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
+    import_model(str(sources["tdt"]), "mine", tmp_path)
     for role, name, dims in (
         ("preprocessor", "waveforms", [1, 224000]),
         ("encoder", "audio_signal", [1, 128, 1400]),
@@ -168,7 +168,7 @@ async def test_imported_graphs_are_warmed_up(sources: dict[str, Path], tmp_path:
 
 def test_large_encoder_has_one_instance(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sessions(name: str) -> tuple[int, str, str]:
-        import_model(str(source), name, tmp_path / "into", None, gpu=False)
+        import_model(str(source), name, tmp_path / "into")
         encoder, decoder = (
             read_config(tmp_path / "into" / f"{name}_{part}" / "config.pbtxt") for part in ("encoder", "decoder")
         )
@@ -181,7 +181,7 @@ def test_large_encoder_has_one_instance(source: Path, tmp_path: Path, monkeypatc
 
 
 def test_gpu_instances(sources: dict[str, Path], tmp_path: Path) -> None:
-    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=True)
+    import_model(str(sources["rnnt"]), "mine", tmp_path, ImportOptions(gpu=True))
     for role in ROLES:
         (group,) = read_config(tmp_path / f"mine_{role}" / "config.pbtxt").instance_group
         assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
@@ -258,7 +258,7 @@ def source(sources: dict[str, Path], tmp_path: Path) -> Path:
 def refusal(source: Path | str, tmp_path: Path, quantization: str | None = None, name: str = "mine") -> str:
     into = tmp_path / "into"
     with pytest.raises(ModelError) as raised:
-        import_model(str(source), name, into, quantization, gpu=False)
+        import_model(str(source), name, into, ImportOptions(quantization))
     assert not into.exists() or not list(into.iterdir()), "something was left"
     return str(raised.value)
 
@@ -299,7 +299,7 @@ def test_external_constants_are_weights_too(source: Path, tmp_path: Path) -> Non
     path = source / "decoder_joint-model.onnx"
     keep_constants_apart(path, "constants")
     size = (source / "constants").stat().st_size
-    import_model(str(source), "mine", tmp_path / "all", None, gpu=False)
+    import_model(str(source), "mine", tmp_path / "all")
     onnxruntime.InferenceSession(tmp_path / "all" / "mine_decoder_joint" / "1" / "model.onnx")
     os.truncate(source / "constants", size - 1)
     assert f"constants, which has {size - 1} bytes; expected {size} at least" in refusal(source, tmp_path)
@@ -313,7 +313,7 @@ def test_weights_named_as_the_copied_graph_are_refused(source: Path, tmp_path: P
 
 def test_source_and_copy_share_no_file(source: Path, tmp_path: Path) -> None:
     """Neither sees what is written to the other; and onnx refuses weights in a file with two names."""
-    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    import_model(str(source), "mine", tmp_path / "into")
     assert {path.stat().st_nlink for path in [*source.iterdir(), *(tmp_path / "into").rglob("*.*")] if path.is_file()} == {1}
 
 
@@ -407,7 +407,7 @@ def test_sizes_that_graphs_leave_open(
     if named:
         assert f"{source}/{role}-model.onnx: {named}; export it with fixed sizes" in refusal(source, tmp_path)
     else:
-        found = import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+        found = import_model(str(source), "mine", tmp_path / "into")
         assert (found.encoder_size, found.hidden, found.pieces, found.durations) == (256, 640, 513, ())
 
 
@@ -459,7 +459,7 @@ def test_invalid_vocabulary_is_named(source: Path, tmp_path: Path, data: bytes, 
 
 def test_piece_may_be_a_line_separator(source: Path, tmp_path: Path) -> None:
     edit(source / "vocab.txt", "tit 511", "\u2028 511")
-    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    import_model(str(source), "mine", tmp_path / "into")
     assert [recogniser.name for recogniser in recognisers(tmp_path / "into")] == ["mine"]
 
 
@@ -487,7 +487,7 @@ def test_wrong_configurations_of_a_source_are_named(source: Path, tmp_path: Path
 def test_configuration_of_a_source_is_used(source: Path, tmp_path: Path) -> None:
     """What other tools write there is ignored."""
     (source / "config.json").write_text('{"model_type": "parakeet", "subsampling_factor": 8, "max_tokens_per_step": 7}')
-    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    import_model(str(source), "mine", tmp_path / "into")
     (recogniser,) = recognisers(tmp_path / "into")
     assert recogniser.describe().startswith("mine: rnnt, 512 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s, low ")
     assert recogniser.parameters["max_symbols_per_step"] == "7"
@@ -523,7 +523,7 @@ def test_recipe_writes_what_an_import_reads(sources: dict[str, Path], tmp_path: 
         (exported / name).unlink()
     monkeypatch.chdir(exported)
     exec("\n".join(["import json, pathlib", *(line.strip() for line in lines[2:])]), {"m": model})  # noqa: S102
-    found = import_model(str(exported), "mine", tmp_path / "into", None, gpu=False)
+    found = import_model(str(exported), "mine", tmp_path / "into")
     assert (found.kind, found.durations, found.features, found.pieces) == ("tdt", (0, 1, 2, 4, 8), 128, 1025)
 
 
@@ -533,7 +533,7 @@ def test_invalid_names_and_places_are_refused(source: Path, tmp_path: Path) -> N
         assert f"name {name!r} is not allowed" in refusal(source, tmp_path, name=name)
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="can't be written: Not a directory"):
-        import_model(str(source), "mine", tmp_path / "file", None, gpu=False)
+        import_model(str(source), "mine", tmp_path / "file")
 
 
 def written(path: Path) -> tuple[int, int, int]:
@@ -544,12 +544,12 @@ def written(path: Path) -> tuple[int, int, int]:
 
 def test_existing_models_are_not_touched(sources: dict[str, Path], tmp_path: Path) -> None:
     """Nor are parts whose ensemble has another name or is gone."""
-    import_model(str(sources["rnnt"]), "mine", tmp_path, None, gpu=False)
+    import_model(str(sources["rnnt"]), "mine", tmp_path)
     shutil.rmtree(tmp_path / "mine")
     before = {path: written(path) for path in tmp_path.rglob("*")}
     for name, named in (("mine", "mine_decoder"), ("mine_encoder", "mine_encoder")):
         with pytest.raises(ModelError, match=f"/{named} exists; choose another --name, or remove it"):
-            import_model(str(sources["tdt"]), name, tmp_path, None, gpu=False)
+            import_model(str(sources["tdt"]), name, tmp_path)
     assert {path: written(path) for path in tmp_path.rglob("*")} == before
 
 
@@ -603,7 +603,7 @@ def test_broken_repositories_are_named(tmp_path: Path, file: str, old: str, new:
 
 def test_front_end_and_encoder_must_fit(sources: dict[str, Path], tmp_path: Path) -> None:
     for kind in KINDS:
-        import_model(str(sources[kind]), kind, tmp_path, None, gpu=False)
+        import_model(str(sources[kind]), kind, tmp_path)
     edit(tmp_path / "rnnt_decoder" / "config.pbtxt", '"rnnt_preprocessor"', '"tdt_preprocessor"')
     with pytest.raises(ModelError, match=r"input audio_signal is FLOAT \[\?, 80, \?\]; expected FLOAT \[\?, 128, \?\]"):
         recognisers(tmp_path)
@@ -611,7 +611,7 @@ def test_front_end_and_encoder_must_fit(sources: dict[str, Path], tmp_path: Path
 
 def test_durations_of_a_repository_may_be_others(sources: dict[str, Path], tmp_path: Path) -> None:
     """The graphs tell how many there are, not which."""
-    import_model(str(sources["tdt"]), "mine", tmp_path, None, gpu=False)
+    import_model(str(sources["tdt"]), "mine", tmp_path)
     decoder = tmp_path / "mine_decoder" / "config.pbtxt"
     edit(decoder, '"0,1,2,3,4"', '"0,1,2,4,8"')
     assert [recogniser.name for recogniser in recognisers(tmp_path)] == ["mine"]

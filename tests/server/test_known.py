@@ -78,7 +78,7 @@ def test_interrupted_import_is_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(known, "import_with", stop)
+        patch.setattr(known, "import_model", stop)
         with pytest.raises(KeyboardInterrupt):
             ensure_imported("owner/zipformer", tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []

@@ -17,7 +17,7 @@ from amira.paths import ROOT, SPEECH
 def repository(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one imported model."""
     repository = tmp_path_factory.mktemp("measured") / "models"
-    import_model(str(sources["rnnt"]), "mine", repository, None, gpu=False)
+    import_model(str(sources["rnnt"]), "mine", repository)
     return repository
 
 

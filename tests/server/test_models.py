@@ -17,7 +17,7 @@ import pytest
 from google.protobuf import text_format
 
 from amira.models.configs import read_config
-from amira.models.importing import import_model
+from amira.models.importing import ImportOptions, import_model
 from amira.models.repository import ROLES, recognisers
 from tests.support.clients import END, converse, cut
 from tests.support.commands import edit, triton_with
@@ -58,14 +58,14 @@ async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     for kind, source in sources.items():
         for block_frames in BLOCK_FRAMES:
             name = names[f"{kind}-{block_frames}"] = f"{kind}_{block_frames}"
-            import_model(str(source), name, repository, None, gpu=False)
+            import_model(str(source), name, repository)
             set_parameters(repository / f"{name}_decoder" / "config.pbtxt", {"block_frames": block_frames})
             if block_frames != BLOCK_FRAMES[0]:
                 share_models(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
         add_local_front_end(repository, kind)
         for public, chunk_frames in FULL_CONTEXT.items():
             name = names[f"{kind}-{public}"] = f"{kind}_cut_{chunk_frames}"
-            import_model(str(source), name, repository, None, gpu=False)
+            import_model(str(source), name, repository)
             share_models(repository, name, f"{kind}_{BLOCK_FRAMES[0]}")
             decoder = repository / f"{name}_decoder" / "config.pbtxt"
             edit(decoder, f'"{kind}_{BLOCK_FRAMES[0]}_preprocessor"', f'"{kind}_local"')
@@ -74,12 +74,12 @@ async def served(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFact
         first_quantized = next(iter(QUANTIZED.values()))
         for public, block_frames in QUANTIZED.items():
             name = names[f"{kind}-{public}"] = f"{kind}_int8_{block_frames}"
-            import_model(str(source), name, repository, "int8", gpu=False)
+            import_model(str(source), name, repository, ImportOptions("int8"))
             set_parameters(repository / f"{name}_decoder" / "config.pbtxt", {"block_frames": block_frames})
             if block_frames != first_quantized:
                 share_models(repository, name, f"{kind}_int8_{first_quantized}")
         name = names[f"{kind}-{ON_GPU}"] = f"{kind}_gpu"
-        import_model(str(source), name, repository, None, gpu=True)
+        import_model(str(source), name, repository, ImportOptions(gpu=True))
         for role in ROLES:
             edit(repository / f"{name}_{role}" / "config.pbtxt", "KIND_GPU", "KIND_CPU")
     async with (

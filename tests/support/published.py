@@ -10,7 +10,7 @@ import onnx
 import sherpa_onnx
 
 from amira.models.front_ends import Fbank, fbank
-from amira.models.importing import ImportOptions, import_with
+from amira.models.importing import ImportOptions, import_model
 from tests.support.commands import edit
 from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached
 from windows import Samples
@@ -53,7 +53,7 @@ def imported(name: str, root: Path, cache_type: str = "fp16") -> Path:
     """Return a repository with an imported source under its own name."""
     repository = root / f"repository-{cache_type}"
     if not (repository / name).exists():
-        import_with(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type))
+        import_model(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type))
     return repository
 
 
@@ -67,7 +67,7 @@ def as_sherpa_onnx(name: str, root: Path) -> Path:
     repository = root / "as-sherpa-onnx"
     if (repository / name).exists():
         return repository
-    import_with(str(directory), name, repository, ImportOptions(cache_type="fp32"))
+    import_model(str(directory), name, repository, ImportOptions(cache_type="fp32"))
     config = repository / f"{name}_decoder" / "config.pbtxt"
     text = config.read_text(encoding="utf-8").replace('string_value: "zeros"', 'string_value: "none"')
     config.write_text(text, encoding="utf-8")

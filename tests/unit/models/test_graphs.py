@@ -18,7 +18,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from amira.models.configs import ModelError, read_config
-from amira.models.importing import import_model
+from amira.models.importing import ImportOptions, import_model
 from amira.models.repository import recognisers
 from amira.paths import MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
 from tests.support.cache import built
@@ -112,7 +112,7 @@ def test_triton_accepts_imported_models(
     edit_graph(source / "encoder-model.onnx", *encoder)
     edit_graph(source / "decoder_joint-model.onnx", *decoder_joint)
     into = tmp_path / "into"
-    import_model(str(source), "mine", into, None, gpu=False)
+    import_model(str(source), "mine", into)
     assert refused_by_triton(into) == []
     assert [recogniser.name for recogniser in recognisers(into)] == ["mine"]
     config = read_config(into / "mine_decoder_joint" / "config.pbtxt")
@@ -121,7 +121,7 @@ def test_triton_accepts_imported_models(
 
 
 def test_triton_accepts_the_front_end_for_gpus(source: Path, tmp_path: Path) -> None:
-    import_model(str(source), "mine", tmp_path / "models", None, gpu=True)
+    import_model(str(source), "mine", tmp_path / "models", ImportOptions(gpu=True))
     assert refused_by_triton(tmp_path / "models") == []
 
 
@@ -147,7 +147,7 @@ def test_graphs_without_batches_or_blocks_are_refused(
     edit_graph(path, change)
     into = tmp_path / "into"
     with pytest.raises(ModelError) as raised:
-        import_model(str(source), "mine", into, None, gpu=False)
+        import_model(str(source), "mine", into)
     assert f"{path}: {named}" in str(raised.value)
     assert not into.exists()
 
@@ -157,7 +157,7 @@ def test_graph_that_fails_is_refused(source: Path, tmp_path: Path) -> None:
     edit_graph(path, lambda graph: graph.node[0].ClearField("input"))
     into = tmp_path / "into"
     with pytest.raises(ModelError, match=f"{path} can't be loaded by ONNX Runtime: "):
-        import_model(str(source), "mine", into, None, gpu=False)
+        import_model(str(source), "mine", into)
     assert not into.exists()
 
 
@@ -258,7 +258,7 @@ def test_checks_refuse_what_triton_refuses(
 
 
 def test_decoder_and_detokenizer_need_one_vocabulary(source: Path, tmp_path: Path) -> None:
-    import_model(str(source), "mine", tmp_path / "into", None, gpu=False)
+    import_model(str(source), "mine", tmp_path / "into")
     decoders = tmp_path / "into" / "mine_decoder" / "vocab.txt"
     recognisers(tmp_path / "into")
     decoders.write_text(decoders.read_text(encoding="utf-8").replace("▁", "_", 1), encoding="utf-8")

@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from amira.models.check import check_frames, check_warmups
 from amira.models.configs import ModelError
 from amira.models.front_ends import Fbank, fbank, nemo_log_mel
-from amira.models.importing import ImportOptions, import_with
+from amira.models.importing import ImportOptions, import_model
 from amira.models.repository import recognisers
 from amira.models.surgery import EditedGraph
 from amira.models.vocabularies import BYTE_BPE_CHARACTERS, byte_bpe_text, read_pieces, to_convention
@@ -109,7 +109,7 @@ def test_merged_stateless_decoder_equals_its_parts(tmp_path: Path, context: int)
     """Ids moved by one; the unknown token counts as blank."""
     shape = IcefallShape(seed=3, context=context)
     build_icefall(tmp_path / "source", shape)
-    import_with(str(tmp_path / "source"), "mine", tmp_path / "into", ImportOptions())
+    import_model(str(tmp_path / "source"), "mine", tmp_path / "into")
     merged = open_graph(tmp_path / "into" / "mine_decoder_joint" / "1" / "model.onnx")
     decoder, joiner = (open_graph(tmp_path / "source" / f"{part}.onnx") for part in ("decoder", "joiner"))
     random = np.random.default_rng(0)
@@ -245,7 +245,7 @@ def test_other_streaming_encoders_are_refused(tmp_path: Path, key: str, value: s
     build_icefall(tmp_path / "source", ZIPFORMER)
     change_metadata(tmp_path / "source" / "encoder.onnx", key, value)
     with pytest.raises(ModelError, match=named):
-        import_with(str(tmp_path / "source"), "mine", tmp_path / "into", ImportOptions())
+        import_model(str(tmp_path / "source"), "mine", tmp_path / "into")
     assert not list((tmp_path / "into").glob("*"))
 
 
@@ -253,7 +253,7 @@ def test_language_without_a_dictionary_is_refused(tmp_path: Path) -> None:
     build_nemo_cached(tmp_path / "source", NemoShape(prompted=True))
     change_metadata(tmp_path / "source" / "encoder.onnx", "prompt_dictionary", None)
     with pytest.raises(ModelError, match=r"expected a prompt_dictionary in its metadata or in .*config.json"):
-        import_with(str(tmp_path / "source"), "mine", tmp_path / "into", ImportOptions())
+        import_model(str(tmp_path / "source"), "mine", tmp_path / "into")
 
 
 def test_several_files_for_a_part_are_named(tmp_path: Path) -> None:
@@ -264,11 +264,11 @@ def test_several_files_for_a_part_are_named(tmp_path: Path) -> None:
     other = source / "encoder-epoch-99-avg-1-chunk-16-left-64.onnx"
     other.write_bytes((source / "encoder-epoch-99-avg-1-chunk-16-left-128.onnx").read_bytes())
     with pytest.raises(ModelError, match=f"has encoder-.*left-128.onnx and {other.name}; choose one by --files"):
-        import_with(str(source), "mine", tmp_path / "into", ImportOptions())
-    import_with(str(source), "mine", tmp_path / "into", ImportOptions(files="left-128"))
+        import_model(str(source), "mine", tmp_path / "into")
+    import_model(str(source), "mine", tmp_path / "into", ImportOptions(files="left-128"))
     (source / "joiner-epoch-99-avg-1-chunk-16-left-128.onnx").unlink()
     with pytest.raises(ModelError, match=r"joiner\.onnx is missing"):
-        import_with(str(source), "other", tmp_path / "into", ImportOptions(files="left-128"))
+        import_model(str(source), "other", tmp_path / "into", ImportOptions(files="left-128"))
 
 
 def test_latencies_are_several_encoders(tmp_path: Path) -> None:
@@ -276,12 +276,12 @@ def test_latencies_are_several_encoders(tmp_path: Path) -> None:
     build_nemo_cached(tmp_path / "80", NemoShape(seed=2, right=0))
     build_nemo_cached(tmp_path / "other", NemoShape(size=48))
     options = ImportOptions(latencies={"low": str(tmp_path / "80")})
-    import_with(str(tmp_path / "160"), "mine", tmp_path / "into", options)
+    import_model(str(tmp_path / "160"), "mine", tmp_path / "into", options)
     text = (tmp_path / "into" / "mine_decoder" / "config.pbtxt").read_text()
     assert 'string_value: "mine_encoder_low"' in text
     assert 'string_value: "17,8,1153"' in text
     with pytest.raises(ModelError, match="has 80 features and 48 values per frame; expected 80 and 32"):
-        import_with(str(tmp_path / "160"), "b", tmp_path / "into", ImportOptions(latencies={"low": str(tmp_path / "other")}))
+        import_model(str(tmp_path / "160"), "b", tmp_path / "into", ImportOptions(latencies={"low": str(tmp_path / "other")}))
 
 
 def test_prompt_dictionary_may_be_in_the_configuration(root: Path) -> None:
@@ -349,10 +349,10 @@ def test_offline_nemo_model_in_three_files_is_imported(root: Path, tmp_path: Pat
     for name in ("decoder.onnx", "joiner.onnx", "tokens.txt"):
         shutil.copy(tmp_path / "parts" / name, source / name)
     shutil.copy(built("rnnt") / "encoder-model.onnx", source / "encoder.onnx")
-    found = import_with(str(source), "mine", tmp_path / "into", ImportOptions())
+    found = import_model(str(source), "mine", tmp_path / "into")
     assert (found.kind, found.features, found.encoder_size, found.hidden, found.pieces) == ("rnnt", 80, 256, 640, 41)
     (recogniser,) = recognisers(tmp_path / "into")
     assert recogniser.describe().startswith("mine: rnnt, 40 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s")
     assert refused_by_triton(tmp_path / "into") == []
     with pytest.raises(ModelError, match="has no cache, so --latency has no use"):
-        import_with(str(source), "other", tmp_path / "into", ImportOptions(latencies={"low": str(published("nemo", root))}))
+        import_model(str(source), "other", tmp_path / "into", ImportOptions(latencies={"low": str(published("nemo", root))}))

@@ -55,7 +55,7 @@ def test_bundled_repository_declares_its_memory() -> None:
 @pytest.mark.slow
 def test_imported_model_declares_its_memory(tmp_path: Path) -> None:
     build(tmp_path / "source", "rnnt")
-    import_model(str(tmp_path / "source"), "mine", tmp_path / "into", None, gpu=False)
+    import_model(str(tmp_path / "source"), "mine", tmp_path / "into")
     (mine,) = recognisers(tmp_path / "into")
     declared = Growth.declared(mine.parameters)
     assert declared
