@@ -18,11 +18,11 @@ from typing import Any
 import orjson
 import structlog
 from fastapi import APIRouter, WebSocket
-from starlette.responses import Response
-from starlette.websockets import WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocketDisconnect
 
 from gateway import metrics, tracing
 from gateway.api.native_messages import Dialect, message_of, read_events
+from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
 from gateway.config.settings import Settings
@@ -33,7 +33,7 @@ from gateway.limits.origins import check_origin, origin_allowed
 from gateway.live.events import Failed
 from gateway.live.session import Session
 from gateway.live.states import Ending, State
-from gateway.logs import REQUEST_ID_HEADER, current_request_id
+from gateway.logs import current_request_id
 from gateway.service import Service
 
 log = structlog.get_logger()
@@ -265,8 +265,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
                 flooding_secs = socket.state.flooding_secs
                 connection = Connection(socket, session, audio, service.settings, dialect=dialect, flooding_secs=flooding_secs)
                 code = await connection.serve()
-            metrics.CLOSES.labels(str(code)).inc()
-            tracing.describe(close_code=code, audio_secs=session.received_secs)
+            count_close(code, session.received_secs)
             log.info(
                 "stream closed",
                 model=label,
@@ -274,8 +273,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
                 audio_secs=round(session.received_secs, 3),
                 duration_secs=round(time.monotonic() - began, 3),
             )
-    metrics.REQUESTS.labels("stream", label, str(status)).inc()
-    metrics.REQUEST_DURATION.labels("stream", label).observe(time.monotonic() - began)
+    count_request("stream", label, status, began)
 
 
 @router.websocket("/{path:path}")
@@ -286,15 +284,12 @@ async def unknown_path(socket: WebSocket, path: str) -> None:
 
 async def _accept(socket: WebSocket) -> None:
     """Upgrade, and take the dialect's subprotocol: a browser leaves if none of the subprotocols that it offers is taken."""
-    dialect = Dialect.chosen(socket.scope.get("subprotocols", ()))
-    headers = [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())]
-    await socket.accept(dialect.value or None, headers)
+    await accept(socket, Dialect.chosen(socket.scope.get("subprotocols", ())).value or None)
 
 
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
     """Refuse a stream by an HTTP status; a browser can't read it, and gets the upgrade and an error frame instead."""
-    metrics.REJECTIONS.labels(error.kind.code).inc()
-    tracing.fail(error.kind)
+    count_refusal(error)
     request_id = current_request_id()
     log.info("stream refused", code=error.kind.code)
     origin = socket.headers.get("origin")
@@ -304,8 +299,5 @@ async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
             await socket.send_text(orjson.dumps(error.frame(request_id)).decode())
             await socket.close(error.kind.close_code)
             metrics.CLOSES.labels(str(error.kind.close_code)).inc()
-        elif socket.application_state is WebSocketState.CONNECTING:
-            headers = {**error.headers(), REQUEST_ID_HEADER: request_id or ""}
-            await socket.send_denial_response(
-                Response(orjson.dumps(error.body(request_id)), error.kind.status, headers, "application/json")
-            )
+        else:
+            await deny(socket, error, error.body(request_id), {})

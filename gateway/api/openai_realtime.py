@@ -7,22 +7,21 @@ import secrets
 import time
 from typing import Any
 
-import orjson
 import structlog
 from fastapi import APIRouter, Request, WebSocket
-from starlette.responses import Response
-from starlette.websockets import WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocketDisconnect
 
-from gateway import metrics, tracing
+from gateway import metrics
 from gateway.api.error_schema import openapi_responses
 from gateway.api.openai_errors import body_of, headers_of
 from gateway.api.openai_realtime_events import read_secret_request
 from gateway.api.realtime_config import EventError, SessionConfig
 from gateway.api.realtime_session import Connection
+from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key, key_in
 from gateway.limits.origins import check_origin
-from gateway.logs import REQUEST_ID_HEADER, current_request_id
+from gateway.logs import current_request_id
 from gateway.service import Service
 
 SUBPROTOCOL = "realtime"
@@ -54,12 +53,11 @@ async def serve_realtime(socket: WebSocket) -> None:
             status = error.kind.status
             await _refuse(socket, error)
         else:
-            await _accept(socket)
+            await accept(socket, SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None)
             connection = Connection(socket, service, caller, model, config, place)
             with service.sessions.connected(connection):
                 code = await connection.serve()
-            metrics.CLOSES.labels(str(code)).inc()
-            tracing.describe(close_code=code, audio_secs=connection.received_secs)
+            count_close(code, connection.received_secs)
             log.info(
                 "realtime session closed",
                 model=label,
@@ -67,13 +65,12 @@ async def serve_realtime(socket: WebSocket) -> None:
                 audio_secs=round(connection.received_secs, 3),
                 duration_secs=round(time.monotonic() - began, 3),
             )
-    metrics.REQUESTS.labels("realtime", label, str(status)).inc()
-    metrics.REQUEST_DURATION.labels("realtime", label).observe(time.monotonic() - began)
+    count_request("realtime", label, status, began)
 
 
 @secrets_router.post("/v1/realtime/client_secrets", summary="Create a key for a client of yours", responses=openapi_responses())
 async def create_client_secret(request: Request) -> dict[str, Any]:
-    """Answer with a key that expires, for sessions that begin as the request says."""
+    """Create a key that expires, for sessions with the settings of the request."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     try:
@@ -91,20 +88,9 @@ def _key_of(socket: WebSocket) -> str:
     return key_in(socket.headers) or next(offered, "").removeprefix(KEY_SUBPROTOCOL)
 
 
-async def _accept(socket: WebSocket) -> None:
-    """Upgrade, and take ``realtime`` if it is offered."""
-    headers = [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())]
-    await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope.get("subprotocols", ()) else None, headers)
-
-
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
     """Refuse a session by an HTTP status."""
-    metrics.REJECTIONS.labels(error.kind.code).inc()
-    tracing.fail(error.kind)
+    count_refusal(error)
     log.info("realtime session refused", code=error.kind.code)
     with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-        if socket.application_state is WebSocketState.CONNECTING:
-            request_id = current_request_id()
-            headers = {**error.headers(), **headers_of(error), REQUEST_ID_HEADER: request_id or ""}
-            body = orjson.dumps(body_of(error, request_id))
-            await socket.send_denial_response(Response(body, error.kind.status, headers, "application/json"))
+        await deny(socket, error, body_of(error, current_request_id()), headers_of(error))
