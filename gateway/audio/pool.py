@@ -14,15 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from gateway.audio.body import OpenFile
 from gateway.audio.errors import EXTRA
 from gateway.audio.jobs import Job
 from gateway.audio.media_types import CONTAINERS, identify_body
-from gateway.audio.raw import DEFAULT, RawFormat, check_raw
+from gateway.audio.raw import RawFormat, check_raw
 from gateway.audio.reader import START_SECS, FileReader, LiveReader, RawReader, Reader, StuckError
 from gateway.audio.sniff import RAW, Format
 from gateway.errors import ApiError, ErrorKind
@@ -73,8 +71,8 @@ class FilePool:
     ) -> AsyncIterator[Reader]:
         """Decode a file to 16 kHz samples, as they are read. Raw audio waits for nothing.
 
-        The file is not loaded: its process is at most some seconds of audio ahead of the reader, and is paused while nobody
-        reads. Leaving the context ends the process.
+        The file is not loaded: its process is at most some seconds of audio ahead of the reader, and is paused while
+        nothing reads. Leaving the context ends the process.
 
         Args:
             file: its bytes if there are few, or an open file, or its descriptor; read from its first byte, and not closed.
@@ -155,29 +153,6 @@ class FilePool:
                 theirs.close()
                 os.close(wanted)
             yield reader
-
-    async def decode(self, body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:
-        """Decode a body to 16 kHz mono samples. Raw PCM waits for nothing.
-
-        Args:
-            body: the whole body.
-            content_type: its media type, as in ``media_types.identify_body``.
-            max_secs: maximum length of the audio in seconds.
-
-        Returns:
-            Samples [n], at least one. Read-only for raw PCM, which shares the body's memory.
-
-        Raises:
-            ApiError: the body is not decodable audio, is longer than allowed, or costs too much to decode.
-        """
-        if identify_body(body, content_type).format == RAW:
-            check_raw(len(body), DEFAULT, max_secs)
-            return np.frombuffer(body, "<i2")
-        with _in_memory() as file:
-            await _write(file, body)
-            async with self.read(file, content_type, raw=DEFAULT, separate=False, max_secs=max_secs) as reader:
-                blocks = [block[0] async for block in reader]
-        return np.concatenate(blocks)
 
     async def close(self) -> None:
         """End all decoding."""

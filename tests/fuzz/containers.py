@@ -22,18 +22,21 @@ with atheris.instrument_imports(include=["gateway.audio.sniff", "gateway.audio.f
 from gateway.errors import ApiError
 from tests.fuzz.guided import main
 from tests.fuzz.recordings import containers, files
+from tests.support.media import decode_body
 
 MAX_SECS = 2.0
 SPARE_SAMPLES = 64
 GOOD = next(containers())
 loop = asyncio.new_event_loop()
 pool = FilePool()
-good_samples = loop.run_until_complete(pool.decode(GOOD, "", MAX_SECS))
+good_samples = loop.run_until_complete(decode_body(pool, GOOD, "", MAX_SECS))
 
 
 async def decode(data: bytes) -> None:
     """Decode an input beside a good file."""
-    bad, good = await asyncio.gather(pool.decode(data, "", MAX_SECS), pool.decode(GOOD, "", MAX_SECS), return_exceptions=True)
+    bad, good = await asyncio.gather(
+        decode_body(pool, data, "", MAX_SECS), decode_body(pool, GOOD, "", MAX_SECS), return_exceptions=True
+    )
     assert isinstance(good, np.ndarray), good
     np.testing.assert_array_equal(good, good_samples)
     if isinstance(bad, ApiError):

@@ -1,4 +1,4 @@
-"""Write files by PyAV: containers that libsndfile does not write."""
+"""Write files by PyAV: containers that libsndfile does not write; and read files as the gateway does."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import soxr
 from numpy.typing import NDArray
 
 from gateway.audio import RATE
+from gateway.audio.pool import FilePool
+from gateway.audio.raw import DEFAULT
 
 FRAME = 960
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
@@ -46,3 +48,9 @@ def encode_container(
         output.mux(stream.encode(None))
         output.close()
         return target.read()
+
+
+async def decode_body(files: FilePool, body: bytes, content_type: str, max_secs: float) -> NDArray[np.int16]:
+    """Return all samples [n] of a body, mixed to 16 kHz mono; see ``FilePool.read``."""
+    async with files.read(body, content_type, raw=DEFAULT, separate=False, max_secs=max_secs) as reader:
+        return np.concatenate([block[0] async for block in reader])

@@ -26,7 +26,7 @@ from gateway.audio.pool import FilePool
 from gateway.audio.raw import DEFAULT
 from gateway.audio.sniff import DECODABLE, identify
 from gateway.errors import ApiError, ErrorKind
-from tests.support.media import RECORDER, encode_container
+from tests.support.media import RECORDER, decode_body, encode_container
 
 SPEECH: NDArray[np.int16] = soundfile.read(Path(__file__).parents[2] / "speech" / "jfk.flac", dtype="int16", always_2d=True)[0][
     : 4 * RATE, 0
@@ -83,7 +83,7 @@ def test_rates_and_channels(rate: int, channels: int) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 async def test_samples_of_a_process_are_those_of_decoding_here(files: FilePool, name: str) -> None:
-    np.testing.assert_array_equal(await files.decode(FILES[name], "", 60), decode_audio(FILES[name], "", 60))
+    np.testing.assert_array_equal(await decode_body(files, FILES[name], "", 60), decode_audio(FILES[name], "", 60))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -220,18 +220,18 @@ async def test_hostile_containers_cost_no_other_request(files: FilePool) -> None
             for at in random.integers(4, len(file), 50):
                 file[at] = random.integers(256)
             try:
-                await files.decode(bytes(file), "", 60)
+                await decode_body(files, bytes(file), "", 60)
             except ApiError as error:
                 assert error.kind.status in (400, 413, 415, 422)  # noqa: PT017
 
     attacks = [asyncio.create_task(attack()) for _ in range(3)]
     for _ in range(5):
-        np.testing.assert_array_equal(await files.decode(FILES["M4A"], "", 60), expected)
+        np.testing.assert_array_equal(await decode_body(files, FILES["M4A"], "", 60), expected)
     await asyncio.gather(*attacks)
 
 
 async def test_a_reader_that_pauses_pauses_the_process(files: FilePool, tmp_path: Path) -> None:
-    """Half an hour is decoded as it is read, and the time in which nobody reads is not counted."""
+    """Half an hour is decoded as it is read, and time without reads does not count."""
     path = tmp_path / "long.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)

@@ -21,6 +21,7 @@ from gateway.audio import RATE, pool, reader
 from gateway.audio.files import decode_audio
 from gateway.audio.pool import FilePool
 from gateway.errors import ApiError, ErrorKind
+from tests.support.media import decode_body
 
 SPEECH = sorted((Path(__file__).parents[2] / "speech").glob("*.flac"))
 FLAC = SPEECH[0].read_bytes()
@@ -61,7 +62,7 @@ def workers(files: FilePool) -> list[psutil.Process]:
 
 async def begin(files: FilePool, number: int = 1) -> list[asyncio.Task[object]]:
     """Begin to decode slow files."""
-    tasks: list[asyncio.Task[object]] = [asyncio.create_task(files.decode(SLOW, "", 3600)) for _ in range(number)]
+    tasks: list[asyncio.Task[object]] = [asyncio.create_task(decode_body(files, SLOW, "", 3600)) for _ in range(number)]
     await until(lambda: len(workers(files)) >= min(number, 2))
     return tasks
 
@@ -83,7 +84,7 @@ async def test_samples_are_those_of_decoding_here(files: FilePool, name: str) ->
         "pcm": PCM,
         "large": encode("WAV", "PCM_16", samples=100 * RATE),
     }
-    samples = await files.decode(bodies[name], "", 3600)
+    samples = await decode_body(files, bodies[name], "", 3600)
     assert samples.dtype == np.int16
     np.testing.assert_array_equal(samples, decode_audio(bodies[name], "", 3600))
 
@@ -104,13 +105,13 @@ async def test_errors_are_those_of_decoding_here(
     with pytest.raises(ApiError) as here:
         decode_audio(body, content_type, max_secs)
     with pytest.raises(ApiError) as there:
-        await files.decode(body, content_type, max_secs)
+        await decode_body(files, body, content_type, max_secs)
     assert here.value.kind is there.value.kind is kind
     assert (here.value.message, here.value.param) == (there.value.message, there.value.param)
 
 
 async def test_no_process_before_the_first_file(files: FilePool) -> None:
-    await files.decode(PCM, "", 60)
+    await decode_body(files, PCM, "", 60)
     assert files._server is None
 
 
@@ -118,7 +119,7 @@ async def test_raw_pcm_waits_for_no_file(files: FilePool) -> None:
     tasks = await begin(files, 4)
     began = time.monotonic()
     for _ in range(100):
-        await files.decode(PCM, "", 60)
+        await decode_body(files, PCM, "", 60)
     assert time.monotonic() - began < 1
     assert not any(task.done() for task in tasks)
     for task in tasks:
@@ -140,7 +141,7 @@ async def test_cancelling_ends_the_process_and_frees_its_place(files: FilePool) 
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.wait_for(files.decode(FLAC, "", 60), PATIENCE_SECS)
+    await asyncio.wait_for(decode_body(files, FLAC, "", 60), PATIENCE_SECS)
     await until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in held))
 
 
@@ -148,24 +149,24 @@ async def test_cpu_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pool, "CPU_SECS", 0.1)
     monkeypatch.setattr(pool, "SEARCHED_BYTES_PER_SEC", 2**40)
     with pytest.raises(ApiError, match=r"takes more than 1 s of CPU time") as caught:
-        await files.decode(SLOW * 5, "", 30)
+        await decode_body(files, SLOW * 5, "", 30)
     assert caught.value.kind is ErrorKind.UNDECODABLE_AUDIO
-    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
 
 
 async def test_memory_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "MEMORY_BYTES", 20 * 2**20)
     monkeypatch.setattr(pool, "MEMORY_PER_BYTE", 0)
     with pytest.raises(ApiError, match="needs more than 20 MiB of memory") as caught:
-        await files.decode(encode("WAV", "PCM_16", samples=1200 * RATE), "", 3600)
+        await decode_body(files, encode("WAV", "PCM_16", samples=1200 * RATE), "", 3600)
     assert caught.value.kind is ErrorKind.UNDECODABLE_AUDIO
-    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
 
 
 async def test_elapsed_time_is_limited(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "WALL_FACTOR", 0.001)
     with pytest.raises(ApiError, match="not decoded within") as caught:
-        await files.decode(SLOW, "", 3600)
+        await decode_body(files, SLOW, "", 3600)
     assert caught.value.kind is ErrorKind.NO_CAPACITY
     await until(lambda: not workers(files))
 
@@ -183,7 +184,7 @@ async def test_a_crash_costs_one_request(files: FilePool, number: signal.Signals
         failed.result()
     assert caught.value.kind is kind
     assert other.is_running()
-    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
     for task in (first, second):
         task.cancel()
 
@@ -196,28 +197,28 @@ async def test_messages_of_decoders_are_no_log_lines(files: FilePool, capfd: pyt
         if at % 24 > 8 and randomness.random() < 0.3:
             file[at] = randomness.randrange(256)
     with suppress(ApiError):
-        await files.decode(bytes(file), "audio/mpeg", 30)
+        await decode_body(files, bytes(file), "audio/mpeg", 30)
     assert "mpg123" not in capfd.readouterr().err
 
 
 async def test_a_lost_server_is_replaced(files: FilePool) -> None:
-    await files.decode(FLAC, "", 60)
+    await decode_body(files, FLAC, "", 60)
     assert files._server
     files._server.kill()
     await until(lambda: files._server and files._server.returncode is not None)
-    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
 
 
 async def test_a_stopped_server_is_replaced(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
-    await files.decode(FLAC, "", 60)
+    await decode_body(files, FLAC, "", 60)
     stopped = files._server
     assert stopped
     stopped.send_signal(signal.SIGSTOP)
     with monkeypatch.context() as patch:
         patch.setattr(reader, "START_SECS", 0.5)
-        results = await asyncio.gather(*(files.decode(FLAC, "", 60) for _ in range(2)), return_exceptions=True)
+        results = await asyncio.gather(*(decode_body(files, FLAC, "", 60) for _ in range(2)), return_exceptions=True)
     assert {error.kind for error in results if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
-    assert len(await files.decode(FLAC, "", 60)) > RATE
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
     assert stopped.returncode == -signal.SIGKILL
 
 
@@ -235,10 +236,11 @@ async def test_closing_ends_every_process(files: FilePool) -> None:
 PROGRAM = """
 import asyncio, sys
 from gateway.audio.pool import FilePool
+from tests.support.media import decode_body
 
 async def main():
     files = FilePool()
-    await files.decode(open(sys.argv[1], "rb").read(), "", 60)
+    await decode_body(files, open(sys.argv[1], "rb").read(), "", 60)
     print(files._server.pid, file=sys.stderr, flush=True)
     await asyncio.sleep(60)
 

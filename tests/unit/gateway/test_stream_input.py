@@ -21,7 +21,7 @@ from gateway.audio.pool import FilePool
 from gateway.audio.raw import DEFAULT, Encoding, RawFormat
 from gateway.audio.stream import StreamInput
 from gateway.errors import ApiError, ErrorKind
-from tests.support.media import RECORDER, encode_container
+from tests.support.media import RECORDER, decode_body, encode_container
 
 SPEECH: NDArray[np.int16] = soundfile.read(Path(__file__).parents[2] / "speech" / "jfk.flac", dtype="int16", always_2d=True)[0][
     : 3 * RATE, 0
@@ -122,7 +122,7 @@ async def test_wav_from_a_pipe_goes_on_to_the_end(files: FilePool, size: int) ->
 
 @pytest.mark.parametrize("body", [WEBM, OGG], ids=["WebM", "Ogg"])
 async def test_a_container_is_late_by_a_fifth_of_a_second_at_most(files: FilePool, body: bytes) -> None:
-    await files.decode(OGG, "", 60)  # the server runs
+    await decode_body(files, OGG, "", 60)  # the server runs
     taken = Taken()
     audio = StreamInput(DEFAULT, files, taken.append, 60)
     step = len(body) // 30  # as many bytes as a tenth of a second has on average
@@ -167,7 +167,7 @@ async def test_closing_ends_the_process(files: FilePool) -> None:
     audio = StreamInput(DEFAULT, files, Taken().append, 60)
     await audio.feed(WEBM[: len(WEBM) // 2])
     await audio.close()
-    assert len(await files.decode(OGG, "", 60)) > RATE
+    assert len(await decode_body(files, OGG, "", 60)) > RATE
 
 
 @pytest.mark.parametrize("subtype", ["PCM_24", "PCM_U8", "IMA_ADPCM"])
