@@ -1,6 +1,6 @@
 """Transcribe a recording: python examples/transcribe.py RECORDING [URL].
 
-The recording may be in any format that the server knows. This needs the package amira-asr without extras.
+The recording may be in any format that the server decodes. This needs the package amira-asr without extras.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Trace(NamedTuple):
 
 
 def write(path: Path, samples: Samples) -> None:
-    """Write samples as the file that the name's ending says."""
+    """Write samples in the format of the file name's suffix."""
     if path.suffix != ".m4a":
         soundfile.write(path, samples, RATE)
         return

@@ -139,7 +139,7 @@ def _count(row: Row, starts: Sequence[int], first: int, last: int) -> None:
 
 
 def cost_us(samples: Samples, frames: int) -> float:
-    """CPU time of one frame in microseconds, when so many come at once."""
+    """CPU time per frame in microseconds, for this number of frames at once."""
     voice, size = VoiceActivity(), frames * FRAME_SAMPLES
     pieces = [samples[at : at + size] for at in range(0, len(samples) // size * size, size)]
     began = time.process_time()

@@ -121,7 +121,7 @@ class Client(_Client[httpx.Client]):
         """Transcribe a recording.
 
         Args:
-            audio: a path, bytes, or a file: any format that the server knows, or raw 16-bit little-endian PCM, 16 kHz, mono.
+            audio: a path, bytes, or a file: any format that the server decodes, or raw 16-bit little-endian PCM, 16 kHz, mono.
             model: public name of the model.
             format: ``text``, ``json``, ``verbose_json``, ``srt`` or ``vtt`` for the text of that format, which the server
                 writes; None for a ``Transcript``.

@@ -63,7 +63,7 @@ def listen(
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
 ) -> None:
-    """Transcribe what the microphone hears, until Ctrl-C.
+    """Transcribe the microphone until Ctrl-C.
 
     On a terminal the text is shown as it comes: plain where it is settled, dim where it may still change. Ctrl-C ends the
     audio, and the complete transcript follows. The microphone needs: pip install 'amira-asr[mic]'.

@@ -82,7 +82,7 @@ def transcribe(
         list[Path],
         typer.Argument(
             metavar="FILE",
-            help="Recordings in any format that the server knows, or raw PCM (16 bit, 16 kHz, mono); - for standard input.",
+            help="Recordings in any format that the server decodes, or raw PCM (16 bit, 16 kHz, mono); - for standard input.",
             show_default=False,
         ),
     ],

@@ -45,7 +45,7 @@ CANARY_TIMEOUT_SECS = 10.0
 """Timeout of a canary, in seconds."""
 
 CANARIES_TOGETHER = 2
-"""Number of canaries sent at once: more than one encoder call reach all instances of the encoder in turn."""
+"""Number of canaries sent at once, so that canaries reach every instance of the encoder."""
 
 MAX_FAILING_SECS = 3.0
 """Time of failed canaries after which Triton is restarted, in seconds."""
@@ -63,7 +63,7 @@ POLL_SECS = 0.1
 HUNG_SECS, HUNG_CPU_SHARE = 120.0, 0.05
 """A starting Triton hangs when it has loaded no further model within this time and used less than this share of a CPU.
 
-A model's process may wait for Triton for ever after a stall of the machine (seen in 2.51)."""
+After a stall of the machine, a model's process may wait for Triton indefinitely (seen in 2.51)."""
 
 log = structlog.get_logger()
 

@@ -1,6 +1,6 @@
 """Transcripts as OpenAI's API has them: bodies and events.
 
-The decoder says how probable each word is, not each token, so a word counts as a token in ``logprobs``.
+The decoder returns a probability per word, not per token, so ``logprobs`` has one entry per word.
 """
 
 from __future__ import annotations

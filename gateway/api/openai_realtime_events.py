@@ -64,7 +64,7 @@ def read_event(text: str | bytes) -> ClientEvent:
     """Return a client event.
 
     Raises:
-        EventError: it is not one of those that a transcription session has.
+        EventError: a transcription session has no such event.
     """
     try:
         event = orjson.loads(text)
@@ -174,7 +174,7 @@ def _item(item_id: str) -> Message:
 
 
 def _logprob(index: int, word: Word) -> Message:
-    """Return the log probability of a word: the decoder knows those of tokens, its answers have their mean."""
+    """Return the log probability of a word, from the mean probability that the decoder returns."""
     text = word["word"] if index == 0 else f" {word['word']}"
     return {"token": text, "logprob": round(math.log(max(word["confidence"], 1e-9)), 4), "bytes": list(text.encode())}
 

@@ -121,7 +121,7 @@ class SessionConfig(_Part):
 
     @property
     def detection(self) -> Detection | None:
-        """When turns start and end; None if only the client says so."""
+        """Turn detection; None if the client ends each turn by a commit."""
         turns = self.input.turn_detection
         if isinstance(turns, SemanticVad):
             return Detection(silence_ms=SILENCE_OF_EAGERNESS_MS[turns.eagerness])

@@ -68,7 +68,7 @@ class Completed:
     """Event: the item's transcription.
 
     Attributes:
-        text: that of all deltas together.
+        text: all deltas, concatenated.
         words: timed from the start of the item.
         samples: length of the item's audio.
     """
@@ -234,7 +234,7 @@ class Items:
         return [SpeechStopped(self._item.id, self.position), *self._commit(self._item)]
 
     def commit(self, event_id: str | None = None) -> list[Output]:
-        """End the item that takes audio, because the client says so."""
+        """End the item that takes audio, at the client's request."""
         start = self._item.start if self._item else self._free_from
         if (samples := self.position - start) < MIN_COMMIT_SAMPLES:
             return [CommitEmpty(samples, event_id)]

@@ -239,7 +239,7 @@ class Connection:
         self._kept_from += surplus
 
     def _carry_out(self, outputs: list[items.Output]) -> None:
-        """Do what the items' machine says, in its order."""
+        """Carry out the outputs of the state machine, in order."""
         for output in outputs:
             if isinstance(output, items.Open):
                 self._turns.open(output.item_id, self._model, self._config.latency)
@@ -262,7 +262,7 @@ class Connection:
             await self._room.wait()
 
     def _send(self, message: Message) -> None:
-        """Send a message after those that wait."""
+        """Queue a message behind the waiting ones."""
         self._unsent.append(message)
         self._news.set()
 

@@ -107,7 +107,7 @@ def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator
 
     Args:
         format_: what it is, one of ``LIVE_DEMUXERS``.
-        pipe: gives its bytes; a read waits for as many as there are, not for as many as are wanted.
+        pipe: gives its bytes; a read returns the bytes that are there; it does not wait for all that were requested.
         max_secs: maximum length of the audio in seconds.
 
     Yields:

@@ -44,7 +44,7 @@ class Job:
     memory_bytes: int
 
     def cpu_limit(self, decoded_secs: float) -> int:
-        """Return the limit of CPU time in seconds, when so many seconds of audio are decoded."""
+        """Return the limit of CPU time in seconds after ``decoded_secs`` of decoded audio."""
         return math.ceil(self.cpu_secs + decoded_secs / self.min_speed)
 
 

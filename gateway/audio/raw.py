@@ -62,7 +62,7 @@ MIXED_SECS = 0.1
 """Audio of a live stream that is mixed at once, in seconds."""
 
 DEFAULT = RawFormat()
-"""What a request means that says nothing: s16le, 16 kHz, mono."""
+"""Default format of raw audio: s16le, 16 kHz, mono."""
 
 
 def parse_raw_format(query: Mapping[str, str]) -> RawFormat:

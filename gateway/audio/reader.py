@@ -27,7 +27,7 @@ from gateway.errors import ApiError, ErrorKind
 WALL_FACTOR = 10.0
 """Limit of elapsed time, relative to that of CPU time; a busy machine gives a process a part of a CPU.
 
-The time between two batches, while nobody reads, does not count."""
+Time between two batches, while nothing is read, does not count."""
 
 RAW_BATCH_SECS = 10
 """Raw audio that a thread reads at once, in seconds; or a busy machine changes threads for longer than it reads."""

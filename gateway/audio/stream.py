@@ -208,4 +208,4 @@ class StreamInput:
     def _report(self, pump: asyncio.Task[None]) -> None:
         if not pump.cancelled() and not self.failed.done() and (error := pump.exception()):
             self.failed.set_exception(error)
-            self.failed.exception()  # may also be raised by the next call, so that nobody looks here
+            self.failed.exception()  # the next call may raise it instead; mark it as retrieved

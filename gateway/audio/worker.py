@@ -216,7 +216,7 @@ class Limits:
         self.allow(0.0)
 
     def allow(self, decoded_secs: float) -> None:
-        """Limit CPU time to what so many seconds of audio may cost."""
+        """Set the limit of CPU time for ``decoded_secs`` of decoded audio."""
         most = self._job.cpu_limit(self._job.max_secs) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (min(most, self._job.cpu_limit(decoded_secs)), most))
 

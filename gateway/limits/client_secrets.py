@@ -1,6 +1,6 @@
 """Client secrets: keys that a caller makes for its own clients, such as a web page, and that soon expire.
 
-A secret carries who made it and how a session begins. It is signed and not encrypted.
+A secret carries its issuer and the session's initial settings. It is signed, not encrypted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ClientSecrets:
         """Return a new secret, and the Unix time in seconds at which it expires.
 
         Args:
-            caller: who is charged for what the secret's holder does.
+            caller: caller that is charged for the sessions of the secret's holder.
             session: how its sessions begin, as JSON has it.
             lifetime_secs: how long it can be used.
         """

@@ -22,7 +22,7 @@ RELEASE = 0.15
 
 
 BLOCK_FRAMES = 16
-"""Frames that are looked at in one go, about half a second of audio."""
+"""Maximum number of frames per call of the detector, about half a second of audio."""
 
 
 HELD_FRAMES = 4
@@ -32,7 +32,7 @@ SMOOTHED_FRAMES = 3
 """Frames over which power is averaged, about 0.1 s: less than a syllable."""
 
 BACKGROUND_FRAMES, BACKGROUND_BLOCKS = 16, 6
-"""The background is the least power of the last blocks of half a second: in 3 s speech has pauses."""
+"""Number of half-second blocks whose minimum power is the background; in 3 s, speech has pauses."""
 
 QUIET = 30.0
 """Root mean square, of a full scale of 32768, below which a frame is silence: -61 dB, as of a muted microphone."""

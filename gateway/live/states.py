@@ -19,5 +19,5 @@ class Ending(Enum):
 
     CLIENT = "the client has sent all of it"
     DRAIN = "the server shuts down"
-    ABANDONED = "nobody waits for the transcript any more"
+    ABANDONED = "the transcript is no longer awaited"
     FAILED = "the session failed"

@@ -153,7 +153,7 @@ class Recording:
                 async for piece in pieces:
                     await decoded.put(self._begin(piece, await self._places.decoding(self._share)))
             end.set_result(None)
-        except Exception as error:  # noqa: BLE001 (it is raised to the one who waits for the segments)
+        except Exception as error:  # noqa: BLE001 (it is raised to the reader of the segments)
             end.set_exception(error)
             end.exception()  # there may be none any more
         await decoded.put(end)

@@ -32,7 +32,7 @@ def noise(secs: float, level: float, seed: int = 0) -> Samples:
 
 
 def speech_with_pauses(spoken: Sequence[float], level: float, floor: float) -> tuple[Samples, list[tuple[int, int]]]:
-    """Return noise of a level with pauses of a lower one after so many seconds each, and where the pauses are."""
+    """Return noise with quieter pauses at a fixed interval, and the positions of the pauses."""
     parts, pauses, at = [], [], 0
     for number, secs in enumerate(spoken):
         parts += [noise(secs, level, number), noise(PAUSE_SECS, floor, number)]

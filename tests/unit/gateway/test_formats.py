@@ -19,7 +19,7 @@ from perf.formats import CHANNELS, FORMS, MAX_DELAY, RATES, SPEECH, Deviation, m
 HEADERLESS = re.compile(
     r"a|al|u|f|s|ul|mulaw|alaw|vidc|[fsu]\d+(be|le)?|pcm.*|adx|g72\d\w*|gsm|sbc|aptx\w*|apm|codec2raw|dfpwm|rtp\w*|wsaud|data|rawvideo|null|crc|\w*hash|md5"
 )
-"""Formats of samples or packets alone, which nothing tells from raw audio, and those that are no files."""
+"""Formats without a header, which cannot be told from raw audio, and formats that are not files."""
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ async def decode(held: Places, secs: float, share: Share | None = None) -> float
 
 
 async def decode_all(held: Places, pieces: int, secs: float = 1.0) -> list[float]:
-    """Decode the pieces of one recording, as many at once as it gets places; return when each began."""
+    """Decode the pieces of one recording in the places that it gets; return the start time of each."""
     share, began, work = Share(), [], []
 
     async def end(place: Place) -> None:

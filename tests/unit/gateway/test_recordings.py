@@ -55,12 +55,12 @@ class Tape:
 
 @dataclass
 class Decoders:
-    """Decoders of pieces, each of which says the second at which its piece begins.
+    """Decoders of pieces; the text of each is the second at which its piece begins.
 
     Attributes:
         takes_secs: how long the decoder of a piece takes, by the second at which the piece begins.
         fails_at: second whose piece can't be decoded.
-        given_up: how many were told that nobody waits any more.
+        given_up: number of decoders whose answer is no longer awaited.
         most: largest number at work at once.
     """
 
