@@ -150,7 +150,7 @@ def cost_us(samples: Samples, streams: int, frames: int) -> float:
     pieces = [samples[at : at + size] for at in range(0, len(samples) // size * size, size)]
     began = time.process_time()
     for piece in pieces:
-        probabilities([Request(voice, piece, np.ones(frames, bool)) for voice in voices])
+        probabilities([Request(voice, piece, np.ones(frames, bool), np.zeros(frames, bool)) for voice in voices])
     return (time.process_time() - began) / (len(pieces) * streams * frames) * 1e6
 
 

@@ -250,7 +250,8 @@ class Connection:
             else:
                 for message in messages_of(output, logprobs=LOGPROBS in self._config.include):
                     self._send(message)
-        self._news.set()
+        if self._ending:
+            self._news.set()  # perhaps everything is transcribed
 
     async def _wait_for_room(self) -> None:
         """Wait while too many events are unsent."""

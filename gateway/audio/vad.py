@@ -33,9 +33,6 @@ SPECTRA = 4
 CELLS = 128
 """Cells of the LSTM."""
 
-DECAY = np.float32(0.8)
-"""Share of the network's state that remains after a frame that the network does not get."""
-
 FULL_SCALE = np.float32(0x8000)
 
 
@@ -68,11 +65,11 @@ class Voice:
         self.hidden = np.zeros(CELLS, np.float32)
         self.cell = np.zeros(CELLS, np.float32)
 
-    def skip(self, samples: NDArray[np.int16]) -> None:
-        """Take the next whole frames [n * 512], none of which may be speech."""
+    def skip(self, samples: NDArray[np.int16], *, forget: bool) -> None:
+        """Take the next whole frames [n * 512], which the network does not get; forget what was before if asked to."""
         self._context = samples[-CONTEXT_SAMPLES:] / FULL_SCALE
-        self.hidden = self.hidden * DECAY ** (len(samples) // FRAME_SAMPLES)
-        self.cell = self.cell * DECAY ** (len(samples) // FRAME_SAMPLES)
+        if forget:
+            self.hidden, self.cell = np.zeros((2, CELLS), np.float32)
 
     def windows(self, samples: NDArray[np.int16]) -> Floats:
         """Take the next whole frames [n * 512]; return each with the samples before it [n, 576], full scale 1."""
@@ -87,20 +84,23 @@ class Request(NamedTuple):
     Attributes:
         voice: the stream's.
         samples: its next frames [n * 512], n above 0.
-        loud: the frames that may be speech [n]. The others cost next to nothing, have no speech, and fade the state.
+        loud: the frames that may be speech [n]. The network does not get the others, which cost next to nothing.
+        forget: after which of the others it starts anew [n].
     """
 
     voice: Voice
     samples: NDArray[np.int16]
     loud: NDArray[np.bool_]
+    forget: NDArray[np.bool_]
 
 
 def probabilities(requests: Sequence[Request]) -> list[list[float]]:
     """Return the probability of speech, 0 to 1, of each frame of each request; the requests are of different streams."""
     sizes = np.array([len(request.loud) for request in requests])
-    loud = np.zeros((int(sizes.max()), len(requests)), bool)  # frame by frame
+    loud, forget = np.zeros((2, int(sizes.max()), len(requests)), bool)  # frame by frame
     for column, request in enumerate(requests):
         loud[: len(request.loud), column] = request.loud
+        forget[: len(request.loud), column] = request.forget & ~request.loud
     windows = np.concatenate([request.voice.windows(request.samples) for request in requests])
     places = np.arange(len(loud))[:, None] + (np.cumsum(sizes) - sizes)
     gates = _encode(windows[places[loud]])
@@ -114,9 +114,7 @@ def probabilities(requests: Sequence[Request]) -> list[list[float]]:
         if count == len(requests):
             hidden, cell, found[frame] = _step(now, hidden, cell)
             continue
-        faded = ~loud[frame] & (sizes > frame)
-        hidden[faded] *= DECAY
-        cell[faded] *= DECAY
+        hidden[forget[frame]] = cell[forget[frame]] = 0
         if count:
             taken = loud[frame]
             hidden[taken], cell[taken], found[frame, taken] = _step(now, hidden[taken], cell[taken])

@@ -6,9 +6,6 @@ import asyncio
 import math
 from collections import deque
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gateway.audio.vad import Request, Voice, probabilities
 
 GATHER_SECS = 0.005
@@ -29,17 +26,17 @@ class VoiceBatch:
         self._called_at = -math.inf
         self._alone: Voice | None = None  # the stream that had the last call for itself
 
-    async def probabilities(self, voice: Voice, samples: NDArray[np.int16], loud: NDArray[np.bool_]) -> list[float]:
-        """Return the probability of speech, 0 to 1, of each frame; see ``Request``."""
-        if not loud.any():
-            voice.skip(samples)
-            return [0.0] * len(loud)
+    async def probabilities(self, request: Request) -> list[float]:
+        """Return the probability of speech, 0 to 1, of each frame."""
+        if not request.loud.any():
+            request.voice.skip(request.samples, forget=bool(request.forget.any()))
+            return [0.0] * len(request.loud)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[float]] = loop.create_future()
-        self._waiting.append((Request(voice, samples, loud), answer))
+        self._waiting.append((request, answer))
         if len(self._waiting) == 1:
             due = self._called_at + GATHER_SECS
-            if voice is self._alone or due <= loop.time():
+            if request.voice is self._alone or due <= loop.time():
                 loop.call_soon(self._call)
             else:
                 loop.call_at(due, self._call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -76,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             time.sleep(0.5)
         yield Server(url)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(60)
 
 
@@ -93,7 +92,7 @@ def speech() -> Samples:
     """Two utterances between pauses, 24 kHz."""
     parts = [np.zeros(16_000, np.int16)]
     for name in ("jfk", "2033-164914-0000"):
-        samples, rate = soundfile.read(ROOT / "tests" / "speech" / f"{name}.flac", dtype="int16")
-        parts += [samples[: 4 * rate], np.zeros(3 * rate // 2, np.int16)]
+        samples, rate = soundfile.read(ROOT / "tests" / "speech" / f"{name}.flac", dtype="int16", always_2d=True)
+        parts += [samples[: 4 * rate].mean(axis=1).astype(np.int16), np.zeros(3 * rate // 2, np.int16)]
     resampled: Samples = soxr.resample(np.concatenate(parts), 16_000, RATE)
     return resampled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +15,11 @@ from amira.paths import SPEECH
 from gateway.audio.files import decode_audio
 from gateway.audio.vad import FRAME_SAMPLES, Request, Voice, probabilities
 from gateway.audio.vad_batch import MAX_FRAMES, VoiceBatch
-from gateway.live.speech import Background, Change, Detection, SpeechDetector
+from gateway.live.speech import WARM_FRAMES, Background, Change, Detection, SpeechDetector
 from tests.support.servers import Samples
 
 RATE = 16_000
+Flags = npt.NDArray[np.bool_]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,19 @@ def noise(secs: float, level: float = 500.0) -> Samples:
     return samples
 
 
+def ask(voice: Voice, samples: Samples, loud: Flags | None = None, forget: Flags | None = None) -> Request:
+    """Return a request, by default with loud frames alone."""
+    frames = len(samples) // FRAME_SAMPLES
+    return Request(
+        voice, samples, np.ones(frames, bool) if loud is None else loud, np.zeros(frames, bool) if forget is None else forget
+    )
+
+
 def heard(samples: Samples, frames: int = 1, voice: Voice | None = None) -> list[float]:
     """Return the probability of each frame, for this number of frames per call."""
     voice, size = voice or Voice(), frames * FRAME_SAMPLES
     whole = samples[: len(samples) // size * size]
-    calls = (probabilities([Request(voice, whole[at : at + size], np.ones(frames, bool))]) for at in range(0, len(whole), size))
+    calls = (probabilities([ask(voice, whole[at : at + size])]) for at in range(0, len(whole), size))
     return [one for ((found),) in calls for one in found]
 
 
@@ -70,7 +80,7 @@ def test_streams_that_share_calls_hear_what_they_hear_alone(speech: Samples) -> 
     """Three streams, whose frames are loud or not and whose requests differ in length."""
     chance = np.random.default_rng(1)
     audio = [np.resize(samples, 90 * FRAME_SAMPLES) for samples in (speech[32_000:], noise(3), speech)]
-    loud = [chance.random(90) < 0.8 for _ in audio]
+    loud, forget = ([chance.random(90) < share for _ in audio] for share in (0.8, 0.1))
     shared, alone = [Voice() for _ in audio], [Voice() for _ in audio]
     at = [0, 0, 0]
     while min(at) < 80:
@@ -81,8 +91,9 @@ def test_streams_that_share_calls_hear_what_they_hear_alone(speech: Samples) -> 
             pieces = audio[stream][frames.start * FRAME_SAMPLES : frames.stop * FRAME_SAMPLES]
             if not len(pieces):
                 continue
-            requests.append(Request(shared[stream], pieces, loud[stream][frames]))
-            (found,) = probabilities([Request(alone[stream], pieces, loud[stream][frames])])
+            flags = loud[stream][frames], forget[stream][frames]
+            requests.append(ask(shared[stream], pieces, *flags))
+            (found,) = probabilities([ask(alone[stream], pieces, *flags)])
             expected.append(found)
         for found, single in zip(probabilities(requests), expected, strict=True):
             assert found == pytest.approx(single, abs=1e-5)
@@ -91,9 +102,9 @@ def test_streams_that_share_calls_hear_what_they_hear_alone(speech: Samples) -> 
 async def test_batch_answers_every_stream_and_splits_long_calls(speech: Samples) -> None:
     voices = VoiceBatch()
     frames = MAX_FRAMES // 4
-    audio, loud = np.resize(speech, frames * FRAME_SAMPLES), np.ones(frames, bool)
+    audio = np.resize(speech, frames * FRAME_SAMPLES)
     expected = heard(audio, frames)
-    asked = [asyncio.create_task(voices.probabilities(Voice(), audio, loud)) for _ in range(9)]
+    asked = [asyncio.create_task(voices.probabilities(ask(Voice(), audio))) for _ in range(9)]
     await asyncio.sleep(0)
     asked[3].cancel()
     for found in await asyncio.gather(*asked[:3], *asked[4:]):
@@ -102,10 +113,21 @@ async def test_batch_answers_every_stream_and_splits_long_calls(speech: Samples)
 
 async def test_frames_below_the_background_cost_no_call() -> None:
     voices = VoiceBatch()
-    asked = voices.probabilities(Voice(), noise(1)[: 10 * FRAME_SAMPLES], np.zeros(10, bool))
+    asked = voices.probabilities(ask(Voice(), noise(1)[: 10 * FRAME_SAMPLES], np.zeros(10, bool)))
     with pytest.raises(StopIteration) as answer:
         asked.send(None)
     assert answer.value.value == [0.0] * 10
+
+
+def test_network_forgets_where_it_is_asked_to(speech: Samples) -> None:
+    audio, none = speech[32_000 : 32_000 + 20 * FRAME_SAMPLES], np.zeros(1, bool)
+    for forget in (True, False):
+        voice = Voice()
+        heard(audio, 20, voice)
+        probabilities([ask(voice, audio[-FRAME_SAMPLES:], none, np.array([forget]))])
+        fresh = Voice()
+        probabilities([ask(fresh, audio[-FRAME_SAMPLES:], none)])
+        assert (heard(audio, 20, voice) == pytest.approx(heard(audio, 20, fresh), abs=1e-6)) is forget
 
 
 def test_speech_starts_within_300_ms_and_stops_after_the_silence(speech: Samples) -> None:
@@ -139,19 +161,23 @@ def test_silence_shorter_than_the_limit_does_not_stop_speech(speech: Samples) ->
     assert len(changes(gap, 1600, Detection(silence_ms=300))) >= 4
 
 
-def test_only_what_is_louder_than_the_background_stands_out() -> None:
+def test_background_hides_what_is_not_louder() -> None:
     background = Background()
-    assert background.stands_out(1e4), "no background is known yet"
-    assert not any([background.stands_out(1e4) for _ in range(100)][32:])
-    assert background.stands_out(1e5)
-    assert [background.stands_out(1e4) for _ in range(10)][-1] is False
+    assert not background.hides(1e4), "no background is known yet"
+    hidden = [background.hides(1e4) for _ in range(99)]
+    assert hidden.index(True) == 15
+    assert hidden.count(False) == 15 + WARM_FRAMES, "the network gets the first frames of a steady background"
+    assert all(hidden[-50:])
+    assert not background.hides(1e5)
+    assert [background.hides(1e4) for _ in range(10)][-1]
 
 
 def test_weak_speech_stands_out_of_a_steady_background_only() -> None:
     """4 dB above it; the other background changes by 3 dB."""
-    for lowest, stands_out in ((1e4, True), (0.5e4, False)):
+    for lowest, steady in ((1e4, True), (0.5e4, False)):
         background = Background()
         for level in (1e4, lowest, 1e4):
             for _ in range(32):
-                background.stands_out(level)
-        assert background.stands_out(lowest * 10**0.4) is stands_out
+                background.hides(level)
+        assert background.steady is steady
+        assert background.hides(lowest * 10**0.4) is not steady
