@@ -90,9 +90,9 @@ def ready(url: str) -> bool:
 @pytest.fixture(scope="session")
 def speech() -> Samples:
     """Two utterances between pauses, 24 kHz."""
-    parts = [np.zeros(16_000, np.int16)]
+    parts = [np.zeros(RATE, np.int16)]
     for name in ("jfk", "2033-164914-0000"):
         samples, rate = soundfile.read(ROOT / "tests" / "speech" / f"{name}.flac", dtype="int16", always_2d=True)
-        parts += [samples[: 4 * rate].mean(axis=1).astype(np.int16), np.zeros(3 * rate // 2, np.int16)]
-    resampled: Samples = soxr.resample(np.concatenate(parts), 16_000, RATE)
-    return resampled
+        mixed = samples[: 4 * rate].mean(axis=1).astype(np.int16)
+        parts += [soxr.resample(mixed, rate, RATE), np.zeros(3 * RATE // 2, np.int16)]
+    return np.concatenate(parts)

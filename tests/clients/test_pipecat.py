@@ -89,12 +89,12 @@ async def test_turns_of_the_server(server: Server, speech: Samples, detection: d
         settings=OpenAIRealtimeSTTService.Settings(model="gpt-transcribe", noise_reduction="near_field", prompt="names"),
     )
     down, _ = await run(service, audio(speech))
-    first, second = texts(down)
+    first, *others = texts(down)
     assert "fellow" in first
-    assert second
+    assert others
     kinds = [type(frame) for frame in down]
     started, stopped = ProposedUserStartedSpeakingFrame, ProposedUserStoppedSpeakingFrame
-    assert (kinds.count(started), kinds.count(stopped)) == (2, 2)
+    assert kinds.count(started) == kinds.count(stopped) >= 2
     assert kinds.index(started) < kinds.index(stopped)
 
 
