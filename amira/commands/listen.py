@@ -85,8 +85,8 @@ def listen(
         try:
             output.write_text(text, encoding="utf-8")
         except OSError as error:
-            typer.echo(text, nl=False)  # nobody says it again
-            fail(str(error), FAILURE)
+            typer.echo(text, nl=False)  # it can't be spoken again
+            fail(f"{output}: {error.strerror}", FAILURE)
     else:
         typer.echo(text, nl=False)
 
@@ -96,7 +96,7 @@ def _check_writable(path: Path) -> None:
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
-        fail(str(error))
+        fail(f"{path}: {error.strerror}")
 
 
 async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: str) -> Message:

@@ -114,7 +114,7 @@ def transcribe(
         # Read here, where Ctrl-C ends it.
         piped = sys.stdin.buffer.read() if STDIN in recordings else b""
     except OSError as error:
-        fail(str(error))
+        fail(f"{error.filename or 'standard input'}: {error.strerror}")
     try:
         client = AsyncClient(url, api_key=api_key, retry_secs=RETRY_SECS, timeout_secs=TIMEOUT_SECS)
     except ValueError as error:

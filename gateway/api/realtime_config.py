@@ -20,8 +20,8 @@ LATENCY_OF_DELAY = {"minimal": "low", "low": "low", "medium": "balanced", "high"
 DEFAULT_PADDING_MS = 300
 
 CLIENT_COMMITS = ("gpt-realtime-whisper", "gpt-live-transcribe")
-"""OpenAI's models without turn detection: clients leave ``turn_detection`` out, and commit each turn (livekit-agents 1.8.9). If
-the server commits the turn too, the client's commit is an error, which ends its session."""
+"""OpenAI's models without turn detection: clients leave ``turn_detection`` out and commit each turn (livekit-agents 1.8.9).
+Just after a commit of the server, theirs would be an error, which ends their session."""
 
 UNION_TAGS = {"audio/pcm", "audio/pcmu", "audio/pcma", "server_vad", "semantic_vad"}
 """Parts of a validation error's place that are no fields."""

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pytest
-from conftest import RATE, Samples, Server
 from pipecat.frames.frames import (
     ErrorFrame,
     Frame,
@@ -21,6 +20,8 @@ from pipecat.frames.frames import (
 from pipecat.pipeline.worker import PipelineParams
 from pipecat.services.openai.stt import OpenAIRealtimeSTTService, OpenAISTTService
 from pipecat.tests.utils import SleepFrame, run_test
+
+from tests.clients.conftest import RATE, Samples, Server
 
 FRAME_SAMPLES = RATE // 50
 PARAMS = PipelineParams(audio_in_sample_rate=RATE)

@@ -120,6 +120,32 @@ async def test_transcribe_command_reads_standard_input_and_streams(gateway: Gate
     assert "ask not what your country can do for you" in output.decode()
 
 
+async def test_ctrl_c_ends_the_wait_for_standard_input(gateway: Gateway) -> None:
+    process = await asyncio.create_subprocess_exec(
+        AMIRA, "transcribe", "-", "--url", gateway.url, stdin=asyncio.subprocess.PIPE, preexec_fn=interruptible
+    )
+    await asyncio.sleep(5)
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(process.wait(), 20) == 130
+
+
+def interruptible() -> None:
+    """Undo what a parent in the background hands on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+async def test_listen_command_names_why_it_is_refused(
+    make_gateway: MakeGateway, recordings: Recordings, tmp_path: Path
+) -> None:
+    path = tmp_path / "speech.wav"
+    soundfile.write(path, recordings["2609-156975-0001"], RATE)
+    async with make_gateway(api_keys=["key"]) as locked:
+        code, output, errors = await run_amira("listen", "--file", str(path), "--url", locked.url, "--api-key", "wrong")
+    assert (code, output) == (1, "")
+    assert errors.startswith("amira: the server refuses the stream: HTTP 401: ")
+    assert "key" in errors.partition("401: ")[2]
+
+
 async def test_segments_are_told_by_the_server(gateway: Gateway, recordings: Recordings) -> None:
     told: list[Segment] = []
     audio = np.concatenate([*recordings.values()] * 2).tobytes()

@@ -53,6 +53,19 @@ def test_recordings_that_would_share_a_file_are_refused(recordings: list[Path], 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_can_not_be_read_or_written_is_named_before_work_begins(recordings: list[Path], tmp_path: Path) -> None:
+    file = recordings[0]
+    for arguments, reason in (
+        (["transcribe", tmp_path / "other"], "other is a directory; name its files: "),
+        (["transcribe", tmp_path / "none.wav"], "there is no file "),
+        (["transcribe", "-", "-"], "standard input (-) can be read only once"),
+        (["transcribe", file, "--output-dir", file / "out"], f"{file / 'out'}: Not a directory"),
+        (["listen", "--file", wav(tmp_path / "speech.wav"), "-o", tmp_path / "no" / "text"], "text: No such file or directory"),
+    ):
+        code, errors = amira(*arguments)
+        assert (code, errors.startswith("amira: "), reason in errors) == (2, True, True)
+
+
 def test_missing_server_is_said_with_how_to_start_one(
     recordings: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
