@@ -168,7 +168,7 @@ def _encode(windows: Floats) -> Floats:
     return result
 
 
-def _taps(values: NDArray[np.floating], stride: int) -> Floats:
+def _taps(values: Floats | NDArray[np.float64], stride: int) -> Floats:
     """Return the inputs of a convolution of 3 values over time: [n * (4 / stride), 3 * size] of values [n, 4, size]."""
     frames, times, size = values.shape
     padded = np.zeros((frames, times + 2, size), np.float32)

@@ -224,9 +224,9 @@ async def test_updates_commits_and_clears_in_any_order(gateway: Gateway, speech:
             messages.append(orjson.loads(await asyncio.wait_for(socket.recv(), 60)))
     transcripts = check(messages)
     assert [each["error"]["code"] for each in messages if each["type"] == "error"] == [code for _, code in steps if code]
-    assert len(transcripts) == 3
+    assert len(transcripts) >= 3  # speech that pauses is more than one turn
     usages = [each["usage"]["seconds"] for each in messages if each["type"] == COMPLETED]
-    assert (usages[0], usages[2]) == (pytest.approx(2, abs=0.01), pytest.approx(1, abs=0.01))
+    assert (usages[0], usages[-1]) == (pytest.approx(2, abs=0.01), pytest.approx(1, abs=0.01))
 
 
 @pytest.mark.parametrize("query", ["?intent=transcription&model=gpt-realtime-whisper", ""])
