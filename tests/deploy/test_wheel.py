@@ -151,8 +151,12 @@ def test_run_and_demo_work_in_an_empty_folder(engine: Path, folder: Path) -> Non
     amira, speech = engine / "bin" / "amira", site_packages(engine) / "amira" / "data" / "speech"
     with started([amira, "run"], folder, **variables, **dict(zip(names, triton_ports, strict=True))) as process:
         assert process.stderr
-        shown = "".join(iter(process.stderr.readline, "Ctrl-C stops it.\n"))
-        assert f"--data-binary @{speech}/jfk.flac" in shown
+        shown = ""
+        for line in process.stderr:  # it ends with the process
+            shown += line
+            if line == "Ctrl-C stops it.\n":
+                break
+        assert f"--data-binary @{speech}/jfk.flac" in shown, shown
         command: list[str | Path] = [amira, "transcribe", speech / "jfk.flac"]
         code, output, errors = run(command, folder, AMIRA_BASE_URL=f"http://{LOOPBACK}:{gateway_port}")
         assert (code, errors) == (0, "")
