@@ -12,7 +12,7 @@ class _Word(TypedDict):
     end: float
     """Seconds since the start of the stream or recording."""
     confidence: float
-    """Mean probability of the word's tokens, 0 to 1."""
+    """Lowest probability of the word's tokens, 0 to 1."""
 
 
 class Word(_Word, total=False):
