@@ -15,13 +15,12 @@ from typing import Any, NamedTuple, Protocol
 from gateway import metrics
 from gateway.audio import RATE
 from gateway.audio.convert import Pcm
-from gateway.config.settings import Settings
 from gateway.limits.places import Place, Places, Share
-from gateway.limits.quotas import Bill, Quotas
+from gateway.limits.quotas import Bill
 from gateway.recordings.cut import Cutter, Lengths, Piece, Samples
+from gateway.resources import Resources
 from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.transcript import Answer
-from gateway.triton.pool import TritonPool
 
 MAX_UNDELIVERED = 64
 """Maximum number of a recording's pieces that are in flight or decoded and not delivered: a slow client stops the reading."""
@@ -187,21 +186,11 @@ class Transcriber:
     """The engine of recordings.
 
     Args:
-        settings: the gateway's.
-        triton: what decodes.
-        places: the gateway's.
-        quotas: of its callers.
-        options: of the decoder, for every recording.
+        resources: resources of the gateway.
     """
 
-    def __init__(
-        self, settings: Settings, triton: TritonPool, places: Places, quotas: Quotas, options: Mapping[str, str | int]
-    ) -> None:
-        self._settings = settings
-        self._triton = triton
-        self._places = places
-        self._quotas = quotas
-        self._options = options
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
 
     @contextmanager
     def admit(self, model: str, caller: int, options: Mapping[str, str | int] | None = None) -> Iterator[Recording]:
@@ -209,21 +198,22 @@ class Transcriber:
 
         Args:
             model: public name of the model, one of the settings'.
-            caller: who is charged for the audio.
-            options: of the decoder, which override those of every recording.
+            caller: caller who is charged for the audio.
+            options: options of the decoder, which override those of every recording.
 
         Raises:
             ApiError: the queue is full, the gateway drains, or no Triton can serve the model now.
         """
-        with self._places.batch() as share:
-            ensemble = self._triton.ensemble(self._settings.models[model])
-            decoder = partial(self._triton.recording, ensemble, {**self._options, **(options or {})})
+        triton, settings, places = self._resources.triton, self._resources.settings, self._resources.places
+        with places.batch() as share:
+            ensemble = triton.ensemble(settings.models[model])
+            decoder = partial(triton.recording, ensemble, {**self._resources.options, **(options or {})})
             yield Recording(
                 model,
-                self._settings.max_batch_audio_length_secs,
+                settings.max_batch_audio_length_secs,
                 Lengths.within(ensemble.max_whole_secs),
-                Bill(self._quotas, caller),
+                Bill(self._resources.quotas, caller),
                 decoder,
-                self._places,
+                places,
                 share,
             )

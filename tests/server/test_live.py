@@ -15,13 +15,11 @@ from amira.ports import LOOPBACK, Ports
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
-from gateway.limits.places import Places
-from gateway.limits.quotas import Quotas
 from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
 from gateway.live.session import Session
 from gateway.live.sessions import Sessions
 from gateway.live.states import Ending, State
-from gateway.triton.pool import TritonPool
+from gateway.resources import Resources
 from tests.support.chaos import Proxy
 from tests.support.clients import transcribe
 from tests.support.servers import Gateway, Recordings, Samples
@@ -38,9 +36,9 @@ async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessio
     """An engine of its own; afterwards it must hold nothing."""
     port = target.port if isinstance(target, Proxy) else target.grpc
     chosen = Settings(triton_endpoint=f"{LOOPBACK}:{port}", session_key=KEY, **settings)
-    pool = TritonPool(chosen)
-    await pool.start()
-    sessions = Sessions(chosen, pool, Places(chosen), Quotas(chosen), {"latency": chosen.latency})
+    resources = Resources.from_settings(chosen)
+    await resources.triton.start()
+    sessions = Sessions(resources)
     before = asyncio.all_tasks()
     try:
         yield sessions
@@ -51,7 +49,7 @@ async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessio
         left = {task for task in asyncio.all_tasks() - before if "session" in task.get_name()}
         assert not left
     finally:
-        await pool.close()
+        await resources.triton.close()
 
 
 @pytest.fixture
@@ -401,7 +399,7 @@ async def test_stream_that_is_too_long_fails(triton: Ports, speech: Samples) -> 
 
 async def test_fault_of_ours_is_an_internal_error(sessions: Sessions, speech: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     async with sessions.open("amira", CALLER) as session:
-        monkeypatch.setattr(session._transcript, "update", lambda _: 1 / 0)
+        monkeypatch.setattr(session._publisher, "publish", lambda *_, **__: 1 / 0)
         events = await say(session, speech[: 2 * RATE])
         assert error_of(events) is ErrorKind.INTERNAL
 
