@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from gateway.api.error_schema import openapi_responses
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
-from gateway.api.uploads import Upload, receive_upload
+from gateway.api.uploads import UPLOAD_SCHEMA, Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
@@ -107,36 +107,6 @@ class Options:
     separate: bool
 
 
-BINARY = {"schema": {"type": "string", "format": "binary"}}
-REQUEST_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "application/octet-stream": BINARY,
-        "audio/wav": BINARY,
-        "audio/flac": BINARY,
-        "audio/ogg": BINARY,
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"file": {"type": "string", "format": "binary"}},
-                "required": ["file"],
-            }
-        },
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
-                    "opaque": {},
-                    "description": {},
-                },
-                "required": ["audio_buffer"],
-            }
-        },
-    },
-}
-
-
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
 
@@ -159,7 +129,7 @@ PARAMETERS = [
     "/v2/decode/batch/{model}",
     response_model=BatchAnswer,
     responses=openapi_responses(),
-    openapi_extra={"requestBody": REQUEST_BODY, "parameters": PARAMETERS},
+    openapi_extra={"requestBody": UPLOAD_SCHEMA, "parameters": PARAMETERS},
     summary="Transcribe a recording",
     description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC, Ogg, MP3, AIFF, AU, CAF or W64 file; "
     "as the body itself, as the `file` of a form, or as an array of bytes in the `audio_buffer` of JSON.",

@@ -22,6 +22,36 @@ MEMORY_BYTES = 2**20
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+UPLOAD_SCHEMA: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/octet-stream": _BINARY,
+        "audio/wav": _BINARY,
+        "audio/flac": _BINARY,
+        "audio/ogg": _BINARY,
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"file": {"type": "string", "format": "binary"}},
+                "required": ["file"],
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+                    "opaque": {},
+                    "description": {},
+                },
+                "required": ["audio_buffer"],
+            }
+        },
+    },
+}
+"""The bodies that ``receive_upload`` reads, for OpenAPI."""
+
 
 @dataclass(frozen=True)
 class Upload:
