@@ -114,7 +114,7 @@ def _cpu_secs(pid: int) -> float:
     return 0.0
 
 
-class Triton:
+class TritonProcess:
     """The embedded Triton.
 
     Args:

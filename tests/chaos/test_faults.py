@@ -22,7 +22,6 @@ from tests.support.chaos import (
     Proxy,
     backends,
     disturb,
-    gateway_process,
     kill,
     kill_stub,
     kill_twice,
@@ -31,6 +30,7 @@ from tests.support.chaos import (
     terminate,
 )
 from tests.support.clients import cut, transcribe
+from tests.support.commands import gateway_process
 from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, SECONDS = 20, 12.0

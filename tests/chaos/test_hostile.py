@@ -19,8 +19,9 @@ from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from perf.server import cpu_model
 from tests.support import hostile
-from tests.support.chaos import RATE, STRANGERS, Backend, Said, backends, gateway_process, p95, pieces, speak
+from tests.support.chaos import RATE, Backend, Said, backends, p95, pieces, speak
 from tests.support.clients import transcribe
+from tests.support.commands import STRANGERS, gateway_process
 from tests.support.footprint import Footprint, growth, look
 from tests.support.servers import Samples, read_recordings, run_gateway
 

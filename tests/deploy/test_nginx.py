@@ -28,8 +28,8 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.service import Service
-from tests.support.chaos import gateway_process
 from tests.support.clients import END, cut, gateway_metrics, listen, open_socket, transcribe
+from tests.support.commands import gateway_process
 from tests.support.servers import Gateway, Recordings
 
 Need = Callable[[str], str]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -28,7 +28,7 @@ SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 class Victim(NamedTuple):
     """A Triton that may be broken."""
 
-    triton: Triton
+    triton: TritonProcess
     http_port: int
     metrics_port: int
     folder: Path
@@ -75,7 +75,7 @@ async def running(need: Callable[[str], str]) -> AsyncIterator[Victim]:
     need("curl")  # the checks call it
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, served_repository(warm=False), ports, ENGINE_HOME / "triton-stubs.log")
+    triton = TritonProcess(engine, served_repository(warm=False), ports, ENGINE_HOME / "triton-stubs.log")
     assert ports.http
     yield Victim(triton, ports.http, ports.metrics, Path())
     await triton.stop(timeout_secs=0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
@@ -18,9 +18,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from tests.support import hostile
-from tests.support.chaos import AMIRA
 from tests.support.clients import END, KEEPALIVE, converse, open_socket, transcribe
-from tests.support.commands import until_ready
+from tests.support.commands import AMIRA, gateway_process
 from tests.support.hostile import TEXT, frame, peer
 from tests.support.servers import Gateway, Recordings
 
@@ -102,28 +101,11 @@ async def test_thirty_seconds_of_audio_fit_into_json(gateway: Gateway, http: htt
 
 @asynccontextmanager
 async def limited_gateway(triton: Ports, soft: int, hard: int) -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
-    """A gateway in a process with these limits on open files."""
+    """Run a gateway in a process with these limits on open files."""
     (port,) = free_ports(LOOPBACK, 1)
-    variables = {
-        "AMIRA_SERVER_HOST": LOOPBACK,
-        "AMIRA_SERVER_PORT": str(port),
-        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
-        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
-    }
-    process = await asyncio.create_subprocess_exec(
-        AMIRA,
-        "serve",
-        env={**os.environ, **variables},
-        stderr=asyncio.subprocess.PIPE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
-    )
-    try:
-        await until_ready(f"http://{LOOPBACK}:{port}")
+    command = ("prlimit", f"--nofile={soft}:{hard}", AMIRA)
+    async with gateway_process(port, triton, command, stderr=subprocess.PIPE) as process:
         yield port, process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def events_of(process: asyncio.subprocess.Process) -> list[str]:

@@ -25,7 +25,7 @@ import amira.engine.service
 from amira.cli import app
 from amira.engine import process, wheel
 from amira.engine.errors import EngineError
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -258,9 +258,9 @@ async def test_failed_start_is_one_line(model_repository: Path) -> None:
 
 
 async def test_end_of_triton_while_starting_is_explained(tmp_path: Path) -> None:
-    def triton_at(grpc: int, metrics: int) -> Triton:
+    def triton_at(grpc: int, metrics: int) -> TritonProcess:
         prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
+        return TritonProcess(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
 
     with socket.socket() as taken:
         taken.bind((LOOPBACK, 0))
@@ -295,7 +295,7 @@ async def test_triton_that_hangs_while_starting_is_restarted(
     edit(model_repository / "detokenizer" / "1" / "model.py", "\n    def initialize(self, args", hang)
     edit(model_repository / "detokenizer" / "1" / "model.py", "\nimport ", "\nimport time\nimport ")
     prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
+    triton = TritonProcess(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
     with pytest.raises(EngineError, match="hung while it started: it did nothing for 5 s"):
         await triton.start()
     assert triton.pid is None
@@ -308,7 +308,7 @@ async def test_failed_restart_is_tried_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
     program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
     prepared = Engine(program, tmp_path, dict(os.environ))
-    triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
+    triton = TritonProcess(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
     keeper = asyncio.create_task(triton.keep_alive())
     await asyncio.sleep(0.3)
     program.write_text("#!/bin/sh\necho tried\n")

@@ -22,9 +22,9 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from gateway.live.resume import SessionToken, SessionTokens
 from gateway.triton.breaker import BreakerState
-from tests.support.chaos import Proxy, backends, gateway_process
+from tests.support.chaos import Proxy, backends
 from tests.support.clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
-from tests.support.commands import until
+from tests.support.commands import gateway_process, until
 from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]

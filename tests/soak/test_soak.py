@@ -24,8 +24,9 @@ from amira import LiveStream
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from perf.server import cpu_model
-from tests.support.chaos import RATE, Proxy, backends, gateway_process, pieces, speak
+from tests.support.chaos import RATE, Proxy, backends, pieces, speak
 from tests.support.clients import END, converse, cut, open_socket, transcribe
+from tests.support.commands import gateway_process
 from tests.support.footprint import Footprint, look, problems
 from tests.support.servers import Samples, read_recordings
 
