@@ -1,4 +1,4 @@
-"""``/v1``: the face of the recordings' engine for clients of OpenAI's API."""
+"""``/v1``: a face of the engine of recordings, for clients of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 PREFIX = "/v1/"
-"""Where OpenAI's API is; errors below it have OpenAI's types."""
+"""Prefix of OpenAI's API; errors below it have OpenAI's types."""
 
 EVENTS = Wire("text/event-stream", lambda event: b"data: " + orjson.dumps(event) + b"\n\n", body_of)
 """Server-sent events (HTML standard, 9.2)."""
@@ -37,7 +37,7 @@ router = APIRouter()
 
 @router.get("/v1/models", summary="List the models", responses=openapi_responses())
 async def list_models(request: Request) -> dict[str, Any]:
-    """Answer with all names of all models."""
+    """Return all names of all models."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     settings = service.settings
@@ -46,7 +46,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}", summary="Describe a model", responses=openapi_responses())
 async def describe_model(request: Request, name: str) -> dict[str, Any]:
-    """Answer with one model, by its name or an alias."""
+    """Return one model, by its name or an alias."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     service.resolve_model(name)
@@ -61,13 +61,13 @@ async def describe_model(request: Request, name: str) -> dict[str, Any]:
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
 )
 async def create_transcription(request: Request) -> Response:
-    """Answer one recording."""
+    """Return the transcript of one recording."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.places.batch():
-            pass  # refused before its body is read, if it can be
+            pass  # refuse before the body is read, if possible
         limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
         with full_disk_refused():
             data = await held.enter_async_context(request.form(**limits))
@@ -101,17 +101,17 @@ def _describe(name: str, service: Service) -> dict[str, Any]:
 
 
 def _language(form: Form, spoken: str | None) -> str:
-    """Return the language of a recording: the model's, or else the one that the client names.
+    """Return the language of a recording: that of the model, or else the one that the client names.
 
     Raises:
-        ApiError: the client names languages, and the model's is none of them.
+        ApiError: the client names languages, and the model's is not among them.
     """
     if spoken is None:
         return form.languages[0] if form.languages else ""
     if form.languages and spoken not in form.languages:
         raise ApiError(
             ErrorKind.INVALID_VALUE,
-            f"language is {form.languages[0][:8]!r}, and model {form.model!r} knows {spoken!r} alone; leave language out, "
+            f"language is {form.languages[0][:8]!r}, and model {form.model!r} recognises only {spoken!r}; omit language, "
             "or choose another model",
             "language",
         )
@@ -122,7 +122,7 @@ async def _events(segments: AsyncGenerator[Segment, None], recording: Recording,
     """Yield the event of each segment, and the last one.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
     """
     async with aclosing(segments):
         async for segment in segments:

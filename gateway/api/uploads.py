@@ -18,7 +18,7 @@ from gateway.audio.media_types import OCTETS
 from gateway.errors import ApiError, ErrorKind
 
 MEMORY_BYTES = 2**20
-"""Maximum size of a body in memory, as Starlette has it for the files of forms; 33 s of raw PCM."""
+"""Maximum size of a body in memory, equal to Starlette's limit for files of forms; 33 s of raw PCM."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -55,12 +55,12 @@ UPLOAD_SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upload:
-    """A recording as it was received.
+    """A received recording.
 
     Attributes:
-        body: its bytes, or the open file that has them.
+        body: its bytes, or an open file with them.
         content_type: its media type.
-        opaque: what the answer repeats: the value of this name in a JSON request, if there is one.
+        opaque: the ``opaque`` of a JSON request, which the answer repeats; empty if there is none.
     """
 
     body: bytes | BinaryIO
@@ -103,12 +103,12 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
 
 
 async def open_form_file(file: UploadFile) -> Upload:
-    """Return the file of a form, which must stay open while it is used."""
+    """Return the file of a form; the form must stay open while the file is used."""
     content_type = file.content_type or OCTETS
     if (file.size or 0) <= MEMORY_BYTES:
         return Upload(await file.read(), content_type)
     with full_disk_refused():
-        await run_in_threadpool(file.file.flush)  # it is read by its descriptor
+        await run_in_threadpool(file.file.flush)  # it is read through its descriptor
     return Upload(file.file, content_type)
 
 
@@ -126,7 +126,7 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
             if not file:
                 return bytes(received)
             await run_in_threadpool(file.write, received)
-            await run_in_threadpool(file.flush)  # it is read by its descriptor
+            await run_in_threadpool(file.flush)  # it is read through its descriptor
     except BaseException:
         if file:
             file.close()
@@ -136,15 +136,15 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
 
 @contextmanager
 def full_disk_refused() -> Iterator[None]:
-    """Tell a client of a disk that is full.
+    """Convert the error of a full disk to an error for the client.
 
     Raises:
-        ApiError: there is no room.
+        ApiError: the disk is full.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        message = "the server's disk has no room for the body; please retry later, or send less"
+        message = "the server's disk is full; please retry later, or send a smaller body"
         raise ApiError(ErrorKind.NO_CAPACITY, message) from error

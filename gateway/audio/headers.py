@@ -1,4 +1,4 @@
-"""Repair the sizes in AU and CAF headers, which writers to a pipe do not know."""
+"""Repair the sizes in AU and CAF headers: a program that writes to a pipe does not know them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CAF_CHUNK = struct.Struct(">4sq")
 
 
 def repair_au(file: Body) -> Parts:
-    """Return an AU file in which a size of 0 is the value for unknown, which libsndfile reads to the end."""
+    """Return an AU file in which a size of 0 is replaced by the value for unknown, with which libsndfile reads to the end."""
     if any(file[AU_DATA_SIZE]):
         return [file.view()]
     return [file[: AU_DATA_SIZE.start], UNKNOWN, file.view(AU_DATA_SIZE.stop)]
 
 
 def repair_caf(file: Body) -> Parts:
-    """Return a CAF file in which an unknown size of the audio is the rest of the file."""
+    """Return a CAF file in which an unknown size of the audio is replaced by the size of the rest."""
     for at, name, size in _chunks(file):
         start = at + CAF_CHUNK.size
         if name == b"data" and size in (-1, 0):

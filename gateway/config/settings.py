@@ -110,7 +110,7 @@ OPENAI_MODELS = (
     "gpt-live-transcribe",
     "gpt-realtime-whisper",
 )
-"""OpenAI's models that transcribe without telling speakers apart (openai-python 3.57)."""
+"""OpenAI's transcription models without speaker labels (openai-python 3.57)."""
 
 
 def _default_aliases(data: dict[str, Any]) -> dict[str, str]:

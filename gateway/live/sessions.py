@@ -27,14 +27,14 @@ log = structlog.get_logger()
 
 
 class Connection(Protocol):
-    """A client's connection that holds its place itself, and opens one session after the other."""
+    """Connection of a client that holds a place itself, and opens one session after the other."""
 
     @property
     def silent_secs(self) -> float:
         """Time since its last audio, or since its start, in seconds."""
 
     def reclaim(self) -> None:
-        """End, and release the place at once, because another stream waits and this one has sent no audio for long."""
+        """End, and release the place at once: another stream needs it, and this one has sent no audio for a long time."""
 
     def drain(self) -> None:
         """End, because the server shuts down."""

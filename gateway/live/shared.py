@@ -1,4 +1,4 @@
-"""What all live sessions of a gateway share."""
+"""Objects that all live sessions of a gateway share."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all sessions of a gateway share.
+    """Objects that all sessions of a gateway share.
 
     Attributes:
-        running: sessions that hold something: a sequence at Triton, audio, a task.
+        settings: settings of the gateway.
+        priority: priorities of the sessions.
+        tokens: issues and redeems session tokens.
+        usage: use of the audio buffers.
+        running: sessions that hold resources: a sequence at Triton, audio, a task.
     """
 
     settings: Settings
