@@ -145,7 +145,7 @@ async def decode_batch(request: Request, model: str) -> Response:
         with service.transcriber.admit(model, caller):
             pass  # refuse before the body is read, if possible
         upload = await held.enter_async_context(receive_upload(request))
-        recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that never arrives holds no place
+        recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
         segments = read_segments(
             service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
         )

@@ -52,10 +52,10 @@ class Form:
     Attributes:
         file: the recording.
         model: name or alias of the model.
-        languages: possible languages of the recording (ISO 639-1); empty if the client names none.
-        format: format of the answer.
-        granularities: units that are timed.
-        logprobs: whether the answer has log probabilities.
+        languages: the recording's possible languages (ISO 639-1); none where the client does not say.
+        format: of the answer.
+        granularities: what is timed.
+        logprobs: whether the answer has logarithms of probabilities.
         stream: whether the answer is a stream of events.
     """
 

@@ -101,17 +101,17 @@ def _describe(name: str, service: Service) -> dict[str, Any]:
 
 
 def _language(form: Form, spoken: str | None) -> str:
-    """Return the language of a recording: that of the model, or else the one that the client names.
+    """Return the language of a recording: the model's, or else the one that the client names.
 
     Raises:
-        ApiError: the client names languages, and the model's is not among them.
+        ApiError: the client names languages, and the model's is none of them.
     """
     if spoken is None:
         return form.languages[0] if form.languages else ""
     if form.languages and spoken not in form.languages:
         raise ApiError(
             ErrorKind.INVALID_VALUE,
-            f"language is {form.languages[0][:8]!r}, and model {form.model!r} recognises only {spoken!r}; omit language, "
+            f"language is {form.languages[0][:8]!r}, and model {form.model!r} knows {spoken!r} alone; leave language out, "
             "or choose another model",
             "language",
         )

@@ -136,15 +136,15 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
 
 @contextmanager
 def full_disk_refused() -> Iterator[None]:
-    """Convert the error of a full disk to an error for the client.
+    """Tell a client of a disk that is full.
 
     Raises:
-        ApiError: the disk is full.
+        ApiError: there is no room.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        message = "the server's disk is full; please retry later, or send a smaller body"
+        message = "the server's disk has no room for the body; please retry later, or send less"
         raise ApiError(ErrorKind.NO_CAPACITY, message) from error

@@ -24,7 +24,7 @@ def repair_au(file: Body) -> Parts:
 
 
 def repair_caf(file: Body) -> Parts:
-    """Return a CAF file in which an unknown size of the audio is replaced by the size of the rest."""
+    """Return a CAF file in which an unknown size of the audio is the rest of the file."""
     for at, name, size in _chunks(file):
         start = at + CAF_CHUNK.size
         if name == b"data" and size in (-1, 0):

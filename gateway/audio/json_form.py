@@ -68,7 +68,7 @@ def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _audio_arrays(body: bytes) -> Iterator[tuple[int, int]]:
-    """Return start and end of each array named audio_buffer, in linear time: many may end at the same bracket."""
+    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket."""
     end = 0
     for match in AUDIO_ARRAY.finditer(body):
         if end < match.end():

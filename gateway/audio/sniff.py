@@ -49,11 +49,11 @@ DECODABLE = {
 
 
 LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
-"""FFmpeg's names of the containers that are decoded as they arrive."""
+"""FFmpeg's names of the containers that are decoded as they come."""
 
 
 LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"\x1a\x45\xdf\xa3")
-"""First bytes of the formats that a stream may have besides raw audio."""
+"""First bytes of what a stream may be besides raw audio."""
 
 
 class Content(NamedTuple):

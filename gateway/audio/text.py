@@ -33,7 +33,7 @@ HEAD_BYTES = 1024
 """Number of bytes that are checked first."""
 
 MAX_BYTES = 2**20
-"""Maximum number of bytes that are checked; no audio looks like text for longer."""
+"""Bytes that are checked at most; no audio looks like text for so long."""
 
 WHITE = b"\t\n\v\f\r"
 CONTROLS = bytes(set(range(0x20)) - set(WHITE)) + b"\x7f"

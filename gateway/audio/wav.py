@@ -186,7 +186,7 @@ def read_stream_header(head: bytes) -> StreamHeader | None:
         head: beginning of the stream.
 
     Returns:
-        The header; None if it is not complete.
+        None where the header is not complete.
 
     Raises:
         ApiError: the stream is damaged, or its codec is not one of raw audio.
@@ -251,7 +251,7 @@ def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> i
 
 
 def _are_chunks(file: Body, order: str, at: int) -> bool:
-    """Return whether a list of chunks, possibly empty, fills the rest of a file; the last padding may be missing."""
+    """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
     while at + CHUNK_HEADER_BYTES <= len(file):
         name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         if not name.isascii() or not name.decode("ascii").isprintable():

@@ -32,7 +32,7 @@ class SessionToken:
 
     Attributes:
         model: public name of the model.
-        latency: latency of the stream, which it keeps on a gateway with other settings.
+        latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
         chars, tokens, words, segments: length of the settled transcript; a later connection continues after it.

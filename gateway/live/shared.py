@@ -19,11 +19,7 @@ class Shared:
     """Objects that all sessions of a gateway share.
 
     Attributes:
-        settings: settings of the gateway.
-        priority: priorities of the sessions.
-        tokens: issues and redeems session tokens.
-        usage: use of the audio buffers.
-        running: sessions that hold resources: a sequence at Triton, audio, a task.
+        running: sessions that hold something: a sequence at Triton, audio, a task.
     """
 
     settings: Settings

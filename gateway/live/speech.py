@@ -15,10 +15,10 @@ from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity, powers_of
 from gateway.triton.connection import Samples
 
 START_FRAMES = 2
-"""Consecutive frames above the threshold that start speech, 64 ms: a single one is often a click."""
+"""Frames in a row above the threshold that start speech, 64 ms: one alone is often a click."""
 
 RELEASE = 0.15
-"""Distance below the threshold from which a frame is silence; between both, a frame changes nothing."""
+"""How far below the threshold a frame counts as silence; between both it changes nothing."""
 
 
 BLOCK_FRAMES = 16
@@ -26,7 +26,7 @@ BLOCK_FRAMES = 16
 
 
 HELD_FRAMES = 4
-"""Frames per call of the network after speech has started, 128 ms: a stop is found later, and a frame costs half as much."""
+"""Frames that are looked at together once speech has started, 128 ms: a stop may be found late, and each costs half as much."""
 
 SMOOTHED_FRAMES = 3
 """Frames over which power is averaged, about 0.1 s: less than a syllable."""
@@ -38,16 +38,16 @@ QUIET = 30.0
 """Root mean square, of a full scale of 32768, below which a frame is silence: -61 dB, as of a muted microphone."""
 
 ABOVE_BACKGROUND = 10**0.7
-"""Minimum power of speech relative to the background, 7 dB: the background of a room full of voices fluctuates by as much."""
+"""Power of speech relative to the background, 7 dB: a room full of voices is speech too, and fluctuates by as much."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """Rules for the start and stop of speech.
+    """When speech starts and stops.
 
     Attributes:
-        threshold: minimum probability of a frame of speech, 0 to 1.
-        silence_ms: length of the silence that stops speech.
+        threshold: probability of speech of a frame, 0 to 1, from which on it is speech.
+        silence_ms: silence that stops speech.
     """
 
     threshold: float = 0.5
@@ -59,7 +59,7 @@ class Change(NamedTuple):
 
     Attributes:
         speaking: whether it started.
-        at: position in samples since the start of the stream: start of the first frame of speech, or end of the last.
+        at: where, in samples since the start of the stream: the first frame of speech, or the end of the last.
     """
 
     speaking: bool
@@ -67,11 +67,11 @@ class Change(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Audio, and the change at its end.
+    """Audio, and what was detected at its end.
 
     Attributes:
         samples: 16 kHz audio [n].
-        change: detected change; None if there was none.
+        change: what was detected; None if nothing was.
         more: whether another piece follows.
     """
 
@@ -90,7 +90,7 @@ class Background:
         self._frames = 0
 
     def stands_out(self, power: float) -> bool:
-        """Add the power of the next frame; return whether it is clearly above the background, or no background is known yet."""
+        """Take the power of the next frame; return whether it is clearly above the background, or none is known yet."""
         self._recent.append(power)
         smooth = sum(self._recent) / len(self._recent)
         background = min(self._least, default=0.0)
@@ -107,9 +107,9 @@ class SpeechDetector:
     """Detects changes in one stream.
 
     Args:
-        detection: rules for the start and stop of speech.
+        detection: when speech starts and stops.
         start: samples of the stream before the first audio.
-        voice: network that returns the probability of speech; default: a new one.
+        voice: the probability of speech; a new one by default.
     """
 
     def __init__(self, detection: Detection, start: int = 0, voice: VoiceActivity | None = None) -> None:
@@ -123,7 +123,7 @@ class SpeechDetector:
         self._last_speech = start  # end of the last frame of speech
 
     def feed(self, samples: Samples) -> Iterator[Piece]:
-        """Yield audio [n] in pieces: up to each change, and the rest.
+        """Yield audio [n] in pieces, as far as it is looked at: up to each change, and the rest.
 
         Each piece costs the time of its frames, so a caller may do other work between them.
         """
