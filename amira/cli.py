@@ -79,7 +79,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    models_home: Annotated[Path, typer.Option(envvar="AMIRA_MODELS_HOME", help="Where --model keeps models.")] = MODELS_HOME,
+    models_home: Annotated[Path, typer.Option(envvar="AMIRA_MODELS_HOME", help="Directory of --model's models.")] = MODELS_HOME,
     model_repository: ModelRepository = MODEL_REPOSITORY,
     triton_host: TritonHost = LOOPBACK,
     triton_grpc_port: GrpcPort = 8001,
@@ -188,7 +188,7 @@ def models_import(
         typer.Option(help="Durations of a TDT in frames; default: those of config.json, or 0,1,2,3,4.", show_default=False),
     ] = "",
     files: Annotated[
-        str, typer.Option(help="Part of the graphs' names, where several would do: chunk-16-left-128.", show_default=False)
+        str, typer.Option(help="Part of the graphs' names, to choose a variant: chunk-16-left-128.", show_default=False)
     ] = "",
     latency: Annotated[
         list[str] | None,

@@ -77,7 +77,7 @@ def test_url_without_a_scheme_is_refused(command: str, recordings: list[Path], t
 
 def test_file_that_can_not_play_is_refused_with_how_to_convert_it(recordings: list[Path], tmp_path: Path) -> None:
     for path, reason in (
-        (recordings[0], "is no WAV file"),
+        (recordings[0], "is not a WAV file"),
         (wav(tmp_path / "stereo.wav", channels=2), "2 channel(s)"),
         (wav(tmp_path / "slow.wav", rate=8000), "8000 Hz"),
     ):

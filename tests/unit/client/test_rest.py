@@ -287,7 +287,7 @@ async def test_format_is_written_by_the_server(ask: Ask) -> None:
 
 
 async def test_segments_of_a_text_are_refused(ask: Ask) -> None:
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="omit one of them"):
         await ask("http://localhost", asked={"format": "srt", "on_segment": print})
 
 
