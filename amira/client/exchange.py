@@ -162,7 +162,7 @@ class Exchange:
         except (ValueError, KeyError, TypeError):
             code, retryable = "http", response.status_code in RETRYABLE_STATUSES
             message = (
-                f"{response.url} responded with {response.status_code} {response.reason_phrase} without a body of this API"
+                f"{response.url} answered {response.status_code} {response.reason_phrase} without a body of this API"
             )
         raise RequestError(code, message, retryable=retryable, status=response.status_code, request_id=request_id)
 

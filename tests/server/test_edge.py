@@ -104,7 +104,7 @@ async def limited_gateway(triton: Ports, soft: int, hard: int) -> AsyncIterator[
     """Run a gateway in a process with these limits on open files."""
     (port,) = free_ports(LOOPBACK, 1)
     command = ("prlimit", f"--nofile={soft}:{hard}", AMIRA)
-    async with gateway_process(port, triton, command, stderr=subprocess.PIPE) as process:
+    async with gateway_process(port, triton, command, subprocess.PIPE) as process:
         yield port, process
 
 

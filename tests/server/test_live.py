@@ -244,7 +244,7 @@ async def test_only_connecting_sessions_can_be_resumed(sessions: Sessions, speec
 
 async def test_waiting_before_the_first_audio_holds_no_sequence(sessions: Sessions) -> None:
     """Nothing is sent to Triton before there is audio, so a late resumption is still possible."""
-    endpoint = sessions._triton.endpoints[0]
+    endpoint = sessions._resources.triton.endpoints[0]
     async with sessions.open("amira", CALLER, resumable=True) as session:
         await asyncio.sleep(0.2)
         assert session.state is State.CONNECTING
@@ -258,7 +258,7 @@ async def test_abandoning_frees_everything(sessions: Sessions, speech: Samples, 
         if moment != "connecting":
             await session.append(speech[: PIECE if moment == "open" else 10 * RATE])
         if moment in ("decoding", "ending"):
-            while not sessions._triton.endpoints[0].sequences:
+            while not sessions._resources.triton.endpoints[0].sequences:
                 await asyncio.sleep(0.001)
         if moment == "ending":
             session.end()
@@ -270,7 +270,7 @@ async def test_abandoning_frees_everything(sessions: Sessions, speech: Samples, 
         session.end()
         session.drain()
         assert session.ending is Ending.ABANDONED
-    assert sessions._triton.endpoints[0].sequences == 0
+    assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_abandoning_in_line_sends_nothing(sessions: Sessions, speech: Samples) -> None:
@@ -283,7 +283,7 @@ async def test_abandoning_in_line_sends_nothing(sessions: Sessions, speech: Samp
             await asyncio.sleep(0.01)
         session.abandon()
         await asyncio.wait_for(session.wait_freed(), 1)
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
     priority.leave(in_real_time)
     async with sessions.open("amira", CALLER) as session:
         assert final_of(await say(session, speech[: 2 * RATE])).samples == 2 * RATE
@@ -305,14 +305,14 @@ async def test_cancelled_face_frees_everything(triton: Ports, speech: Samples, m
                     await send(session, speech)
 
         running = asyncio.create_task(face())
-        while not sessions._triton.endpoints[0].sequences and moment != "waiting for audio":
+        while not sessions._resources.triton.endpoints[0].sequences and moment != "waiting for audio":
             await asyncio.sleep(0.001)
         await asyncio.sleep({"waiting for audio": 0.05, "decoding": 0, "appending": 2}[moment])
         assert not running.done()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, speech: Samples) -> None:
@@ -324,14 +324,14 @@ async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, s
             await events_of(session)
 
     running = asyncio.create_task(face())
-    while not sessions._triton.endpoints[0].sequences:
+    while not sessions._resources.triton.endpoints[0].sequences:
         await asyncio.sleep(0.001)
     for _ in range(2):
         running.cancel()
         await asyncio.sleep(0)
     await asyncio.gather(running, return_exceptions=True)
     await sessions.close(5)
-    assert sessions._triton.endpoints[0].sequences == 0
+    assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_full_buffer_holds_the_client_back(triton: Ports, gateway: Gateway, speech: Samples) -> None:
@@ -363,7 +363,7 @@ async def test_failing_triton_fails_the_session(triton: Ports, speech: Samples) 
             await session.append(speech)  # dropped
             proxy.silent = False
             proxy.reset()
-        while sessions._triton.endpoints[0].sequences:
+        while sessions._resources.triton.endpoints[0].sequences:
             await asyncio.sleep(0.05)
 
 
@@ -446,7 +446,7 @@ async def test_random_endings_free_everything(triton: Ports, speech: Samples, se
     settings = {"audio_buffer_capacity": 64_000, "max_frame_bytes": 64_000}
     async with engine(triton, **settings) as sessions:
         await asyncio.gather(*(one(sessions, bool(rng.integers(2))) for _ in range(16)))
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_nothing_changes_after_the_final(sessions: Sessions, speech: Samples) -> None:
@@ -477,9 +477,9 @@ async def test_closing_the_engine_ends_what_is_left(sessions: Sessions, speech: 
     async with sessions.open("amira", CALLER) as session:
         collecting = asyncio.create_task(events_of(session))
         await session.append(speech[: 4 * RATE])
-        while not sessions._triton.endpoints[0].sequences:
+        while not sessions._resources.triton.endpoints[0].sequences:
             await asyncio.sleep(0.001)
         await sessions.close(5)
         assert session.ending is Ending.ABANDONED
         await collecting
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0

@@ -77,7 +77,7 @@ async def until_ready(url: str, timeout_secs: float = 60) -> None:
 
 @asynccontextmanager
 async def gateway_process(
-    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), *, stderr: int = subprocess.DEVNULL, **settings: str
+    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), stderr: int = subprocess.DEVNULL, /, **settings: str
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a gateway in a process of its own until the context is left.
 

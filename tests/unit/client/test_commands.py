@@ -39,7 +39,7 @@ def wav(path: Path, rate: int = 16_000, channels: int = 1) -> Path:
 
 def test_stream_of_another_format_is_refused(recordings: list[Path]) -> None:
     code, errors = amira("transcribe", recordings[0], "--stream", "--format", "srt")
-    assert (code, errors.startswith("amira: --stream prints text as it comes")) == (2, True)
+    assert (code, errors.startswith("amira: --stream prints text as it is decoded")) == (2, True)
 
 
 def test_subtitles_of_several_recordings_need_a_directory(recordings: list[Path]) -> None:
