@@ -1,4 +1,4 @@
-"""Measure time, memory and error rate of a recording of an hour sent by curl, and its effect on live streams.
+"""Long recordings: time, memory and error rate of an hour sent by curl, and what live streams notice of eight of them.
 
     python -m perf.long_recordings SPEECH_DIR [--hours H] [--streams N]
 
@@ -45,15 +45,15 @@ AT_ONCE = 8
 STREAM_SECS = 30.0
 ALONE_AT_ONCE = 2
 PATIENT = {"inference_timeout_secs": 60}
-"""Settings of the gateway with which other load on the machine does not end an hour's measurement."""
+"""Settings of the gateway: a machine that does other things too should not end an hour's measurement."""
 
 
 class Trace(NamedTuple):
     """Memory over time.
 
     Attributes:
-        secs: times in seconds since the start.
-        rss_mb: resident memory in MB by process, one value per time.
+        secs: since the start.
+        rss_mb: resident memory by process, a value for each time.
     """
 
     secs: list[float]
@@ -75,10 +75,10 @@ def write(path: Path, samples: Samples) -> None:
 
 
 async def curl(url: str, path: Path) -> dict[str, Any]:
-    """Send a file by curl, and return the answer.
+    """Send a file, without holding it in memory, and return the answer.
 
     Raises:
-        PerfError: the answer is an error.
+        PerfError: it is an error.
     """
     command = ("curl", "-sS", "-X", "POST", "-H", "Content-Type: application/octet-stream", "-T", str(path), f"{url}{PATH}")
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
@@ -90,7 +90,7 @@ async def curl(url: str, path: Path) -> dict[str, Any]:
 
 
 async def traced(work: Awaitable[Any], meter: Meter) -> tuple[Any, float, Trace]:
-    """Return the result of work, its duration in seconds, and the memory of the servers meanwhile."""
+    """Return the result of work, the seconds it took, and the memory of the servers meanwhile."""
     began, secs, rss_mb = time.perf_counter(), list[float](), defaultdict[str, list[float]](list)
     task = asyncio.ensure_future(work)
     while not task.done():
@@ -103,7 +103,7 @@ async def traced(work: Awaitable[Any], meter: Meter) -> tuple[Any, float, Trace]
 
 
 async def texts_alone(url: str, recordings: Sequence[Recording]) -> list[str]:
-    """Return the transcripts of the recordings, which are sent one by one."""
+    """Return the transcripts of the recordings, sent one by one."""
     places = asyncio.Semaphore(ALONE_AT_ONCE)
 
     async def one(recording: Recording) -> str:
@@ -114,7 +114,7 @@ async def texts_alone(url: str, recordings: Sequence[Recording]) -> list[str]:
 
 
 async def beside(url: str, path: Path, scripts: Sequence[Script], windows: Windows) -> dict[str, float]:
-    """Return p95 of partials in ms before and while recordings are decoded, and the seconds that the decoding took."""
+    """Return p95 of partials in milliseconds before and while recordings are decoded, and how long these took, in seconds."""
     before = await play(url, scripts, windows, windows.size / RATE)
     began = time.perf_counter()
     posts = asyncio.gather(*(curl(url, path) for _ in range(AT_ONCE)))
@@ -156,7 +156,7 @@ async def measure(directory: Path, hours: float, streams: int) -> None:
                 write(path, samples)
                 answer, secs, traces[kind] = await traced(curl(gateway.url, path), meter)
                 report["files"][kind] = {
-                    "mb": round(path.stat().st_size / 1e6, 1),  # noqa: ASYNC240 (no other task runs)
+                    "mb": round(path.stat().st_size / 1e6, 1),  # noqa: ASYNC240 (nothing else runs here)
                     "secs": round(secs, 1),
                     "audio_secs_per_sec": round(len(samples) / RATE / secs, 1),
                     "segments": len(answer["segments"]),
@@ -175,7 +175,7 @@ async def measure(directory: Path, hours: float, streams: int) -> None:
 
 
 def main() -> None:
-    """Parse the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="recordings and their manifest.tsv")
     parser.add_argument("--hours", type=float, default=1.0, help="length of the joined recording")

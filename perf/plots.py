@@ -58,9 +58,9 @@ def draw_memory(traces: Mapping[str, Mapping[str, Any]], report: Mapping[str, An
     """Write the picture of ``perf.long_recordings``: resident memory by process while each file is decoded.
 
     Args:
-        traces: ``secs`` and, by process, ``rss_mb`` of each format.
-        report: report with the machine, the date, and the length in ``hours``.
-        path: path of the picture.
+        traces: by format, ``secs`` and, by process, ``rss_mb``.
+        report: with the machine, the date, and the length in ``hours``.
+        path: of the picture.
     """
     figure, columns = plt.subplots(1, len(traces), sharey=True, figsize=SIZE_INCHES, layout="constrained", squeeze=False)
     for axes, (kind, trace) in zip(columns[0], traces.items(), strict=True):

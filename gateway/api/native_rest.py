@@ -143,7 +143,7 @@ async def decode_batch(request: Request, model: str) -> Response:
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.transcriber.admit(model, caller):
-            pass  # refuse before the body is read, if possible
+            pass  # refused before its body is read, if it can be
         upload = await held.enter_async_context(receive_upload(request))
         recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
         segments = read_segments(

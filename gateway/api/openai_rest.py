@@ -67,7 +67,7 @@ async def create_transcription(request: Request) -> Response:
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.places.batch():
-            pass  # refuse before the body is read, if possible
+            pass  # refused before its body is read, if it can be
         limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
         with full_disk_refused():
             data = await held.enter_async_context(request.form(**limits))

@@ -108,7 +108,7 @@ async def open_form_file(file: UploadFile) -> Upload:
     if (file.size or 0) <= MEMORY_BYTES:
         return Upload(await file.read(), content_type)
     with full_disk_refused():
-        await run_in_threadpool(file.file.flush)  # it is read through its descriptor
+        await run_in_threadpool(file.file.flush)  # it is read by its descriptor
     return Upload(file.file, content_type)
 
 
@@ -126,7 +126,7 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
             if not file:
                 return bytes(received)
             await run_in_threadpool(file.write, received)
-            await run_in_threadpool(file.flush)  # it is read through its descriptor
+            await run_in_threadpool(file.flush)  # it is read by its descriptor
     except BaseException:
         if file:
             file.close()
