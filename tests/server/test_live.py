@@ -1,4 +1,4 @@
-"""The live engine without any face: each state and each ending of a session, on a real Triton."""
+"""The live engine without a protocol: each state and each ending of a session, on a real Triton."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 @asynccontextmanager
 async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessions]:
-    """An engine of its own; afterwards it must hold nothing."""
+    """Run an engine; afterwards it must hold nothing."""
     port = target.port if isinstance(target, Proxy) else target.grpc
     chosen = Settings(triton_endpoint=f"{LOOPBACK}:{port}", session_key=KEY, **settings)
     resources = Resources.from_settings(chosen)
@@ -60,7 +60,7 @@ async def sessions(triton: Ports) -> AsyncIterator[Sessions]:
 
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
-    """Several segments."""
+    """Return audio of several segments."""
     pause = np.zeros(40_000, np.int16)
     everything: Samples = np.concatenate([part for samples in recordings.values() for part in (samples, pause)])
     return everything[: 20 * RATE]
@@ -159,13 +159,13 @@ async def test_segments_join_to_the_final(sessions: Sessions, speech: Samples) -
 
 
 @pytest.mark.parametrize("samples", [0, 1, 15_360])
-async def test_an_end_without_speech_gives_an_empty_final(sessions: Sessions, samples: int) -> None:
+async def test_end_without_speech_gives_an_empty_final(sessions: Sessions, samples: int) -> None:
     async with sessions.open("amira", CALLER) as session:
         final = final_of(await say(session, np.zeros(samples, np.int16)))
     assert (final.text, final.tokens, final.words, final.confidence, final.samples) == ("", (), [], None, samples)
 
 
-async def test_cutting_changes_nothing(sessions: Sessions, speech: Samples) -> None:
+async def test_cuts_do_not_change_the_final(sessions: Sessions, speech: Samples) -> None:
     finals = []
     for piece in (160, 7001, len(speech)):
         async with sessions.open("amira", CALLER) as session:
@@ -174,7 +174,7 @@ async def test_cutting_changes_nothing(sessions: Sessions, speech: Samples) -> N
 
 
 async def test_sessions_of_one_connection_run_side_by_side(sessions: Sessions, speech: Samples) -> None:
-    """Each with options of its own."""
+    """Each session has its own options."""
     with sessions.admit(CALLER):
         balanced = sessions.open("amira", CALLER)
         low = sessions.open("amira", CALLER, options={"latency": "low"})
@@ -225,7 +225,7 @@ async def test_drained_client_resumes_elsewhere(sessions: Sessions, triton: Port
     assert resumed.samples == whole.samples
 
 
-async def test_bad_token_leaves_the_session_as_it_was(sessions: Sessions, speech: Samples) -> None:
+async def test_bad_token_leaves_the_session_unchanged(sessions: Sessions, speech: Samples) -> None:
     async with sessions.open("amira", CALLER, resumable=True) as session:
         with pytest.raises(ApiError) as refused:
             session.resume("forged")
@@ -273,8 +273,8 @@ async def test_abandoning_frees_everything(sessions: Sessions, speech: Samples, 
     assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
-async def test_abandoning_in_line_sends_nothing(sessions: Sessions, speech: Samples) -> None:
-    """A stream that waits for its turn leaves at once, and those behind it go on."""
+async def test_abandoning_a_waiting_session_sends_nothing(sessions: Sessions, speech: Samples) -> None:
+    """A stream that waits for its turn leaves at once, and the streams behind it continue."""
     priority = sessions._shared.priority
     in_real_time = priority.join()
     async with priority.turn(in_real_time, -1.0), sessions.open("amira", CALLER) as session:
@@ -301,7 +301,7 @@ async def test_cancelled_face_frees_everything(triton: Ports, speech: Samples, m
                 elif moment == "decoding":
                     await session.append(speech[:32_000])
                     await events_of(session)
-                else:  # nobody takes the events, so the buffer fills
+                else:  # no consumer takes the events, so the buffer fills
                     await send(session, speech)
 
         running = asyncio.create_task(face())
@@ -316,7 +316,7 @@ async def test_cancelled_face_frees_everything(triton: Ports, speech: Samples, m
 
 
 async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, speech: Samples) -> None:
-    """The engine does not depend on a face that has no time."""
+    """The engine does not depend on its face."""
 
     async def face() -> None:
         async with sessions.open("amira", CALLER) as session:
@@ -334,8 +334,8 @@ async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, s
     assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
-async def test_full_buffer_holds_the_client_back(triton: Ports, gateway: Gateway, speech: Samples) -> None:
-    """Until the consumer takes its events, and without losing anything."""
+async def test_full_buffer_delays_the_client(triton: Ports, gateway: Gateway, speech: Samples) -> None:
+    """Until the consumer takes its events; no audio is lost."""
     small = {"audio_buffer_capacity": 64_000, "max_frame_bytes": 64_000}
     async with engine(triton, **small) as sessions, sessions.open("amira", CALLER) as session:
         sending = asyncio.create_task(send(session, speech))
@@ -367,7 +367,7 @@ async def test_failing_triton_fails_the_session(triton: Ports, speech: Samples) 
             await asyncio.sleep(0.05)
 
 
-async def test_triton_that_returns_is_no_event(triton: Ports, gateway: Gateway, speech: Samples) -> None:
+async def test_recovery_of_triton_is_not_an_event(triton: Ports, gateway: Gateway, speech: Samples) -> None:
     proxy = Proxy(triton)
     async with (
         proxy.running(),
@@ -387,7 +387,7 @@ async def test_used_up_quota_fails_the_session(triton: Ports, speech: Samples) -
         await send(session, speech)
         assert session.ending is Ending.FAILED
         assert error_of(await collecting) is ErrorKind.QUOTA_EXCEEDED
-        assert session.received_secs == pytest.approx(3, abs=0.5)  # the burst, and what flowed in meanwhile
+        assert session.received_secs == pytest.approx(3, abs=0.5)  # the burst, and the quota added meanwhile
 
 
 async def test_stream_that_is_too_long_fails(triton: Ports, speech: Samples) -> None:
