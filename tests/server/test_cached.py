@@ -128,7 +128,7 @@ async def test_killed_triton_costs_no_token(served: Served, recordings: Recordin
 
     async def frames() -> AsyncIterator[bytes]:
         for start in range(0, len(samples), 3200):
-            if start <= kill_at < start + 3200 and served.backend.triton.pid:  # otherwise it ended by itself, on a busy machine
+            if start <= kill_at < start + 3200 and served.backend.triton.pid:  # else it ended by itself, on a busy machine
                 served.backend.signal(signal.SIGKILL)
             yield samples[start : start + 3200].tobytes()
         yield END

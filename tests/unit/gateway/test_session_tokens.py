@@ -87,6 +87,6 @@ def test_resumed_streams_are_forgotten_eventually(clocks: Clocks) -> None:
 
 
 def test_signed_names_do_not_change() -> None:
-    """Gateways of other versions read these names."""
+    """Gateways of other versions read them."""
     names = ("model", "latency", "samples", "state", "chars", "tokens", "words", "stream", "segments")
     assert tuple(SessionToken.__dataclass_fields__) == names
