@@ -1,4 +1,4 @@
-"""The Kubernetes manifests as kustomize renders them: against the schemas, against each other and against the code."""
+"""The manifests rendered by kustomize, compared with the schemas, each other and the code."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ case "$*" in
 *) exec KUBECTL "$@" ;;
 esac
 """
-"""kubectl that prints what it would apply, for want of a cluster."""
+"""kubectl without a cluster: it prints what it would apply."""
 
 WITHOUT_SCHEMA = {"ServiceMonitor"}
-"""Kinds of operators, not of Kubernetes."""
+"""Kinds defined by operators."""
 
 SELECTED = "app.kubernetes.io/name"
 
 
 @pytest.fixture(scope="module")
 def manifests(need: Need, deploy: Path) -> dict[tuple[str, str], Manifest]:
-    """By kind and name; a generated ConfigMap without its hash."""
+    """Return the manifests by kind and name; a generated ConfigMap without its hash."""
     return render(need, deploy / "kubernetes" / "base")
 
 
@@ -272,7 +272,7 @@ def test_autoscalers_use_metrics_that_the_adapter_makes(
 
 
 def test_the_wait_for_the_encoder_is_that_of_the_rules(deploy: Path) -> None:
-    """The adapter has the namespace in its matchers, and looks at two minutes instead of five."""
+    """The adapter has the namespace in its matchers, and a range of two minutes instead of five."""
     adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
     (made,) = (rule["metricsQuery"] for rule in adapter["externalRules"] if rule["name"]["as"] == "asr_triton_queue_seconds")
     (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "recording.yml").read_text())["groups"]

@@ -1,4 +1,4 @@
-"""Realistic load, realistic faults, and the outcome of the load."""
+"""Realistic load and faults, and the outcome of the load."""
 
 from __future__ import annotations
 
