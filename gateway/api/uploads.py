@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+import structlog
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -16,6 +17,8 @@ from starlette.datastructures import UploadFile
 from gateway.audio.json_form import unpack_json
 from gateway.audio.media_types import OCTETS
 from gateway.errors import ApiError, ErrorKind
+
+log = structlog.get_logger()
 
 MEMORY_BYTES = 2**20
 """Maximum size of a body in memory, as Starlette has it for the files of forms; 33 s of raw PCM."""
@@ -106,15 +109,16 @@ async def _receive_body(request: Request) -> bytes | BinaryIO:
 
 @contextmanager
 def full_disk_refused() -> Iterator[None]:
-    """Tell a client of a disk that is full.
+    """Refuse a body that can't be stored: the disk is full, or the directory for temporary files is not writable.
 
     Raises:
-        ApiError: there is no room.
+        ApiError: the body can't be stored.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
+        log.error("body not stored", directory=tempfile.tempdir, reason=str(error))
         message = "the server's disk has no room for the body; please retry later, or send less"
+        if error.errno not in NO_ROOM:
+            message = "the server can't store the body, since its disk is not writable; please retry later"
         raise ApiError(ErrorKind.NO_CAPACITY, message) from error
