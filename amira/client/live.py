@@ -221,7 +221,7 @@ class LiveStream:
                     opened_at = time.monotonic()
                     await self._converse(socket)
             except InvalidStatus as error:
-                reason = f"HTTP {error.response.status_code}"
+                reason = _reason(error)
                 if error.response.status_code in REFUSALS:
                     raise StreamError("refused", f"the server refuses the stream: {reason}") from error
             except (OSError, WebSocketException) as error:
@@ -313,3 +313,12 @@ class LiveStream:
         self._settled = _Transcript(
             latest.text[: counts["chars"]], latest.words[: counts["words"]], latest.tokens[: counts["tokens"]]
         )
+
+
+def _reason(error: InvalidStatus) -> str:
+    """Return the HTTP status of a refused upgrade, with the message of the API's body if it has one."""
+    status = f"HTTP {error.response.status_code}"
+    try:
+        return f"{status}: {json.loads(error.response.body)['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return status

@@ -115,7 +115,8 @@ class Session:
         self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_PER_SAMPLE, shared.usage, clock)
         self._pace = Pace(clock=clock)
         self._transcript = Transcript()
-        self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=secrets.token_hex(8))
+        stream, language = secrets.token_hex(8), utterance.language
+        self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=stream, language=language)
         self._received = 0  # samples on this connection
         self._sent = 0  # samples since the start of the stream
         self._ended_at: float | None = None  # by the client
@@ -182,7 +183,8 @@ class Session:
         # The client sends the context again, and the audio since the token was issued.
         again_secs = self._ensemble.context_secs(self._resumed.latency) if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
-        self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
+        resumed = self._resumed
+        self._utterance.resume(resumed.state, resumed.samples, resumed.latency, resumed.language)
         self._transcript = Transcript(continues=self._resumed.chars > 0)
         self._sent = self._resumed.samples
 
