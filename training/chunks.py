@@ -151,11 +151,14 @@ def encode(encoder: Encoder, samples: Tensor, frames: Tensor, by: Cut, hidden: T
 
 
 def _stem(stem: Stem, samples: Tensor, layout: _Layout) -> Tensor:
-    """Return features [B, N, C + R, 288]. Behind the look-ahead the stem sees zeros, since a stream has no more audio there."""
+    """Return features [B, N, C + R, 288].
+
+    The stem reads `STEM_REACH` samples behind the look-ahead, which a stream does not have yet: it sees the last ones mirrored.
+    """
     chunks, own, size = layout.chunks, layout.cut.chunk, layout.cut.chunk + layout.cut.right
     needed = ((chunks - 1) * own + size) * FRAME_SAMPLES
     windows = functional.pad(samples, (0, needed - samples.shape[1])).unfold(1, size * FRAME_SAMPLES, own * FRAME_SAMPLES)
-    x = torch.tanh(stem.conv1(functional.pad(windows.flatten(0, 1), (0, STEM_REACH))[:, None]))  # [B N, 288, steps]
+    x = torch.tanh(stem.conv1(mirrored(windows.flatten(0, 1)[:, None])))  # [B N, 288, steps]
     first = torch.arange(chunks, device=x.device)[:, None] * own * STEPS
     at = first + torch.arange(size * STEPS, device=x.device)
     real = at < (layout.frames * STEPS + EXTRA_STEPS)[:, None, None]
@@ -173,6 +176,11 @@ def _stem(stem: Stem, samples: Tensor, layout: _Layout) -> Tensor:
     scale = torch.rsqrt((squares / count - mean**2).clamp(min=1e-6) + 1e-5)
     x = (x - mean.flatten()[:, None, None].to(x.dtype)) * scale.flatten()[:, None, None].to(x.dtype)
     return stem.above(x).unflatten(0, (-1, chunks))
+
+
+def mirrored(samples: Tensor) -> Tensor:
+    """Return samples [B, 1, N] with the last `STEM_REACH` of them mirrored behind the end [B, 1, N + STEM_REACH]."""
+    return functional.pad(samples, (0, STEM_REACH), mode="reflect")
 
 
 def _layers(layers: Layers, x: Tensor, layout: _Layout) -> Tensor:

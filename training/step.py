@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.chunks import NORM_STEPS, PRIOR_STEPS, PRIOR_VARIANCE, STACK, STEPS
+from training.chunks import NORM_STEPS, PRIOR_STEPS, PRIOR_VARIANCE, STACK, STEPS, mirrored
 from training.model import Block, Encoder
-from training.moonshine import EXTRA_STEPS, FRAME_SAMPLES, HEADS, STEM_REACH, WIDTH, Layer, Layers
+from training.moonshine import EXTRA_STEPS, FRAME_SAMPLES, HEADS, WIDTH, Layer, Layers
 
 _MASKED = -1e9
 """Added to the score of a key that a query must not see."""
@@ -210,7 +210,7 @@ class Step(nn.Module):
             past: mean and mean square of each step before the windows [B, 2, P].
         """
         stem, steps = self.encoder.stem, samples.shape[1] // FRAME_SAMPLES * STEPS
-        x = torch.tanh(stem.conv1(functional.pad(samples, (0, STEM_REACH))[:, None]))
+        x = torch.tanh(stem.conv1(mirrored(samples[:, None])))
         own = x[:, :, :-EXTRA_STEPS]
         sums = torch.cat((past, torch.stack((own.mean(1), (own * own).mean(1)), dim=1)), dim=2)
         count = (self.steps[:steps] < (length * STEPS + EXTRA_STEPS)[:, None]).float().sum(1)

@@ -204,17 +204,17 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
                 f"{decoder_path}: parameter exclusive_encoder_model is {exclusive!r}; expected a model of this repository"
             )
         TransducerGraphs.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
-    others = {}
+    more: dict[str, Graph] = {}
     for key in ("whole_encoder_model", *(f"{prefix}_encoder_model" for prefix in CACHED_PREFIXES.values())):
         if (other := parameters.get(key)) is not None:
             if other not in configs:
                 raise ModelError(f"{decoder_path}: parameter {key} is {other!r}; expected a model of this repository")
-            others[key] = _graph(repository, configs[other])
-            TransducerGraphs.read(others[key], decoder_joint, vocabulary, transducer.features)
+            more[key] = _graph(repository, configs[other])
+            TransducerGraphs.read(more[key], decoder_joint, vocabulary, transducer.features)
     _check_kind(decoder_path, parameters, encoder)
     _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
-    whole = others.get("whole_encoder_model")
+    whole = more.get("whole_encoder_model")
     return Recogniser(
         name,
         decoder,

@@ -63,7 +63,11 @@ class Ensemble:
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
         callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
-        others = ("exclusive_encoder_model", "whole_encoder_model", *(f"{prefix}_encoder_model" for prefix in CACHED_PREFIXES.values()))
+        others = (
+            "exclusive_encoder_model",
+            "whole_encoder_model",
+            *(f"{prefix}_encoder_model" for prefix in CACHED_PREFIXES.values()),
+        )
         callees |= {parameters[name] for name in others if name in parameters}
         cached = parameters.get("encoder_kind") == "cached"
         needed = (

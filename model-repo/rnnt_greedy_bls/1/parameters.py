@@ -242,8 +242,7 @@ class Parameters:
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models that the decoder calls.
-        exclusive_encoder_model: name of the encoder for a window that is alone: the same graph with more threads. Cached windows
-            do not use it.
+        exclusive_encoder_model: name of the encoder for a window that is alone and has no cache: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's logits.
         durations: jumps of a TDT in frames.
@@ -262,8 +261,8 @@ class Parameters:
         options: defaults of the options of a stream.
         cached: the encoders, if they carry their context in a cache; ``geometries`` is empty then.
         endpoint_tokens: ids of tokens that end a segment.
-        whole_encoder_model: name of the encoder for recordings with ``context=whole`` if the others are cached; empty: the cached
-            encoder of ``throughput`` takes them as fast streams.
+        whole_encoder_model: name of the encoder for ``context=whole`` if streams have cached ones; empty: such recordings are
+            fast streams of ``throughput``.
     """
 
     preprocessor_model: str
