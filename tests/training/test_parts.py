@@ -27,8 +27,8 @@ from training.export import LEFT, RIGHT, WINDOWS, compress, graphs, write
 from training.gather import coverage, covering
 from training.loss import transducer_loss
 from training.model import Joint, Transducer, build, collapse, greedy
-from training.step import Step
 from training.speech import RATE, Recording, character, recordings
+from training.step import Step
 from training.store import Example, Item, Pool, Store, collate, grouped
 from training.store import write as write_shard
 from training.text import normalise, sentences

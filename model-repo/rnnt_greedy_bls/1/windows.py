@@ -319,8 +319,8 @@ class Cached:
     def save(self) -> dict[str, int]:
         """Return the chunk that the cache is filled from, and the sample from which on its audio is needed.
 
-        This is the chunk that began with a fresh cache, or a later one if ``warm_up_features`` are enough. The cache itself is too
-        large to save; it is computed again from there.
+        This is the chunk that began with a fresh cache, or a later one if ``warm_up_features`` are enough. The cache itself is
+        too large to save; it is computed again from there.
         """
         anchor = self._anchor
         if warm_up := self._cached.warm_up_features:
