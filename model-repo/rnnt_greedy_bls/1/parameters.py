@@ -242,7 +242,7 @@ class Parameters:
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models that the decoder calls.
-        exclusive_encoder_model: name of the encoder for a window that is alone and has no cache: the same graph with more threads.
+        exclusive_encoder_model: encoder for a window that is alone and has no cache: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's logits.
         durations: jumps of a TDT in frames.
