@@ -120,8 +120,8 @@ train: $(VENV)/training-installed  ## Train the bundled model, or go on with it:
 	@nice $(BIN)/python -m training.train --work $(WORK) $(if $(START),--begin $(START)) $(if $(DEVICE),--device $(DEVICE)) \
 		$(if $(MINUTES),--minutes $(MINUTES))
 
-export: $(VENV)/training-installed  ## Write the trained model's graphs: make export [WORK=dir] [INTO=dir]
-	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO)
+export: $(VENV)/training-installed  ## Write the trained model's graphs, or a repository's anew: make export [WORK=dir] [INTO=dir] [START=repo]
+	@$(BIN)/python -m training.export --work $(WORK) --into $(INTO) $(if $(START),--begin $(START))
 
 peers: $(VENV)/training-installed  ## Word error rates of other recognisers: make peers SPEECH=dir
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make peers SPEECH=dir" >&2; exit 1; }

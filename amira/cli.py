@@ -307,7 +307,8 @@ def _check_graphs(repository: Path) -> list[str]:
             check_frames(recogniser)
             if recogniser.is_cached:
                 typer.echo(recogniser.describe())
-                continue
+                if not recogniser.whole_encoder:
+                    continue
             growth = recogniser.check_memory()
             typer.echo(f"{recogniser.name}: a window of 60 s takes up to {growth.window_bytes(60) / 1e9:.2f} GB")
     except ModelError as error:

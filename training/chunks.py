@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from training.model import Block, Encoder, rotate
-from training.moonshine import FRAME_SAMPLES, STEM_REACH, STEM_STEP, STEM_WIDTH, WIDTH, Attention, Layers, Stem, attend
+from training.moonshine import EXTRA_STEPS, FRAME_SAMPLES, STEM_REACH, STEM_STEP, WIDTH, Attention, Layers, Stem, attend
 from training.moonshine import rotate as rotate_moonshine
 
 STACK = 4
@@ -29,8 +29,11 @@ NORM_SECS = 4.0
 PRIOR_SECS, PRIOR_VARIANCE = 0.5, 0.009
 """Prior of the group norm: its weight in seconds of audio, and its variance around a mean of zero. The variance is that of
 speech at a typical level."""
+STEPS = FRAME_SAMPLES // STEM_STEP
+"""Steps of the stem's first convolution in one frame."""
+NORM_STEPS, PRIOR_STEPS = round(NORM_SECS * 16_000 / STEM_STEP), PRIOR_SECS * 16_000 / STEM_STEP
+"""The same lengths in steps of the stem's first convolution."""
 _Turn = Callable[[Tensor], Tensor]
-_STEPS = FRAME_SAMPLES // STEM_STEP
 
 
 @dataclass(frozen=True)
@@ -148,29 +151,36 @@ def encode(encoder: Encoder, samples: Tensor, frames: Tensor, by: Cut, hidden: T
 
 
 def _stem(stem: Stem, samples: Tensor, layout: _Layout) -> Tensor:
-    """Return features [B, N, C + R, 288]. The stem sees `STEM_REACH` samples beyond a chunk's look-ahead."""
-    chunks, size = layout.chunks, layout.cut.chunk + layout.cut.right
-    needed = ((chunks - 1) * layout.cut.chunk + size) * FRAME_SAMPLES + STEM_REACH
-    x = torch.tanh(stem.conv1(functional.pad(samples, (0, needed - samples.shape[1]))[:, None]))
-    steps = (layout.frames * FRAME_SAMPLES + STEM_REACH - STEM_WIDTH) // STEM_STEP + 1
-    real = torch.arange(x.shape[2], device=x.device) < steps[:, None]
-    x = x * real[:, None].to(x.dtype)
-    window = size * _STEPS + (STEM_REACH - STEM_WIDTH) // STEM_STEP + 1
-    ends = (torch.arange(chunks, device=x.device) * layout.cut.chunk + size) * _STEPS
-    starts = (ends - round(NORM_SECS * 16_000 / STEM_STEP)).clamp(min=0)
-    weights = PRIOR_SECS * 16_000 / STEM_STEP * WIDTH
+    """Return features [B, N, C + R, 288].
 
-    def over(values: Tensor) -> Tensor:
-        run = functional.pad(values.double().cumsum(1), (1, 0))
-        return (run[:, ends] - run[:, starts]).float()
+    The stem reads `STEM_REACH` samples behind the look-ahead, which a stream does not have yet: it sees the last ones mirrored.
+    """
+    chunks, own, size = layout.chunks, layout.cut.chunk, layout.cut.chunk + layout.cut.right
+    needed = ((chunks - 1) * own + size) * FRAME_SAMPLES
+    windows = functional.pad(samples, (0, needed - samples.shape[1])).unfold(1, size * FRAME_SAMPLES, own * FRAME_SAMPLES)
+    x = torch.tanh(stem.conv1(mirrored(windows.flatten(0, 1)[:, None])))  # [B N, 288, steps]
+    first = torch.arange(chunks, device=x.device)[:, None] * own * STEPS
+    at = first + torch.arange(size * STEPS, device=x.device)
+    real = at < (layout.frames * STEPS + EXTRA_STEPS)[:, None, None]
+    begins = (first + size * STEPS - NORM_STEPS).clamp(min=0).minimum(first)
 
-    count = over(real.float()) * WIDTH + weights
-    mean = over(x.sum(1, dtype=torch.float32)) / count
-    squares = over((x * x).sum(1, dtype=torch.float32)) + weights * PRIOR_VARIANCE
+    def over(steps: Tensor) -> Tensor:
+        """Sum values of the steps [B, N, S] over those that the norm of each chunk covers."""
+        run = functional.pad(steps[:, :, : own * STEPS].flatten(1).double().cumsum(1), (1, 0))
+        return (run[:, first[:, 0]] - run[:, begins[:, 0]]).float() + steps[:, :, -NORM_STEPS:].sum(2)
+
+    inside = x[:, :, : size * STEPS].unflatten(0, (-1, chunks))
+    count = (over(real.float()) + PRIOR_STEPS) * WIDTH
+    mean = over(inside.sum(2, dtype=torch.float32)) / count
+    squares = over((inside * inside).sum(2, dtype=torch.float32)) + PRIOR_STEPS * WIDTH * PRIOR_VARIANCE
     scale = torch.rsqrt((squares / count - mean**2).clamp(min=1e-6) + 1e-5)
-    x = x.unfold(2, window, layout.cut.chunk * _STEPS).transpose(1, 2)  # [B, N, 288, steps]
-    x = (x - mean[..., None, None].to(x.dtype)) * scale[..., None, None].to(x.dtype)
-    return stem.above(x.flatten(0, 1)).unflatten(0, (-1, chunks))
+    x = (x - mean.flatten()[:, None, None].to(x.dtype)) * scale.flatten()[:, None, None].to(x.dtype)
+    return stem.above(x).unflatten(0, (-1, chunks))
+
+
+def mirrored(samples: Tensor) -> Tensor:
+    """Return samples [B, 1, N] with the last `STEM_REACH` of them mirrored behind the end [B, 1, N + STEM_REACH]."""
+    return functional.pad(samples, (0, STEM_REACH), mode="reflect")
 
 
 def _layers(layers: Layers, x: Tensor, layout: _Layout) -> Tensor:

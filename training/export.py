@@ -1,8 +1,10 @@
-"""`make export`: write the trained model as the three graphs and the vocabulary of a model repository.
+"""`make export`: write the trained model as the graphs and the vocabulary of a model repository.
 
-Tensor names and layouts are those of NeMo's export. Matrices are stored as int8 with one scale per output, other large weights
-as float16. Operators that ONNX Runtime folds when it loads the graph convert both to float32. DequantizeLinear is not used:
-the runtime fuses it into kernels that quantise activations over the whole batch, padding included.
+The encoder becomes two graphs: one for whole recordings, and one for a step of a stream, which carries the context in a cache.
+Tensor names and layouts are those of NeMo's export; the cache is packed into one tensor, as `amira models import` does it.
+Matrices are stored as int8 with one scale per output, other large weights as float16. Operators that ONNX Runtime folds when it
+loads the graph convert both to float32. DequantizeLinear is not used: the runtime fuses it into kernels that quantise
+activations over the whole batch, padding included.
 """
 
 from __future__ import annotations
@@ -19,65 +21,30 @@ import torch
 import typer
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn import functional
 
 from training import config as configuration
+from training import start
 from training.chunks import STACK
 from training.command import run
 from training.data import TOKENS
 from training.model import Transducer, build
 from training.moonshine import FRAME_SAMPLES
+from training.parts import DecoderJoint, Encoder, Preprocessor
+from training.step import Step
 from training.weights import averaged
 
 _SMALL = 4096
 """Smallest number of weights in a tensor that is compressed."""
-
-
-class Preprocessor(nn.Module):
-    """Cuts samples into the encoder's frames."""
-
-    def forward(self, waveforms: Tensor, waveforms_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Map waveforms [B, N] to features [B, 384, T], zero after the end of each row, and their lengths [B]."""
-        real = torch.arange(waveforms.shape[1]) < waveforms_lens[:, None]
-        samples = functional.pad(waveforms * real.to(waveforms.dtype), (0, FRAME_SAMPLES - 1))
-        frames = (waveforms.shape[1] + FRAME_SAMPLES - 1) // FRAME_SAMPLES
-        features = samples[:, : frames * FRAME_SAMPLES].reshape(samples.shape[0], -1, FRAME_SAMPLES)
-        return features.transpose(1, 2), (waveforms_lens + FRAME_SAMPLES - 1) // FRAME_SAMPLES
-
-
-class Encoder(nn.Module):
-    """The encoder as a graph; its input is the preprocessor's output."""
-
-    def __init__(self, model: Transducer) -> None:
-        super().__init__()
-        self.encoder = model.encoder
-
-    def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features [B, 384, T] to outputs [B, D, ceil(T / 4)] and their lengths [B]."""
-        samples = audio_signal.transpose(1, 2).flatten(1)
-        samples = samples * (torch.arange(samples.shape[1]) < length[:, None] * FRAME_SAMPLES).to(samples.dtype)
-        encoded, lengths = self.encoder(samples, length)
-        return encoded.transpose(1, 2), lengths
-
-
-class DecoderJoint(nn.Module):
-    """Predictor and joint network as one graph."""
-
-    def __init__(self, model: Transducer) -> None:
-        super().__init__()
-        self.predictor, self.joint = model.predictor, model.joint
-
-    def forward(
-        self, encoder_outputs: Tensor, targets: Tensor, target_length: Tensor, input_states_1: Tensor, input_states_2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Map frames [B, D, T], targets [B, U] and states [1, B, H] to logits [B, T, U, V + 1], lengths and states."""
-        predicted, (hidden, cell) = self.predictor(targets.long(), (input_states_1, input_states_2))
-        frames = self.joint.frame(encoder_outputs.transpose(1, 2))
-        return self.joint(frames[:, :, None], self.joint.token(predicted)[:, None]), target_length + 0, hidden, cell
+_WEIGHTED = {"Conv", "Gather", "Gemm", "LSTM", "MatMul"}
+"""Operators whose weights are compressed."""
+LEFT, RIGHT = 96, 20
+"""Left context of the attention and look-ahead of a stream, in frames of 24 ms: 2.3 s and 0.48 s."""
+WINDOWS = (44, 60, 100)
+"""Chunk and look-ahead of the latencies `low`, `balanced` and `throughput`, in frames of 24 ms."""
 
 
 def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onnx.ModelProto]:
-    """Return the three graphs by name.
+    """Return the graphs by name.
 
     Args:
         model: the trained model.
@@ -85,6 +52,7 @@ def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onn
         width: size of the encoder's frames.
     """
     states = torch.zeros(1, 2, predictor_width)
+    step = Step(model.encoder, LEFT, RIGHT, WINDOWS)
     targets, target_length = torch.zeros(2, 3, dtype=torch.int32), torch.tensor([3, 3], dtype=torch.int32)
     return {
         "preprocessor": _trace(
@@ -96,6 +64,15 @@ def graphs(model: Transducer, predictor_width: int, width: int) -> dict[str, onn
             Encoder(model),
             {"audio_signal": (torch.randn(2, FRAME_SAMPLES, 61), "B-T"), "length": (torch.tensor([61, 40]), "B")},
             {"outputs": "B-S", "encoded_lengths": "B"},
+        ),
+        "encoder_stream": _trace(
+            step,
+            {
+                "audio_signal": (torch.randn(2, FRAME_SAMPLES, WINDOWS[1]), "B-T"),
+                "length": (torch.tensor([WINDOWS[1], 40]), "B"),
+                "cache": (torch.zeros(2, step.cache_size, dtype=torch.float16), "B-"),
+            },
+            {"outputs": "B-S", "encoded_lengths": "B", "cache_next": "B-"},
         ),
         "decoder_joint": _trace(
             DecoderJoint(model),
@@ -138,11 +115,12 @@ def _trace(module: nn.Module, inputs: dict[str, tuple[Tensor, str]], outputs: di
 
 
 def compress(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the graph with large weights in 8 or 16 bits."""
+    """Return the graph with large weights in 8 or 16 bits, and with its constants as they are."""
     stored, nodes = [], []
     for weight in model.graph.initializer:
         array, name = numpy_helper.to_array(weight), weight.name
-        if array.dtype != np.float32 or array.size < _SMALL:
+        users = {node.op_type for node in model.graph.node if name in node.input}
+        if array.dtype != np.float32 or array.size < _SMALL or not users & _WEIGHTED:
             stored.append(weight)
         elif array.ndim == 2:  # noqa: PLR2004 - a matrix
             scale = np.maximum(np.abs(array).max(axis=_inputs_axis(model.graph, name), keepdims=True), 1e-8) / 127
@@ -174,6 +152,25 @@ def write(config: configuration.Config, work: Path, repository: Path) -> int:
     """Write graphs and vocabulary of the trained model into a model repository, and return the graphs' size in bytes."""
     model = build(config)
     model.load_state_dict(averaged(work))
+    size = write_graphs(model, config, repository)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
+    lines = [f"{pieces.id_to_piece(i)} {i}\n" for i in range(pieces.get_piece_size())] + [f"<blk> {model.blank}\n"]
+    (repository / "vocab.txt").write_text("".join(lines), encoding="utf-8")
+    return size
+
+
+def write_again(config: configuration.Config, source: Path, repository: Path) -> int:
+    """Write the graphs of a model repository's weights into another one or the same; return their size in bytes."""
+    model = build(config)
+    start.load(model, source)
+    vocabulary = (source / "vocab.txt").read_bytes()
+    size = write_graphs(model, config, repository)
+    (repository / "vocab.txt").write_bytes(vocabulary)
+    return size
+
+
+def write_graphs(model: Transducer, config: configuration.Config, repository: Path) -> int:
+    """Write the graphs of a model into a model repository, and return their size in bytes."""
     size = 0
     for name, graph in graphs(model, config.model.predictor, config.model.width).items():
         path = repository / name / "1" / "model.onnx"
@@ -181,9 +178,6 @@ def write(config: configuration.Config, work: Path, repository: Path) -> int:
         path.unlink(missing_ok=True)  # it may be a link into another repository
         onnx.save(compress(graph), path)
         size += path.stat().st_size
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(work / TOKENS))
-    lines = [f"{pieces.id_to_piece(i)} {i}\n" for i in range(pieces.get_piece_size())] + [f"<blk> {model.blank}\n"]
-    (repository / "vocab.txt").write_text("".join(lines), encoding="utf-8")
     return size
 
 
@@ -191,9 +185,11 @@ def main(
     work: Annotated[Path, typer.Option(help="Directory of the checkpoint or of its copies")],
     into: Annotated[Path, typer.Option(help="Model repository to write to")],
     config: Annotated[Path, typer.Option(help="The configuration")] = configuration.DEFAULT,
+    begin: Annotated[Path | None, typer.Option(help="Model repository whose weights to write instead")] = None,
 ) -> None:
     """Write the graphs of the trained model."""
-    size = write(configuration.load(config), work, into)
+    settings = configuration.load(config)
+    size = write_again(settings, begin, into) if begin else write(settings, work, into)
     typer.echo(f"{into}: {size / 1e6:.1f} MB of graphs, {STACK * FRAME_SAMPLES} samples per frame")
 
 

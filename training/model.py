@@ -29,12 +29,15 @@ class Block(nn.Module):
     Args:
         sizes: sizes of the layers.
         reach: maximum distance that attention covers, in frames each way.
+
+    Attributes:
+        heads: number of attention heads.
     """
 
     def __init__(self, sizes: configuration.Model, reach: int) -> None:
         super().__init__()
         width, inner, self._dropout = sizes.width, sizes.feed_forward, sizes.dropout
-        self._heads, self.reach = sizes.heads, reach
+        self.heads, self.reach = sizes.heads, reach
         self.before, self.after = (
             nn.Sequential(
                 nn.LayerNorm(width),
@@ -75,7 +78,7 @@ class Block(nn.Module):
         batch, count, width = x.shape
         x = x + 0.5 * self.before(x)
         q, k, v = (
-            y.view(batch, count, self._heads, width // self._heads).transpose(1, 2)
+            y.view(batch, count, self.heads, width // self.heads).transpose(1, 2)
             for y in self.qkv(self.attention_norm(x)).chunk(3, -1)
         )
         x = x + self._drop(self.attention_out(attention(q, k, v).transpose(1, 2).reshape(batch, count, width)))

@@ -26,7 +26,7 @@ WIDTH = 288
 FRAME_SAMPLES = 384
 """Number of 16 kHz samples per frame of Moonshine's encoder: 24 ms."""
 LAYERS = 6
-_HEADS = 8
+HEADS = 8
 _FEED_FORWARD = 1152
 _ROTARY = 32
 STEM_STEP = 64
@@ -36,6 +36,8 @@ STEM_WIDTH = 127
 STEM_REACH = 511
 """Receptive field of a frame beyond its first sample, in samples. Padding of this length gives one output for each frame that
 has begun."""
+EXTRA_STEPS = (STEM_REACH - STEM_WIDTH) // STEM_STEP + 1
+"""Steps of the first convolution beyond those that begin within the frames."""
 
 
 def assets() -> Path:
@@ -90,7 +92,7 @@ class Layer(nn.Module):
         batch, frames, _ = x.shape
         y = self.input_layernorm(x)
         q, k, v = (
-            p(y).view(batch, frames, _HEADS, WIDTH // _HEADS).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(y).view(batch, frames, HEADS, WIDTH // HEADS).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         x = x + self.o_proj(attention(q, k, v).transpose(1, 2).reshape(batch, frames, WIDTH))
         return x + self.fc2(functional.gelu(self.fc1(self.post_attention_layernorm(x))))

@@ -19,9 +19,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from training.command import TrainingError
-from training.export import DecoderJoint, Encoder
 from training.model import Transducer
 from training.moonshine import FRAME_SAMPLES
+from training.parts import DecoderJoint, Encoder
 
 _GATES = [0, 2, 3, 1]
 """Indices of ONNX's gates (input, output, forget, cell) in torch's order (input, forget, cell, output)."""

@@ -62,10 +62,12 @@ def _frame_samples(recogniser: Recogniser) -> int:
     hop = samples_per_feature(recogniser.preprocessor)
     if not recogniser.is_cached:
         return hop * features_per_frame(recogniser.encoder, recogniser.features)
-    lengths = {
-        hop * sizes.chunk_features // check_cached_encoder(sizes.path, sizes.window_features, sizes.chunk_features)
-        for sizes in recogniser.cached_encoders.values()
-    }
+    lengths = set()
+    for sizes in recogniser.cached_encoders.values():
+        encoded = sizes.chunk_features + recogniser.right_features
+        lengths.add(hop * encoded // check_cached_encoder(sizes.path, sizes.window_features, encoded))
+    if recogniser.whole_encoder:
+        lengths.add(hop * features_per_frame(recogniser.whole_encoder, recogniser.features))
     if len(lengths) > 1:
         raise ModelError(f"{recogniser.name}: the encoders' frames have {sorted(lengths)} samples; expected one length")
     return lengths.pop()

@@ -60,17 +60,32 @@ EDGE_FEATURES = 2
 LATENCY_PREFIXES = {"low": "low_latency", "throughput": "high_throughput"}
 """Beginning of the parameters of a latency that is not ``balanced``."""
 
-WINDOWED_PARAMETERS = (
-    "left_frames",
-    "chunk_frames",
-    "right_frames",
-    "low_latency_frames",
-    "high_throughput_frames",
-    "window_bytes_per_sec",
-    "window_bytes_per_sec_squared",
-    "max_encode_bytes",
+BUNDLED_PARAMETERS = (
+    "encoder_kind",
+    "whole_encoder_model",
+    "exclusive_encoder_model",
+    "encoder_batch",
+    "hop_samples",
+    "window_features",
+    "chunk_features",
+    "right_features",
+    "edge_features",
+    "warm_up_features",
+    "fresh_features",
+    "final_padding_ms",
+    "cache_size",
+    "cache_type",
+    "cache_reset",
+    "low_latency_encoder_model",
+    "low_latency_features",
+    "high_throughput_encoder_model",
+    "high_throughput_features",
 )
-"""Parameters of the template that a decoder of a cached encoder does not have."""
+"""Parameters of the template that describe the bundled model's encoders. An imported model has one encoder for streams and
+recordings, whether a window is alone or not."""
+
+MEMORY_PARAMETERS = ("window_bytes_per_sec", "window_bytes_per_sec_squared", "max_encode_bytes")
+"""Parameters of the template that a decoder of a cached encoder does not have: its windows do not grow."""
 
 CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 """Element types of a packed cache."""
@@ -425,8 +440,7 @@ class _Writer:
             **(GPU_PARAMETERS if self._gpu else {}),
             **parameters,
         }
-        # An imported model has one encoder for a window, whether it is alone or not.
-        removed = ("exclusive_encoder_model", *(WINDOWED_PARAMETERS if "encoder_kind" in parameters else ()))
+        removed = (*BUNDLED_PARAMETERS, *(MEMORY_PARAMETERS if "encoder_kind" in parameters else ()))
         self._write_python_model("rnnt_greedy_bls", "decoder", chosen, removed)
 
     def _write_python_model(self, template: str, part: str, parameters: Mapping[str, str], without: Sequence[str] = ()) -> None:

@@ -55,6 +55,7 @@ class Recogniser:
         parameters: parameters of the decoder.
         features: number of values in a feature frame.
         preprocessor, encoder, decoder_joint: paths of its graphs.
+        whole_encoder: path of the encoder for whole recordings, if the encoder of streams is not used for them.
         vocabulary: path of its vocabulary.
     """
 
@@ -66,6 +67,7 @@ class Recogniser:
     encoder: Path
     decoder_joint: Path
     vocabulary: Path
+    whole_encoder: Path | None = None
 
     def describe(self) -> str:
         """Return a description of one line."""
@@ -86,12 +88,18 @@ class Recogniser:
         """Whether its encoders carry their context in a cache."""
         return self.parameters.get("encoder_kind") == "cached"
 
+    @property
+    def right_features(self) -> int:
+        """Feature frames of a cached encoder's look-ahead."""
+        return int(self.parameters.get("right_features", 0))
+
     def _describe_cached(self) -> str:
         """Return frames, chunks and the cache's memory."""
         p = self.parameters
         hop_ms = int(p["hop_samples"]) / 16
         chunks = {latency: sizes.chunk_features * hop_ms for latency, sizes in self.cached_encoders.items()}
-        chunk_texts = ", ".join(f"{latency} {ms:g} ms" for latency, ms in chunks.items())
+        ahead = f" + {self.right_features * hop_ms:g}" if self.right_features else ""
+        chunk_texts = ", ".join(f"{latency} {ms:g}{ahead} ms" for latency, ms in chunks.items())
         stream_mb = max(sizes.cache_bytes for sizes in self.cached_encoders.values()) / 1e6
         batch = int(p.get("encoder_batch", DEFAULT_ENCODER_BATCH))
         shared_mb = 2 * batch * int(p.get("encoder_calls", 2)) * stream_mb
@@ -121,7 +129,7 @@ class Recogniser:
         Raises:
             ModelError: the parameters declare no growth or too little; the message has correct parameters.
         """
-        measured = measure_growth(self.preprocessor, self.encoder)
+        measured = measure_growth(self.preprocessor, self.whole_encoder or self.encoder)
         declared = Growth.declared(self.parameters)
         if declared and declared.covers(measured):
             return measured
@@ -196,18 +204,27 @@ def _check(repository: Path, configs: Mapping[str, pb.ModelConfig], name: str) -
                 f"{decoder_path}: parameter exclusive_encoder_model is {exclusive!r}; expected a model of this repository"
             )
         TransducerGraphs.read(_graph(repository, configs[exclusive]), decoder_joint, vocabulary, transducer.features)
-    for prefix in CACHED_PREFIXES.values():
-        if (other := parameters.get(f"{prefix}_encoder_model")) is not None:
+    more: dict[str, Graph] = {}
+    for key in ("whole_encoder_model", *(f"{prefix}_encoder_model" for prefix in CACHED_PREFIXES.values())):
+        if (other := parameters.get(key)) is not None:
             if other not in configs:
-                raise ModelError(
-                    f"{decoder_path}: parameter {prefix}_encoder_model is {other!r}; expected a model of this repository"
-                )
-            TransducerGraphs.read(_graph(repository, configs[other]), decoder_joint, vocabulary, transducer.features)
+                raise ModelError(f"{decoder_path}: parameter {key} is {other!r}; expected a model of this repository")
+            more[key] = _graph(repository, configs[other])
+            TransducerGraphs.read(more[key], decoder_joint, vocabulary, transducer.features)
     _check_kind(decoder_path, parameters, encoder)
     _check_parameters(decoder_path, parameters, transducer)
     _check_same(repository / decoder / parameters.get("vocabulary", ""), vocabulary)
+    whole = more.get("whole_encoder_model")
     return Recogniser(
-        name, decoder, parameters, transducer.features, preprocessor.path, encoder.path, decoder_joint.path, vocabulary
+        name,
+        decoder,
+        parameters,
+        transducer.features,
+        preprocessor.path,
+        encoder.path,
+        decoder_joint.path,
+        vocabulary,
+        whole.path if whole else None,
     )
 
 

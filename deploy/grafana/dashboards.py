@@ -25,7 +25,7 @@ RATE = "[$__rate_interval]"
 AUDIO_ENDPOINTS = 'endpoint=~"batch|stream"'
 OURS = 'reason=~"backend_.*|internal|not_ready"'
 TURNED_AWAY = 'reason=~"no_capacity|draining|quota_exceeded"'
-NETWORKS = 'model=~".*(preprocessor|encoder|encoder_exclusive|decoder_joint)"'
+NETWORKS = 'model=~".*(preprocessor|encoder|encoder_exclusive|encoder_stream|decoder_joint)"'
 """Also of imported models, which have a prefix."""
 
 Query = tuple[str, str]

@@ -65,8 +65,12 @@ class Ensemble:
         batching = decoder["sequence_batching"]
         instances = sum(int(group["count"]) for group in decoder["instance_group"])
         callees = {parameters[f"{role}_model"] for role in ("preprocessor", "encoder", "decoder_joint")}
-        callees.add(parameters.get("exclusive_encoder_model", parameters["encoder_model"]))
-        callees |= {parameters[key] for prefix in CACHED_PREFIXES.values() if (key := f"{prefix}_encoder_model") in parameters}
+        others = (
+            "exclusive_encoder_model",
+            "whole_encoder_model",
+            *(f"{prefix}_encoder_model" for prefix in CACHED_PREFIXES.values()),
+        )
+        callees |= {parameters[name] for name in others if name in parameters}
         cached = parameters.get("encoder_kind") == "cached"
         needed = (
             {latency: f"{prefix}_features" for latency, prefix in CACHED_PREFIXES.items()} if cached else LATENCY_PARAMETERS

@@ -22,7 +22,7 @@ from parameters import Parameters
 BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))
 """Parameters of an import for a GPU."""
 
-NUMPY = {pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
+NUMPY = {pb.TYPE_FP16: np.float16, pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def gpu_repo(section: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_networks_are_on_the_gpu_once_each(gpu_repo: Path) -> None:
-    for role in ROLES:
+    for role in (*ROLES, "encoder_stream"):
         (group,) = read_config(gpu_repo / role / "config.pbtxt").instance_group
         assert (group.kind, group.count) == (pb.ModelInstanceGroup.KIND_GPU, 1)
     for model in ("rnnt_greedy_bls", "detokenizer"):
@@ -57,20 +57,20 @@ def test_the_decoder_calls_one_encoder_with_many_windows(gpu_repo: Path) -> None
         {"parameters": {key: {"string_value": value} for key, value in recogniser.parameters.items()}}
     )
     assert (parameters.encoder_calls, parameters.encoder_batch, parameters.block_frames) == (1, BATCH, BLOCK)
-    assert parameters.exclusive_encoder_model == parameters.encoder_model
+    assert parameters.exclusive_encoder_model == parameters.whole_encoder_model == "encoder"
     assert not (gpu_repo / "encoder_exclusive").exists()
 
 
 def test_the_sample_for_warming_up_is_a_full_batch_of_windows(gpu_repo: Path, section: str) -> None:
     (block,) = re.findall(r"^  (model_warmup \{.*?^  \})$", section, re.MULTILINE | re.DOTALL)
-    path = gpu_repo / "encoder" / "config.pbtxt"
+    path = gpu_repo / "encoder_stream" / "config.pbtxt"
     config = text_format.Parse(f"{path.read_text()}\n{block}", pb.ModelConfig())
     one, full = config.model_warmup
     for name, tensor in one.inputs.items():
         assert list(full.inputs[name].dims) == [BATCH, *tensor.dims[1:]]
         assert full.inputs[name].data_type == tensor.data_type
     given = {name: np.zeros(tensor.dims, NUMPY[tensor.data_type]) for name, tensor in full.inputs.items()}
-    outputs, _ = onnxruntime.InferenceSession(gpu_repo / "encoder" / "1" / "model.onnx").run(None, given)
+    outputs, *_ = onnxruntime.InferenceSession(gpu_repo / "encoder_stream" / "1" / "model.onnx").run(None, given)
     assert len(outputs) == BATCH
 
 

@@ -112,7 +112,7 @@ class Receiver:
                     span["traceId"],
                     span["spanId"],
                     span["parentSpanId"],
-                    span["name"].removesuffix("_exclusive"),
+                    span["name"].removesuffix("_exclusive").removesuffix("_stream"),
                     {},
                     [],
                     False,

@@ -28,7 +28,7 @@ NOTICED_SECS = 10.0
 RESTARTED_SECS = 90.0
 """Within this time it is replaced, on a machine that is busy with other tests."""
 
-MODELS = ["decoder_joint", "encoder", "encoder_exclusive", "preprocessor", "detokenizer", "rnnt_greedy_bls"]
+MODELS = ["decoder_joint", "encoder", "encoder_exclusive", "encoder_stream", "preprocessor", "detokenizer", "rnnt_greedy_bls"]
 
 
 @pytest.fixture(scope="module")

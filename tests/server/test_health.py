@@ -18,7 +18,8 @@ from tests.support.servers import Gateway, run_gateway
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
-MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "encoder", "encoder_exclusive", "decoder_joint"}
+ENCODERS = {"encoder", "encoder_exclusive", "encoder_stream"}
+MODELS = {"asr_ensemble", "rnnt_greedy_bls", "detokenizer", "preprocessor", "decoder_joint", *ENCODERS}
 
 
 async def test_health(gateway: Gateway, http: httpx.AsyncClient) -> None:

@@ -558,7 +558,9 @@ def test_existing_models_are_not_touched(sources: dict[str, Path], tmp_path: Pat
     [
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "nobody"', "step nobody is no model of this repository"),
         ("asr_ensemble", 'model_name: "detokenizer"', 'model_name: "encoder"', "0 of its steps have a vocabulary; expected 1"),
-        ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
+        ("rnnt_greedy_bls", 'string_value: "encoder"', 'string_value: "coder"', "parameter whole_encoder_model is 'coder'"),
+        ("rnnt_greedy_bls", 'string_value: "encoder_stream"', 'string_value: "coder"', "parameter encoder_model is 'coder'"),
+        ("rnnt_greedy_bls", 'string_value: "cached"', 'string_value: "windowed"', "encoder_kind is 'windowed'"),
         ("rnnt_greedy_bls", '"encoder_exclusive"', '"nobody"', "parameter exclusive_encoder_model is 'nobody'"),
         (
             "rnnt_greedy_bls",
@@ -585,7 +587,12 @@ def test_existing_models_are_not_touched(sources: dict[str, Path], tmp_path: Pat
             'string_value: "96 ms"',
             "frame_samples is '96 ms'; expected a whole number",
         ),
-        ("rnnt_greedy_bls", '"31,6,5"', '"31,6"', "low_latency_frames is '31,6'; expected three whole numbers with commas"),
+        (
+            "rnnt_greedy_bls",
+            '"44,24,398785"',
+            '"44,24"',
+            "low_latency_features is '44,24'; expected three whole numbers with commas",
+        ),
         ("encoder", "[ -1, 256, -1 ]", "[ -1, 255, -1 ]", "output outputs is FLOAT [?, 256, ?]; expected FLOAT [?, 255, ?]"),
         ("encoder", "max_batch_size: 0", "max_batch_size 0", "encoder/config.pbtxt"),
         ("detokenizer", "../vocab.txt", "vocab.txt", "detokenizer/vocab.txt is missing"),

@@ -1,4 +1,4 @@
-"""The decoder's own code around an imported repository's graphs, in this process: what Triton runs, without Triton."""
+"""The decoder's own code around a repository's graphs, in this process: what Triton runs, without Triton."""
 
 from __future__ import annotations
 
@@ -45,18 +45,20 @@ class Recogniser:
     Args:
         repository: where it is.
         name: of its ensemble.
+        decoder: of its decoder; None: as an imported model's is called.
 
     Attributes:
         parameters: of its decoder.
         calls: the windows of each encoder call.
     """
 
-    def __init__(self, repository: Path, name: str) -> None:
+    def __init__(self, repository: Path, name: str, decoder: str | None = None) -> None:
         config = json_format.MessageToDict(
-            read_config(repository / f"{name}_decoder" / "config.pbtxt"), preserving_proto_field_name=True
+            read_config(repository / (decoder or f"{name}_decoder") / "config.pbtxt"), preserving_proto_field_name=True
         )
         self.parameters = parameters = Parameters.from_config({"parameters": config["parameters"]})
         encoders = {e.model for e in parameters.cached.encoders.values()} if parameters.cached else {parameters.encoder_model}
+        encoders.add(parameters.whole_encoder_model or parameters.encoder_model)
         models = {parameters.preprocessor_model, parameters.decoder_joint_model, *encoders}
         self._sessions = {model: open_graph(repository / model / "1" / "model.onnx") for model in models}
         self.calls: list[list[Window]] = []
@@ -70,12 +72,12 @@ class Recogniser:
         features, lengths = self._sessions[p.preprocessor_model].run(
             ["features", "features_lens"], {"waveforms": waveforms, "waveforms_lens": lengths}
         )
-        if p.cached:
-            carried = [window.carried for window in windows if window.carried]
+        carried = [window.carried for window in windows if window.carried]
+        if carried and p.cached:
             inputs = cached_inputs(features, carried, p.cached.cache_size(carried[0].model), p.cached.element)
             frames, encoded, caches = self._sessions[carried[0].model].run(["outputs", "encoded_lengths", "cache_next"], inputs)
             return cached_results(frames, encoded, caches, carried)
-        frames, encoded = self._sessions[p.encoder_model].run(
+        frames, encoded = self._sessions[p.whole_encoder_model or p.encoder_model].run(
             ["outputs", "encoded_lengths"], {"audio_signal": features, "length": lengths}
         )
         return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]

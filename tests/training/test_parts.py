@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from training import config as configuration
 from training.config import Config
 from training.data import held_out, jobs
 from training.distort import Distorter, resample
-from training.export import compress, graphs, write
+from training.export import LEFT, RIGHT, WINDOWS, compress, graphs, write
 from training.gather import coverage, covering
 from training.loss import transducer_loss
 from training.model import Joint, Transducer, build, collapse, greedy
 from training.speech import RATE, Recording, character, recordings
+from training.step import Step
 from training.store import Example, Item, Pool, Store, collate, grouped
 from training.store import write as write_shard
 from training.text import normalise, sentences
@@ -132,9 +134,57 @@ def test_one_chunk_of_all_is_the_whole(model: Transducer, monkeypatch: pytest.Mo
     torch.testing.assert_close(chunk, whole, atol=2e-5, rtol=1e-4)
 
 
+def _in_steps(step: Callable[..., Sequence[torch.Tensor]], size: int, samples: torch.Tensor, window: int) -> torch.Tensor:
+    """Encode samples [1, N] as a stream: step by step, with FP16 caches [1, `size`] between the steps."""
+    count, chunk = -(-samples.shape[1] // moonshine.FRAME_SAMPLES), window - RIGHT
+    cache, encoded = torch.zeros(1, size, dtype=torch.float16), []
+    padded = torch.nn.functional.pad(samples, (0, (count + window) * moonshine.FRAME_SAMPLES - samples.shape[1]))
+    for begin in range(0, count, chunk):
+        signal = padded[:, begin * moonshine.FRAME_SAMPLES : (begin + window) * moonshine.FRAME_SAMPLES]
+        signal = signal.reshape(1, window, -1).transpose(1, 2).contiguous()
+        outputs, lengths, cache = step(signal, torch.tensor([min(window, count - begin)]), cache)
+        assert lengths.tolist() == [-(-min(window, count - begin) // chunks.STACK)]
+        encoded.append(outputs[:, :, : chunk // chunks.STACK])
+    return torch.cat(encoded, dim=2)[0, :, : -(-count // chunks.STACK)].T
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_steps_with_a_cache_are_the_chunks_of_a_recording(model: Transducer, window: int) -> None:
+    audio = torch.randn(1, 400 * moonshine.FRAME_SAMPLES, generator=torch.Generator().manual_seed(1)) * 0.1
+    step = Step(model.encoder, LEFT, RIGHT, WINDOWS).eval()
+    with torch.inference_mode():
+        expected, _ = chunks.encode(model.encoder, audio, torch.tensor([400]), chunks.Cut(window - RIGHT, LEFT, RIGHT))
+        found = _in_steps(step, step.cache_size, audio, window)
+    torch.testing.assert_close(found, expected[0], atol=5e-3, rtol=1e-2)  # FP16 caches
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_bundled_step_is_that_of_the_repositorys_weights(window: int) -> None:
+    """On speech, within 1e-3 of torch, from the same caches; alone and in a batch."""
+    bundled = build(configuration.load(configuration.DEFAULT))
+    start.load(bundled, MODEL_REPOSITORY)
+    step = Step(bundled.encoder, LEFT, RIGHT, WINDOWS).eval()
+    session = onnxruntime.InferenceSession(MODEL_REPOSITORY / "encoder_stream" / "1" / "model.onnx")
+    names, worst = ("audio_signal", "length", "cache"), 0.0
+
+    def both(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        nonlocal worst
+        ours = step(*inputs)
+        twice = {name: np.repeat(value.numpy(), 2, axis=0) for name, value in zip(names, inputs, strict=True)}
+        alone = session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
+        for results in (alone, [result[1:] for result in session.run(None, twice)]):
+            worst = max(worst, float(np.abs(results[0] - ours[0].numpy()).max()))
+        return ours
+
+    speech = next(r for r in recordings(SPEECH) if "2033" in r.path.name)
+    with torch.inference_mode():
+        _in_steps(both, step.cache_size, torch.from_numpy(speech.read())[None], window)
+    assert 0 < worst < 1e-3
+
+
 def test_a_chunk_sees_no_further_than_its_look_ahead_and_its_history(model: Transducer) -> None:
     audio, frames = _noise()
-    by, end = chunks.cut(6, 6, 5), (24 + 20) * moonshine.FRAME_SAMPLES + moonshine.STEM_REACH
+    by, end = chunks.cut(6, 6, 5), (24 + 20) * moonshine.FRAME_SAMPLES
     later, earlier = audio.clone(), audio.clone()
     later[:, end:] = 0.5
     with torch.inference_mode():

@@ -55,11 +55,13 @@ class Network:
             pb_utils.Tensor("waveforms_lens", np.full(len(windows), waveforms.shape[1], np.int64)),
         ]
         features, lengths = self._call(self._parameters.preprocessor_model, inputs, "features", "features_lens")
-        if cached := self._parameters.cached:
-            results = self._encode_cached(cached, features, [window.carried for window in windows if window.carried])
+        carried = [window.carried for window in windows if window.carried]
+        if carried and (cached := self._parameters.cached):
+            results = self._encode_cached(cached, features, carried)
         else:
             inputs = [pb_utils.Tensor("audio_signal", features), pb_utils.Tensor("length", lengths)]
-            model = self._parameters.exclusive_encoder_model if exclusive else self._parameters.encoder_model
+            p = self._parameters
+            model = p.exclusive_encoder_model if exclusive else p.whole_encoder_model or p.encoder_model
             frames, encoded = self._call(model, inputs, "outputs", "encoded_lengths")
             results = [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
         self._metrics.add("encode_calls")

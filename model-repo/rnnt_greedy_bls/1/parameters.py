@@ -113,6 +113,8 @@ class CachedEncoders:
         encoders: by latency; that of ``balanced`` where the model has no other.
         hop_samples: samples between two feature frames.
         edge_features: feature frames around a window whose audio its features need.
+        right_features: feature frames of look-ahead at the end of each window; the next window encodes them again.
+        warm_up_features: feature frames that fill the cache of a restored stream; 0: all since the cache was fresh.
         zeros_before: whether feature frames of zeros stand before a fresh cache; else the encoder begins with the chunk.
         final_padding_samples: silence behind a stream's end that the encoder needs to emit its last tokens.
         reset_at_endpoint: whether an endpoint begins a fresh cache.
@@ -124,6 +126,8 @@ class CachedEncoders:
     encoders: Mapping[str, CachedWindows]
     hop_samples: int
     edge_features: int
+    right_features: int
+    warm_up_features: int
     zeros_before: bool
     final_padding_samples: int
     reset_at_endpoint: bool
@@ -238,7 +242,7 @@ class Parameters:
 
     Attributes:
         preprocessor_model, encoder_model, decoder_joint_model: names of the models that the decoder calls.
-        exclusive_encoder_model: name of the encoder for a window that is alone: the same graph with more threads.
+        exclusive_encoder_model: encoder for a window that is alone and has no cache: the same graph with more threads.
         kind: ``rnnt`` or ``tdt``.
         blank: index of the blank in the joint network's logits.
         durations: jumps of a TDT in frames.
@@ -257,6 +261,8 @@ class Parameters:
         options: defaults of the options of a stream.
         cached: the encoders, if they carry their context in a cache; ``geometries`` is empty then.
         endpoint_tokens: ids of tokens that end a segment.
+        whole_encoder_model: name of the encoder for ``context=whole`` if streams have cached ones; empty: such recordings are
+            fast streams of ``throughput``.
     """
 
     preprocessor_model: str
@@ -282,6 +288,7 @@ class Parameters:
     continuations: frozenset[int] = frozenset()
     cached: CachedEncoders | None = None
     endpoint_tokens: frozenset[int] = frozenset()
+    whole_encoder_model: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Parameters:
@@ -293,10 +300,11 @@ class Parameters:
         _refuse_corrid(config)
         given = _Reader({name: entry.get("string_value", "") for name, entry in config.get("parameters", {}).items()})
         kind = given.choice("encoder_kind", ("windowed", "cached"), "windowed")
+        whole = given.optional("whole_encoder_model") if kind == "cached" else ""
         parameters = cls(
             preprocessor_model=given.text("preprocessor_model"),
             encoder_model=given.text("encoder_model"),
-            exclusive_encoder_model=given.text("exclusive_encoder_model", given.text("encoder_model")),
+            exclusive_encoder_model=given.text("exclusive_encoder_model", whole or given.text("encoder_model")),
             decoder_joint_model=given.text("decoder_joint_model"),
             kind=given.text("kind"),
             blank=given.integer("blank", 1, 1_000_000),
@@ -320,6 +328,7 @@ class Parameters:
             ),
             cached=given.cached() if kind == "cached" else None,
             endpoint_tokens=frozenset(given.integers("endpoint_tokens")),
+            whole_encoder_model=whole,
         )
         given.finish()
         if parameters.kind not in ("rnnt", "tdt"):
@@ -335,7 +344,7 @@ class Parameters:
 
     def windows_per_call(self, samples: int) -> int:
         """Return the maximum number of windows of this length in samples in one encoder call; at least 1."""
-        if self.cached:
+        if self.cached and not self.whole_encoder_model:
             return self.encoder_batch
         return int(max(1, min(self.encoder_batch, self.memory.windows_per_call(samples / SAMPLE_RATE))))
 
@@ -352,7 +361,8 @@ class Parameters:
                         f"chunk_features of {latency} is {encoder.chunk_features}; times {self.cached.hop_samples} samples "
                         f"it must be a multiple of frame_samples, {self.frame_samples}"
                     )
-            return
+            if not self.whole_encoder_model:
+                return
         self.memory.check("max_whole_secs", f"{self.max_whole_secs:g}", self.max_whole_secs)
         for latency, geometry in self.geometries.items():
             name = GEOMETRY_PARAMETERS.get(latency, "left_frames + chunk_frames + right_frames")
@@ -382,6 +392,10 @@ class _Reader:
         if not value:
             raise ParameterError(f"parameter {name} is missing")
         return value
+
+    def optional(self, name: str) -> str:
+        self._known.add(name)
+        return self._values.get(name, "")
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = _integer(name, self.text(name, None if default is None else str(default)))
@@ -438,11 +452,12 @@ class _Reader:
                         f"{features} is {list(sizes)}; it must be three whole numbers from 1 on: window, chunk, cache"
                     )
                 encoders[latency] = CachedWindows(self.text(model), *sizes)
+        right = self.integer("right_features", 0, 100_000, 0)
         for latency, encoder in encoders.items():
-            if encoder.chunk_features > encoder.window_features:
+            if encoder.chunk_features + right > encoder.window_features:
                 raise ParameterError(
-                    f"chunk_features of {latency} is {encoder.chunk_features}; it must be at most window_features, "
-                    f"{encoder.window_features}"
+                    f"chunk_features of {latency} is {encoder.chunk_features}; it must be at most window_features"
+                    f"{' - right_features' if right else ''}, {encoder.window_features - right}"
                 )
         languages = self.languages()
         default = self.text("default_language") if languages else ""
@@ -452,6 +467,8 @@ class _Reader:
             encoders=encoders,
             hop_samples=self.integer("hop_samples", 1, SAMPLE_RATE),
             edge_features=self.integer("edge_features", 0, 100),
+            right_features=right,
+            warm_up_features=self.integer("warm_up_features", 0, 100_000, 0),
             zeros_before=self.choice("fresh_features", ("zeros", "none"), "zeros") == "zeros",
             final_padding_samples=self.integer("final_padding_ms", 0, 10_000, 0) * SAMPLE_RATE // 1000,
             reset_at_endpoint=self.choice("cache_reset", ("endpoint", "never"), "endpoint") == "endpoint",

@@ -20,6 +20,9 @@ Samples = npt.NDArray[np.int16]
 Cache = npt.NDArray[Any]
 """Context of a cached encoder [S], FP16 or FP32."""
 
+WHOLE = Geometry(0, 1, 0)
+"""Geometry of a recording that is decoded whole; it has one window."""
+
 
 class Carried(NamedTuple):
     """What a cached encoder needs beside the audio.
@@ -140,9 +143,11 @@ def windows_of(parameters: Parameters, options: Options) -> Windows:
     Raises:
         ParameterError: the stream asks for a language that the encoder does not know.
     """
-    if parameters.cached:
+    whole = options.context == "whole"
+    if parameters.cached and not (whole and parameters.whole_encoder_model):
         return Cached(parameters.cached, parameters.frame_samples, options)
-    return Windowed(parameters.geometries[options.latency], parameters.frame_samples, options)
+    geometry = WHOLE if whole else parameters.geometries[options.latency]
+    return Windowed(geometry, parameters.frame_samples, options)
 
 
 class Windowed:
@@ -220,7 +225,9 @@ class Cached:
 
     Window n holds the feature frames of chunk n and those before and after it that the encoder's input covers. The audio has
     ``edge_features`` more on both sides, so that the front end computes the same features as from the whole stream. Zeros stand
-    before a fresh cache, unless the encoder begins with the chunk. Each encoder frame is final, so there is no right context.
+    before a fresh cache, unless the encoder begins with the chunk. An encoder may look ahead: its windows then end with
+    ``right_features`` that the next window encodes again, and its caches hold the chunk alone. Without look-ahead, there is no
+    right context.
     """
 
     def __init__(self, cached: CachedEncoders, frame_samples: int, options: Options) -> None:
@@ -230,8 +237,10 @@ class Cached:
         self._live = options.context == "window"
         window, chunk = self._encoder.window_features, self._encoder.chunk_features
         self.grid: tuple[int, ...] = (window, chunk, self._encoder.cache_size)
-        self._before = window - chunk if cached.zeros_before else 0  # feature frames of a window before its chunk
+        right = cached.right_features
+        self._before = window - chunk - right if cached.zeros_before else 0  # feature frames of a window before its chunk
         self._chunk_frames = chunk * cached.hop_samples // frame_samples
+        self._right_frames = right * cached.hop_samples // frame_samples
         self.features = 0
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # position of the first sample of _pcm
@@ -255,12 +264,15 @@ class Cached:
         zeros = self._before if fresh else max(0, -first)
         audio_from = max(0, first - edge, -(-self._pcm_start // hop))
         audio_to = (first + encoder.window_features + edge) * hop
-        length = encoder.window_features
+        length, chunks, last = encoder.window_features, 1, False
         if self._received < audio_to:
             total = (self._received + self._cached.final_padding_samples) // hop
             if not end or not self._received or begin >= total:
                 return None
             length = min(length, total - first)
+            # The right context of the last window is decoded for good, too.
+            last = total - begin <= encoder.chunk_features + self._cached.right_features
+            chunks = -(-(total - begin) // encoder.chunk_features) if last else 1
         samples = self._pcm[audio_from * hop - self._pcm_start : audio_to - self._pcm_start]
         samples = np.pad(samples, (0, audio_to - audio_from * hop - len(samples)))
         carried = Carried(
@@ -273,28 +285,30 @@ class Cached:
             self._prompt,
             self._chunk >= self._decode_from,
         )
-        self._chunk += 1
+        self._chunk += chunks
         keep = max(self._pcm_start, self._audio_needed(self._chunk, self._before))
         self._pcm = self._pcm[keep - self._pcm_start :]
         self._pcm_start = keep
-        return Window(samples, 0, None, self._live, carried)
+        return Window(samples, 0, None if last else self._chunk_frames, self._live, carried)
 
     def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None) -> tuple[Floats, Floats]:  # noqa: ARG002
         """Take the encoder's frames and cache of a window."""
         carried = window.carried
-        found, chunk = frames.shape[1], self._chunk_frames
+        found, expected = frames.shape[1], self._chunk_frames + self._right_frames
         if carried is None:
             raise ValueError("the window has nothing to carry")
-        if found > chunk or (found < chunk and carried.length == carried.size):
+        if found > expected or (found < expected and carried.length == carried.size):
+            chunk = self._encoder.chunk_features + self._cached.right_features
             raise ValueError(
-                f"{carried.model} gave {found} frames for a chunk of {self._encoder.chunk_features} feature frames, "
-                f"which has {chunk}: frame_samples is {self._encoder.chunk_features * self._cached.hop_samples // chunk}"
+                f"{carried.model} gave {found} frames for a chunk of {chunk} feature frames, "
+                f"which has {expected}: frame_samples is {chunk * self._cached.hop_samples // expected}"
             )
         self._cache = cache
         if not carried.decode:
             return frames[:, :0], frames[:, :0]
         self.features = min(self._chunk * self._encoder.chunk_features, self._received // self._cached.hop_samples)
-        return frames, frames[:, :0]
+        end = found if window.chunk_frames is None else window.chunk_frames
+        return frames[:, :end], frames[:, end:]
 
     def rest(self) -> None:
         """Begin the next window with a fresh cache; nothing before it is needed any more."""
@@ -303,11 +317,15 @@ class Cached:
             self._cache = None
 
     def save(self) -> dict[str, int]:
-        """Return the chunk that began with a fresh cache, and the sample from which on its audio is needed.
+        """Return the chunk that the cache is filled from, and the sample from which on its audio is needed.
 
-        The cache itself is too large to save; it is computed again from there.
+        This is the chunk that began with a fresh cache, or a later one if ``warm_up_features`` are enough. The cache itself is
+        too large to save; it is computed again from there.
         """
-        return {"anchor": self._anchor, "needed_from": self._audio_needed(self._anchor, 0)}
+        anchor = self._anchor
+        if warm_up := self._cached.warm_up_features:
+            anchor = max(anchor, self._chunk - -(-warm_up // self._encoder.chunk_features))
+        return {"anchor": anchor, "needed_from": self._audio_needed(anchor, 0)}
 
     def restore(self, frames: int, features: int, saved: dict[str, Any], samples: int | None) -> int:
         """Go on behind a number of frames: fill the cache from the audio behind the last fresh cache, as far as it is there."""

@@ -91,7 +91,7 @@ def test_defaults() -> None:
 def test_shipped_configuration_is_allowed() -> None:
     text = (MODELS / "rnnt_greedy_bls" / "config.pbtxt").read_text(encoding="utf-8")
     given = dict(re.findall(r'parameters \{ key: "(\w+)" value: \{ string_value: "([^"]*)" \} \}', text))
-    assert REQUIRED.keys() <= given.keys()
+    assert CACHED.keys() <= given.keys()
     parameters = read(given)
     assert (parameters.blank, parameters.frame_samples, parameters.max_whole_secs) == (512, 1536, 60.0)
     assert parameters.options.max_symbols_per_step == int(given["max_symbols_per_step"])
@@ -325,12 +325,23 @@ def test_cached_encoder_of_each_latency() -> None:
     assert cached().cached != p.cached
 
 
+def test_cached_encoder_with_look_ahead_and_another_for_recordings() -> None:
+    p = cached(right_features="9", warm_up_features="560", whole_encoder_model="whole")
+    assert p.cached is not None
+    assert (p.cached.right_features, p.cached.warm_up_features) == (9, 560)
+    assert p.whole_encoder_model == p.exclusive_encoder_model == "whole"
+    assert p.windows_per_call(60 * 16_000) < p.windows_per_call(16_000) == p.encoder_batch, "whole recordings grow"
+    with pytest.raises(ParameterError, match=r"^max_whole_secs is 3600: "):
+        cached(whole_encoder_model="whole", max_whole_secs="3600")
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"encoder_kind": "other"}, "encoder_kind is 'other'; allowed are 'windowed' and 'cached'"),
         ({"chunk_features": ""}, "parameter chunk_features is missing"),
         ({"chunk_features": "66"}, "chunk_features of balanced is 66; it must be at most window_features, 65"),
+        ({"right_features": "10"}, "chunk_features of balanced is 56; it must be at most window_features - right_features, 55"),
         ({"chunk_features": "55"}, "times 160 samples it must be a multiple of frame_samples, 1280"),
         ({"left_frames": "10"}, "unknown parameters ['left_frames']"),
         ({"low_latency_features": "17,8"}, "low_latency_features is [17, 8]; it must be three whole numbers"),
