@@ -87,6 +87,9 @@ recordings, whether a window is alone or not."""
 MEMORY_PARAMETERS = ("window_bytes_per_sec", "window_bytes_per_sec_squared", "max_encode_bytes")
 """Parameters of the template that a decoder of a cached encoder does not have: its windows do not grow."""
 
+LANGUAGE_PARAMETERS = "language_model", "piece_scores", "beam"
+"""Parameters of the template that suit its own pieces only, and its beam, which was measured with its language model."""
+
 CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 """Element types of a packed cache."""
 
@@ -440,7 +443,7 @@ class _Writer:
             **(GPU_PARAMETERS if self._gpu else {}),
             **parameters,
         }
-        removed = (*BUNDLED_PARAMETERS, *(MEMORY_PARAMETERS if "encoder_kind" in parameters else ()))
+        removed = (*BUNDLED_PARAMETERS, *LANGUAGE_PARAMETERS, *(MEMORY_PARAMETERS if "encoder_kind" in parameters else ()))
         self._write_python_model("rnnt_greedy_bls", "decoder", chosen, removed)
 
     def _write_python_model(self, template: str, part: str, parameters: Mapping[str, str], without: Sequence[str] = ()) -> None:

@@ -169,7 +169,7 @@ def test_the_bundled_step_is_that_of_the_repositorys_weights(window: int) -> Non
 
     def both(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         nonlocal worst
-        ours = step(*inputs)
+        ours: Sequence[torch.Tensor] = step(*inputs)
         twice = {name: np.repeat(value.numpy(), 2, axis=0) for name, value in zip(names, inputs, strict=True)}
         alone = session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
         for results in (alone, [result[1:] for result in session.run(None, twice)]):
