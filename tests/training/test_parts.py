@@ -160,7 +160,7 @@ def test_steps_with_a_cache_are_the_chunks_of_a_recording(model: Transducer, win
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_bundled_step_is_that_of_the_repositorys_weights(window: int) -> None:
-    """On speech, within 1e-3 of torch, from the same caches; alone and in a batch."""
+    """On speech, from the same caches, alone and in a batch; frames of a standard deviation of 1.2 differ by the 8-bit weights."""
     bundled = build(configuration.load(configuration.DEFAULT))
     start.load(bundled, MODEL_REPOSITORY)
     step = Step(bundled.encoder, LEFT, RIGHT, WINDOWS).eval()
@@ -179,7 +179,7 @@ def test_the_bundled_step_is_that_of_the_repositorys_weights(window: int) -> Non
     speech = next(r for r in recordings(SPEECH) if "2033" in r.path.name)
     with torch.inference_mode():
         _in_steps(both, step.cache_size, torch.from_numpy(speech.read())[None], window)
-    assert 0 < worst < 1e-3
+    assert 0 < worst < 0.3
 
 
 def test_a_chunk_sees_no_further_than_its_look_ahead_and_its_history(model: Transducer) -> None:
