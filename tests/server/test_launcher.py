@@ -66,12 +66,13 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
             assert await status() == 200
             triton = next(child for child in psutil.Process(process.pid).children() if child.name() == "tritonserver")
             stubs = triton.children()
-            # One process for each instance that the instance_group settings ask for: two encoders, one of each other model.
-            assert len(stubs) == 7
+            # One process for each instance that the instance_group settings ask for: two of encoder and encoder_stream, one of
+            # each other model.
+            assert len(stubs) == 9
             # A process's last argument but one is its instance; those of the encoder give way to all others.
             usual = min(stub.nice() for stub in stubs)
             yielding = {stub.cmdline()[-2] for stub in stubs if stub.nice() > usual}
-            assert yielding == {"encoder_0_0", "encoder_0_1"}
+            assert yielding == {f"{name}_0_{i}" for name in ("encoder", "encoder_stream") for i in (0, 1)}
             triton.kill()
             await until(lambda: _equals(status, 503))
             assert (await http.get(f"{url}/health")).status_code == 200
