@@ -2,9 +2,10 @@
 
 The encoder becomes two graphs: one for whole recordings, and one for a step of a stream, which carries the context in a cache.
 Tensor names and layouts are those of NeMo's export; the cache is packed into one tensor, as `amira models import` does it.
-Matrices are stored as int8 with one scale per output, other large weights as float16. Operators that ONNX Runtime folds when it
-loads the graph convert both to float32. DequantizeLinear is not used: the runtime fuses it into kernels that quantise
-activations over the whole batch, padding included.
+Matrices are stored as int8 with one scale per output, other large weights as float16. Matrices of Moonshine that were not
+trained are 8-bit numbers with one scale already; they are stored as they are, since another scale would round them again.
+Operators that ONNX Runtime folds when it loads the graph convert all to float32. DequantizeLinear is not used: the runtime
+fuses it into kernels that quantise activations over the whole batch, padding included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import onnx
 import sentencepiece
 import torch
 import typer
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -123,10 +125,18 @@ def compress(model: onnx.ModelProto) -> onnx.ModelProto:
         if array.dtype != np.float32 or array.size < _SMALL or not users & _WEIGHTED:
             stored.append(weight)
         elif array.ndim == 2:  # noqa: PLR2004 - a matrix
-            scale = np.maximum(np.abs(array).max(axis=_inputs_axis(model.graph, name), keepdims=True), 1e-8) / 127
-            stored.append(numpy_helper.from_array(np.round(array / scale).astype(np.int8), f"{name}.int8"))
-            stored.append(numpy_helper.from_array(scale.astype(np.float32), f"{name}.scale"))
-            nodes.append(helper.make_node("Cast", [f"{name}.int8"], [f"{name}.unscaled"], to=TensorProto.FLOAT))
+            if (scale := _exact_scale(array)) is not None:
+                steps = np.round(array / scale)
+                zero = -steps.min()
+                stored.append(numpy_helper.from_array((steps + zero).astype(np.uint8), f"{name}.uint8"))
+                stored.append(numpy_helper.from_array(np.asarray(zero), f"{name}.zero"))
+                nodes.append(helper.make_node("Cast", [f"{name}.uint8"], [f"{name}.shifted"], to=TensorProto.FLOAT))
+                nodes.append(helper.make_node("Sub", [f"{name}.shifted", f"{name}.zero"], [f"{name}.unscaled"]))
+            else:
+                scale = np.maximum(np.abs(array).max(axis=_inputs_axis(model.graph, name), keepdims=True), 1e-8) / 127
+                stored.append(numpy_helper.from_array(np.round(array / scale).astype(np.int8), f"{name}.int8"))
+                nodes.append(helper.make_node("Cast", [f"{name}.int8"], [f"{name}.unscaled"], to=TensorProto.FLOAT))
+            stored.append(numpy_helper.from_array(np.asarray(scale, np.float32), f"{name}.scale"))
             nodes.append(helper.make_node("Mul", [f"{name}.unscaled", f"{name}.scale"], [name]))
         else:
             stored.append(numpy_helper.from_array(array.astype(np.float16), f"{name}.float16"))
@@ -139,6 +149,14 @@ def compress(model: onnx.ModelProto) -> onnx.ModelProto:
     compressed.graph.node.extend([*nodes, *model.graph.node])
     onnx.checker.check_model(compressed)
     return compressed
+
+
+def _exact_scale(matrix: NDArray[np.float32]) -> np.float32 | None:
+    """Return the scale with which 8 bits hold a matrix without an error, or None if there is no such scale."""
+    smallest: np.float32 = np.abs(matrix[matrix != 0]).min(initial=1.0)
+    steps = np.round(matrix / smallest)
+    exact = np.ptp(steps) <= np.iinfo(np.uint8).max and (steps * smallest == matrix).all()
+    return smallest if exact else None
 
 
 def _inputs_axis(graph: onnx.GraphProto, name: str) -> int:
