@@ -21,6 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,7 +194,7 @@ async def beside(
     lead_secs = windows.size / RATE
     before = await play(url, scripts, windows, lead_secs)
     began = time.perf_counter()
-    posts = asyncio.gather(*(curl(url, path, lambda secs, n=number: advance(n, secs)) for number in range(AT_ONCE)))
+    posts = asyncio.gather(*(curl(url, path, partial(advance, number)) for number in range(AT_ONCE)))
     during = []
     while not posts.done():
         during += await play(url, scripts, windows, lead_secs)

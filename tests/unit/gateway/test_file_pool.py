@@ -22,7 +22,7 @@ import psutil
 import pytest
 import soundfile
 
-from gateway.audio import RATE, pool, reader, worker
+from gateway.audio import RATE, jobs, pool, reader, worker
 from gateway.audio.files import decode_audio
 from gateway.audio.pool import FilePool
 from gateway.audio.sniff import OGG
@@ -278,7 +278,7 @@ async def test_a_job_that_finds_no_room_costs_no_other(lack: str, monkeypatch: p
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         answer.settimeout(PATIENCE_SECS)
-        assert answer.recv(100) == (worker.STARTED if lack == "processes" else b"")
+        assert answer.recv(100) == (jobs.STARTED if lack == "processes" else b"")
         assert answer.recv(100) == b""
     server._selector.close()
 
