@@ -233,8 +233,8 @@ async def test_a_stopped_server_stops_nothing_else(files: FilePool, monkeypatch:
     await decode_body(files, FLAC, "", 60)
     stopped = files._server
     assert stopped
-    monkeypatch.setattr(reader, "START_SECS", 1.5)
-    monkeypatch.setattr(pool, "START_SECS", 1.5)
+    for module in (reader, pool):
+        monkeypatch.setattr(module, "START_SECS", 1.5)
     monkeypatch.setattr(pool, "STOP_SECS", 0.1)
     stopped.send_signal(signal.SIGSTOP)
     rescue = threading.Timer(PATIENCE_SECS, stopped.send_signal, [signal.SIGCONT])  # else a failure would last for ever
@@ -254,6 +254,7 @@ async def test_a_stopped_server_stops_nothing_else(files: FilePool, monkeypatch:
     assert slowest < PATIENCE_SECS / 4
     errors = [error for error in await asyncio.gather(*streams, return_exceptions=True) if error]
     assert {error.kind for error in errors if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
+    monkeypatch.undo()
     assert len(await decode_body(files, FLAC, "", 60)) > RATE
 
 
@@ -280,7 +281,8 @@ async def test_a_job_that_finds_no_room_costs_no_other(lack: str, monkeypatch: p
         answer.settimeout(PATIENCE_SECS)
         assert answer.recv(100) == (jobs.STARTED if lack == "processes" else b"")
         assert answer.recv(100) == b""
-    server._selector.close()
+    for end in (server._selector, server._woken, server._wake):
+        end.close()
 
 
 async def test_closing_ends_every_process(files: FilePool) -> None:
