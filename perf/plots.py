@@ -68,9 +68,9 @@ def draw_memory(traces: Mapping[str, Mapping[str, Any]], report: Mapping[str, An
         for number, name in enumerate(names):
             axes.plot(trace["secs"], trace["rss_mb"].get(name, [0.0] * len(trace["secs"])), color=f"C{number}", label=name)
         axes.set(title=kind, xlabel="s")
-        axes.set_ylim(bottom=0)
-    columns[0][0].set_ylabel("resident memory, MB")
-    columns[0][-1].legend(fontsize=7)
+    largest = max(max(values) for trace in traces.values() for values in trace["rss_mb"].values())
+    columns[0][0].set(ylabel="resident memory, MB", ylim=(0, 1.1 * largest))
+    figure.legend(*columns[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     figure.suptitle(f"Recordings by REST, one at a time\n{report['cpu']}, {report['date'][:10]}", fontsize=9)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
