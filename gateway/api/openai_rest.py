@@ -14,7 +14,7 @@ from gateway.api.openai_answers import delta_event, done_event, json_body, verbo
 from gateway.api.openai_errors import body_of
 from gateway.api.openai_form import FORM_SCHEMA, MAX_FIELD_BYTES, MAX_FIELDS, Form, Format, Granularity, read_form
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
-from gateway.api.uploads import full_disk_refused, open_form_file
+from gateway.api.uploads import open_form_file, receive_form
 from gateway.audio.media_types import OCTETS
 from gateway.audio.raw import RawFormat
 from gateway.errors import ApiError, ErrorKind
@@ -68,9 +68,8 @@ async def create_transcription(request: Request) -> Response:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.places.batch():
             pass  # refused before its body is read, if it can be
-        limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
-        with full_disk_refused():
-            data = await held.enter_async_context(request.form(**limits))
+        data = await receive_form(request, MAX_FIELDS, MAX_FIELD_BYTES)
+        held.push_async_callback(data.close)
         form = read_form(data)
         request.state.model = model = service.resolve_model(form.model)
         language = _language(form, service.settings.model_languages.get(model))

@@ -67,7 +67,6 @@ def decode_container(
                 if converter:
                     yield converter.finish()
                 form = block.shape[1], rate
-                check_format(*form)
                 converter = Converter(*form, separate=separate)
             assert converter  # noqa: S101 (made for the first block)
             yield converter.convert(block)
@@ -99,11 +98,14 @@ def _blocks(name: str, demuxer: str, file: RawIOBase, *, live: bool) -> Iterator
         waiting: list[Floats] = []
         form, waiting_frames, decoded_secs = (0, 0), 0, 0.0
         for frame in _frames(container, stream):
+            frame_form = len(frame.layout.channels), frame.sample_rate
+            if form != frame_form:
+                if waiting:
+                    yield np.concatenate(waiting), form[1]
+                    waiting, waiting_frames = [], 0
+                check_format(*frame_form)
+                form = frame_form
             samples = _floats(frame)
-            if waiting and form != (samples.shape[1], frame.sample_rate):
-                yield np.concatenate(waiting), form[1]
-                waiting, waiting_frames = [], 0
-            form = samples.shape[1], frame.sample_rate
             waiting.append(samples)
             waiting_frames += len(samples)
             decoded_secs += len(samples) / frame.sample_rate

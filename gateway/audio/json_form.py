@@ -56,11 +56,12 @@ def unpack_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
 def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
     """Return the rest of a large body, and the offsets of start and end of its audio."""
     start, end = max(_audio_arrays(body), key=lambda array: array[1] - array[0], default=(0, 0))
-    mark = secrets.token_hex(8)
-    other = b"".join((body[:start], b'"', mark.encode(), b'"', body[end:])) if 0 < start <= end else body
-    if len(other) > MAX_OTHER_BYTES:
-        message = f"The body has {len(other)} bytes besides audio_buffer's numbers; at most {MAX_OTHER_BYTES} are allowed."
+    other_bytes = len(body) - max(0, end - start)
+    if other_bytes > MAX_OTHER_BYTES:
+        message = f"The body has {other_bytes} bytes besides audio_buffer's numbers; at most {MAX_OTHER_BYTES} are allowed."
         raise ApiError(ErrorKind.BODY_TOO_LARGE, message)
+    mark = secrets.token_hex(8)
+    other = b"".join((body[:start], b'"', mark.encode(), b'"', body[end:]))
     request = _parse(other)
     if request["audio_buffer"] != [mark]:
         raise ApiError(ErrorKind.INVALID_BODY, NO_OBJECT, "audio_buffer")  # a nested object has the array
@@ -68,9 +69,12 @@ def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _audio_arrays(body: bytes) -> Iterator[tuple[int, int]]:
-    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket."""
+    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket.
+
+    Only the beginning is searched: a body with more before the audio is too large. One search holds the interpreter's lock.
+    """
     end = 0
-    for match in AUDIO_ARRAY.finditer(body):
+    for match in AUDIO_ARRAY.finditer(body, 0, MAX_OTHER_BYTES):
         if end < match.end():
             end = body.find(b"]", match.end())
             if end < 0:

@@ -164,13 +164,13 @@ class FilePool:
         async with self._starting:
             if self._control:
                 try:
-                    socket.send_fds(self._control, [message], descriptors)
-                except OSError:
+                    await asyncio.wait_for(_send_fds(self._control, message, descriptors), START_SECS)
+                except (OSError, asyncio.TimeoutError):
                     log.warning("file worker lost", pid=self._server and self._server.pid)
                     await self._stop()
                 else:
                     return self._server
-            socket.send_fds(await self._start(), [message], descriptors)
+            await _send_fds(await self._start(), message, descriptors)
             return self._server
 
     async def _replace(self, server: Process | None) -> None:
@@ -184,6 +184,7 @@ class FilePool:
 
     async def _start(self) -> socket.socket:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
         with theirs:
             path = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
             self._server = await asyncio.create_subprocess_exec(
@@ -218,6 +219,27 @@ def _in_memory() -> Iterator[int]:
         yield file
     finally:
         os.close(file)
+
+
+async def _send_fds(control: socket.socket, message: bytes, descriptors: list[int]) -> None:
+    """Send a message with descriptors; wait while the socket's buffer is full of earlier ones.
+
+    Raises:
+        OSError: the other end is closed.
+    """
+    loop, writable = asyncio.get_running_loop(), asyncio.Event()
+    while True:
+        try:
+            socket.send_fds(control, [message], descriptors)
+        except BlockingIOError:
+            loop.add_writer(control, writable.set)
+            try:
+                await writable.wait()
+            finally:
+                loop.remove_writer(control)
+            writable.clear()
+        else:
+            return
 
 
 async def _write(file: int, body: bytes) -> None:

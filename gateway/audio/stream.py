@@ -15,7 +15,7 @@ from gateway.audio.errors import undecodable
 from gateway.audio.pool import FilePool
 from gateway.audio.raw import DEFAULT, RawFormat, RawStream
 from gateway.audio.reader import Reader
-from gateway.audio.sniff import HEAD_BYTES, RAW, WAV, Format, StreamStart
+from gateway.audio.sniff import RAW, WAV, Format, StreamStart
 from gateway.audio.wav import read_stream_header
 from gateway.errors import ApiError, ErrorKind
 
@@ -68,6 +68,7 @@ class StreamInput:
         self._start: StreamStart | None = StreamStart()
         self._held = b""  # bytes of a stream whose kind or header is not known yet
         self._converter = None if raw == DEFAULT else RawStream(raw)
+        self._header_bytes = 0  # that a WAV file's header has at least
         self._left_bytes: int | None = None  # of a WAV file's audio
         self._pipe: socket.socket | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -159,13 +160,14 @@ class StreamInput:
         await self._give(self._converter.convert(data) if self._converter else np.frombuffer(data, "<i2"))
 
     async def _read_header(self) -> None:
-        header = read_stream_header(self._held)
-        if header:
+        if len(self._held) >= self._header_bytes:
+            header = read_stream_header(self._held)
+            if isinstance(header, int):
+                self._header_bytes = header
+                return
             audio, self._held = self._held[header.start :], b""
             self._kind, self._converter, self._left_bytes = Kind.WAV, RawStream(header.format), header.size
             await self._feed_wav(audio)
-        elif len(self._held) > HEAD_BYTES:
-            raise undecodable(f"The WAV stream's header has more than {HEAD_BYTES} bytes.")
 
     async def _feed_wav(self, data: bytes) -> None:
         assert self._converter  # noqa: S101 (made with the header)

@@ -20,7 +20,13 @@ from gateway.audio.raw import Encoding, RawFormat
 STREAMED = 0x7FFF0000
 """Minimum of sizes that mean an unknown size."""
 
+MAX_STREAM_HEADER_BYTES = 64 * 2**10
+"""Maximum size of what comes before the audio of a stream: pictures and edit lists of tens of kilobytes occur."""
+
 RIFF_HEADER_BYTES, CHUNK_HEADER_BYTES = 12, 8
+MAX_CHUNKS = 128
+"""Maximum number of chunks up to the audio. Recorders and editors write up to about 20; a million empty ones cost seconds."""
+
 MIN_FORMAT_BYTES = 16
 DS64_DATA_SIZE = slice(8, 16)
 """Offset of the data's size in a ds64 chunk (EBU Tech 3306)."""
@@ -179,24 +185,27 @@ class StreamHeader:
     size: int | None
 
 
-def read_stream_header(head: bytes) -> StreamHeader | None:
+def read_stream_header(head: bytes) -> StreamHeader | int:
     """Read the header of a WAV stream.
 
     Args:
         head: beginning of the stream.
 
     Returns:
-        None where the header is not complete.
+        The number of bytes that the header has at least, where ``head`` does not have all of it.
 
     Raises:
-        ApiError: the stream is damaged, or its codec is not one of raw audio.
+        ApiError: the stream is damaged, its header too large, or its codec not one of raw audio.
     """
     order = ">" if head.startswith(b"RIFX") else "<"
     file = Body(head)
     chunks = _chunks(file, order)
     data = next((chunk for chunk in chunks if chunk.name == b"data"), None)
+    needed = data.start if data else (chunks[-1].next if chunks else RIFF_HEADER_BYTES) + CHUNK_HEADER_BYTES
+    if needed > MAX_STREAM_HEADER_BYTES:
+        raise undecodable(f"The WAV stream's header has more than {MAX_STREAM_HEADER_BYTES} bytes.")
     if not data:
-        return None
+        return needed
     form = next((head[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fmt "), b"")
     if len(form) < MIN_FORMAT_BYTES:
         raise undecodable("The WAV stream is damaged: it has no format.")
@@ -213,10 +222,16 @@ def read_stream_header(head: bytes) -> StreamHeader | None:
 
 
 def _chunks(file: Body, order: str) -> list[Chunk]:
-    """List the chunks up to the audio."""
+    """List the chunks up to the audio.
+
+    Raises:
+        ApiError: there are more than ``MAX_CHUNKS``.
+    """
     chunks: list[Chunk] = []
     at = RIFF_HEADER_BYTES
     while at + CHUNK_HEADER_BYTES <= len(file):
+        if len(chunks) == MAX_CHUNKS:
+            raise undecodable(f"The WAV file has more than {MAX_CHUNKS} chunks before its audio.")
         name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         chunk = Chunk(name, at + CHUNK_HEADER_BYTES, size)
         chunks.append(chunk)
@@ -252,12 +267,14 @@ def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> i
 
 def _are_chunks(file: Body, order: str, at: int) -> bool:
     """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
-    while at + CHUNK_HEADER_BYTES <= len(file):
+    for _ in range(MAX_CHUNKS):
+        if at + CHUNK_HEADER_BYTES > len(file):
+            return at in (len(file), len(file) + 1)
         name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         if not name.isascii() or not name.decode("ascii").isprintable():
             return False
         at = Chunk(name, at + CHUNK_HEADER_BYTES, size).next
-    return at in (len(file), len(file) + 1)
+    return False
 
 
 def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:

@@ -81,10 +81,20 @@ class Server:
         message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 3)
         if not message:
             return False
+        if len(descriptors) < 3:  # noqa: PLR2004 (this process has as many as it may have)
+            for descriptor in descriptors:
+                os.close(descriptor)  # which ends the job
+            return True
         file, demand, answer = descriptors[0], descriptors[2], socket.socket(fileno=descriptors[1])
         with contextlib.suppress(OSError):  # no client waits for it any more
             answer.send(STARTED, socket.MSG_DONTWAIT)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no memory, or too many processes
+            for descriptor in (file, demand):
+                os.close(descriptor)
+            answer.close()
+            return True
         if pid == 0:
             try:
                 self._become_child()

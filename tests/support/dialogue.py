@@ -26,8 +26,12 @@ from websockets.sync.client import ClientConnection, connect
 from gateway.server import MAX_EVENT_BYTES
 
 END, KEEPALIVE = b"\x00", b"\x01"
-ANSWER_SECS = 30.0
-FREED_SECS = 10.0
+ANSWER_SECS = 120.0
+"""Time limit for an answer; a busy machine decodes some seconds of audio in tens of seconds."""
+
+FREED_SECS = 30.0
+"""Time limit for the release of what a client held."""
+
 MAX_SAMPLES = 16_000 * 8
 DIALOGUES_A_ROUND = 20
 RESET = struct.pack("ii", 1, 0)

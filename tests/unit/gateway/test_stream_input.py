@@ -113,6 +113,29 @@ async def test_tags_after_the_audio_of_a_wav_are_not_audio(files: FilePool) -> N
     np.testing.assert_array_equal(await send(files, body), SPEECH)
 
 
+def with_chunks(body: bytes, chunks: bytes) -> bytes:
+    """Return a WAV file with more chunks before its audio."""
+    at = body.index(b"data")
+    return body[:at] + chunks + body[at:]
+
+
+@pytest.mark.parametrize("lengths", [(2,), (100,), (2**20,)])
+async def test_no_cut_of_a_large_wav_header_changes_the_audio(files: FilePool, lengths: Sequence[int]) -> None:
+    picture = b"LIST" + (20_000).to_bytes(4, "little") + bytes(20_000)
+    np.testing.assert_array_equal(await send(files, with_chunks(wav("PCM_16"), picture)[:40_000], lengths), SPEECH[:9974])
+    with pytest.raises(ApiError, match="more than 65536 bytes"):
+        await send(files, with_chunks(wav("PCM_16"), picture * 4), lengths)
+
+
+async def test_a_wav_header_in_tiny_frames_costs_little(files: FilePool) -> None:
+    """Reading it anew with each frame takes seconds, in which no other stream is served."""
+    body = with_chunks(wav("PCM_16"), b"junk\0\0\0\0" * 1010)
+    began = time.thread_time()
+    with pytest.raises(ApiError, match="more than 128 chunks"):
+        await send(files, body, (2,))
+    assert time.thread_time() - began < 1
+
+
 @pytest.mark.parametrize("size", [0, 2**32 - 1])
 async def test_wav_from_a_pipe_goes_on_to_the_end(files: FilePool, size: int) -> None:
     body = wav("PCM_16")
