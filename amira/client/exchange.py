@@ -161,9 +161,7 @@ class Exchange:
             code, message, retryable = error["code"], error["message"], error["retryable"]
         except (ValueError, KeyError, TypeError):
             code, retryable = "http", response.status_code in RETRYABLE_STATUSES
-            message = (
-                f"{response.url} answered {response.status_code} {response.reason_phrase} without a body of this API"
-            )
+            message = f"{response.url} answered {response.status_code} {response.reason_phrase} without a body of this API"
         raise RequestError(code, message, retryable=retryable, status=response.status_code, request_id=request_id)
 
     def _failure(self, error: httpx.TransportError) -> RequestError:
