@@ -19,7 +19,7 @@ from amira.commands.ending import USAGE_ERROR, fail
 from amira.commands.listen import listen
 from amira.commands.transcribe import transcribe
 from amira.paths import MODEL_REPOSITORY, MODELS_HOME, SPEECH
-from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
+from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listeners
 
 if TYPE_CHECKING:
     from amira.engine.service import Running
@@ -119,7 +119,7 @@ def serve() -> None:
     settings = _settings()
 
     async def serve() -> None:
-        check_free([gateway_listener(settings.server_host, settings.server_port)])
+        check_free(gateway_listeners(settings.server_host, settings.server_port, settings.riva_port))
         await build_server(settings).serve()
 
     _main(serve())
@@ -140,7 +140,8 @@ def demo(
     from gateway.logs import configure_logging
 
     gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
-    settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
+    ours = {"server_host": LOOPBACK, "server_port": gateway_port, "riva_port": None, "log_level": "warning"}
+    settings = _settings().model_copy(update=ours)
     configure_logging(settings)
     key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
     bodies = {file.name: file.read_bytes() for file in recordings or sorted(SPEECH.glob("*.flac"))}

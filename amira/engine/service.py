@@ -14,7 +14,7 @@ from amira.engine.process import TritonProcess, check_shared_memory
 from amira.engine.wheel import Engine
 from amira.models.configs import check_ensembles
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND
-from amira.ports import LOOPBACK, Ports, check_free, gateway_listener
+from amira.ports import LOOPBACK, Ports, check_free, gateway_listeners
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.errors import ApiError
@@ -53,7 +53,7 @@ async def service(
         ModelError: the model repository cannot be served with these settings.
         EngineError: Triton or a model cannot start.
     """
-    check_free([gateway_listener(settings.server_host, settings.server_port), *ports.listeners()])
+    check_free([*gateway_listeners(settings.server_host, settings.server_port, settings.riva_port), *ports.listeners()])
     check_ensembles(model_repository, settings.models.values())
     check_shared_memory()
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"

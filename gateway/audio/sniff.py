@@ -48,11 +48,11 @@ DECODABLE = {
 """The formats that ``files`` decodes, by name."""
 
 
-LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
+LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska", FLAC: "flac"}
 """FFmpeg's names of the containers that are decoded as they come."""
 
 
-LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"\x1a\x45\xdf\xa3")
+LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"fLaC", b"\x1a\x45\xdf\xa3")
 """First bytes of what a stream may be besides raw audio."""
 
 
@@ -290,5 +290,7 @@ class StreamStart:
         found = identify(bytes(self._head), complete=complete)
         if found.format == RAW or (found.format in (WAV, *LIVE_DEMUXERS) and not found.start):
             return found.format
-        message = f"The stream starts like {found.format.name}; streams must be raw audio, WAV, Ogg (Opus, Vorbis) or WebM."
+        message = (
+            f"The stream starts like {found.format.name}; streams must be raw audio, WAV, FLAC, Ogg (Opus, Vorbis) or WebM."
+        )
         raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)

@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from riva.client.proto import riva_asr_pb2
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
@@ -29,6 +30,7 @@ from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.repositories import served_repository
+from tests.support.riva import stub_of
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 CLIENTS_SPAN = "b7ad6b7169203331"
@@ -405,3 +407,18 @@ def test_missing_tracing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ConfigError, match=r"amira-asr\[tracing\]"):
         Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))
+
+
+async def test_riva(traced_triton: Backend, receiver: Receiver, settings: dict[str, Any], recordings: Recordings) -> None:
+    """An RPC continues its client's trace."""
+    request = riva_asr_pb2.RecognizeRequest(audio=recordings["jfk"][: 2 * 16_000].tobytes())
+    async with run_gateway(triton_endpoint=traced_triton.target, riva_port=0, **settings) as gateway, stub_of(gateway) as stub:
+
+        async def send(trace: str) -> None:
+            await stub.Recognize(request, metadata=(("traceparent", f"00-{trace}-{CLIENTS_SPAN}-01"),))
+
+        await receiver.until_traced(send)
+        top, spans = await receiver.trace("nvidia.riva.asr.RivaSpeechRecognition/Recognize", {"asr_ensemble"})
+    assert (top.parent, top.error) == (CLIENTS_SPAN, False)
+    assert top.attributes["rpc.grpc.status_code"] == 0
+    assert below(top, spans) >= MODELS
