@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from amira.client.types import StreamError, Word
@@ -94,6 +95,14 @@ class _Connection(ClientConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._abort.cancel()
         super().connection_lost(exc)
+
+
+def _reason(response: Response) -> str:
+    """Return why a server, or a proxy before it, refuses the upgrade."""
+    try:
+        return f"HTTP {response.status_code}: {json.loads(response.body or b'')['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}"
 
 
 class LiveStream:
@@ -221,7 +230,7 @@ class LiveStream:
                     opened_at = time.monotonic()
                     await self._converse(socket)
             except InvalidStatus as error:
-                reason = f"HTTP {error.response.status_code}"
+                reason = _reason(error.response)
                 if error.response.status_code in REFUSALS:
                     raise StreamError("refused", f"the server refuses the stream: {reason}") from error
             except (OSError, WebSocketException) as error:

@@ -69,6 +69,8 @@ def listen(
     On a terminal the text is shown while it is decoded: final text plain, text that may still change dim. Ctrl-C ends the
     audio, and the complete transcript follows. The microphone needs: pip install 'amira-asr[mic]'.
     """
+    if output:
+        _check_writable(output)
     microphone = _open_file(file) if file else _open_microphone(device)
     try:
         client = AsyncClient(url, api_key=api_key)
@@ -81,9 +83,21 @@ def listen(
         fail(f"{error}{advice}", FAILURE)
     text = f"{final.text}\n" if format is Format.text else f"{json.dumps(asdict(final), ensure_ascii=False)}\n"
     if output:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            typer.echo(text, nl=False)  # nobody says it again
+            fail(str(error), FAILURE)
     else:
         typer.echo(text, nl=False)
+
+
+def _check_writable(path: Path) -> None:
+    """End the command if a file can't be written; after the recording it would be too late."""
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        fail(str(error))
 
 
 async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: str) -> Message:

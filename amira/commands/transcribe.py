@@ -108,21 +108,30 @@ def transcribe(
     """
     job = Job(recordings, format.value, output_dir, model, stream)
     _check(job)
-    if output_dir:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if output_dir:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        # Read here, where Ctrl-C ends it.
+        piped = sys.stdin.buffer.read() if STDIN in recordings else b""
+    except OSError as error:
+        fail(str(error))
     try:
         client = AsyncClient(url, api_key=api_key, retry_secs=RETRY_SECS, timeout_secs=TIMEOUT_SECS)
     except ValueError as error:
         fail(str(error))
-    if not asyncio.run(_transcribe_all(client, job, 1 if stream else jobs)):
+    if not asyncio.run(_transcribe_all(client, job, piped, 1 if stream else jobs)):
         raise typer.Exit(FAILURE)
 
 
 def _check(job: Job) -> None:
     """End the command if its arguments contradict each other."""
     for recording in job.recordings:
-        if recording != STDIN and not recording.is_file():
+        if recording != STDIN and recording.is_dir():
+            fail(f"{recording} is a directory; name its files: {recording / '*'}")
+        if recording != STDIN and not recording.exists():
             fail(f"there is no file {recording}")
+    if job.recordings.count(STDIN) > 1:
+        fail("standard input (-) can be read only once")
     if job.stream and (job.format != "text" or job.directory):
         fail("--stream prints text as it is decoded; omit --format and --output-dir")
     if len(job.recordings) > 1 and job.format in SUBTITLES and not job.directory:
@@ -133,8 +142,8 @@ def _check(job: Job) -> None:
             fail(f"several recordings would be written to {target}; rename them, or transcribe them separately")
 
 
-async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
-    """Transcribe the recordings; return whether all succeeded."""
+async def _transcribe_all(client: AsyncClient, job: Job, piped: bytes, at_once: int) -> bool:
+    """Transcribe the recordings, of which ``piped`` came from standard input; return whether all succeeded."""
     places = asyncio.Semaphore(at_once)
     outcomes = []
     async with client:
@@ -142,7 +151,8 @@ async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
 
             async def transcribe_one(recording: Path) -> str:
                 async with places:
-                    return await _transcribe(client, job, recording, progress)
+                    audio = io.BytesIO(piped) if recording == STDIN else recording
+                    return await _transcribe(client, job, recording.name, audio, progress)
 
             tasks = [asyncio.create_task(transcribe_one(recording)) for recording in job.recordings]
             try:
@@ -155,10 +165,9 @@ async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
     return all(outcomes)
 
 
-async def _transcribe(client: AsyncClient, job: Job, recording: Path, progress: Progress) -> str:
+async def _transcribe(client: AsyncClient, job: Job, name: str, audio: Audio, progress: Progress) -> str:
     """Return a recording's transcript in the job's format; nothing of what was printed as it came."""
-    audio: Audio = io.BytesIO(sys.stdin.buffer.read()) if recording == STDIN else recording
-    shown = progress.add_task(recording.name, total=None)
+    shown = progress.add_task(name, total=None)
 
     def show(sent: int, size: int) -> None:
         progress.update(shown, completed=sent, total=size)
@@ -177,22 +186,19 @@ async def _transcribe(client: AsyncClient, job: Job, recording: Path, progress: 
 
 async def _report(job: Job, recording: Path, task: asyncio.Task[str]) -> bool:
     """Print or write a recording's transcript, or why there is none; return whether there is one."""
+    target = job.target(recording)
     try:
         text = await task
-        if target := job.target(recording):
+        if target:
             target.write_text(text, encoding="utf-8")
-        else:
-            typer.echo(text, nl=bool(text) and not text.endswith("\n"))
-    except RequestError as error:
-        if error.code == "unreachable":
+    except (RequestError, OSError) as error:
+        if isinstance(error, RequestError) and error.code == "unreachable":
             fail(f"{error}\namira: {START_A_SERVER}", FAILURE)
-        reason = str(error)
-    except OSError as error:
-        reason = str(error)
-    else:
-        return True
-    warn(f"{recording}: {reason}" if len(job.recordings) > 1 else reason)
-    return False
+        warn(f"{recording}: {error}" if len(job.recordings) > 1 else str(error))
+        return False
+    if not target:
+        typer.echo(text, nl=bool(text) and not text.endswith("\n"))
+    return True
 
 
 @contextmanager

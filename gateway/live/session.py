@@ -88,6 +88,7 @@ class Session:
         self._detector: SpeechDetector | None = None
         self._heard_at = clock()
         self._running = shared.running
+        self._voices = shared.voices
         self._tokens = shared.tokens
         self._priority = shared.priority
         self._max_samples = shared.settings.max_stream_audio_secs * RATE
@@ -184,7 +185,7 @@ class Session:
         if self.state is State.CONNECTING:
             self._enter(State.OPEN)
             if self._detection:
-                self._detector = SpeechDetector(self._detection, self._resumed.samples)
+                self._detector = SpeechDetector(self._detection, self._voices, self._resumed.samples)
         if self._detector:
             await self._detect(self._detector, samples)
         if not self._buffer.offer(samples):
@@ -192,11 +193,9 @@ class Session:
 
     async def _detect(self, detector: SpeechDetector, samples: Samples) -> None:
         """Publish where speech starts and stops."""
-        for piece in detector.feed(samples):
-            if change := piece.change:
+        for piece in await detector.feed(samples):
+            if (change := piece.change) and not self.ending:
                 self._outbox.put(SpeechStarted(change.at) if change.speaking else SpeechStopped(change.at))
-            if piece.more:
-                await asyncio.sleep(0)  # detection takes time, which others need too
 
     def end(self) -> None:
         """Accept no more audio: the client has ended the stream. The final follows."""

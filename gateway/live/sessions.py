@@ -19,7 +19,7 @@ from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
 from gateway.live.session import Session
 from gateway.live.shared import Shared
-from gateway.live.speech import Detection
+from gateway.live.speech import Detection, SpeechDetector
 from gateway.live.states import State
 from gateway.resources import Resources
 
@@ -101,6 +101,10 @@ class Sessions:
         utterance = triton.stream(ensemble, {**self._resources.options, **(options or {})})
         spend = partial(self._resources.quotas.spend, caller)
         return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place, detection=detection)
+
+    def detector(self, detection: Detection, start: int) -> SpeechDetector:
+        """Return a detector of speech for a connection whose next sample has the number ``start``."""
+        return SpeechDetector(detection, self._shared.voices, start)
 
     @contextlib.contextmanager
     def connected(self, connection: Connection) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gateway.audio.vad_batch import VoiceBatch
 from gateway.config.settings import Settings
 from gateway.limits.priority import Priority
 from gateway.live.buffer import BufferUsage
@@ -20,6 +21,7 @@ class Shared:
 
     Attributes:
         running: sessions that hold something: a sequence at Triton, audio, a task.
+        voices: computes voice activity for all.
     """
 
     settings: Settings
@@ -27,3 +29,4 @@ class Shared:
     tokens: SessionTokens
     usage: BufferUsage
     running: set[Session] = field(default_factory=set)
+    voices: VoiceBatch = field(default_factory=VoiceBatch)

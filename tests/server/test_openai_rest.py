@@ -279,6 +279,7 @@ async def test_request_without_a_form_and_file_is_refused(gateway: Gateway, http
         await http.post(url, data={"model": "amira", "file": "speech.wav"}),
         await http.post(url, files={"recording": ("a.wav", silence())}, data={"model": "amira"}),
         await http.post(url, files={"file": ("a.wav", b"")}, data={"model": "amira"}),
+        await http.post(url, files={"file": ("a.wav", silence(0))}, data={"model": "amira"}),
         await http.post(url, files={"file": ("a.wav", b"please transcribe this for me")}, data={"model": "amira"}),
         await http.post(url, content=b"--x", headers={"Content-Type": "multipart/form-data"}),
     ]
@@ -288,6 +289,7 @@ async def test_request_without_a_form_and_file_is_refused(gateway: Gateway, http
         (400, "invalid_body", "file"),
         (400, "invalid_body", "file"),
         (400, "empty_body", None),
+        (400, "undecodable_audio", None),
         (415, "unsupported_media", None),
         (400, "invalid_body", None),
     ]
