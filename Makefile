@@ -97,7 +97,7 @@ perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEEC
 bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
-long: setup  ## Time, memory and error rate of a long recording, and p95 of streams beside eight: make long SPEECH=dir [HOURS=1]
+long: setup  ## Plot and error rate of an hour and of four, and p95 of streams beside eight hours: make long SPEECH=dir [HOURS=1]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make long SPEECH=dir" >&2; exit 1; }
 	@$(BIN)/python -m perf.long_recordings $(SPEECH) $(if $(HOURS),--hours $(HOURS))
 

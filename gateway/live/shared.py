@@ -1,4 +1,4 @@
-"""What all live sessions of a gateway share."""
+"""Objects that all live sessions of a gateway share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all sessions of a gateway share.
+    """Objects that all sessions of a gateway share.
 
     Attributes:
         running: sessions that hold something: a sequence at Triton, audio, a task.
