@@ -25,7 +25,7 @@ from tests.support.streaming_models import IcefallShape, NemoShape, build_icefal
 
 
 class Public(NamedTuple):
-    """A hub, and the requests that it got."""
+    """A hub, and the requests that it received."""
 
     url: str
     requests: list[str]
@@ -84,7 +84,7 @@ def test_changed_download_is_refused_and_downloaded_again(on_hub: Public, tmp_pa
 
 
 @pytest.mark.usefixtures("on_hub")
-def test_short_name_brings_its_latencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_name_imports_its_latencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ImportOptions(latencies={"low": "owner/80"})
     monkeypatch.setitem(KNOWN, "mine", KnownModel("owner/560", "MIT", "none", "cached", 1, 1, options=options))
     repository, name = ensure_imported("mine", tmp_path / "models")

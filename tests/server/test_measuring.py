@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 
 from amira.models.importing import import_model
@@ -81,6 +82,22 @@ async def test_costs_of_caches() -> None:
     assert [row[1].strip() for row in rows] == ["windows", *["frames cached"] * 3, *["keys and values cached"] * 3]
     assert all(float(row[4]) > 0 for row in rows)
     assert len(carried.splitlines()) == 4
+
+
+@pytest.mark.slow
+async def test_long_recordings_in_short(speech: Path, tmp_path: Path) -> None:
+    """A minute instead of hours, by the command that measures those."""
+    code, output, errors = await measure(
+        "perf.long_recordings", speech, "--hours", "0.005", "--streams", "2", "--results", tmp_path
+    )
+    assert code == 0, errors
+    report = orjson.loads((tmp_path / "long.json").read_bytes())
+    assert orjson.loads(output) == report
+    assert list(report["files"]) == ["0.005 h flac", "0.005 h mp3", "0.005 h m4a", "0.02 h flac"]
+    assert all(file["segments"] and {"gateway", "encoder"} <= file["peak_rss_mb"].keys() for file in report["files"].values())
+    assert 0 < report["beside"]["before_p95_ms"] < 10_000
+    assert report["beside"]["recordings"] == 8
+    assert (tmp_path / "long-recordings.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("module", ["perf.evaluate", "perf.windows"])
