@@ -49,7 +49,7 @@ LARGE_ENCODER_BYTES = 200_000_000
 
 CACHED_BATCH = 8
 """Maximum number of cached streams in one encoder call. A call reads all weights, whether for one stream's short chunk or for
-eight: on a CPU, eight chunks of 560 ms take half of what they take one by one (perf/caches.py)."""
+eight: on a CPU, eight chunks of 560 ms take 40 % of what they take one by one (perf/caches.py)."""
 
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
 """Parameters for a GPU, which computes many windows in little more time than one; not measured."""
