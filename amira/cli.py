@@ -231,10 +231,10 @@ def models_known() -> None:
     """List public models that amira run --model downloads."""
     from amira.models.known import KNOWN
 
-    rows = [("name", "languages", "streams", "licence", "download", "memory", "from")]
+    rows = [("name", "languages", "streams", "licence", "download", "memory", "checked", "from")]
     for name, known in KNOWN.items():
         sizes = f"{known.download_mb} MB", f"{known.memory_mb} MB"
-        rows.append((name, known.languages, known.kind, known.licence, *sizes, known.source))
+        rows.append((name, known.languages, known.kind, known.licence, *sizes, known.checked, known.source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

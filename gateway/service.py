@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from gateway import metrics
 from gateway.audio.pool import FilePool
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
+from gateway.languages import LanguageError, choose_language
 from gateway.limits.client_secrets import ClientSecrets
 from gateway.live.sessions import Sessions
 from gateway.recordings.transcribe import Transcriber
@@ -61,6 +63,36 @@ class Service:
         model = name if name in self.settings.models else self.settings.model_aliases.get(name, name)
         self.check_model(model)
         return model
+
+    def languages(self, model: str) -> Sequence[str]:
+        """Return the languages that a stream of a model can choose; empty if there is no choice.
+
+        Raises:
+            ApiError: no Triton can serve the model now.
+        """
+        return self.triton.ensemble(self.settings.models[model]).languages
+
+    def language_options(
+        self, model: str, wanted: Sequence[str], refusal: ErrorKind = ErrorKind.UNACCEPTABLE
+    ) -> dict[str, str | int]:
+        """Return the decoder's options for a language that a client names.
+
+        Args:
+            model: public name of the model.
+            wanted: tags in order of preference; empty if the client names none.
+            refusal: kind of the error.
+
+        Raises:
+            ApiError: the model recognises none of them, or no Triton can serve it now.
+        """
+        if not wanted:
+            return {}
+        spoken = self.settings.model_languages.get(model)
+        try:
+            language = choose_language(model, wanted, self.languages(model), spoken)
+        except LanguageError as error:
+            raise ApiError(refusal, str(error), "language") from None
+        return {"language": language} if language else {}
 
     def ready(self) -> bool:
         """Return whether new work is accepted: a model is ready, and no drain has begun."""

@@ -1,4 +1,4 @@
-"""Measure word error rate and encoder time by left context, chunk and right context of the windows.
+"""Measure word error rate and encoder time of windows by their parts, or of a cached encoder by its latencies.
 
     python -m perf.windows SPEECH_DIR [--quick] [--repository DIR] [--model NAME]
 
@@ -32,15 +32,18 @@ from amira.models.configs import ModelError
 from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
+from gateway.triton.geometry import Windows, read_windows
 from perf.evaluate import Recording, normalise, read_speech
-from perf.floor import FrontEnd, open_graph
+from perf.floor import open_graph
 from perf.output import circumstances, publish
 from perf.plots import draw_windows
 from perf.recogniser import choose, joint_step
+from perf.server import PerfError
 from perf.speech import Samples
 
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
 from batching import Decoder, Encoded, Encoder, recognise
+from cached_calls import cached_inputs, cached_results
 from greedy import JointOutputs
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
@@ -73,11 +76,11 @@ TURNS, TURN_WINDOWS = 5, 6
 
 
 class Point(NamedTuple):
-    """Results of one geometry.
+    """Results of one kind of windows.
 
     Attributes:
-        latencies: names of the model's latencies with this geometry.
-        left_secs, chunk_secs, right_secs: the geometry.
+        latencies: names of the model's latencies with these windows.
+        left_secs, chunk_secs, right_secs: parts of the windows; a cached encoder's hold what its features need.
         wer: word error rate in percent.
         wer_more: difference to ``balanced`` in percent of the words.
         wer_more_error: standard error of the difference, from the differences of single recordings.
@@ -96,51 +99,87 @@ class Point(NamedTuple):
     streams: float
 
 
-class Networks:
-    """The three graphs with the interfaces that the decoder calls."""
+class Variant(NamedTuple):
+    """Windows to measure.
 
-    def __init__(self, recogniser: Recogniser) -> None:
-        self._idle: queue.SimpleQueue[FrontEnd] = queue.SimpleQueue()
+    Attributes:
+        latencies: names of the model's latencies with these windows.
+        latency: the latency that selects them.
+        windows: their parts in samples.
+        parameters: of a decoder that has them.
+    """
+
+    latencies: str
+    latency: str
+    windows: Windows
+    parameters: Parameters
+
+    def stream(self) -> Stream:
+        """Return a stream with these windows."""
+        return Stream(self.parameters, self.parameters.options.override({"latency": self.latency}))
+
+
+class Networks:
+    """The graphs with the interfaces that the decoder calls.
+
+    Args:
+        recogniser: the model.
+        p: parameters of its decoder.
+    """
+
+    def __init__(self, recogniser: Recogniser, p: Parameters) -> None:
+        self._parameters = p
+        paths = {p.encoder_model: recogniser.encoder}
+        if p.cached:
+            paths = {p.cached.encoders[latency].model: sizes.path for latency, sizes in recogniser.cached_encoders.items()}
+        self._idle: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
         for _ in range(SESSIONS):
-            self._idle.put(FrontEnd(recogniser.preprocessor, recogniser.encoder, threads=1))
+            graphs = {"preprocessor": recogniser.preprocessor, **paths}
+            self._idle.put({name: open_graph(path, threads=1) for name, path in graphs.items()})
         self.step = joint_step(open_graph(recogniser.decoder_joint, 1))
         self.pieces = read_vocabulary(recogniser.vocabulary)
 
     def encode(self, windows: Sequence[Window], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
-        """Encode windows of equal length in one call."""
-        return self.encode_samples([window.samples for window in windows])
-
-    def encode_samples(self, windows: Sequence[Samples]) -> list[Encoded]:
-        """Encode audio of equal length in one call."""
-        front_end = self._idle.get()
+        """Encode windows of one kind in one call."""
+        sessions = self._idle.get()
         try:
-            waveforms = np.stack(windows).astype(np.float32) / np.float32(32768)
-            features, lengths = front_end.preprocess(waveforms, np.full(len(windows), waveforms.shape[1], np.int64))
-            frames, encoded = front_end.encode(features, lengths)
+            return self._encode(sessions, windows)
         finally:
-            self._idle.put(front_end)
+            self._idle.put(sessions)
+
+    def _encode(self, sessions: Mapping[str, Any], windows: Sequence[Window]) -> list[Encoded]:
+        p = self._parameters
+        waveforms = np.stack([window.samples for window in windows]).astype(np.float32) / np.float32(32768)
+        samples = {"waveforms": waveforms, "waveforms_lens": np.full(len(windows), waveforms.shape[1], np.int64)}
+        features, lengths = sessions["preprocessor"].run(["features", "features_lens"], samples)
+        if p.cached:
+            carried = [window.carried for window in windows if window.carried]
+            model = carried[0].model
+            inputs = cached_inputs(features, carried, p.cached.cache_size(model), p.cached.element)
+            frames, encoded, caches = sessions[model].run(["outputs", "encoded_lengths", "cache_next"], inputs)
+            return cached_results(frames, encoded, caches, carried)
+        inputs = {"audio_signal": features, "length": lengths}
+        frames, encoded = sessions[p.encoder_model].run(["outputs", "encoded_lengths"], inputs)
         return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
 
 
 async def transcribe(
-    networks: Networks, p: Parameters, geometry: Geometry, recordings: Sequence[Recording], done: Callable[[], None]
+    networks: Networks, variant: Variant, recordings: Sequence[Recording], done: Callable[[], None]
 ) -> list[str]:
-    """Return the normalised texts of recordings that are decoded as streams with a geometry.
+    """Return the normalised texts of recordings that are decoded as streams.
 
     Args:
         networks: the graphs.
-        p: parameters of the decoder.
-        geometry: geometry of the windows.
+        variant: windows of the streams.
         recordings: the recordings.
         done: called after each recording.
     """
-    pieces = networks.pieces
-    p = replace(p, geometries={p.options.latency: geometry}, continuations=continuations(pieces[: p.blank]))
+    pieces, p = networks.pieces, variant.parameters
     encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
     decoder = Decoder(networks.step, JointOutputs(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
 
     async def one(recording: Recording) -> str:
-        stream = Stream(p, p.options)
+        stream = variant.stream()
         stream.push(recording.samples)
         answer = await recognise(stream, encoder, decoder, end=True)
         done()
@@ -151,21 +190,39 @@ async def transcribe(
     return list(await asyncio.gather(*map(one, recordings)))
 
 
-def window_secs(networks: Networks, windows: Mapping[Geometry, Samples], done: Callable[[], None]) -> dict[Geometry, float]:
-    """Return the CPU time of a window of each geometry while all sessions work; geometries alternate."""
-    turns: dict[Geometry, list[float]] = {geometry: [] for geometry in windows}
+def full_window(networks: Networks, variant: Variant, speech: Samples) -> Window:
+    """Return a window of a stream with its whole left context, or with a cache that the windows before it filled."""
+    windows, stream = variant.windows, variant.stream()
+    before = windows.left // windows.chunk + 1
+    stream.push(np.resize(speech, windows.chunk_due(before)))
+    for _ in range(before):
+        window = _next(stream)
+        stream.receive(window, *networks.encode([window])[0])
+    return _next(stream)
 
-    def work(window: Samples) -> float:
+
+def _next(stream: Stream) -> Window:
+    window = stream.next_window(end=False)
+    if window is None:
+        raise PerfError("the decoder and the gateway disagree about when a window is complete")
+    return window
+
+
+def window_secs(networks: Networks, windows: Sequence[Window], done: Callable[[], None]) -> list[float]:
+    """Return the CPU time of each window while all sessions work; windows alternate."""
+    turns: list[list[float]] = [[] for _ in windows]
+
+    def work(window: Window) -> float:
         began = time.thread_time()  # CPU time of this thread, without other load on the machine
-        networks.encode_samples([window])
+        networks.encode([window])
         return time.thread_time() - began
 
     with ThreadPoolExecutor(SESSIONS) as threads:
         for _ in range(TURNS):
-            for geometry, window in windows.items():
-                turns[geometry].append(statistics.fmean(threads.map(work, [window] * TURN_WINDOWS)))
+            for secs, window in zip(turns, windows, strict=True):
+                secs.append(statistics.fmean(threads.map(work, [window] * TURN_WINDOWS)))
                 done()
-    return {geometry: statistics.median(secs) for geometry, secs in turns.items()}
+    return [statistics.median(secs) for secs in turns]
 
 
 def errors(recordings: Sequence[Recording], texts: Sequence[str]) -> NDArray[np.int64]:
@@ -174,28 +231,45 @@ def errors(recordings: Sequence[Recording], texts: Sequence[str]) -> NDArray[np.
     return np.array([count.substitutions + count.deletions + count.insertions for count in counts])
 
 
-def geometries(p: Parameters, quick: bool) -> list[Geometry]:
-    """Return the geometries to measure: ``balanced``, the model's others, then all others unless `quick`."""
-    own = sorted(p.geometries.items(), key=lambda item: item[0] != p.options.latency)
-    others = [] if quick else [Geometry(*(round(s * RATE / p.frame_samples) for s in secs)) for secs in GEOMETRIES_SECS]
-    return list(dict.fromkeys([*(geometry for _, geometry in own), *others]))
+def variants(recogniser: Recogniser, p: Parameters, quick: bool) -> list[Variant]:
+    """Return the windows to measure: ``balanced``, the model's others, then all others unless `quick`.
+
+    The windows of a cached encoder are those that the model has, since a graph fixes them.
+    """
+    pieces = read_vocabulary(recogniser.vocabulary)
+    p = replace(p, continuations=continuations(pieces[: p.blank]))
+    in_order = sorted(LATENCIES, key=lambda latency: latency != p.options.latency)
+    own = read_windows(recogniser.parameters)
+    kinds = p.cached.encoders if p.cached else p.geometries
+    found = []
+    for kind in dict.fromkeys(kinds[latency] for latency in in_order):
+        names = [latency for latency in in_order if kinds[latency] == kind]
+        found.append(Variant(", ".join(names), names[0], own[names[0]], p))
+    if p.cached or quick:
+        return found
+    known = {variant.windows for variant in found}
+    for secs in GEOMETRIES_SECS:
+        geometry = Geometry(*(round(s * RATE / p.frame_samples) for s in secs))
+        windows = Windows(*(frames * p.frame_samples for frames in geometry))
+        if windows not in known:
+            known.add(windows)
+            others = replace(p, geometries=dict.fromkeys(LATENCIES, geometry))
+            found.append(Variant("", p.options.latency, windows, others))
+    return found
 
 
 def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
-    """Measure every geometry, and return the report."""
+    """Measure all windows, and return the report."""
     p = Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
-    networks, recordings, chosen = Networks(recogniser), read_speech(directory), geometries(p, quick)
-    everything = np.concatenate([recording.samples for recording in recordings])
-    windows = {geometry: np.resize(everything, sum(geometry) * p.frame_samples) for geometry in chosen}
+    networks, recordings, chosen = Networks(recogniser, p), read_speech(directory), variants(recogniser, p, quick)
+    speech = np.concatenate([recording.samples for recording in recordings])
+    windows = [full_window(networks, variant, speech) for variant in chosen]
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("time of windows", total=TURNS * len(chosen))
         secs = window_secs(networks, windows, lambda: progress.advance(task))
         task = progress.add_task("word error rates", total=len(recordings) * len(chosen))
-        texts = [
-            asyncio.run(transcribe(networks, p, geometry, recordings, lambda: progress.advance(task))) for geometry in chosen
-        ]
-    frame_secs = p.frame_samples / RATE
+        texts = [asyncio.run(transcribe(networks, variant, recordings, lambda: progress.advance(task))) for variant in chosen]
     words = sum(len(recording.text.split()) for recording in recordings)
     wrong = [errors(recordings, text) for text in texts]
     return {
@@ -207,17 +281,17 @@ def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, A
         "words": words,
         "points": [
             Point(
-                ", ".join(latency for latency in LATENCIES if p.geometries[latency] == geometry),
-                round(geometry.left_frames * frame_secs, 3),
-                round(geometry.chunk_frames * frame_secs, 3),
-                round(geometry.right_frames * frame_secs, 3),
+                variant.latencies,
+                round(variant.windows.left / RATE, 3),
+                round(variant.windows.chunk / RATE, 3),
+                round(variant.windows.right / RATE, 3),
                 round(100 * float(counts.sum()) / words, 1),
                 round(100 * float((counts - wrong[0]).sum()) / words, 1),
                 round(100 * float(np.std(counts - wrong[0])) * len(recordings) ** 0.5 / words, 1),
-                round(1000 * secs[geometry], 1),
-                round(SESSIONS * geometry.chunk_frames * frame_secs / secs[geometry], 1),
+                round(1000 * window_time, 1),
+                round(SESSIONS * variant.windows.chunk / RATE / window_time, 1),
             )._asdict()
-            for geometry, counts in zip(chosen, wrong, strict=True)
+            for variant, counts, window_time in zip(chosen, wrong, secs, strict=True)
         ],
     }
 
@@ -261,8 +335,6 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         recogniser = choose(arguments.repository, arguments.model)
-        if recogniser.is_cached:
-            raise ModelError(f"{recogniser.name} has a cached encoder, so it has no windows to choose from")
     except ModelError as error:
         parser.error(str(error))
     report = measure(arguments.directory, arguments.quick, recogniser)

@@ -34,6 +34,9 @@ RETRYABLE_STATUSES = frozenset((408, 429, 502, 503, 504))
 Format = Literal["text", "json", "verbose_json", "srt", "vtt"]
 """Formats of a transcript that the server writes, with OpenAI's names."""
 
+Latency = Literal["low", "balanced", "throughput"]
+"""How soon a live stream's words come, against its accuracy and cost."""
+
 OnSegment = Callable[[Segment], object]
 
 
@@ -60,9 +63,11 @@ class Server:
             **({"Authorization": f"Bearer {key}"} if key else {}),
         }
 
-    def stream_url(self, model: str) -> str:
-        """Return the URL of a model's live streams."""
-        return f"{self.base_url.replace('http', 'ws', 1)}/v2/decode/stream/{quote(model, safe='')}"
+    def stream_url(self, model: str, **options: str | None) -> str:
+        """Return the URL of a model's live streams with these options; an option that is None is left out."""
+        given = urlencode({name: value for name, value in options.items() if value is not None})
+        url = f"{self.base_url.replace('http', 'ws', 1)}/v2/decode/stream/{quote(model, safe='')}"
+        return f"{url}?{given}" if given else url
 
 
 class Exchange:
@@ -73,6 +78,7 @@ class Exchange:
         audio: the recording.
         model: public name of the model.
         output: format that the server writes; None for a ``Transcript``.
+        language: of the speech, such as ``de``; None: the model's.
         phrases: boosted while decoding.
         on_segment: called with each segment as it comes.
         on_progress: called while the recording is sent.
@@ -92,6 +98,7 @@ class Exchange:
         audio: Audio,
         model: str,
         output: Format | None,
+        language: str | None,
         phrases: Sequence[str],
         on_segment: OnSegment | None,
         on_progress: Progress | None,
@@ -107,10 +114,12 @@ class Exchange:
         self._pause, self._longest_pause = PAUSE_RANGE_SECS
         if output:
             fields = [("model", model), ("response_format", output), *(("keywords[]", phrase) for phrase in phrases)]
+            fields += [("language", language)] if language else []
             self.url = f"{server.base_url}/v1/audio/transcriptions"
             self.upload = Upload(audio, fields, on_progress)
         else:
             query = [("phrases", phrase) for phrase in phrases] + ([("format", "ndjson")] if on_segment else [])
+            query += [("language", language)] if language else []
             path = f"{server.base_url}/v2/decode/batch/{quote(model, safe='')}"
             self.url = f"{path}?{urlencode(query)}" if query else path
             self.upload = Upload(audio, None, on_progress)

@@ -18,6 +18,7 @@ from amira.client.exchange import (
     DEFAULT_TIMEOUT_SECS,
     Exchange,
     Format,
+    Latency,
     OnSegment,
     Server,
     comes_in_lines,
@@ -92,6 +93,7 @@ class Client(_Client[httpx.Client]):
         *,
         model: str = ...,
         format: None = None,
+        language: str | None = ...,
         phrases: Sequence[str] = ...,
         on_segment: OnSegment | None = None,
         on_progress: Progress | None = None,
@@ -104,6 +106,7 @@ class Client(_Client[httpx.Client]):
         *,
         model: str = ...,
         format: Format,
+        language: str | None = ...,
         phrases: Sequence[str] = ...,
         on_progress: Progress | None = None,
     ) -> str: ...
@@ -114,6 +117,7 @@ class Client(_Client[httpx.Client]):
         *,
         model: str = DEFAULT_MODEL,
         format: Format | None = None,  # noqa: A002 (the server's name of it)
+        language: str | None = None,
         phrases: Sequence[str] = (),
         on_segment: OnSegment | None = None,
         on_progress: Progress | None = None,
@@ -125,6 +129,7 @@ class Client(_Client[httpx.Client]):
             model: public name of the model.
             format: ``text``, ``json``, ``verbose_json``, ``srt`` or ``vtt`` for the text of that format, which the server
                 writes; None for a ``Transcript``.
+            language: of the speech, such as ``de``, where the model has several; None: the model decides.
             phrases: words and phrases that the recording may have, which the server boosts if its model can.
             on_segment: called with each ``Segment`` as it comes; only without ``format``.
             on_progress: called with the number of bytes sent and of all, while the recording is sent.
@@ -134,16 +139,30 @@ class Client(_Client[httpx.Client]):
             OSError: the file cannot be read.
             ValueError: ``on_segment`` is given with ``format``.
         """
-        exchange = Exchange(self._server, audio, model, format, phrases, on_segment, on_progress)
+        exchange = Exchange(self._server, audio, model, format, language, phrases, on_segment, on_progress)
         while True:
             outcome = exchange.take(self._post(exchange))
             if not isinstance(outcome, float):
                 return outcome
             time.sleep(outcome)
 
-    def live(self, *, model: str = DEFAULT_MODEL, reconnect_secs: float = RECONNECT_SECS) -> SyncLiveStream:
-        """Return a live stream, to be used as a context; it fails after ``reconnect_secs`` without a server."""
-        url, headers = self._server.stream_url(model), self._server.headers
+    def live(
+        self,
+        *,
+        model: str = DEFAULT_MODEL,
+        language: str | None = None,
+        latency: Latency | None = None,
+        reconnect_secs: float = RECONNECT_SECS,
+    ) -> SyncLiveStream:
+        """Return a live stream, to be used as a context.
+
+        Args:
+            model: public name of the model.
+            language: of the speech, such as ``de``, where the model has several; None: the model decides.
+            latency: ``low``, ``balanced`` or ``throughput``; None: the server's default.
+            reconnect_secs: longest time without a server; then the stream fails.
+        """
+        url, headers = self._server.stream_url(model, language=language, latency=latency), self._server.headers
         return SyncLiveStream(url, headers=headers, reconnect_secs=reconnect_secs)
 
     def _post(self, exchange: Exchange) -> httpx.Response | httpx.TransportError:
@@ -192,6 +211,7 @@ class AsyncClient(_Client[httpx.AsyncClient]):
         *,
         model: str = ...,
         format: None = None,
+        language: str | None = ...,
         phrases: Sequence[str] = ...,
         on_segment: OnSegment | None = None,
         on_progress: Progress | None = None,
@@ -204,6 +224,7 @@ class AsyncClient(_Client[httpx.AsyncClient]):
         *,
         model: str = ...,
         format: Format,
+        language: str | None = ...,
         phrases: Sequence[str] = ...,
         on_progress: Progress | None = None,
     ) -> str: ...
@@ -214,21 +235,31 @@ class AsyncClient(_Client[httpx.AsyncClient]):
         *,
         model: str = DEFAULT_MODEL,
         format: Format | None = None,  # noqa: A002 (the server's name of it)
+        language: str | None = None,
         phrases: Sequence[str] = (),
         on_segment: OnSegment | None = None,
         on_progress: Progress | None = None,
     ) -> Transcript | str:
         """Transcribe a recording, as ``Client.transcribe`` does; the callbacks are plain functions."""
-        exchange = await asyncio.to_thread(Exchange, self._server, audio, model, format, phrases, on_segment, on_progress)
+        exchange = await asyncio.to_thread(
+            Exchange, self._server, audio, model, format, language, phrases, on_segment, on_progress
+        )
         while True:
             outcome = exchange.take(await self._post(exchange))
             if not isinstance(outcome, float):
                 return outcome
             await asyncio.sleep(outcome)
 
-    def live(self, *, model: str = DEFAULT_MODEL, reconnect_secs: float = RECONNECT_SECS) -> LiveStream:
+    def live(
+        self,
+        *,
+        model: str = DEFAULT_MODEL,
+        language: str | None = None,
+        latency: Latency | None = None,
+        reconnect_secs: float = RECONNECT_SECS,
+    ) -> LiveStream:
         """Return a live stream, to be used as an asynchronous context, as ``Client.live`` does."""
-        url, headers = self._server.stream_url(model), self._server.headers
+        url, headers = self._server.stream_url(model, language=language, latency=latency), self._server.headers
         return LiveStream(url, headers=headers, reconnect_secs=reconnect_secs)
 
     async def _post(self, exchange: Exchange) -> httpx.Response | httpx.TransportError:

@@ -20,11 +20,11 @@ from rich.live import Live
 from rich.text import Text
 
 from amira.client.exchange import DEFAULT_BASE_URL, DEFAULT_MODEL
-from amira.client.live import Message
+from amira.client.live import LiveStream, Message
 from amira.client.rest import AsyncClient
 from amira.client.types import SAMPLE_RATE, StreamError
 from amira.commands.ending import FAILURE, START_A_SERVER, fail
-from amira.commands.options import ApiKey, Model, Url
+from amira.commands.options import ApiKey, Language, Model, Url
 
 FRAME_SECS = 0.1
 """Length of the pieces in which audio is recorded and sent."""
@@ -33,6 +33,14 @@ FRAME_SAMPLES = round(FRAME_SECS * SAMPLE_RATE)
 BYTES_PER_SAMPLE = 2
 RECONNECT_SECS = 10.0
 """Time in which the command tries to reach a server, in seconds; short, since a person waits."""
+
+
+class Latency(str, Enum):
+    """How soon words come, against accuracy and cost."""
+
+    low = "low"
+    balanced = "balanced"
+    throughput = "throughput"
 
 
 class Format(str, Enum):
@@ -63,6 +71,8 @@ def listen(
     url: Url = DEFAULT_BASE_URL,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    language: Language = None,
+    latency: Annotated[Latency | None, typer.Option(help="How soon words come.", show_default="the server's")] = None,
 ) -> None:
     """Transcribe the microphone until Ctrl-C.
 
@@ -77,7 +87,10 @@ def listen(
     except ValueError as error:
         fail(str(error))
     try:
-        final = asyncio.run(_listen(client, microphone, model))
+        stream = client.live(
+            model=model, language=language, latency=latency.value if latency else None, reconnect_secs=RECONNECT_SECS
+        )
+        final = asyncio.run(_listen(client, microphone, stream))
     except StreamError as error:
         advice = f"\namira: {START_A_SERVER}" if error.code == "unreachable" else ""
         fail(f"{error}{advice}", FAILURE)
@@ -100,7 +113,7 @@ def _check_writable(path: Path) -> None:
         fail(f"{path}: {error.strerror}")
 
 
-async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: str) -> Message:
+async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], live: LiveStream) -> Message:
     """Stream the microphone until Ctrl-C or its end, and show the transcript; return the final.
 
     Raises:
@@ -110,7 +123,7 @@ async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: 
     loop = asyncio.get_running_loop()
     with contextlib.suppress(NotImplementedError):  # on Windows, where Ctrl-C ends the command at once
         loop.add_signal_handler(signal.SIGINT, stopped.set)
-    async with client, client.live(model=model, reconnect_secs=RECONNECT_SECS) as stream:
+    async with client, live as stream:
         showing = asyncio.create_task(_show(stream))
         try:
             async for audio in microphone:

@@ -13,3 +13,6 @@ ApiKey = Annotated[
     str | None, typer.Option(envvar=API_KEY_VARIABLE, help="API key, if the server requires one.", show_default=False)
 ]
 Model = Annotated[str, typer.Option(help="Public name of the model.")]
+Language = Annotated[
+    str | None, typer.Option(help="Language of the speech, such as de, where the model has several.", show_default=False)
+]

@@ -22,7 +22,7 @@ from amira.client.rest import AsyncClient
 from amira.client.types import RequestError, Segment
 from amira.client.upload import Audio
 from amira.commands.ending import FAILURE, START_A_SERVER, fail, warn
-from amira.commands.options import ApiKey, Model, Url
+from amira.commands.options import ApiKey, Language, Model, Url
 
 RETRY_SECS = 10.0
 """Time in which the command retries, in seconds; short, since a person waits."""
@@ -62,6 +62,7 @@ class Job:
         format: format of the transcripts.
         directory: directory of the transcripts; None: standard output.
         model: public name of the model.
+        language: of the speech; None: the model decides.
         stream: whether segments are printed as they come.
     """
 
@@ -69,6 +70,7 @@ class Job:
     format: exchange.Format
     directory: Path | None
     model: str
+    language: str | None
     stream: bool
 
     def target(self, recording: Path) -> Path | None:
@@ -98,6 +100,7 @@ def transcribe(
     url: Url = DEFAULT_BASE_URL,
     api_key: ApiKey = None,
     model: Model = DEFAULT_MODEL,
+    language: Language = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Recordings sent at once.")] = 4,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes; only with --format text.")] = False,
 ) -> None:
@@ -106,7 +109,7 @@ def transcribe(
     Transcripts are printed in the order of the recordings. The exit code is 1 if any recording failed; the others are
     transcribed nevertheless.
     """
-    job = Job(recordings, format.value, output_dir, model, stream)
+    job = Job(recordings, format.value, output_dir, model, language, stream)
     _check(job)
     try:
         if output_dir:
@@ -177,9 +180,9 @@ async def _transcribe(client: AsyncClient, job: Job, name: str, audio: Audio, pr
 
     try:
         if job.stream:
-            await client.transcribe(audio, model=job.model, on_segment=print_segment, on_progress=show)
+            await client.transcribe(audio, model=job.model, language=job.language, on_segment=print_segment, on_progress=show)
             return ""
-        return await client.transcribe(audio, model=job.model, format=job.format, on_progress=show)
+        return await client.transcribe(audio, model=job.model, language=job.language, format=job.format, on_progress=show)
     finally:
         progress.remove_task(shown)
 

@@ -98,6 +98,28 @@ class Graph:
                 "(encoders with a cache must be imported)"
             )
 
+    def check_import(self, floats: Collection[str], batched: Mapping[str, int]) -> None:
+        """Check inputs of a published graph.
+
+        Args:
+            floats: inputs that must be FLOAT.
+            batched: axis of the batch, which must be open, by input.
+
+        Raises:
+            ModelError: an input has another type, or fixes the batch.
+        """
+        for name in floats:
+            if (found := self.inputs[name].type) != FLOAT:
+                kind = onnx.TensorProto.DataType.Name(found)
+                raise ModelError(
+                    f"{self.path}: input {name} is {kind}; expected FLOAT: convert it with float inputs and outputs"
+                )
+        for name, axis in batched.items():
+            if (size := self.inputs[name].shape[axis]) is not None:
+                raise ModelError(
+                    f"{self.path}: input {name} has a batch of {size}; expected any, export it with a dynamic axis"
+                )
+
     def check(self, kind: str, expected: Mapping[str, tuple[int, Shape]], *, exact: bool = False) -> None:
         """Compare the inputs or outputs with the expected ones.
 

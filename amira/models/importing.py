@@ -20,7 +20,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pydantic import BaseModel, Field, ValidationError
 from tritonclient.grpc import model_config_pb2 as pb
 
-from amira.models.check import ELEMENT_TYPES, check_cached_encoder, features_per_frame
+from amira.models.check import ELEMENT_TYPES, ProjectionError, check_cached_encoder, check_projection, features_per_frame
 from amira.models.configs import ModelError, read_config
 from amira.models.front_ends import HOP_SAMPLES, NEMO_BINS, nemo_front_end
 from amira.models.graphs import Graph, TransducerGraphs, weights_of
@@ -46,6 +46,10 @@ ASSUMED_DURATIONS = (0, 1, 2, 3, 4)
 
 LARGE_ENCODER_BYTES = 200_000_000
 """Size from which an encoder gets one session with all cores, since each session has the weights in memory."""
+
+CACHED_BATCH = 8
+"""Maximum number of cached streams in one encoder call. A call reads all weights, whether for one stream's short chunk or for
+eight: on a CPU, eight chunks of 560 ms take 40 % of what they take one by one (perf/caches.py)."""
 
 GPU_PARAMETERS = {"encoder_batch": "16", "block_frames": "32"}
 """Parameters for a GPU, which computes many windows in little more time than one; not measured."""
@@ -114,6 +118,8 @@ class ImportOptions:
         latencies: sources of the encoders for ``low`` and ``throughput``, of a model with a cached encoder.
         cache_type: element type of the packed cache: ``fp16`` or ``fp32``.
         gpu: whether its graphs are to run on a GPU.
+        projected: whether a cache has keys and values, where the graph allows it: more memory, and less time on a CPU. A GPU
+            has time, and copies its caches through the CPU.
     """
 
     quantization: str | None = None
@@ -122,6 +128,7 @@ class ImportOptions:
     latencies: Mapping[str, str] = field(default_factory=dict)
     cache_type: str = "fp16"
     gpu: bool = False
+    projected: bool = True
 
 
 DEFAULTS = ImportOptions()
@@ -149,12 +156,15 @@ def import_model(source: str, name: str, repository: Path, options: ImportOption
             raise ModelError(f"{directory} exists; choose another --name, or remove it")
     files = locate(source, options.quantization, options.files)
     config = SourceConfig.read(files["encoder"].parent / "config.json")
-    parts = _convert(files, config, options)
-    encoders = _latency_encoders(parts, options)
-    try:
-        return writer.write(parts, encoders)
-    except OSError as error:
-        raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error
+    while True:
+        parts = _convert(files, config, options)
+        encoders = _latency_encoders(parts, options)
+        try:
+            return writer.write(parts, encoders)
+        except ProjectionError:
+            options = replace(options, projected=False)
+        except OSError as error:
+            raise ModelError(f"{error.filename or repository} can't be written: {error.strerror}") from error
 
 
 def _convert(files: Mapping[str, Path], config: SourceConfig, options: ImportOptions) -> Parts:
@@ -162,7 +172,7 @@ def _convert(files: Mapping[str, Path], config: SourceConfig, options: ImportOpt
     cache_type = CACHE_TYPES[options.cache_type]
     encoder = Graph(files["encoder"])
     if nemo_cached.is_cached(encoder):
-        return nemo_cached.convert(files, cache_type, gpu=options.gpu)
+        return nemo_cached.convert(files, cache_type, gpu=options.gpu, projected=options.projected and not options.gpu)
     if icefall.is_icefall(encoder):
         return icefall.convert(files, cache_type)
     if options.latencies:
@@ -216,9 +226,12 @@ def _latency_encoders(parts: Parts, options: ImportOptions) -> dict[str, CachedE
         return {}
     encoders = {"balanced": parts.encoder}
     for latency, source in options.latencies.items():
-        path = locate(source, options.quantization, options.files)["encoder"]
-        layout = nemo_cached if nemo_cached.is_cached(Graph(path)) else icefall
-        encoders[latency] = encoder = layout.convert_encoder(path, CACHE_TYPES[options.cache_type])
+        path, cache_type = locate(source, options.quantization, options.files)["encoder"], CACHE_TYPES[options.cache_type]
+        if nemo_cached.is_cached(Graph(path)):
+            encoder = nemo_cached.convert_encoder(path, cache_type, projected=options.projected and not options.gpu)
+        else:
+            encoder = icefall.convert_encoder(path, cache_type)
+        encoders[latency] = encoder
         found, expected = (_sizes_of(each.graph.proto.graph) for each in (encoder, parts.encoder))
         if found != expected:
             raise ModelError(
@@ -346,7 +359,7 @@ class _Writer:
         frame_samples, counts = set(), []
         for latency, encoder in encoders.items():
             part = LATENCIES[latency]
-            frames = check_cached_encoder(written[part].path, encoder.window_features, encoder.chunk_features)
+            frames = _check_encoder(written[part].path, encoder)
             frame_samples.add(encoder.chunk_features * HOP_SAMPLES // frames)
             sizes = _Sizes(0, encoder.window_features, frames)
             counts.append(self._configure_graph("encoder", part, written[part], transducer, sizes))
@@ -376,8 +389,8 @@ class _Writer:
                 parameters[f"{prefix}_encoder_model"] = self._directory(LATENCIES[latency]).name
                 numbers = encoder.window_features, encoder.chunk_features, encoder.cache_size
                 parameters[f"{prefix}_features"] = ",".join(map(str, numbers))
-        if any(encoder.fixed_batch for encoder in encoders.values()):
-            parameters["encoder_batch"] = "1"
+        if any(encoder.fixed_batch for encoder in encoders.values()) or not self._gpu:
+            parameters["encoder_batch"] = str(min(1 if encoder.fixed_batch else CACHED_BATCH for encoder in encoders.values()))
         if parts.endpoint_tokens:
             parameters["endpoint_tokens"] = ",".join(map(str, parts.endpoint_tokens))
         if balanced.prompts:
@@ -439,6 +452,19 @@ class _Writer:
         (directory / "1").mkdir(parents=True, exist_ok=True)
         (directory / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
         return directory
+
+
+def _check_encoder(path: Path, encoder: CachedEncoder) -> int:
+    """Run a written encoder; return how many frames it makes of a chunk.
+
+    Raises:
+        ProjectionError: it makes other frames than the published one.
+        ModelError: it can't be run, or is not as expected.
+    """
+    frames = check_cached_encoder(path, encoder.window_features, encoder.chunk_features)
+    if encoder.published:
+        check_projection(path, encoder.window_features, encoder.published)
+    return frames
 
 
 def _cache_type(encoder: CachedEncoder) -> str:

@@ -27,6 +27,7 @@ class KnownModel:
         kind: how it streams.
         download_mb: size of its files, in MB; about.
         memory_mb: memory for its weights, in MB; about, with one session of the encoder.
+        checked: what was seen on pages and in programs that use it (2026-11-28); the files themselves were not tried.
         options: how it is imported.
     """
 
@@ -36,33 +37,54 @@ class KnownModel:
     kind: str
     download_mb: int
     memory_mb: int
+    checked: str = ""
     options: ImportOptions = field(default_factory=ImportOptions)
 
 
 _FAST_CONFORMER = "csukuangfj/sherpa-onnx-nemo-streaming-fast-conformer-transducer-en-{}ms"
-_NEMOTRON = "csukuangfj2/sherpa-onnx-nemotron-speech-streaming-en-0.6b-{}ms-int8-2026-04-25"
+_NEMOTRON = "csukuangfj2/sherpa-onnx-nemotron-{}ms-int8-{}"
+_INT8 = ImportOptions("int8")
+_ALL = "id, files, size, licence"
 
 KNOWN: Mapping[str, KnownModel] = {
     "parakeet-tdt-0.6b-v2": KnownModel(
-        "istupakov/parakeet-tdt-0.6b-v2-onnx", "CC-BY-4.0", "English", "windows", 660, 1000, ImportOptions("int8")
+        "istupakov/parakeet-tdt-0.6b-v2-onnx", "CC-BY-4.0", "English", "windows", 660, 1000, "id, files", _INT8
     ),
     "parakeet-tdt-0.6b-v3": KnownModel(
-        "istupakov/parakeet-tdt-0.6b-v3-onnx", "CC-BY-4.0", "25 European", "windows", 670, 1000, ImportOptions("int8")
+        "istupakov/parakeet-tdt-0.6b-v3-onnx", "CC-BY-4.0", "25 European", "windows", 670, 1000, _ALL, _INT8
     ),
     "parakeet-rnnt-0.6b": KnownModel(
-        "istupakov/parakeet-rnnt-0.6b-onnx", "CC-BY-4.0", "English", "windows", 650, 1000, ImportOptions("int8")
+        "istupakov/parakeet-rnnt-0.6b-onnx", "CC-BY-4.0", "English", "windows", 650, 1000, "id", _INT8
     ),
     "fastconformer-streaming": KnownModel(
         _FAST_CONFORMER.format(480),
         "CC-BY-4.0",
         "English",
         "cached, 80, 480 and 1040 ms",
-        1400,
+        1430,
         1800,
+        "id, files, size",
         ImportOptions(latencies={"low": _FAST_CONFORMER.format(80), "throughput": _FAST_CONFORMER.format(1040)}),
     ),
     "nemotron-streaming": KnownModel(
-        _NEMOTRON.format(560), "NVIDIA Open Model", "English", "cached, 560 ms", 660, 1000, ImportOptions("int8")
+        _NEMOTRON.format("speech-streaming-en-0.6b-560", "2026-04-25"),
+        "NVIDIA Open Model",
+        "English",
+        "cached, 560 ms",
+        660,
+        1000,
+        _ALL,
+        _INT8,
+    ),
+    "nemotron-3.5-streaming": KnownModel(
+        _NEMOTRON.format("3.5-asr-streaming-0.6b-560", "2026-06-11"),
+        "NVIDIA Open Model",
+        "40 locales, by language=",
+        "cached, 560 ms",
+        700,
+        1100,
+        "id, files",
+        _INT8,
     ),
     "zipformer-streaming-en": KnownModel(
         "csukuangfj/sherpa-onnx-streaming-zipformer-en-2023-06-26",
@@ -71,6 +93,7 @@ KNOWN: Mapping[str, KnownModel] = {
         "cached, 320 ms",
         265,
         400,
+        _ALL,
         ImportOptions(files="left-128"),
     ),
     "zipformer-streaming-zh": KnownModel(
@@ -80,12 +103,13 @@ KNOWN: Mapping[str, KnownModel] = {
         "cached, 320 ms",
         270,
         400,
+        "id, files, licence",
     ),
     "zipformer-gigaspeech": KnownModel(
-        "csukuangfj/sherpa-onnx-zipformer-gigaspeech-2023-12-12", "Apache-2.0", "English", "windows", 270, 500
+        "k2-fsa/sherpa-onnx-zipformer-gigaspeech-2023-12-12", "Apache-2.0", "English", "windows", 265, 500, _ALL
     ),
 }
-"""Public models by short name. Ids and licences are as published; sizes are rounded."""
+"""Public models by short name. Sizes are rounded."""
 
 
 def ensure_imported(model: str, models_home: Path) -> tuple[Path, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from amira.models.configs import ModelError
@@ -18,8 +19,13 @@ GRAPH = re.compile(r"(encoder|decoder_joint|decoder|joiner)([-_.].*)?\.onnx")
 WEIGHT_SUFFIXES = (".onnx.data", ".onnx_data", ".data", ".weights")
 """What graphs' files of weights are called after, by exporters; others are not counted before a download."""
 
-VARIANT = re.compile(r"\.(int8|uint8|fp16|quant|q4|int4)\.onnx$")
-"""Suffix of graphs that are a variant of another."""
+VARIANT = re.compile(r"[-_.](int8|uint8|int4|fp16|float16|quant|quantized|q4|q8|q4f16|bnb4)\.onnx$")
+"""Suffix of graphs that are a variant of another, and the variant's name."""
+
+HASHED_BYTES = 2**20
+"""Size of the pieces in which a file is hashed."""
+
+ARCHIVES = (".tar.bz2", ".tar.gz", ".tgz", ".tar", ".zip")
 
 NEMO_RECIPE = """\
 {path} is a NeMo checkpoint; export it where NeMo is installed, then import the directory that this writes to:
@@ -48,37 +54,77 @@ def locate(source: str, quantization: str | None, files: str = "") -> dict[str, 
     if path.suffix == ".nemo":
         raise ModelError(NEMO_RECIPE.format(path=source))
     if path.is_dir():
-        found = choose_graphs([file.name for file in path.iterdir()], quantization, files, source)
-        if "encoder" not in found and (checkpoints := sorted(path.glob("*.nemo"))):
-            raise ModelError(NEMO_RECIPE.format(path=str(checkpoints[0])))
-        missing = missing_graph(found, quantization)
-        if missing:
-            raise ModelError(f"{path / missing} is missing")
-        return {part: path / name for part, name in found.items()}
+        return _find_in(path, quantization, files)
+    if path.is_file() and path.name.endswith(ARCHIVES):
+        raise ModelError(f"{source} is an archive; unpack it, and import the directory with the .onnx files")
     if path.exists() or not HUB_ID.fullmatch(source):
         raise ModelError(f"{source} is neither a directory nor the id of a Hugging Face repository (owner/name)")
     return _download(source, quantization, files)
 
 
+def _find_in(directory: Path, quantization: str | None, files: str) -> dict[str, Path]:
+    """Return a directory's graphs by part; see ``locate``."""
+    names = sorted(file.name for file in directory.iterdir())
+    found = choose_graphs(names, quantization, files, str(directory))
+    if "encoder" not in found:
+        if checkpoints := sorted(directory.glob("*.nemo")):
+            raise ModelError(NEMO_RECIPE.format(path=str(checkpoints[0])))
+        if inner := sorted(file.parent for file in directory.glob("*/*.onnx") if GRAPH.fullmatch(file.name)):
+            raise ModelError(f"{directory} has no encoder, but {inner[0]} has .onnx files; import that directory")
+    if missing := missing_graph(found, quantization):
+        graphs = [name for name in names if name.endswith((".onnx", ".ort", ".incomplete"))]
+        raise ModelError(f"{directory / missing} is missing" + (f"; there are {', '.join(graphs)}" if graphs else ""))
+    return {part: directory / name for part, name in found.items()}
+
+
 def choose_graphs(names: Collection[str], quantization: str | None, files: str, source: str) -> dict[str, str]:
     """Return the names of a source's graphs by part.
+
+    A part without the wanted variant is taken as it is, since exporters leave small parts alone; the encoder must have it. If
+    none is wanted, and the whole model exists in one variant only, it is taken so.
 
     Raises:
         ModelError: several files could be a part.
     """
-    chosen: dict[str, str] = {}
+    by_part: dict[str, list[str]] = {}
     for name in sorted(names):
-        graph = GRAPH.fullmatch(name)
-        variant = VARIANT.search(name)
-        suits = name.endswith(f".{quantization}.onnx") if quantization else not variant
-        if not graph or not suits or files not in name:
-            continue
-        if other := chosen.get(graph[1]):
-            raise ModelError(f"{source} has {other} and {name}; choose one by --files with a part of its name")
-        chosen[graph[1]] = name
-    if "decoder_joint" in chosen:
-        return {part: chosen[part] for part in ("encoder", "decoder_joint") if part in chosen}
+        if graph := GRAPH.fullmatch(name):
+            by_part.setdefault(graph[1], []).append(name)
+    if "decoder_joint" in by_part:
+        by_part = {part: by_part[part] for part in ("encoder", "decoder_joint") if part in by_part}
+    named = {part: [name for name in found if files in name] or found for part, found in by_part.items()}
+    wanted = quantization or _only_variant(named, source)
+    chosen = {}
+    for part, found in named.items():
+        suiting = [name for name in found if _variant(name) == wanted]
+        if not suiting and part != "encoder":
+            suiting = [name for name in found if _variant(name) is None]
+        if len(suiting) > 1:
+            raise ModelError(f"{source} has {suiting[0]} and {suiting[1]}; choose one by --files with a part of its name")
+        if suiting:
+            chosen[part] = suiting[0]
     return chosen
+
+
+def _variant(name: str) -> str | None:
+    """Return the variant that a graph is by its name; None for a graph as it was exported."""
+    match = VARIANT.search(name)
+    return match[1] if match else None
+
+
+def _only_variant(by_part: Mapping[str, Collection[str]], source: str) -> str | None:
+    """Return the variant of a model that exists in one only; None if a part is there both as it was exported and as a variant.
+
+    Raises:
+        ModelError: the encoder exists in several variants, and not as it was exported.
+    """
+    variants = {part: {_variant(name) for name in names} for part, names in by_part.items()}
+    found = variants.get("encoder", {None})
+    if None in found or any(None in others and len(others) > 1 for others in variants.values()):
+        return None
+    if len(found) > 1:
+        raise ModelError(f"{source} has the encoder as {' and '.join(sorted(map(str, found)))}; choose one by --quantization")
+    return next(iter(found))
 
 
 def missing_graph(found: Collection[str], quantization: str | None) -> str:
@@ -114,16 +160,38 @@ def _download(source: str, quantization: str | None, files: str) -> dict[str, Pa
     from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415 (half a second that other commands need not wait)
 
     with _one_error(source):
-        info = HfApi().model_info(source)
-        found = _choose_on_hub(source, [file.rfilename for file in info.siblings or []], quantization, files)
+        info = HfApi().model_info(source, files_metadata=True)
+        siblings = info.siblings or []
+        digests = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs}
+        found = _choose_on_hub(source, [file.rfilename for file in siblings], quantization, files)
 
         def download(patterns: Sequence[str]) -> Path:
-            return Path(snapshot_download(source, allow_patterns=list(patterns), revision=info.sha))
+            directory = Path(snapshot_download(source, allow_patterns=list(patterns), revision=info.sha))
+            for name in patterns:
+                if name in digests:
+                    _check_digest(directory / name, digests[name])
+            return directory
 
         directory = download([*found.values(), *FILES, "config.json"])
         if weights := [data for name in found.values() for data in data_files(directory / name)]:
             download(weights)
     return {part: directory / name for part, name in found.items()}
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    """Check the content of a downloaded file; huggingface_hub checks its size alone.
+
+    Raises:
+        ModelError: it differs from the published one. The file is removed, so that the next try downloads it again.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASHED_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise ModelError(f"{path.name} has the SHA-256 {digest.hexdigest()}; published is {expected}; try again to download it")
 
 
 def _choose_on_hub(source: str, names: Sequence[str], quantization: str | None, files: str) -> dict[str, str]:
@@ -134,10 +202,9 @@ def _choose_on_hub(source: str, names: Sequence[str], quantization: str | None, 
     """
     found = choose_graphs(names, quantization, files, source)
     if missing := missing_graph(found, quantization):
-        raise ModelError(
-            f"{source} on Hugging Face has no {missing}; if it has a .nemo file, export that first: "
-            "docs/Models.md#your-own-model"
-        )
+        graphs = ", ".join(name for name in names if name.endswith((".onnx", ".nemo"))) or "no .onnx files"
+        advice = "; export the .nemo file first: docs/Models.md#your-own-model" if ".nemo" in graphs else ""
+        raise ModelError(f"{source} on Hugging Face has no {missing}; it has {graphs}{advice}")
     return found
 
 

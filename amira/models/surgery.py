@@ -51,7 +51,7 @@ class State(NamedTuple):
         input, output: its names.
         shape: its sizes; the entry at ``batch_axis`` is not used.
         batch_axis: axis of the batch.
-        element_type: ONNX element type: FLOAT or INT64.
+        element_type: ONNX element type: FLOAT, FLOAT16 or INT64.
     """
 
     input: str
@@ -165,16 +165,15 @@ def pack_states(assembly: Assembly, cache: str, states: Sequence[State], element
     Returns:
         Names of the states' tensors by the encoder's input.
     """
-    values = cache if element_type == TensorProto.FLOAT else assembly.add("Cast", cache, to=TensorProto.FLOAT)
     sizes = assembly.integers(*(state.size for state in states))
-    parts = assembly.add_many("Split", values, sizes, outputs=len(states), axis=1)
+    parts = assembly.add_many("Split", cache, sizes, outputs=len(states), axis=1)
     unpacked = {}
     for state, part in zip(states, parts, strict=True):
         rows = assembly.add("Reshape", part, assembly.integers(-1, *state.row_shape))
         if state.batch_axis:
             rank, axis = len(state.shape), state.batch_axis
             rows = assembly.add("Transpose", rows, perm=[*range(1, axis + 1), 0, *range(axis + 1, rank)])
-        if state.element_type != TensorProto.FLOAT:
+        if state.element_type != element_type:
             rows = assembly.add("Cast", rows, to=state.element_type)
         unpacked[state.input] = rows
     return unpacked
@@ -193,18 +192,15 @@ def join_states(assembly: Assembly, states: Sequence[State], names: Mapping[str,
     parts = []
     for state in states:
         rows = names[state.output]
-        if state.element_type != TensorProto.FLOAT:
-            rows = assembly.add("Cast", rows, to=TensorProto.FLOAT)
-            if element_type == TensorProto.FLOAT16:
-                rows = assembly.add("Min", rows, assembly.weight(np.array(FP16_INTEGER_LIMIT, np.float32)))
+        if state.element_type == TensorProto.INT64 and element_type == TensorProto.FLOAT16:
+            rows = assembly.add("Min", rows, assembly.integer(FP16_INTEGER_LIMIT))
+        if state.element_type != element_type:
+            rows = assembly.add("Cast", rows, to=element_type)
         if state.batch_axis:
             rank, axis = len(state.shape), state.batch_axis
             rows = assembly.add("Transpose", rows, perm=[axis, *range(axis), *range(axis + 1, rank)])
         parts.append(assembly.add("Reshape", rows, assembly.integers(-1, state.size)))
-    if element_type == TensorProto.FLOAT:
-        assembly.add("Concat", *parts, output=output, axis=1)
-    else:
-        assembly.add("Cast", assembly.add("Concat", *parts, axis=1), output=output, to=element_type)
+    assembly.add("Concat", *parts, output=output, axis=1)
 
 
 def value(name: str, element_type: int, *shape: int | str) -> onnx.ValueInfoProto:

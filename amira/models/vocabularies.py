@@ -13,8 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from amira.models.configs import ModelError
+from amira.models.graphs import LFS_POINTER
 
 BLANK = "<blk>"
+BLANK_NAMES = (BLANK, "<blank>", "<eps>")
+"""Names of the blank in published vocabularies."""
+
 WORD_START = "▁"
 FILES = ("tokens.txt", "vocab.txt", "tokenizer.json", "tokenizer.model")
 """Names of vocabulary files, in the order in which they are looked for."""
@@ -33,6 +37,12 @@ HIGHEST_BYTE = 0xC6
 
 DISAMBIGUATION = re.compile(r"#\d+")
 """Symbols that icefall adds behind the vocabulary for decoding graphs."""
+
+REPLACEMENT = "\ufffd"
+"""What bytes that are no UTF-8 are decoded to."""
+
+WITH_ID = re.compile(r".* \d+ *")
+"""A line of a vocabulary with an id."""
 
 SPECIAL = re.compile(r"<(?!unk>)[a-z]{2,3}(-[A-Z]{2})?>|<EO[UB]>")
 """Pieces that are no text: language tags, end of utterance, and end of backchannel."""
@@ -64,6 +74,8 @@ def read_pieces(path: Path) -> list[str]:
     Raises:
         ModelError: the file is malformed, or ids are missing.
     """
+    if path.read_bytes()[: len(LFS_POINTER)] == LFS_POINTER:
+        raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
     try:
         if path.suffix == ".json":
             numbered = _tokenizer_json(path)
@@ -72,7 +84,7 @@ def read_pieces(path: Path) -> list[str]:
         else:
             numbered = _numbered_lines(path)
     except (UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ModelError(f"{path} is no vocabulary: {error!r}") from error
+        raise ModelError(f"{path} is no vocabulary: {str(error) or repr(error)}") from error
     pieces = [numbered[index] for index in range(len(numbered)) if index in numbered]
     if not pieces or len(pieces) != len(numbered):
         raise ModelError(f"{path} has {len(numbered)} pieces with ids up to {max(numbered, default=0)}; expected ids from 0 on")
@@ -97,6 +109,8 @@ def to_convention(pieces: Sequence[str], logits: int, blank: int, path: Path) ->
         pieces = [*pieces, BLANK]
     if len(pieces) != logits:
         raise ModelError(f"{path} has {len(pieces)} pieces; expected {logits}, as the joint network has outputs")
+    if pieces[blank] not in BLANK_NAMES:
+        raise ModelError(f"{path} has {pieces[blank]!r} at {blank}; expected the blank there, {' or '.join(BLANK_NAMES)}")
     texts = [*pieces[:blank], *pieces[blank + 1 :]]
     if is_byte_bpe(texts):
         texts = [byte_bpe_text(text) for text in texts]
@@ -110,16 +124,16 @@ def is_byte_bpe(pieces: Sequence[str]) -> bool:
 
 
 def byte_bpe_text(piece: str) -> str:
-    """Return a piece of byte-level BPE as text where its bytes are whole characters, else as ``<0x…>`` for each byte."""
+    """Return a piece of byte-level BPE as text if its bytes are printable characters, else as ``<0x…>`` for each byte."""
     text = piece.removeprefix(WORD_START)
     start = piece[: len(piece) - len(text)]
     if re.fullmatch(r"<[\w/]+>", text) or any(character not in BYTE_OF for character in text):
         return piece
     data = bytes(BYTE_OF[character] for character in text)
-    try:
-        return start + data.decode()
-    except UnicodeDecodeError:
-        return start + "".join(f"<0x{byte:02X}>" for byte in data)
+    decoded = data.decode(errors="replace")
+    if decoded.isprintable() and REPLACEMENT not in decoded:  # a line break would be no line of a vocabulary
+        return start + decoded
+    return start + "".join(f"<0x{byte:02X}>" for byte in data)
 
 
 def to_text(pieces: Sequence[str]) -> str:
@@ -134,14 +148,25 @@ def to_text(pieces: Sequence[str]) -> str:
 
 
 def _numbered_lines(path: Path) -> dict[int, str]:
-    """Read lines ``piece id``. A line of an id alone is a space, as sherpa-onnx reads it."""
-    numbered = {}
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            text = line.rstrip("\r\n")
-            if text.strip():
-                piece, _, index = text.replace("\t", " ").rstrip().rpartition(" ")
-                numbered[int(index)] = piece or " "
+    """Read lines ``piece id``, or lines ``piece`` in the order of their ids.
+
+    A line of an id alone is a space, as sherpa-onnx reads it.
+
+    Raises:
+        ValueError: some lines have an id and others none, or an id occurs twice.
+    """
+    with path.open(encoding="utf-8-sig", newline="\n") as file:  # with or without a byte order mark
+        lines = [line.rstrip("\r\n").replace("\t", " ") for line in file if line.strip()]
+    if not any(WITH_ID.fullmatch(line) for line in lines):
+        return dict(enumerate(lines))
+    numbered: dict[int, str] = {}
+    for line in lines:
+        piece, _, index = line.rstrip().rpartition(" ")
+        if not index.isdecimal():
+            raise ValueError(f"line {line!r} has no id, and others have one")
+        if int(index) in numbered:
+            raise ValueError(f"{numbered[int(index)]!r} and {piece!r} have the id {index}")
+        numbered[int(index)] = piece or " "
     return numbered
 
 

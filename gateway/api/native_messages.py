@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from gateway.audio import RATE
+from gateway.config.settings import Latency
 from gateway.errors import ApiError, ErrorKind
 from gateway.live.events import (
     Acknowledged,
@@ -58,6 +59,21 @@ def read_events(query: Mapping[str, str]) -> Detection | None:
     if wanted != SPEECH:
         raise ApiError(ErrorKind.UNACCEPTABLE, f"events is {wanted[:40]!r}; it must be {SPEECH!r}", "events")
     return Detection()
+
+
+def read_latency(query: Mapping[str, str]) -> dict[str, str | int]:
+    """Return the decoder's options for the latency that the query of a stream names.
+
+    Raises:
+        ApiError: ``UNACCEPTABLE``, there is no such latency.
+    """
+    wanted = query.get("latency")
+    if wanted is None:
+        return {}
+    if wanted not in get_args(Latency):
+        message = f"latency is {wanted[:40]!r}; it must be one of {', '.join(get_args(Latency))}"
+        raise ApiError(ErrorKind.UNACCEPTABLE, message, "latency")
+    return {"latency": wanted}
 
 
 def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:

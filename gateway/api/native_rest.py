@@ -100,11 +100,13 @@ class Options:
         format: format of the answer.
         raw: format of the audio, if it is raw audio.
         separate: whether each channel gets a transcript of its own.
+        languages: tags of the speech's possible languages; empty if the client names none.
     """
 
     format: Format
     raw: RawFormat
     separate: bool
+    languages: Sequence[str]
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -113,6 +115,7 @@ def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
 
 PARAMETERS = [
     _query("format", "format of the answer", type="string", enum=[one.value for one in Format], default="json"),
+    _query("language", "of the speech, such as `de` or `de-DE`; refused if it is not one of the model's", type="string"),
     _query("encoding", "of raw audio", type="string", enum=["linear16", "mulaw", "alaw", "float32"], default="linear16"),
     _query("sample_rate", "of raw audio, in Hz", type="integer", minimum=8000, maximum=48000, default=16000),
     _query(
@@ -140,12 +143,14 @@ async def decode_batch(request: Request, model: str) -> Response:
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
     options = parse_options(request)
+    chosen = service.language_options(model, options.languages)
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.transcriber.admit(model, caller):
             pass  # refused before its body is read, if it can be
         upload = await held.enter_async_context(receive_upload(request))
-        recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
+        # A body that does not come holds no place.
+        recording = held.enter_context(service.transcriber.admit(model, caller, chosen))
         segments = read_segments(
             service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
         )
@@ -178,7 +183,8 @@ def parse_options(request: Request) -> Options:
         message = "channels is given more than once; send a number, 'separate', or one of each"
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
     raw = {name: query[name] for name in ("encoding", "sample_rate") if name in query}
-    return Options(chosen, parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})}), SEPARATE in channels)
+    raw_format = parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})})
+    return Options(chosen, raw_format, SEPARATE in channels, query.getlist("language"))
 
 
 async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:

@@ -21,7 +21,7 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from gateway import metrics, tracing
-from gateway.api.native_messages import Dialect, message_of, read_events
+from gateway.api.native_messages import Dialect, message_of, read_events, read_latency
 from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
@@ -246,13 +246,17 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             check_origin(socket.headers, service.settings)
             caller = check_key(socket.headers, service.settings)
             service.check_model(model)
-            detection = read_events(socket.query_params)
-            raw = parse_raw_format(socket.query_params)
+            query = socket.query_params
+            detection, options = read_events(query), read_latency(query)
+            options |= service.language_options(model, query.getlist("language"))
+            raw = parse_raw_format(query)
             if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
                 message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"
                 raise ApiError(ErrorKind.UNACCEPTABLE, message, "sample_rate")
             held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
-            session = service.sessions.open(model, caller, place=held, resumable=dialect.resumable, detection=detection)
+            session = service.sessions.open(
+                model, caller, place=held, resumable=dialect.resumable, detection=detection, options=options
+            )
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error, service)

@@ -52,7 +52,7 @@ class Form:
     Attributes:
         file: the recording.
         model: name or alias of the model.
-        languages: the recording's possible languages (ISO 639-1); none where the client does not say.
+        languages: tags of the recording's possible languages; empty if the client names none.
         format: of the answer.
         granularities: what is timed.
         logprobs: whether the answer has logarithms of probabilities.
@@ -85,7 +85,7 @@ def read_form(data: FormData) -> Form:
     form = Form(
         file=file,
         model=model,
-        languages=[language.lower().partition("-")[0] for language in (*_texts(data, "language"), *_texts(data, "languages"))],
+        languages=[*_texts(data, "language"), *_texts(data, "languages")],
         format=_choice("response_format", text_format, Format),
         granularities=frozenset(
             _choice("timestamp_granularities", name, Granularity) for name in _texts(data, "timestamp_granularities")

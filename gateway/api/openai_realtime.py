@@ -17,6 +17,7 @@ from gateway.api.openai_errors import body_of, headers_of
 from gateway.api.openai_realtime_events import read_secret_request
 from gateway.api.realtime_config import EventError, SessionConfig
 from gateway.api.realtime_session import Connection
+from gateway.api.realtime_turns import decoder_options
 from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key, key_in
@@ -49,7 +50,8 @@ async def serve_realtime(socket: WebSocket) -> None:
                 config = config.with_model(name)
             label = model = service.resolve_model(config.model) if config.model else next(iter(service.settings.models))
             place = held.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
-            service.triton.ensemble(service.settings.models[model])  # refused here if it can't be served
+            service.languages(model)  # refused here if it can't be served
+            decoder_options(service, model, config)
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error)

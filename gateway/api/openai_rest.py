@@ -18,6 +18,7 @@ from gateway.api.uploads import open_form_file, receive_form
 from gateway.audio.media_types import OCTETS
 from gateway.audio.raw import RawFormat
 from gateway.errors import ApiError, ErrorKind
+from gateway.languages import base_of
 from gateway.limits.auth import check_key
 from gateway.recordings.transcribe import Recording
 from gateway.service import Service
@@ -72,15 +73,16 @@ async def create_transcription(request: Request) -> Response:
         held.push_async_callback(data.close)
         form = read_form(data)
         request.state.model = model = service.resolve_model(form.model)
-        language = _language(form, service.settings.model_languages.get(model))
+        options = service.language_options(model, form.languages, ErrorKind.INVALID_VALUE)
         upload = await open_form_file(form.file)
-        recording = held.enter_context(service.transcriber.admit(model, caller))
+        recording = held.enter_context(service.transcriber.admit(model, caller, options))
         # The content alone says what the file is; clients name types by the file's name.
         segments = read_segments(service.files, recording, upload.body, OCTETS, RawFormat())
         if form.stream:
             return await stream(request, _events(segments, recording, form), EVENTS, held)
         await read_to_end(request, segments)
-    return _answer(recording.transcription, form, language)
+    language = options.get("language") or service.settings.model_languages.get(model) or next(iter(form.languages), "")
+    return _answer(recording.transcription, form, base_of(str(language)))
 
 
 @router.post("/v1/audio/translations", summary="Refused: no model translates", responses=openapi_responses())
@@ -97,24 +99,6 @@ async def create_translation(request: Request) -> Response:
 def _describe(name: str, service: Service) -> dict[str, Any]:
     created, owner = int(service.started_at), service.settings.service_name
     return {"id": name, "object": "model", "created": created, "owned_by": owner}
-
-
-def _language(form: Form, spoken: str | None) -> str:
-    """Return the language of a recording: the model's, or else the one that the client names.
-
-    Raises:
-        ApiError: the client names languages, and the model's is none of them.
-    """
-    if spoken is None:
-        return form.languages[0] if form.languages else ""
-    if form.languages and spoken not in form.languages:
-        raise ApiError(
-            ErrorKind.INVALID_VALUE,
-            f"language is {form.languages[0][:8]!r}, and model {form.model!r} knows {spoken!r} alone; leave language out, "
-            "or choose another model",
-            "language",
-        )
-    return spoken
 
 
 async def _events(segments: AsyncGenerator[Segment, None], recording: Recording, form: Form) -> AsyncGenerator[Part, None]:

@@ -91,6 +91,7 @@ class Transcription(_Open):
 
     model: str | None = None
     language: str | None = None
+    languages: tuple[str, ...] | None = None
     prompt: str | None = None
     delay: Literal["minimal", "low", "medium", "high", "xhigh"] | None = None
 
@@ -151,6 +152,12 @@ class SessionConfig(_Part):
         """Name of the windows; None for those of the settings."""
         delay = self.input.transcription.delay if self.input.transcription else None
         return LATENCY_OF_DELAY[delay] if delay else None
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Tags of the speech's possible languages; empty if the client names none."""
+        given = self.input.transcription
+        return tuple(filter(None, (given.language, *(given.languages or ())))) if given else ()
 
     @property
     def model(self) -> str | None:

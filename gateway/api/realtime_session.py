@@ -35,7 +35,7 @@ from gateway.api.openai_realtime_events import (
     read_event,
 )
 from gateway.api.realtime_config import EventError, Message, SessionConfig
-from gateway.api.realtime_turns import Turns
+from gateway.api.realtime_turns import Turns, decoder_options
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.audio.raw import RawStream
 from gateway.errors import ApiError, ErrorKind
@@ -184,11 +184,15 @@ class Connection:
             EventError: a value is not allowed.
         """
         config = self._config.merge(event.session)
-        if config.model and config.model != self._config.model:
-            try:
-                self._model = self._service.resolve_model(config.model)
-            except ApiError as error:
-                raise EventError(error.message, error.kind.code, "session.audio.input.transcription.model") from None
+        try:
+            changed = config.model and config.model != self._config.model
+            model = self._service.resolve_model(str(config.model)) if changed else self._model
+            decoder_options(self._service, model, config)
+        except ApiError as error:
+            if not error.kind.retryable:  # else the item tells, if Triton is still away by then
+                place = f"session.audio.input.transcription.{error.param}"
+                raise EventError(error.message, error.kind.code, place) from None
+        self._model = model
         if config.raw_format != self._config.raw_format:
             await self._flush()
             self._incoming = RawStream(config.raw_format)
@@ -239,7 +243,7 @@ class Connection:
         """Carry out the outputs of the state machine, in order."""
         for output in outputs:
             if isinstance(output, items.Open):
-                self._turns.open(output.item_id, self._model, self._config.latency)
+                self._turns.open(output.item_id, self._model, self._config)
             elif isinstance(output, items.Feed):
                 start, end = ((at - self._kept_from) * BYTES_PER_SAMPLE for at in (output.start, output.end))
                 self._turns.feed(output.item_id, np.frombuffer(self._kept[start:end], "<i2"))

@@ -7,12 +7,24 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from gateway import metrics
+from gateway.api.realtime_config import SessionConfig
 from gateway.api.realtime_items import Items, Output
-from gateway.errors import ApiError
+from gateway.errors import ApiError, ErrorKind
 from gateway.live.events import Failed, Final, Partial, SegmentFinal
 from gateway.live.session import Session
 from gateway.service import Service
 from gateway.triton.connection import Samples
+
+
+def decoder_options(service: Service, model: str, config: SessionConfig) -> dict[str, str | int]:
+    """Return the decoder's options for a configuration; a language has no effect on a model without a choice of languages.
+
+    Raises:
+        ApiError: the model's choice of languages does not have the wanted one, or no Triton can serve the model now.
+    """
+    latency = {"latency": config.latency} if config.latency else {}
+    wanted = config.languages if config.languages and service.languages(model) else ()
+    return {**latency, **service.language_options(model, wanted, ErrorKind.INVALID_VALUE)}
 
 
 @dataclass
@@ -21,7 +33,7 @@ class _Turn:
 
     item_id: str
     model: str
-    latency: str | None
+    config: SessionConfig
     audio: asyncio.Queue[Samples | None] = field(default_factory=asyncio.Queue)
     session: Session | None = None
     abandoned: bool = False
@@ -58,9 +70,9 @@ class Turns:
         self._waiting = 0  # samples that no session has taken
         self._taken = asyncio.Event()
 
-    def open(self, item_id: str, model: str, latency: str | None) -> None:
-        """Add an item, to be decoded by a model with the windows of a latency, or those of the settings."""
-        turn = self._turns[item_id] = _Turn(item_id, model, latency)
+    def open(self, item_id: str, model: str, config: SessionConfig) -> None:
+        """Add an item, to be decoded by a model as the configuration says."""
+        turn = self._turns[item_id] = _Turn(item_id, model, config)
         self._queue.put_nowait(turn)
 
     def feed(self, item_id: str, samples: Samples) -> None:
@@ -98,8 +110,8 @@ class Turns:
                 self._release(turn.audio.get_nowait())
 
     async def _decode(self, turn: _Turn) -> None:
-        options = {"latency": turn.latency} if turn.latency else {}
         try:
+            options = decoder_options(self._service, turn.model, turn.config)
             session = self._service.sessions.open(turn.model, self._caller, options=options)
         except ApiError as error:
             self._report(self._items.failed(turn.item_id, error))

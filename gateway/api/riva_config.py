@@ -11,6 +11,7 @@ from gateway.audio.convert import MAX_CHANNELS, MAX_RATE, MIN_RATE
 from gateway.audio.media_types import OCTETS
 from gateway.audio.raw import DEFAULT, Encoding, RawFormat
 from gateway.errors import ApiError, ErrorKind
+from gateway.languages import base_of
 from gateway.service import Service
 
 G711_RATE = 8_000
@@ -71,7 +72,7 @@ def read_config(config: Any, service: Service, *, live: bool, interim: bool = Fa
         ApiError: a value is not allowed, or asks for what this server cannot do.
     """
     model = service.resolve_model(config.model or next(iter(service.settings.models)))
-    _check_language(config.language_code, model, service.settings.model_languages.get(model))
+    language = _language_options(config.language_code, model, service)
     if config.max_alternatives < 0:
         raise _refused("max_alternatives", f"is {config.max_alternatives}; it must be 0 or more")
     if config.diarization_config.enable_speaker_diarization:
@@ -91,7 +92,7 @@ def read_config(config: Any, service: Service, *, live: bool, interim: bool = Fa
         separate=separate,
         words=config.enable_word_time_offsets,
         interim=interim,
-        decoder=_decoder_options(config, live=live),
+        decoder={**_decoder_options(config, live=live), **language},
         ignored=tuple(_ignored(config, live=live)),
     )
 
@@ -139,16 +140,25 @@ def _read_format(config: Any) -> RawFormat:
     return RawFormat(encoding, rate or default_rate, channels or DEFAULT.channels)
 
 
-def _check_language(code: str, model: str, spoken: str | None) -> None:
-    """Refuse a language that the model does not know.
+def _language_options(code: str, model: str, service: Service) -> dict[str, str | int]:
+    """Return the options of the decoder for a language.
 
     Args:
         code: BCP-47 code of the request; empty for none.
         model: name of the model.
-        spoken: its language; None if it accepts any.
+        service: the gateway's models.
+
+    Raises:
+        ApiError: the model does not know the language, or no Triton can serve it now.
     """
-    if spoken and code and code != ANY_LANGUAGE and code.lower().partition("-")[0] != spoken:
+    if not code or code == ANY_LANGUAGE:
+        return {}
+    spoken = service.settings.model_languages.get(model)
+    if spoken is None or service.languages(model):
+        return service.language_options(model, [code])
+    if base_of(code) != spoken:
         raise _refused("language_code", f"is {code[:40]!r}, but model {model!r} knows {spoken!r} alone")
+    return {}
 
 
 def _refused(name: str, problem: str) -> ApiError:

@@ -99,6 +99,8 @@ A_NAME = "1 … 64 letters, digits, '.', '_' or '-'"
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:/-]{1,128}$")]
 Language = Annotated[str, StringConstraints(pattern=r"^[a-z]{2}$")]
 
+Latency = Literal["low", "balanced", "throughput"]
+
 BUNDLED_ENSEMBLE = "asr_ensemble"
 BUNDLED_LANGUAGE = "en"
 OPENAI_MODELS = (
@@ -215,7 +217,7 @@ class Settings(
     max_connects_per_address: Annotated[float, Field(ge=1, le=1_000_000)] = 50.0
     """Maximum rate of new connections from one address, per second on average; a burst may be twice that."""
 
-    latency: Literal["low", "balanced", "throughput"] = "balanced"
+    latency: Latency = "balanced"
     """Window geometry of live streams: low latency, many streams (throughput), or a balance; the model offers the choices."""
     max_symbols_per_step: Annotated[int | None, Field(ge=1, le=1000)] = None
     """Maximum number of tokens per encoder frame; if not set, the model's own limit."""

@@ -32,7 +32,7 @@ class SessionToken:
 
     Attributes:
         model: public name of the model.
-        latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
+        latency, language: options of the stream, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
         chars, tokens, words, segments: length of the settled transcript; a later connection continues after it.
@@ -48,6 +48,7 @@ class SessionToken:
     words: int = 0
     stream: str = ""
     segments: int = 0
+    language: str = ""
 
     @property
     def settled(self) -> Counts:

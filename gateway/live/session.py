@@ -95,7 +95,8 @@ class Session:
         self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_PER_SAMPLE, shared.usage, clock)
         self._pace = Pace(clock=clock)
         self._publisher = Publisher()
-        self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=secrets.token_hex(8))
+        stream, language = secrets.token_hex(8), utterance.language
+        self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=stream, language=language)
         self._received = 0  # samples on this connection
         self._sent = 0  # samples since the start of the stream
         self._ended_at: float | None = None  # by the client
@@ -158,8 +159,9 @@ class Session:
         # The client sends the context again, and the audio since the token was issued.
         again_secs = self._ensemble.context_secs(self._resumed.latency) if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
-        self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
-        self._publisher = Publisher(self._resumed.settled)
+        resumed = self._resumed
+        self._utterance.resume(resumed.state, resumed.samples, resumed.latency, resumed.language)
+        self._publisher = Publisher(resumed.settled)
         self._sent = self._resumed.samples
 
     async def append(self, samples: Samples) -> None:

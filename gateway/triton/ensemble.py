@@ -35,6 +35,7 @@ class Ensemble:
         encoder_calls: maximum number of encoder calls at once.
         lacks: latencies without windows of their own, each with the missing parameter.
         cached: whether the encoder carries its context in a cache.
+        languages: languages that a stream can choose; empty if the encoder takes none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Ensemble:
     encoder_calls: int = 1
     lacks: tuple[tuple[str, str], ...] = ()
     cached: bool = False
+    languages: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, name: str, steps: Iterable[str], decoder: Mapping[str, Any]) -> Ensemble:
@@ -79,6 +81,7 @@ class Ensemble:
             encoder_calls=int(parameters.get("encoder_calls", 1)),
             lacks=tuple(item for item in needed.items() if not parameters.get(item[1])),
             cached=cached,
+            languages=tuple(part.partition("=")[0].strip() for part in parameters.get("languages", "").split(",") if part),
         )
 
     def context_secs(self, latency: str) -> float:

@@ -84,20 +84,26 @@ class Utterance:
         return str(self._options["latency"])
 
     @property
+    def language(self) -> str:
+        """Language of the speech; empty if the model decides."""
+        return str(self._options.get("language", ""))
+
+    @property
     def windows(self) -> Windows:
         """Windows of this utterance."""
         return self._ensemble.windows[self.latency]
 
-    def resume(self, state: str, samples: int, latency: str) -> None:
+    def resume(self, state: str, samples: int, latency: str, language: str) -> None:
         """Continue another utterance.
 
         Args:
             state: state of the decoder.
             samples: position of the next audio.
             latency: latency of the other utterance.
+            language: language of the other utterance; empty if the model decides.
         """
         self._state, self._kept_from = state, samples
-        self._options["latency"] = latency
+        self._options |= {"latency": latency, "language": language}
 
     async def send(self, samples: Samples, *, end: bool) -> Answer:
         """Send new audio, and return the decoder's answer; use a new sequence if the current one is lost.

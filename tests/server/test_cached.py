@@ -7,7 +7,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -19,9 +19,10 @@ from tests.support.chaos import Backend
 from tests.support.clients import END, converse, cut, decoder_metric, gateway_metrics, growth, listen, open_socket, transcribe
 from tests.support.published import TAIL, as_sherpa_onnx, imported, published, sherpa_at_once, sherpa_streamed
 from tests.support.recogniser import Recogniser
-from tests.support.servers import Gateway, Recordings, run_gateway
+from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 PARITY = ("nemo", "zipformer")
+IMPORTED = ("nemo560", "offline")
 OCTETS = {"Content-Type": "application/octet-stream"}
 
 
@@ -42,13 +43,19 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         for model in as_sherpa_onnx(name, root).glob(f"{name}*"):
             if not (repository / model.name).exists():
                 shutil.copytree(model, repository / model.name)
-    for name in ("nemo560", "offline"):
+    for name in IMPORTED:
         for model in imported(name, root).glob(f"{name}*"):
             shutil.copytree(model, repository / model.name)
     backend = Backend("cached", repository, ensembles=["nemo560"])
     await backend.start()
-    names = {name: name for name in (*PARITY, "nemo560", "offline")}
-    settings = {"models": names, "max_concurrent_streams": 64, "recovery_timeout_secs": 60, "canary_interval_secs": 3600}
+    names = {name: name for name in (*PARITY, *IMPORTED)}
+    settings = {
+        "models": names,
+        "model_languages": {"nemo560": "en"},
+        "max_concurrent_streams": 64,
+        "recovery_timeout_secs": 60,
+        "canary_interval_secs": 3600,
+    }
     try:
         async with run_gateway(triton_endpoint=backend.target, **settings) as gateway:
             yield Served(gateway, backend, repository, root)
@@ -115,6 +122,26 @@ async def test_interleaved_streams_share_calls(served: Served, recordings: Recor
     assert windows > 1.5 * calls, "windows of different streams shared few calls"
 
 
+async def test_killed_triton_costs_little_beyond_what_is_kept(
+    served: Served, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is filled from the audio that is kept, which is less than the anchor asks for: nothing is lost or repeated."""
+    monkeypatch.setattr("gateway.triton.utterance.MAX_REPLAY_SECS", 2.0)
+    samples = recordings["2033-164914-0000"]
+    url = served.gateway.stream_url("nemo560")
+    undisturbed = (await transcribe(url, samples)).final
+    before = await gateway_metrics(served.gateway.url)
+    said = await converse_slowly(url, frames_until_death(served, samples, 100_000))
+    grown = growth(before, await gateway_metrics(served.gateway.url))
+    assert grown("asr_stream_recoveries_total", outcome="recovered") >= 1
+    assert 0 < grown("asr_replayed_audio_seconds_total") < 8
+    settled = undisturbed["tokens"][: len(undisturbed["tokens"]) // 3]
+    assert said["tokens"][: len(settled)] == settled
+    assert said["audio_processed_ms"] == undisturbed["audio_processed_ms"]
+    ends = [word["end"] for word in said["words"]]
+    assert ends == sorted(ends)
+
+
 @pytest.mark.parametrize("phase", ["before an anchor", "behind an anchor"])
 async def test_killed_triton_costs_no_token(served: Served, recordings: Recordings, phase: str) -> None:
     """The cache is filled again from the audio that the gateway keeps; no text is repeated."""
@@ -126,14 +153,7 @@ async def test_killed_triton_costs_no_token(served: Served, recordings: Recordin
     undisturbed = (await transcribe(url, samples)).final
     before = await gateway_metrics(served.gateway.url)
 
-    async def frames() -> AsyncIterator[bytes]:
-        for start in range(0, len(samples), 3200):
-            if start <= kill_at < start + 3200 and served.backend.triton.pid:  # else it ended by itself, on a busy machine
-                served.backend.signal(signal.SIGKILL)
-            yield samples[start : start + 3200].tobytes()
-        yield END
-
-    said = await converse_slowly(url, frames())
+    said = await converse_slowly(url, frames_until_death(served, samples, kill_at))
     assert said["tokens"] == undisturbed["tokens"]
     assert said["text"] == undisturbed["text"]
     grown = growth(before, await gateway_metrics(served.gateway.url))
@@ -144,13 +164,22 @@ async def test_killed_triton_costs_no_token(served: Served, recordings: Recordin
         assert replayed < (kill_at - len(speech[0])) / 16_000 + 1, "audio before the anchor was sent again"
 
 
-async def converse_slowly(url: str, frames: AsyncIterator[bytes]) -> dict[str, object]:
+async def frames_until_death(served: Served, samples: Samples, kill_at: int) -> AsyncIterator[bytes]:
+    """Yield frames, and kill Triton at a sample."""
+    for start in range(0, len(samples), 3200):
+        if start <= kill_at < start + 3200 and served.backend.triton.pid:  # else it ended by itself, on a busy machine
+            served.backend.signal(signal.SIGKILL)
+        yield samples[start : start + 3200].tobytes()
+    yield END
+
+
+async def converse_slowly(url: str, frames: AsyncIterator[bytes]) -> dict[str, Any]:
     async with open_socket(url, ping_timeout=None) as socket:
         listener = asyncio.create_task(listen(socket))
         async for frame in frames:
             await socket.send(frame)
             await asyncio.sleep(0.05)
-        final: dict[str, object] = (await listener).final
+        final: dict[str, Any] = (await listener).final
         return final
 
 

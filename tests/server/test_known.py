@@ -19,7 +19,7 @@ from amira.models.known import KNOWN, KnownModel, ensure_imported
 from amira.models.repository import recognisers
 from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import AMIRA, environment, run_amira, until
-from tests.support.hub import hub_with
+from tests.support.hub import Faults, hub_with
 from tests.support.servers import Recordings
 from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached
 
@@ -29,6 +29,7 @@ class Public(NamedTuple):
 
     url: str
     requests: list[str]
+    faults: Faults
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,9 @@ def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
     for name, right in (("80", 0), ("560", 6)):
         build_nemo_cached(root / name, NemoShape(seed=2, blank_bias=6.0, right=right), external=True)
     requests: list[str] = []
-    with hub_with({f"owner/{path.name}": path for path in root.iterdir()}, requests) as url:
-        yield Public(url, requests)
+    faults = Faults()
+    with hub_with({f"owner/{path.name}": path for path in root.iterdir()}, requests, faults) as url:
+        yield Public(url, requests, faults)
 
 
 @pytest.fixture
@@ -62,10 +64,29 @@ def test_model_is_downloaded_once(on_hub: Public, tmp_path: Path) -> None:
     assert on_hub.requests == []
 
 
+def test_broken_download_goes_on_where_it_broke(on_hub: Public, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB, less of which is not kept
+    on_hub.faults.cut.add("encoder.onnx")
+    on_hub.faults.ranges.clear()
+    repository, _ = ensure_imported("owner/zipformer", tmp_path / "models")
+    assert [recogniser.name for recogniser in recognisers(repository)] == ["zipformer"]
+    assert on_hub.faults.ranges
+    assert int(on_hub.faults.ranges[-1].removeprefix("bytes=").partition("-")[0]) > 0, "downloaded from the start again"
+
+
+def test_changed_download_is_refused_and_downloaded_again(on_hub: Public, tmp_path: Path) -> None:
+    on_hub.faults.changed.add("joiner.onnx")
+    with pytest.raises(ModelError, match=r"joiner.onnx has the SHA-256 [0-9a-f]{64}; published is [0-9a-f]{64}; try again"):
+        ensure_imported("owner/zipformer", tmp_path / "models")
+    assert not list((tmp_path / "models").iterdir())
+    repository, _ = ensure_imported("owner/zipformer", tmp_path / "models")
+    assert recognisers(repository)
+
+
 @pytest.mark.usefixtures("on_hub")
 def test_short_name_imports_its_latencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ImportOptions(latencies={"low": "owner/80"})
-    monkeypatch.setitem(KNOWN, "mine", KnownModel("owner/560", "MIT", "none", "cached", 1, 1, options))
+    monkeypatch.setitem(KNOWN, "mine", KnownModel("owner/560", "MIT", "none", "cached", 1, 1, options=options))
     repository, name = ensure_imported("mine", tmp_path / "models")
     (recogniser,) = recognisers(repository)
     assert name == recogniser.name == "mine"

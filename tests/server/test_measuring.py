@@ -12,6 +12,7 @@ import pytest
 
 from amira.models.importing import import_model
 from amira.paths import ROOT, SPEECH
+from tests.support.published import imported
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ async def measure(module: str, *arguments: str | Path) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", module, *arguments, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    output, errors = await asyncio.wait_for(process.communicate(), 120)
+    output, errors = await asyncio.wait_for(process.communicate(), 300)
     assert process.returncode is not None
     return process.returncode, output.decode(), errors.decode()
 
@@ -59,6 +60,28 @@ async def test_windows_of_an_imported_model(repository: Path, speech: Path) -> N
     assert chunk < left
     assert right > 0
     assert results.read_bytes() == before, "those are the bundled model's"
+
+
+async def test_latencies_of_a_cached_model(speech: Path, tmp_path: Path) -> None:
+    """Those that the model has, with quick and without: a graph fixes its chunk."""
+    repository = imported("several", tmp_path)
+    code, output, errors = await measure("perf.windows", speech, "--repository", repository)
+    assert code == 0, errors
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]
+    measured = {row[0]: [float(cell) for cell in row[1:4]] for row in rows[1:]}
+    assert measured == {"low": [0.11, 0.08, 0.02], "balanced, throughput": [0.11, 0.56, 0.02]}
+    assert all(float(row[7]) > 0 and float(row[8]) > 0 for row in rows[1:])
+
+
+@pytest.mark.slow
+async def test_costs_of_caches() -> None:
+    code, output, errors = await measure("perf.caches", "--quick")
+    assert code == 0, errors
+    encoders, carried = output.split("\n\n")[1:]
+    rows = [line.split("|") for line in encoders.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["windows", *["frames cached"] * 3, *["keys and values cached"] * 3]
+    assert all(float(row[4]) > 0 for row in rows)
+    assert len(carried.splitlines()) == 4
 
 
 @pytest.mark.slow

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import sherpa_onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from amira.models.front_ends import Fbank, fbank
 from amira.models.importing import ImportOptions, import_model
@@ -17,6 +19,7 @@ from windows import Samples
 
 NEMO = NemoShape(seed=2, blank_bias=6.0)
 NEMO_560 = NemoShape(seed=0, blank_bias=6.0, right=6, context=70, features=128)
+NEMO_80 = replace(NEMO_560, right=0)
 NEMO_PROMPTED = NemoShape(seed=2, blank_bias=7.0, prompted=True)
 NEMOTRON = NemoShape(seed=2, blank_bias=5.0, prompted=True, features=128)
 EOU = NemoShape(seed=2, blank_bias=6.0, features=128, context=70, kernel=8)
@@ -24,9 +27,27 @@ ZIPFORMER = IcefallShape(seed=1, blank_bias=8.0)
 ZIPFORMER_640 = IcefallShape(seed=4, blank_bias=8.0, chunk=32, left=64)
 OFFLINE = IcefallShape(seed=2, blank_bias=8.0)
 
+
+def quantised(build: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return what builds a source in int8 alone, but for the decoder, as sherpa-onnx publishes some."""
+
+    def make(directory: Path) -> None:
+        build(directory)
+        for part in ("encoder", "joiner"):
+            plain = directory / f"{part}.onnx"
+            quantize_dynamic(plain, directory / f"{part}-epoch-99-avg-1.int8.onnx", weight_type=QuantType.QInt8)
+            plain.unlink()
+        (directory / "decoder.onnx").rename(directory / "decoder-epoch-99-avg-1.onnx")
+
+    return make
+
+
 SOURCES: dict[str, Callable[[Path], None]] = {
     "nemo": lambda directory: build_nemo_cached(directory, NEMO),
     "nemo560": lambda directory: build_nemo_cached(directory, NEMO_560, external=True),
+    "several": lambda directory: build_nemo_cached(directory, NEMO_560),
+    "nemo-int8": quantised(lambda directory: build_nemo_cached(directory, NEMO)),
+    "zipformer-int8": quantised(lambda directory: build_icefall(directory, ZIPFORMER)),
     "prompted": lambda directory: build_nemo_cached(directory, NEMO_PROMPTED),
     "nemotron": lambda directory: build_nemo_cached(directory, NEMOTRON, layout="nemotron", external=True),
     "eou": lambda directory: build_nemo_cached(directory, EOU, layout="eou"),
@@ -53,7 +74,11 @@ def imported(name: str, root: Path, cache_type: str = "fp16") -> Path:
     """Return a repository with an imported source under its own name."""
     repository = root / f"repository-{cache_type}"
     if not (repository / name).exists():
-        import_model(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type))
+        latencies = {}
+        if name == "several":
+            build_nemo_cached(root / "several-80", NEMO_80)
+            latencies["low"] = str(root / "several-80")
+        import_model(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type, latencies=latencies))
     return repository
 
 
@@ -61,20 +86,21 @@ def as_sherpa_onnx(name: str, root: Path) -> Path:
     """Return a repository with an imported source that differs from sherpa-onnx in nothing.
 
     sherpa-onnx begins a stream without zeros before it, so it loses NeMo's first encoder frames; its NeMo features are Kaldi's
-    with Slaney's filters; it knows no segments unless it is asked; and its caches are FP32.
+    with Slaney's filters; it knows no segments unless it is asked; and its caches are FP32 and of frames.
     """
     directory = published(name, root)
     repository = root / "as-sherpa-onnx"
     if (repository / name).exists():
         return repository
-    import_model(str(directory), name, repository, ImportOptions(cache_type="fp32"))
+    import_model(str(directory), name, repository, ImportOptions(cache_type="fp32", projected=False))
     config = repository / f"{name}_decoder" / "config.pbtxt"
     text = config.read_text(encoding="utf-8").replace('string_value: "zeros"', 'string_value: "none"')
     config.write_text(text, encoding="utf-8")
     for old, new in (('string_value: "1200"', '"0"'), ('string_value: "200"', '"100000"'), ('string_value: "20"', '"3600"')):
         edit(config, old, f"string_value: {new}")
-    if (directory / "encoder.onnx").exists() and "zipformer" not in name and name != "offline":
-        bins = next(iter(onnx.load(directory / "encoder.onnx", load_external_data=False).graph.input)).type.tensor_type.shape
+    if "zipformer" not in name and name != "offline":
+        (encoder,) = directory.glob("encoder*.onnx")
+        bins = next(iter(onnx.load(encoder, load_external_data=False).graph.input)).type.tensor_type.shape
         front_end = fbank(Fbank(bins.dim[1].dim_value, 0.0, 8000.0, remove_mean=False, window="hann", slaney=True))
         onnx.save(front_end.proto, repository / f"{name}_preprocessor" / "1" / "model.onnx")
     return repository
@@ -82,7 +108,7 @@ def as_sherpa_onnx(name: str, root: Path) -> Path:
 
 def sherpa_streamed(directory: Path, samples: Samples, language: str = "") -> tuple[list[str], list[float]]:
     """Return the tokens and their times that sherpa-onnx streams."""
-    parts = {part: str(directory / f"{part}.onnx") for part in ("encoder", "decoder", "joiner")}
+    parts = {part: str(next(directory.glob(f"{part}*.onnx"))) for part in ("encoder", "decoder", "joiner")}
     recogniser = sherpa_onnx.OnlineRecognizer.from_transducer(
         tokens=str(directory / "tokens.txt"), num_threads=1, decoding_method="greedy_search", **parts
     )

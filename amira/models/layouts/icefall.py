@@ -56,6 +56,7 @@ def convert(files: Mapping[str, Path], cache_type: int) -> Parts:
         ModelError: a file does not fit.
     """
     encoder = Graph(files["encoder"])
+    encoder.check_import(("x",), {})
     bins = encoder.inputs["x"].shape[-1]
     if not bins:
         raise ModelError(f"{encoder.path}: input x leaves its size open; export it with fixed sizes")
@@ -182,8 +183,7 @@ def merge_decoder(decoder: Path, joiner: Path, unknown: int | None) -> tuple[Edi
     Raises:
         ModelError: a graph has other tensors, or leaves sizes open.
     """
-    graphs = Graph(decoder), Graph(joiner)
-    edited = EditedGraph.load(decoder)
+    graphs, edited = (Graph(decoder), Graph(joiner)), EditedGraph.load(decoder)
     shapes = [(len(graph.inputs), len(graph.outputs)) for graph in graphs]
     if shapes != [(1, 1), (2, 1)]:
         raise ModelError(
@@ -191,6 +191,8 @@ def merge_decoder(decoder: Path, joiner: Path, unknown: int | None) -> tuple[Edi
         )
     (context_input,), (fed,) = graphs[0].inputs, graphs[0].outputs
     (frames_input, fed_input), (logit,) = graphs[1].inputs, graphs[1].outputs
+    for part in graphs:
+        part.check_import([name for name in part.inputs if name != context_input], dict.fromkeys(part.inputs, 0))
     described = metadata(edited)
     context = graphs[0].inputs[context_input].shape[1] or int(described.get("context_size", 0))
     logits = graphs[1].outputs[logit].shape[1] or int(described.get("vocab_size", 0))

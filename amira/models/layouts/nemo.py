@@ -12,7 +12,7 @@ from amira.models.front_ends import nemo_front_end
 from amira.models.graphs import Graph
 from amira.models.layouts.parts import Parts
 from amira.models.surgery import Assembly, EditedGraph, opset_of, value
-from amira.models.vocabularies import find_vocabulary, read_pieces, to_convention
+from amira.models.vocabularies import BLANK_NAMES, find_vocabulary, read_pieces, to_convention
 
 STATES = 2
 """Number of state tensors of NeMo's LSTM predictor."""
@@ -46,6 +46,8 @@ def merge_decoder(decoder: Path, joiner: Path, encoder_metadata: Mapping[str, st
     frames, fed = graphs[1].inputs
     targets, lengths, *before = graphs[0].inputs
     predicted, predicted_lengths, *after = graphs[0].outputs
+    graphs[0].check_import(before, {targets: 0, before[0]: 1})
+    graphs[1].check_import((frames, fed), {frames: 0, fed: 0})
     size = graphs[1].inputs[frames].shape[1] or 0
     layers, _, hidden = graphs[0].inputs[before[0]].shape
     layers = layers or int(encoder_metadata.get("pred_rnn_layers", 0))
@@ -95,5 +97,6 @@ def convert(files: Mapping[str, Path], *, gpu: bool) -> Parts:
     vocabulary = find_vocabulary(files["encoder"].parent)
     decoder_joint = merge_decoder(files["decoder"], files["joiner"], described)
     pieces = read_pieces(vocabulary)
-    pieces = to_convention(pieces, len(pieces), len(pieces) - 1, vocabulary)
+    count = len(pieces) + (pieces[-1] not in BLANK_NAMES)
+    pieces = to_convention(pieces, count, count - 1, vocabulary)
     return Parts(nemo_front_end(bins, gpu=gpu), files["encoder"], decoder_joint, vocabulary, bins, pieces)

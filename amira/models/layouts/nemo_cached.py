@@ -7,7 +7,8 @@ before the first chunk (NeMo's ``pad_and_drop_preencoded``).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from amira.models.configs import ModelError
 from amira.models.front_ends import nemo_log_mel
 from amira.models.graphs import Graph, Shape, count_logits, open_session
 from amira.models.layouts.nemo import merge_decoder, metadata
-from amira.models.layouts.parts import CachedEncoder, Parts
+from amira.models.layouts.parts import CachedEncoder, Floats, Parts
+from amira.models.projections import project_cache
 from amira.models.surgery import Assembly, EditedGraph, State, join_states, opset_of, pack_states, value
 from amira.models.vocabularies import END_OF_UTTERANCE, find_vocabulary, read_pieces, to_convention
 
@@ -46,18 +48,19 @@ def is_cached(encoder: Graph) -> bool:
     return STATES[0] in encoder.inputs
 
 
-def convert(files: Mapping[str, Path], cache_type: int, *, gpu: bool) -> Parts:
+def convert(files: Mapping[str, Path], cache_type: int, *, gpu: bool, projected: bool) -> Parts:
     """Convert a cache-aware model.
 
     Args:
         files: ``encoder``, and ``decoder_joint`` or ``decoder`` and ``joiner``.
         cache_type: ONNX element type of the packed cache: FLOAT16 or FLOAT.
         gpu: whether the front end must run on CUDA.
+        projected: whether the cache has keys and values instead of the frames that they are computed from, if it can.
 
     Raises:
         ModelError: a file does not fit.
     """
-    encoder = convert_encoder(files["encoder"], cache_type)
+    encoder = convert_encoder(files["encoder"], cache_type, projected=projected)
     described = metadata(EditedGraph.load(files["encoder"]))
     bins = encoder.graph.proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value
     if "decoder_joint" in files:
@@ -74,8 +77,8 @@ def convert(files: Mapping[str, Path], cache_type: int, *, gpu: bool) -> Parts:
     return Parts(front_end, encoder, decoder_joint, vocabulary, bins, pieces, endpoint_tokens=endpoints)
 
 
-def convert_encoder(path: Path, cache_type: int) -> CachedEncoder:
-    """Convert an encoder: pack its states, and give its tensors the convention's names.
+def convert_encoder(path: Path, cache_type: int, *, projected: bool) -> CachedEncoder:
+    """Convert an encoder: pack its states, and give its tensors the convention's names; see ``convert``.
 
     Raises:
         ModelError: it lacks a tensor, or leaves a size open that nothing else names.
@@ -85,6 +88,7 @@ def convert_encoder(path: Path, cache_type: int) -> CachedEncoder:
     described = metadata(edited)
     features, lengths = (_one_of(graph, "input", names) for names in (FEATURES, LENGTHS))
     frames, frame_lengths = (_one_of(graph, "output", names) for names in (FRAMES, FRAME_LENGTHS))
+    graph.check_import((features,), {})
     bins = graph.inputs[features].shape[1] or int(described.get("feat_dim", 0))
     if not bins:
         raise ModelError(f"{path}: input {features} leaves its size open; export it with fixed sizes")
@@ -93,6 +97,10 @@ def convert_encoder(path: Path, cache_type: int) -> CachedEncoder:
     fixed_batch = graph.inputs[STATES[0]].shape[states[0].batch_axis] == 1
     batch: int | str = 1 if fixed_batch else "B"
     shift, window = _window(graph, described, states, (features, lengths, frame_lengths), bins)
+    published = None
+    if projected and (changed := project_cache(edited.proto.graph, states[0], cache_type)):
+        published = partial(_encode_published, graph, states, (features, lengths, frames))
+        states = [*changed, *states[1:]]
 
     assembly = Assembly(path, opset_of(edited, path))
     prompted = "prompt_index" in graph.inputs
@@ -118,7 +126,7 @@ def convert_encoder(path: Path, cache_type: int) -> CachedEncoder:
         path.parent,
     )
     prompts, default = _prompts(path, described) if prompted else ({}, "")
-    return CachedEncoder(packed, window, shift, size, fixed_batch, prompts, default)
+    return CachedEncoder(packed, window, shift, size, fixed_batch, prompts, default, published)
 
 
 def _one_of(graph: Graph, kind: str, names: tuple[str, ...]) -> str:
@@ -188,13 +196,7 @@ def _probe_chunk(graph: Graph, states: list[State], names: tuple[str, str, str],
     """Return how many encoder frames a graph gives at most."""
     features, lengths, frame_lengths = names
     size = graph.inputs[features].shape[2] or before + PROBE_CHUNKS * SUBSAMPLING
-    feeds: dict[str, Any] = {
-        features: np.zeros((1, bins, size), np.float32),
-        lengths: np.array([size], np.int64),
-        **{state.input: np.zeros(state.shape, np.float32 if len(state.shape) > 1 else np.int64) for state in states},
-    }
-    if "prompt_index" in graph.inputs:
-        feeds["prompt_index"] = np.zeros(1, np.int64)
+    feeds = {**_fresh(graph, states), features: np.zeros((1, bins, size), np.float32), lengths: np.array([size], np.int64)}
     try:
         found = int(open_session(graph.path).run([frame_lengths], feeds)[0][0])
     except Exception as error:  # ONNX Runtime has a class of its own for every status code
@@ -202,6 +204,26 @@ def _probe_chunk(graph: Graph, states: list[State], names: tuple[str, str, str],
     if not 0 < found < PROBE_CHUNKS and graph.inputs[features].shape[2] is None:
         raise ModelError(f"{graph.path} gives {found} frames of {size} feature frames; expected a chunk of a fixed size")
     return found
+
+
+def _fresh(graph: Graph, states: Sequence[State]) -> dict[str, Any]:
+    """Return the inputs of a graph as it was published, for the first window of one stream, but without its features."""
+    feeds = {state.input: np.zeros(state.shape, np.float32 if len(state.shape) > 1 else np.int64) for state in states}
+    return feeds | ({"prompt_index": np.zeros(1, np.int64)} if "prompt_index" in graph.inputs else {})
+
+
+def _encode_published(
+    graph: Graph, states: Sequence[State], names: tuple[str, str, str], windows: Sequence[Floats]
+) -> list[Floats]:
+    """Return the frames that a graph as it was published makes of consecutive windows [1, F, W] of one stream."""
+    features, lengths, frames = names
+    session, feeds, encoded = open_session(graph.path), _fresh(graph, states), []
+    for window in windows:
+        feeds |= {features: window, lengths: np.array([window.shape[2]], np.int64)}
+        made, *after = session.run([frames, *(state.output for state in states)], feeds)
+        feeds |= {state.input: value for state, value in zip(states, after, strict=True)}
+        encoded.append(made)
+    return encoded
 
 
 def _prompts(path: Path, described: Mapping[str, str]) -> tuple[dict[str, int], str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from amira.models.graphs import TransducerGraphs
 from amira.models.surgery import EditedGraph
+
+Floats = npt.NDArray[np.float32]
 
 GraphSource = Path | EditedGraph
 """A graph to copy as it is, or one in memory to write."""
@@ -29,6 +34,8 @@ class CachedEncoder:
         fixed_batch: whether the graph takes one stream a call only.
         prompts: number of each language for ``prompt_index``, by name; empty if the graph has no such input.
         default_prompt: the language of a stream that names none; empty without prompts.
+        published: encodes consecutive windows [1, F, W] with the graph as it was published, if the cache has keys and values
+            instead of the published frames.
     """
 
     graph: EditedGraph
@@ -38,6 +45,7 @@ class CachedEncoder:
     fixed_batch: bool = False
     prompts: Mapping[str, int] = field(default_factory=dict)
     default_prompt: str = ""
+    published: Callable[[Sequence[Floats]], list[Floats]] | None = None
 
 
 @dataclass(frozen=True)

@@ -88,5 +88,5 @@ def test_resumed_streams_are_forgotten_eventually(clocks: Clocks) -> None:
 
 def test_signed_names_do_not_change() -> None:
     """Gateways of other versions read them."""
-    names = ("model", "latency", "samples", "state", "chars", "tokens", "words", "stream", "segments")
+    names = ("model", "latency", "samples", "state", "chars", "tokens", "words", "stream", "segments", "language")
     assert tuple(SessionToken.__dataclass_fields__) == names

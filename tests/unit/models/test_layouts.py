@@ -30,6 +30,8 @@ from tests.support.published import NEMO, SOURCES, ZIPFORMER, imported, publishe
 from tests.support.recogniser import open_graph
 from tests.support.servers import read_recordings
 from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached, write_tokens
+from vocabulary import read_vocabulary
+from words import text_of, words_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -181,6 +183,24 @@ def test_byte_level_pieces_become_text() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["byte-level BPE", "byte fallback"])
+def test_imported_bytes_become_whole_characters(tmp_path: Path, kind: str) -> None:
+    """A text cut into single bytes: each partial has its whole characters alone."""
+    text = "你好 né 😀"
+    bytewise = {byte: BYTE_BPE_CHARACTERS[byte] if kind == "byte-level BPE" else f"<0x{byte:02X}>" for byte in range(256)}
+    pieces = ["<blk>", "<sos/eos>", "<unk>", "▁", *bytewise.values()]
+    build_icefall(tmp_path / "source", IcefallShape(pieces=len(pieces)), pieces=pieces)
+    import_model(str(tmp_path / "source"), "mine", tmp_path / "into")
+    imported_pieces = read_vocabulary(tmp_path / "into" / "mine_detokenizer" / "vocab.txt")
+    tokens = [3] + [4 + byte if byte != ord(" ") else 3 for byte in text.encode()]  # as the file has them: the blank is first
+    shown = [imported_pieces[token - 1] for token in tokens]
+    for count in range(len(shown) + 1):
+        times = [0.1 * i for i in range(count)]
+        words = words_of(shown[:count], times, [at + 0.1 for at in times], [1.0] * count, final=count == len(shown))
+        whole = text.encode()[: max(0, count - 1)].decode(errors="ignore").strip()
+        assert text_of(words, segment=0) == whole
+
+
 def test_byte_level_vocabulary_is_recognised(tmp_path: Path) -> None:
     spelled = ["".join(BYTE_BPE_CHARACTERS[byte] for byte in text.encode()) for text in ("你", "好", "中ƀ")]
     pieces = ["<blk>", "<sos/eos>", "<unk>", *(f"▁{text}" for text in spelled), BYTE_BPE_CHARACTERS[0xE4], "Ʀ", "▁the"]
@@ -212,7 +232,10 @@ def test_imported_parameters(root: Path, name: str) -> None:
     found = {key: value.string_value for key, value in config.parameters.items()}
     expected: dict[str, dict[str, str]] = {
         "nemo": {"window_features": "25", "chunk_features": "16", "fresh_features": "zeros", "frame_samples": "1280"},
-        "nemo560": {"window_features": "65", "chunk_features": "56", "cache_size": "4737"},
+        "nemo560": {"window_features": "65", "chunk_features": "56", "cache_size": "9217"},
+        "several": {"low_latency_encoder_model": "several_encoder_low", "low_latency_features": "17,8,9217"},
+        "nemo-int8": {"cache_size": "2049", "encoder_batch": "8"},
+        "zipformer-int8": {"window_features": "45", "encoder_batch": "8"},
         "prompted": {"languages": "auto=5,en-US=0,de-DE=1", "default_language": "auto"},
         "nemotron": {"encoder_batch": "1", "chunk_features": "16", "languages": "auto=5,en-US=0,de-DE=1"},
         "eou": {"endpoint_tokens": "38", "chunk_features": "16", "window_features": "25"},
@@ -279,7 +302,7 @@ def test_latencies_are_several_encoders(tmp_path: Path) -> None:
     import_model(str(tmp_path / "160"), "mine", tmp_path / "into", options)
     text = (tmp_path / "into" / "mine_decoder" / "config.pbtxt").read_text()
     assert 'string_value: "mine_encoder_low"' in text
-    assert 'string_value: "17,8,1153"' in text
+    assert 'string_value: "17,8,2049"' in text
     with pytest.raises(ModelError, match="has 80 features and 48 values per frame; expected 80 and 32"):
         import_model(str(tmp_path / "160"), "b", tmp_path / "into", ImportOptions(latencies={"low": str(tmp_path / "other")}))
 
@@ -303,7 +326,7 @@ def test_imported_graphs_are_taken_by_triton(root: Path, name: str) -> None:
     ("old", "new", "named"),
     [
         ('"cached"', '"windowed"', "parameter encoder_kind is 'windowed'; .*encoder/1/model.onnx is 'cached'"),
-        ('"1153"', '"1152"', "parameter cache_size is '1152'; .*encoder/1/model.onnx has '1153'"),
+        ('"2049"', '"2048"', "parameter cache_size is '2048'; .*encoder/1/model.onnx has '2049'"),
         ('"fp16"', '"fp32"', "parameter cache_type is 'fp32'; .*encoder/1/model.onnx has 'fp16'"),
         ('"25"', '"wide"', "parameter window_features is 'wide'; expected a whole number"),
     ],
