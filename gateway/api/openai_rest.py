@@ -1,4 +1,4 @@
-"""``/v1``: the face of the recordings' engine for clients of OpenAI's API."""
+"""``/v1``: a face of the engine of recordings, for clients of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 PREFIX = "/v1/"
-"""Where OpenAI's API is; errors below it have OpenAI's types."""
+"""Prefix of OpenAI's API; errors below it have OpenAI's types."""
 
 EVENTS = Wire("text/event-stream", lambda event: b"data: " + orjson.dumps(event) + b"\n\n", body_of)
 """Server-sent events (HTML standard, 9.2)."""
@@ -37,7 +37,7 @@ router = APIRouter()
 
 @router.get("/v1/models", summary="List the models", responses=openapi_responses())
 async def list_models(request: Request) -> dict[str, Any]:
-    """Answer with all names of all models."""
+    """Return all names of all models."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     settings = service.settings
@@ -46,7 +46,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}", summary="Describe a model", responses=openapi_responses())
 async def describe_model(request: Request, name: str) -> dict[str, Any]:
-    """Answer with one model, by its name or an alias."""
+    """Return one model, by its name or an alias."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     service.resolve_model(name)
@@ -61,7 +61,7 @@ async def describe_model(request: Request, name: str) -> dict[str, Any]:
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
 )
 async def create_transcription(request: Request) -> Response:
-    """Answer one recording."""
+    """Return the transcript of one recording."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     async with AsyncExitStack() as held:
@@ -121,7 +121,7 @@ async def _events(segments: AsyncGenerator[Segment, None], recording: Recording,
     """Yield the event of each segment, and the last one.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
     """
     async with aclosing(segments):
         async for segment in segments:

@@ -23,7 +23,7 @@ from gateway.errors import ApiError, ErrorKind
 log = structlog.get_logger()
 
 MEMORY_BYTES = 2**20
-"""Maximum size of a body in memory, as Starlette has it for the files of forms; 33 s of raw PCM."""
+"""Maximum size of a body in memory, equal to Starlette's limit for files of forms; 33 s of raw PCM."""
 
 MAX_FIELDS, MAX_FIELD_BYTES = 16, 2**20
 """Maximum number of fields of a form beside its file, and maximum size of one in bytes."""
@@ -33,15 +33,45 @@ MAX_FIELDS_BYTES = 16 * 2**20
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+UPLOAD_SCHEMA: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/octet-stream": _BINARY,
+        "audio/wav": _BINARY,
+        "audio/flac": _BINARY,
+        "audio/ogg": _BINARY,
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"file": {"type": "string", "format": "binary"}},
+                "required": ["file"],
+            }
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+                    "opaque": {},
+                    "description": {},
+                },
+                "required": ["audio_buffer"],
+            }
+        },
+    },
+}
+"""The bodies that ``receive_upload`` reads, for OpenAPI."""
+
 
 @dataclass(frozen=True)
 class Upload:
-    """A recording as it was received.
+    """A received recording.
 
     Attributes:
-        body: its bytes, or the open file that has them.
+        body: its bytes, or an open file with them.
         content_type: its media type.
-        opaque: what the answer repeats: the value of this name in a JSON request, if there is one.
+        opaque: the ``opaque`` of a JSON request, which the answer repeats; empty if there is none.
     """
 
     body: bytes | BinaryIO
@@ -119,7 +149,7 @@ async def receive_form(request: Request, max_fields: int = MAX_FIELDS, max_field
 
 
 async def open_form_file(file: UploadFile) -> Upload:
-    """Return the file of a form, which must stay open while it is used."""
+    """Return the file of a form; the form must stay open while the file is used."""
     content_type = file.content_type or OCTETS
     if (file.size or 0) <= MEMORY_BYTES:
         return Upload(await file.read(), content_type)

@@ -1,4 +1,4 @@
-"""Repair the sizes in AU and CAF headers, which writers to a pipe do not know."""
+"""Repair the sizes in AU and CAF headers: a program that writes to a pipe does not know them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CAF_CHUNKS = 128
 
 
 def repair_au(file: Body) -> Parts:
-    """Return an AU file in which a size of 0 is the value for unknown, which libsndfile reads to the end."""
+    """Return an AU file in which a size of 0 is replaced by the value for unknown, with which libsndfile reads to the end."""
     if any(file[AU_DATA_SIZE]):
         return [file.view()]
     return [file[: AU_DATA_SIZE.start], UNKNOWN, file.view(AU_DATA_SIZE.stop)]

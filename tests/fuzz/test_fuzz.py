@@ -16,8 +16,9 @@ import pytest
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from gateway.config.settings import Settings
-from tests.support.chaos import Backend, backends, gateway_process
+from tests.support.chaos import Backend, backends
 from tests.support.clients import decoder_metric
+from tests.support.commands import gateway_process
 from tests.support.dialogue import Server, converse_until, transcriber
 from tests.support.servers import read_recordings
 

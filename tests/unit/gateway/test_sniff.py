@@ -70,7 +70,7 @@ CONTAINERS = {
 }
 """Formats that need the extra."""
 
-LIVE = ("WAV", "Ogg", "WebM or Matroska")
+LIVE = ("WAV", "FLAC", "Ogg", "WebM or Matroska")
 """Formats that a stream may have."""
 
 FOREIGN = {

@@ -28,6 +28,7 @@ SPEECH: NDArray[np.int16] = soundfile.read(Path(__file__).parents[2] / "speech" 
 ]
 WEBM = encode_container(SPEECH, "webm", "libopus", options=RECORDER)
 OGG = encode_container(SPEECH, "ogg", "libopus", options={"page_duration": "100000"})
+FLAC = encode_container(SPEECH, "flac", "flac", rate=RATE)
 
 
 def wav(subtype: str, rate: int = RATE, channels: int = 1) -> bytes:
@@ -78,7 +79,7 @@ LENGTHS = [(640,), (2,), (7, 2, 1000), (2**20,)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("body", [WEBM, OGG], ids=["WebM", "Ogg"])
+@pytest.mark.parametrize("body", [WEBM, OGG, FLAC], ids=["WebM", "Ogg", "FLAC"])
 async def test_containers_are_decoded_as_a_file_is(files: FilePool, body: bytes, lengths: Sequence[int]) -> None:
     samples, expected = await send(files, body, lengths), decode_audio(body, "", 60)
     assert abs(len(samples) - len(expected)) <= 1
