@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +168,7 @@ def _encode(windows: Floats) -> Floats:
     return result
 
 
-def _taps(values: NDArray[np.floating], stride: int) -> Floats:
+def _taps(values: NDArray[np.floating[Any]], stride: int) -> Floats:
     """Return the inputs of a convolution of 3 values over time: [n * (4 / stride), 3 * size] of values [n, 4, size]."""
     frames, times, size = values.shape
     padded = np.zeros((frames, times + 2, size), np.float32)
