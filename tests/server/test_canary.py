@@ -100,9 +100,9 @@ async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordi
 async def test_recording_and_stream_outlast_a_lost_process(
     backend: Backend, recordings: Recordings, model: str, how: signal.Signals
 ) -> None:
-    """A minute's recording and one live stream, too few to open a circuit breaker."""
-    long = np.tile(recordings["jfk"], 6)
-    settings = {"canary_interval_secs": INTERVAL_SECS, "recovery_timeout_secs": RESTARTED_SECS, "max_concurrent_batches": 2}
+    """A recording of minutes, several pieces of which are in flight, and one live stream: too few to open a circuit breaker."""
+    long = np.tile(recordings["jfk"], 20)
+    settings = {"canary_interval_secs": INTERVAL_SECS, "recovery_timeout_secs": RESTARTED_SECS, "max_concurrent_batches": 3}
     async with run_gateway(triton_endpoint=backend.target, **settings) as gateway, httpx.AsyncClient(timeout=240) as http:
         await wait_for_readiness(gateway, 200, RESTARTED_SECS)
 
