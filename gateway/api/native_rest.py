@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from gateway.api.error_schema import openapi_responses
+from gateway.api.phrases import MAX_PHRASES, LanguageModel, language_options
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
 from gateway.api.uploads import Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
@@ -100,11 +101,13 @@ class Options:
         format: of the answer.
         raw: format of the audio, if it is raw.
         separate: whether each channel gets a transcript of its own.
+        decoder: options of the decoder.
     """
 
     format: Format
     raw: RawFormat
     separate: bool
+    decoder: Mapping[str, str | int]
 
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -152,6 +155,10 @@ PARAMETERS = [
         items={"anyOf": [{"type": "integer", "minimum": 1, "maximum": 8}, {"const": SEPARATE}]},
         maxItems=2,
     ),
+    _query("phrases", "phrase to boost; one per parameter", type="array", items={"type": "string"}, maxItems=MAX_PHRASES),
+    _query(
+        "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="on"
+    ),
 ]
 
 
@@ -175,7 +182,8 @@ async def decode_batch(request: Request, model: str) -> Response:
         with service.transcriber.admit(model, caller):
             pass  # refused before its body is read, if it can be
         upload = await held.enter_async_context(receive_upload(request))
-        recording = held.enter_context(service.transcriber.admit(model, caller))  # a body that does not come holds no place
+        # A body that does not come holds no place.
+        recording = held.enter_context(service.transcriber.admit(model, caller, options.decoder))
         segments = read_segments(
             service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
         )
@@ -208,7 +216,8 @@ def parse_options(request: Request) -> Options:
         message = "channels is given more than once; send a number, 'separate', or one of each"
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
     raw = {name: query[name] for name in ("encoding", "sample_rate") if name in query}
-    return Options(chosen, parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})}), SEPARATE in channels)
+    raw_format = parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})})
+    return Options(chosen, raw_format, SEPARATE in channels, language_options(query))
 
 
 async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:

@@ -22,6 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from gateway import metrics, tracing
 from gateway.api.native_messages import Dialect, message_of, read_events
+from gateway.api.phrases import language_options
 from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
@@ -251,8 +252,11 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
                 message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"
                 raise ApiError(ErrorKind.UNACCEPTABLE, message, "sample_rate")
+            options = language_options(socket.query_params)
             held = place.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
-            session = service.sessions.open(model, caller, place=held, resumable=dialect.resumable, detection=detection)
+            session = service.sessions.open(
+                model, caller, place=held, resumable=dialect.resumable, detection=detection, options=options
+            )
         except ApiError as error:
             status = error.kind.status
             await _refuse(socket, error, service)

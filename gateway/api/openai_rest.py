@@ -75,7 +75,7 @@ async def create_transcription(request: Request) -> Response:
         request.state.model = model = service.resolve_model(form.model)
         language = _language(form, service.settings.model_languages.get(model))
         upload = await open_form_file(form.file)
-        recording = held.enter_context(service.transcriber.admit(model, caller))
+        recording = held.enter_context(service.transcriber.admit(model, caller, form.decoder))
         # The content alone says what the file is; clients name types by the file's name.
         segments = read_segments(service.files, recording, upload.body, OCTETS, RawFormat())
         if form.stream:

@@ -14,7 +14,7 @@ from phrases import Phrases
 from segmentation import Segmenter, phrase_spellings, read_scores
 
 MAX_PHRASES = 500
-"""Maximum number of phrases of a stream, and of the model's file."""
+"""Maximum number of phrases of a stream, beside those of the model's file."""
 
 MAX_PHRASE_CHARACTERS = 200
 """Maximum length of a phrase in characters."""
@@ -60,6 +60,8 @@ class Fusions:
             ParameterError: there are too many phrases, or one is too long or has a factor that is not allowed.
         """
         p = self._parameters
+        if (lines := len(options.phrases.splitlines())) > MAX_PHRASES:
+            raise ParameterError(f"phrases has {lines} lines; at most {MAX_PHRASES} are allowed")
         model = self._model if options.language_model == "on" else None
         phrases = self._build(f"{self._shared}\n{options.phrases}" if options.phrases else self._shared)
         return Fusion(model, p.language_model_weight, p.internal_lm_weight, phrases)
@@ -68,8 +70,6 @@ class Fusions:
         """Return the phrases of lines; None if there are none that the pieces can spell."""
         bonuses: dict[tuple[int, ...], float] = {}
         given = [line.strip() for line in lines.splitlines() if line.strip()]
-        if len(given) > 2 * MAX_PHRASES:
-            raise ParameterError(f"phrases has {len(given)} lines; at most {MAX_PHRASES} are allowed")
         for line in given:
             phrase, _, factor = line.partition("\t")
             if len(phrase) > MAX_PHRASE_CHARACTERS:
