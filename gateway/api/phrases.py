@@ -16,6 +16,10 @@ MAX_CHARACTERS = 200
 """Maximum length of a phrase in characters; the decoder has the same limit."""
 
 
+MAX_FACTOR = 10.0
+"""Largest factor of a phrase's bonus; the decoder has the same limit."""
+
+
 class LanguageModel(Enum):
     """Whether the model's language model is used; each value is the name in the query."""
 
@@ -27,24 +31,36 @@ def phrase_options(phrases: Sequence[str], name: str, kind: ErrorKind = ErrorKin
     """Return the decoder's option for phrases; none without phrases.
 
     Args:
-        phrases: as the client typed them.
+        phrases: as the client typed them; a tab and a number behind a phrase multiply its bonus.
         name: of the field, for messages.
         kind: of the errors.
 
     Raises:
-        ApiError: there are too many phrases, or one is too long.
+        ApiError: there are too many phrases, or one is too long or has a factor that is not allowed.
     """
-    lines = [text for phrase in phrases if (text := " ".join(phrase.split()))]
+    lines = []
+    for phrase in phrases:
+        text, tab, factor = phrase.strip().partition("\t")
+        text = " ".join(text.split())
+        if not text:
+            continue
+        if len(text) > MAX_CHARACTERS:
+            message = f"{name} has a phrase of {len(text)} characters, {text[:40]!r}…; at most {MAX_CHARACTERS} are allowed"
+            raise ApiError(kind, message, name)
+        if tab and not _is_factor(factor):
+            message = f"{name}: the factor of {text!r} is {factor[:40]!r}; it must be above 0 and at most {MAX_FACTOR:g}"
+            raise ApiError(kind, message, name)
+        lines.append(f"{text}\t{float(factor):g}" if tab else text)
     if len(lines) > MAX_PHRASES:
         raise ApiError(kind, f"{name} has {len(lines)} phrases; at most {MAX_PHRASES} are allowed", name)
-    if longest := max(lines, key=len, default=""):
-        if len(longest) > MAX_CHARACTERS:
-            message = (
-                f"{name} has a phrase of {len(longest)} characters, {longest[:40]!r}…; at most {MAX_CHARACTERS} are allowed"
-            )
-            raise ApiError(kind, message, name)
-        return {"phrases": "\n".join(lines)}
-    return {}
+    return {"phrases": "\n".join(lines)} if lines else {}
+
+
+def _is_factor(text: str) -> bool:
+    try:
+        return 0 < float(text) <= MAX_FACTOR
+    except ValueError:
+        return False
 
 
 def language_options(query: QueryParams) -> dict[str, str | int]:
