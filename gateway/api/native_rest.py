@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from gateway.api.error_schema import openapi_responses
-from gateway.api.phrases import MAX_PHRASES, LanguageModel, language_options
+from gateway.api.phrases import MAX_BEAM, MAX_PHRASES, LanguageModel, language_options
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
 from gateway.api.uploads import Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
@@ -155,6 +155,7 @@ PARAMETERS = [
         items={"anyOf": [{"type": "integer", "minimum": 1, "maximum": 8}, {"const": SEPARATE}]},
         maxItems=2,
     ),
+    _query("beam", "width of the beam; 1: greedy", type="integer", minimum=1, maximum=MAX_BEAM),
     _query("phrases", "phrase to boost; one per parameter", type="array", items={"type": "string"}, maxItems=MAX_PHRASES),
     _query(
         "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="on"

@@ -20,6 +20,10 @@ MAX_FACTOR = 10.0
 """Largest factor of a phrase's bonus; the decoder has the same limit."""
 
 
+MAX_BEAM = 16
+"""Largest width of a beam; the decoder has the same limit."""
+
+
 class LanguageModel(Enum):
     """Whether the model's language model is used; each value is the name in the query."""
 
@@ -64,7 +68,7 @@ def _is_factor(text: str) -> bool:
 
 
 def language_options(query: QueryParams) -> dict[str, str | int]:
-    """Return the decoder's options from a query: ``phrases``, one per parameter, and ``language_model``.
+    """Return the decoder's options from a query: ``phrases``, one per parameter, ``language_model`` and ``beam``.
 
     Raises:
         ApiError: a value is not allowed.
@@ -76,4 +80,9 @@ def language_options(query: QueryParams) -> dict[str, str | int]:
             message = f"language_model is {given[:40]!r}; it must be one of {', '.join(known)}"
             raise ApiError(ErrorKind.UNACCEPTABLE, message, "language_model")
         options["language_model"] = given
+    if (width := query.get("beam")) is not None:
+        if not width.isdecimal() or not 1 <= int(width) <= MAX_BEAM:
+            message = f"beam is {width[:40]!r}; it must be a whole number from 1 to {MAX_BEAM}"
+            raise ApiError(ErrorKind.UNACCEPTABLE, message, "beam")
+        options["beam"] = int(width)
     return options

@@ -153,6 +153,7 @@ def sound() -> bytes:
         ({"phrases": ["a"] * 501}, "phrases has 501 phrases; at most 500 are allowed"),
         ({"phrases": "b" * 201}, "a phrase of 201 characters"),
         ({"phrases": "b\t11"}, "the factor of 'b' is '11'; it must be above 0 and at most 10"),
+        ({"beam": "17"}, "beam is '17'; it must be a whole number from 1 to 16"),
         ({"language_model": "perhaps"}, "language_model is 'perhaps'; it must be one of on, off"),
     ],
 )
