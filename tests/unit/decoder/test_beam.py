@@ -5,43 +5,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amira.models.ngrams import estimate
 from beam import BeamOptions, BeamRow
 from fusion import NO_FUSION, Context, Fusion
 from greedy import Floats, Row, Token, decode
-from phrases import Phrases
+from tests.support.languages import random_fusion
 from tests.support.transducers import DIMENSION, VOCABULARY, RandomTransducer, assert_same, decode_frame_by_frame, random_frames
 
 UNLIMITED = 10**9
 KINDS: list[tuple[int, ...]] = [(), (0, 1, 2)]
-PIECES = [f"▁{chr(97 + i)}" for i in range(VOCABULARY)]
 EXHAUSTIVE = BeamOptions(10**6, 2, 0.3, math.inf)
 
 seeds = st.integers(0, 10**6)
 
 
-@functools.cache
-def language_model(seed: int) -> Any:  # mypy sees the module behind two names
-    """Return a model of random texts."""
-    random = np.random.default_rng(seed)
-    return estimate([random.integers(0, VOCABULARY, 6).tolist() for _ in range(20)], 3, PIECES)
-
-
-def fusion(seed: int, *, with_phrases: bool = True) -> Fusion:
-    random = np.random.default_rng(seed)
-    bonuses = {tuple(random.integers(0, VOCABULARY, 3).tolist()): 1.0 for _ in range(3)}
-    phrases = Phrases(bonuses, VOCABULARY, {1, 3}) if with_phrases else None
-    return Fusion(language_model(seed % 5), 0.6, 0.3, phrases)
-
-
-fusions = st.one_of(st.just(NO_FUSION), seeds.map(fusion))
+fusions = st.one_of(st.just(NO_FUSION), seeds.map(random_fusion))
 
 
 def log_softmax(values: Floats) -> list[float]:
@@ -234,7 +217,7 @@ def test_greedy_with_a_language_model_equals_frame_by_frame(
 
 
 def test_language_model_costs_no_calls() -> None:
-    network, added = RandomTransducer(7, blank_bias=3.0), fusion(3)
+    network, added = RandomTransducer(7, blank_bias=3.0), random_fusion(3)
     for chosen in (NO_FUSION, added):
         predictor = network.fresh()
         predictor.context = chosen.fresh()
@@ -250,5 +233,5 @@ def test_language_model_and_phrases_change_tokens() -> None:
     network = RandomTransducer(7, blank_bias=3.0)
     frames = [random_frames(i, 20) for i in range(10)]
     plain = [row.tokens for row in run(network, frames, BeamOptions(), [NO_FUSION] * 10)]
-    for added in (fusion(3, with_phrases=False), Fusion(phrases=fusion(3).phrases)):
+    for added in (random_fusion(3, with_phrases=False), Fusion(phrases=random_fusion(3).phrases)):
         assert [row.tokens for row in run(network, frames, BeamOptions(), [added] * 10)] != plain
