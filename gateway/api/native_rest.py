@@ -158,7 +158,7 @@ PARAMETERS = [
     _query("beam", "width of the beam; 1: greedy", type="integer", minimum=1, maximum=MAX_BEAM),
     _query("phrases", "phrase to boost; one per parameter", type="array", items={"type": "string"}, maxItems=MAX_PHRASES),
     _query(
-        "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="on"
+        "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="auto"
     ),
 ]
 

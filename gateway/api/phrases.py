@@ -27,6 +27,7 @@ MAX_BEAM = 16
 class LanguageModel(Enum):
     """Whether the model's language model is used; each value is the name in the query."""
 
+    AUTO = "auto"
     ON = "on"
     OFF = "off"
 

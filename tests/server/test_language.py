@@ -31,7 +31,7 @@ MODES: list[dict[str, Any]] = [
     {"context": "whole", "language_model": "off", "beam": 1},
     {"context": "whole", "phrases": PHRASE},
     {},
-    {"language_model": "off"},
+    {"language_model": "on"},
     {"phrases": f"{PHRASE}\t4"},
 ]
 
@@ -53,7 +53,7 @@ async def test_words_of_a_beam_are_in_order(ensemble: Ensemble, recordings: Reco
         assert words[-1]["end"] <= len(samples) / 16000
 
 
-@pytest.mark.parametrize("options", [{}, {"phrases": f"{PHRASE}\t4"}, {"language_model": "off"}])
+@pytest.mark.parametrize("options", [{"language_model": "on"}, {"phrases": f"{PHRASE}\t4"}, {}])
 async def test_state_moves_with_its_language(ensemble: Ensemble, recordings: Recordings, options: dict[str, Any]) -> None:
     """Each request goes to another sequence, which restores the state of the last."""
     samples = recordings["jfk"]
@@ -95,7 +95,7 @@ async def test_cuts_change_nothing_with_phrases(ensemble: Ensemble, recordings: 
     ("options", "named"),
     [
         ({"beam": 17}, "beam is 17; it must be within 1 … 16"),
-        ({"language_model": "maybe"}, "language_model is 'maybe'; allowed are 'on' and 'off'"),
+        ({"language_model": "maybe"}, "language_model is 'maybe'; allowed are 'on', 'off' and 'auto'"),
         ({"phrases": "a\tb"}, "phrase 'a' has the factor 'b'; it must be above 0 and at most 10"),
         ({"phrases": "x" * 201}, "has 201 characters; at most 200"),
         ({"phrases": "a\n" * 501}, "phrases has 501 lines; at most 500"),
@@ -129,7 +129,7 @@ async def test_phrases_change_the_text_through_the_gateway(
             messages = [orjson.loads(message) async for message in socket]
         return str(messages[-1]["text"])
 
-    assert await stream("?language_model=off") != await stream("")
+    assert await stream("?language_model=on&phrases=and%20sew%094") != await stream("")
 
 
 async def test_keywords_are_boosted(gateway: Gateway, http: httpx.AsyncClient, sound: bytes) -> None:
@@ -154,7 +154,7 @@ def sound() -> bytes:
         ({"phrases": "b" * 201}, "a phrase of 201 characters"),
         ({"phrases": "b\t11"}, "the factor of 'b' is '11'; it must be above 0 and at most 10"),
         ({"beam": "17"}, "beam is '17'; it must be a whole number from 1 to 16"),
-        ({"language_model": "perhaps"}, "language_model is 'perhaps'; it must be one of on, off"),
+        ({"language_model": "perhaps"}, "language_model is 'perhaps'; it must be one of auto, on, off"),
     ],
 )
 async def test_bad_query_is_unacceptable(gateway: Gateway, http: httpx.AsyncClient, query: dict[str, Any], named: str) -> None:

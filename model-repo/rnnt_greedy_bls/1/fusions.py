@@ -62,7 +62,8 @@ class Fusions:
         p = self._parameters
         if (lines := len(options.phrases.splitlines())) > MAX_PHRASES:
             raise ParameterError(f"phrases has {lines} lines; at most {MAX_PHRASES} are allowed")
-        model = self._model if options.language_model == "on" else None
+        is_used = options.language_model == "on" or (options.language_model == "auto" and options.context == "whole")
+        model = self._model if is_used else None
         phrases = self._build(f"{self._shared}\n{options.phrases}" if options.phrases else self._shared)
         return Fusion(model, p.language_model_weight, p.internal_lm_weight, phrases)
 

@@ -187,7 +187,8 @@ class Options:
         save_state: 1 adds the stream's state to every response; another sequence can continue from it.
         language: language of the speech, for an encoder that takes one; empty: the model's default.
         beam: number of hypotheses for recordings that are decoded whole, 1 … 16; 1: greedy. Streams are decoded greedily.
-        language_model: whether the language model is used: ``on`` or ``off``.
+        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole. Without a
+            beam and without the audio ahead, it changes words and does not mend them.
         phrases: phrases to boost: one per line, at most ``MAX_PHRASES``; behind a tab, the factor of their bonus.
     """
 
@@ -199,7 +200,7 @@ class Options:
     save_state: int = 0
     language: str = ""
     beam: int = 1
-    language_model: str = "on"
+    language_model: str = "auto"
     phrases: str = ""
 
     def override(self, given: Mapping[str, Any]) -> Options:
@@ -229,8 +230,8 @@ class Options:
             raise ParameterError(f"context is {self.context!r}; allowed are 'window' and 'whole'")
         if self.latency not in LATENCIES:
             raise ParameterError(f"latency is {self.latency!r}; allowed are 'low', 'balanced' and 'throughput'")
-        if self.language_model not in ("on", "off"):
-            raise ParameterError(f"language_model is {self.language_model!r}; allowed are 'on' and 'off'")
+        if self.language_model not in ("on", "off", "auto"):
+            raise ParameterError(f"language_model is {self.language_model!r}; allowed are 'on', 'off' and 'auto'")
         _within("max_symbols_per_step", self.max_symbols_per_step, 1, 1000)
         _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
         _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)

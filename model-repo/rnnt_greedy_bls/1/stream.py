@@ -372,7 +372,8 @@ def _restored_context(fusion: Fusion, state: Mapping[str, Any]) -> Context:
     """
     if state.get("fusion") != fusion.digest:
         return EMPTY_CONTEXT
-    context = Context(*map(int, state["context"]))
+    language, phrase = map(int, state["context"])
+    context = Context(language, phrase)
     if not fusion.allows(context):
         raise ValueError(f"context {list(context)} is not one of its language model and phrases")
     return context
