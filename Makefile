@@ -18,7 +18,7 @@ LOCKED := --extra engine --extra models --extra containers --extra mic --extra t
 LOCK := pip compile pyproject.toml --universal --generate-hashes --no-header --python-version 3.10 --quiet --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test test-full test-lowest lint docs format eval perf bench long windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
+.PHONY: help setup run demo test test-full test-lowest test-clients lint docs format eval perf bench long windows text data train export peers test-training chaos fuzz soak audit lock wheel clean
 
 help:  ## Show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -62,6 +62,15 @@ test-lowest: setup  ## Run the gateway's tests with the lowest versions that pyp
 	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --no-deps -e .
 	@.venv-lowest/bin/python -m pytest $(LOWEST_WARNINGS) $(LOWEST_TESTS)
 
+.venv-clients/installed: pyproject.toml
+	@echo "installing livekit-agents and pipecat into .venv-clients"
+	@$(PYTHON) -m venv .venv-clients && .venv-clients/bin/pip install --quiet --disable-pip-version-check uv
+	@.venv-clients/bin/uv pip install --quiet --python .venv-clients/bin/python --group clients
+	@touch $@
+
+test-clients: setup .venv-clients/installed  ## Test livekit-agents and pipecat against a real server, three minutes
+	@.venv-clients/bin/python -m pytest -c tests/clients/pytest.ini --rootdir tests/clients --confcutdir tests/clients tests/clients
+
 lint: setup docs  ## Check style, types, workflows and the documentation's links
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -88,7 +97,7 @@ perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEEC
 bench: setup  ## Measure against the floor and the peers: make bench [SPEECH=dir] [QUICK=1]
 	@$(BIN)/python -m perf.bench $(SPEECH) $(if $(QUICK),--quick)
 
-long: setup  ## Time, memory and error rate of a long recording, and p95 of streams beside eight: make long SPEECH=dir [HOURS=1]
+long: setup  ## Plot and error rate of an hour and of four, and p95 of streams beside eight hours: make long SPEECH=dir [HOURS=1]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make long SPEECH=dir" >&2; exit 1; }
 	@$(BIN)/python -m perf.long_recordings $(SPEECH) $(if $(HOURS),--hours $(HOURS))
 
@@ -145,4 +154,4 @@ wheel: setup  ## Build the wheel and the source distribution into dist/
 	@$(BIN)/hatchling build
 
 clean:  ## Remove everything that make made
-	@rm -rf $(VENV) .engine .test-cache .training dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*
+	@rm -rf $(VENV) .venv-clients .venv-lowest .engine .test-cache .training dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .fuzz .coverage*

@@ -19,7 +19,7 @@ from amira.commands.ending import USAGE_ERROR, fail
 from amira.commands.listen import listen
 from amira.commands.transcribe import transcribe
 from amira.paths import MODEL_REPOSITORY, MODELS_HOME, SPEECH
-from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listener
+from amira.ports import LOOPBACK, PortError, Ports, check_free, free_ports, gateway_listeners
 
 if TYPE_CHECKING:
     from amira.engine.service import Running
@@ -79,7 +79,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    models_home: Annotated[Path, typer.Option(envvar="AMIRA_MODELS_HOME", help="Where --model keeps models.")] = MODELS_HOME,
+    models_home: Annotated[Path, typer.Option(envvar="AMIRA_MODELS_HOME", help="Directory of --model's models.")] = MODELS_HOME,
     model_repository: ModelRepository = MODEL_REPOSITORY,
     triton_host: TritonHost = LOOPBACK,
     triton_grpc_port: GrpcPort = 8001,
@@ -119,7 +119,7 @@ def serve() -> None:
     settings = _settings()
 
     async def serve() -> None:
-        check_free([gateway_listener(settings.server_host, settings.server_port)])
+        check_free(gateway_listeners(settings.server_host, settings.server_port, settings.riva_port))
         await build_server(settings).serve()
 
     _main(serve())
@@ -140,7 +140,8 @@ def demo(
     from gateway.logs import configure_logging
 
     gateway_port, *triton_ports = free_ports(LOOPBACK, 3)
-    settings = _settings().model_copy(update={"server_host": LOOPBACK, "server_port": gateway_port, "log_level": "warning"})
+    ours = {"server_host": LOOPBACK, "server_port": gateway_port, "riva_port": None, "log_level": "warning"}
+    settings = _settings().model_copy(update=ours)
     configure_logging(settings)
     key = settings.api_keys[0].get_secret_value() if settings.api_keys else None
     bodies = {file.name: file.read_bytes() for file in recordings or sorted(SPEECH.glob("*.flac"))}
@@ -188,7 +189,7 @@ def models_import(
         typer.Option(help="Durations of a TDT in frames; default: those of config.json, or 0,1,2,3,4.", show_default=False),
     ] = "",
     files: Annotated[
-        str, typer.Option(help="Part of the graphs' names, where several would do: chunk-16-left-128.", show_default=False)
+        str, typer.Option(help="Part of the graphs' names, to choose a variant: chunk-16-left-128.", show_default=False)
     ] = "",
     latency: Annotated[
         list[str] | None,

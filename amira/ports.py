@@ -71,9 +71,10 @@ class Listener:
         return None
 
 
-def gateway_listener(host: str, port: int) -> Listener:
-    """Return the address that the gateway listens on."""
-    return Listener(host, port, "AMIRA_SERVER_PORT")
+def gateway_listeners(host: str, port: int, riva_port: int | None) -> list[Listener]:
+    """Return the addresses that the gateway listens on."""
+    ports = {"AMIRA_SERVER_PORT": port, "AMIRA_RIVA_PORT": riva_port}
+    return [Listener(host, number, setting) for setting, number in ports.items() if number is not None]
 
 
 def check_free(listeners: Iterable[Listener]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import orjson
 import structlog
@@ -14,16 +14,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from gateway import __version__, metrics, tracing
-from gateway.api import health, native_rest, native_websocket, openai_errors, openai_realtime, openai_rest
+from gateway.api import health, native_rest, native_websocket, openai_errors, openai_realtime, openai_rest, riva_server
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
-from gateway.logs import REQUEST_ID_HEADER, current_request_id
+from gateway.logs import REQUEST_ID_HEADER, current_request_id, is_request_id
 from gateway.middleware import AccessLog, BodyLimit, BodyLimits
 from gateway.service import Service
 from gateway.tracing import Tracing
-
-MAX_REQUEST_ID_CHARS = 128
 
 KIND_OF_STATUS = {400: ErrorKind.INVALID_BODY, 404: ErrorKind.NOT_FOUND, 405: ErrorKind.METHOD_NOT_ALLOWED}
 
@@ -37,12 +35,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = Service(settings, spans)
         app.state.service = service
-        await service.start()
-        try:
+        async with AsyncExitStack() as running:
+            running.push_async_callback(spans.close)
+            await service.start()
+            running.push_async_callback(service.close)
+            if settings.riva_port is not None:
+                app.state.riva = await running.enter_async_context(riva_server.run(service))
             yield
-        finally:
-            await service.close()
-            await spans.close()
 
     spans = Tracing(settings)
     metrics.initialise(settings.models, settings.models.values(), settings.max_concurrent_streams)
@@ -76,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
         CorrelationIdMiddleware,
         header_name=REQUEST_ID_HEADER,
         generator=lambda: uuid.uuid4().hex,
-        validator=lambda given: len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable(),
+        validator=is_request_id,
         transformer=lambda given: given,
     )
     return app

@@ -99,7 +99,7 @@ class GuardedConnection(asyncio.Protocol):
     Args: those of uvicorn's protocols.
 
     Attributes:
-        state: what the connection does.
+        state: current state.
         application_called: whether the application has got a request.
     """
 
@@ -302,7 +302,7 @@ class GuardedConnection(asyncio.Protocol):
     def _check_upgrade(self) -> None:
         """Refuse an upgrade that is valid HTTP but not a valid WebSocket handshake: uvicorn would not respond."""
         if not self.application_called and not self.is_closing():
-            self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "The upgrade is no WebSocket's (RFC 6455, section 4.1)."))
+            self._refuse(Refusal(HTTPStatus.BAD_REQUEST, "The upgrade is not a WebSocket handshake (RFC 6455, section 4.1)."))
 
     def _flooding_secs(self) -> float:
         return self._frames.meter.flooding_secs()

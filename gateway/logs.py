@@ -13,6 +13,12 @@ from gateway.config.settings import Settings
 from gateway.tracing import trace_id
 
 REQUEST_ID_HEADER = "X-Request-ID"
+MAX_REQUEST_ID_CHARS = 128
+
+
+def is_request_id(given: str) -> bool:
+    """Return whether a client's text can be the id of its request."""
+    return 0 < len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
 
 
 def current_request_id() -> str | None:

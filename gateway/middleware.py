@@ -21,7 +21,7 @@ MIN_BODY_BYTES_PER_SEC = 16_000
 """Minimum average rate of a body after its first ``stream_timeout_secs``; half of real time for raw PCM."""
 
 LARGE_BODIES, SMALL_BODY_BYTES = 8, 10 * 2**20
-"""All bodies in flight together may be as large as this number of the largest ones, or as one of this size for each place."""
+"""Maximum total size of the bodies in flight: this number of bodies of the maximum size, or one of this size per place."""
 
 BATCH_PREFIX = "/v2/decode/batch/"
 OPENAI_TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -55,17 +55,17 @@ class BodyLimits:
 
 @dataclass
 class Received:
-    """Bytes that have come of all requests in flight, in memory or on disk."""
+    """Bytes received of all requests in flight, in memory or on disk."""
 
     bytes: int = 0
 
 
 class BodyLimit:
-    """Refuses a body that is compressed or too large, or comes too slowly, while it comes.
+    """Refuses a body that is compressed, too large or too slow, while it is received.
 
     Args:
         app: the application.
-        limits: on one body and on all of them.
+        limits: limits on one body, and on all of them.
     """
 
     def __init__(self, app: ASGIApp, limits: BodyLimits) -> None:
@@ -107,11 +107,11 @@ class _Body:
         """Return the next part of the body.
 
         Raises:
-            ApiError: the body is compressed, is too large, comes too slowly, or does not fit in beside the others.
+            ApiError: the body is compressed, too large or too slow, or the bodies in flight are too large together.
         """
         if self._coding not in ("", "identity"):
             raise ApiError(
-                ErrorKind.UNSUPPORTED_MEDIA, f"Content-Encoding {self._coding[:40]!r} isn't supported; send the body as it is"
+                ErrorKind.UNSUPPORTED_MEDIA, f"Content-Encoding {self._coding[:40]!r} is not supported; send it uncompressed"
             )
         if self._declared_bytes > self._max_bytes:
             raise ApiError(
@@ -122,17 +122,17 @@ class _Body:
         except asyncio.TimeoutError:
             raise ApiError(
                 ErrorKind.BODY_TOO_SLOW,
-                f"{self.received_bytes} bytes of the body came in {time.monotonic() - self._began:.1f} s; "
-                f"after the first {self._limits.patience_secs:g} s it has to come at {MIN_BODY_BYTES_PER_SEC} bytes per second",
+                f"{self.received_bytes} bytes of the body were received in {time.monotonic() - self._began:.1f} s; "
+                f"after the first {self._limits.patience_secs:g} s at least {MIN_BODY_BYTES_PER_SEC} per second are required",
             ) from None
         size = len(message.get("body", b""))
         self.received_bytes += size
         self._received.bytes += size
         self._complete = not message.get("more_body", False)
         if self.received_bytes > self._max_bytes:
-            raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than {self._max_bytes} bytes, the most allowed")
+            raise ApiError(ErrorKind.BODY_TOO_LARGE, f"the body has more than the allowed {self._max_bytes} bytes")
         if self._received.bytes > self._limits.max_total_bytes:
-            raise ApiError(ErrorKind.NO_CAPACITY, "the requests in flight have too many bytes; please retry")
+            raise ApiError(ErrorKind.NO_CAPACITY, "the bodies of the requests in flight are too large together; please retry")
         return message
 
     async def send(self, message: Message) -> None:

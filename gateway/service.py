@@ -10,15 +10,10 @@ from gateway.audio.pool import FilePool
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.client_secrets import ClientSecrets
-from gateway.limits.places import Places
-from gateway.limits.quotas import Quotas
 from gateway.live.sessions import Sessions
 from gateway.recordings.transcribe import Transcriber
+from gateway.resources import Resources
 from gateway.tracing import Tracing
-from gateway.triton.pool import TritonPool
-
-DECODER_SETTINGS = ("latency", "max_symbols_per_step", "max_total_tokens")
-"""Settings that are passed to the decoder as options of the same names."""
 
 
 class Service:
@@ -26,9 +21,7 @@ class Service:
 
     Attributes:
         settings: settings of the gateway.
-        triton: the Triton servers.
-        places: limits on concurrent streams and recordings.
-        quotas: quotas of callers.
+        triton, places, quotas: those of ``Resources``.
         client_secrets: keys that callers make for their own clients.
         files: decodes audio files.
         sessions: the engine of live streams.
@@ -40,14 +33,12 @@ class Service:
     def __init__(self, settings: Settings, tracing: Tracing) -> None:
         self.settings = settings
         self.tracing = tracing
-        self.triton = TritonPool(settings)
-        self.places = Places(settings)
+        resources = Resources.from_settings(settings)
+        self.triton, self.places, self.quotas = resources.triton, resources.places, resources.quotas
         self.client_secrets = ClientSecrets(settings)
         self.files = FilePool()
-        self.quotas = quotas = Quotas(settings)
-        options = {name: value for name in DECODER_SETTINGS if (value := getattr(settings, name)) is not None}
-        self.sessions = Sessions(settings, self.triton, self.places, quotas, options)
-        self.transcriber = Transcriber(settings, self.triton, self.places, quotas, options)
+        self.sessions = Sessions(resources)
+        self.transcriber = Transcriber(resources)
         self.started_at = time.time()
         metrics.EVENT_LOOP_TASKS.set_function(lambda: len(asyncio.all_tasks()))
 

@@ -29,7 +29,11 @@ OTLP_HTTP_PORT = 4318
 OTLP_PATH = "/v1/traces"
 JAEGER_THRIFT_PATH = "/api/traces"
 
-CONVENTIONAL = {"status": "http.response.status_code", "body_bytes": "http.request.body.size"}
+CONVENTIONAL = {
+    "status": "http.response.status_code",
+    "body_bytes": "http.request.body.size",
+    "grpc_status": "rpc.grpc.status_code",
+}
 """Names of attributes in OpenTelemetry's semantic conventions; other attributes get the prefix ``asr``."""
 
 _span: ContextVar[Span | None] = ContextVar("span", default=None)

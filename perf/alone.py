@@ -43,7 +43,7 @@ class Added(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def standin_running(inference_ms: float) -> AsyncIterator[Process]:
-    """Run a stand-in whose inference takes so long."""
+    """Run a stand-in with this inference time."""
     (port,) = free_ports(LOOPBACK, 1)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "perf.standin", str(port), "--delay-ms", str(inference_ms)),

@@ -1,4 +1,4 @@
-"""Write speech in every format that ffmpeg and sox write, decode it, and print how far it is from the original.
+"""Write speech in all formats of ffmpeg and sox, decode it, and print its deviation from the original.
 
 ``python -m perf.formats`` prints a table in Markdown, ``python -m perf.formats FORM …`` a part of it.
 """
@@ -26,10 +26,10 @@ SECS = 4
 RATES = (6_000, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000, 192_000)
 CHANNELS = (1, 2, 6)
 MAX_DELAY = 4_000
-"""Longest delay of an encoder that is looked for, in 16 kHz samples."""
+"""Maximum delay of an encoder, in 16 kHz samples."""
 
 LOSSLESS_DB, COMPANDED_DB, CODED_DB = 60, 25, 5
-"""Least ratio of the signal to its deviation, by kind of codec."""
+"""Minimum ratio of the signal to its deviation, by kind of codec."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Form:
     """A format and codec.
 
     Attributes:
-        suffix: of the file's name.
-        options: of ffmpeg or sox, for the output.
-        least_db: least ratio of the signal to its deviation, in dB.
+        suffix: suffix of the file's name.
+        options: options of ffmpeg or sox for the output.
+        least_db: minimum ratio of the signal to its deviation, in dB.
         sox: whether sox writes it.
-        most_channels: more are not written.
-        only_rate: the one sample rate of the codec in Hz; 0 where there are several.
+        most_channels: maximum number of channels.
+        only_rate: the single sample rate of the codec in Hz; 0 if there are several.
     """
 
     suffix: str
@@ -103,17 +103,17 @@ FORMS = {
     "WAV by sox, 24 bits": Form("wav", "-b 24", LOSSLESS_DB, sox=True),
     "AMR-NB by sox": Form("amr-nb", "", 3, sox=True, most_channels=1, only_rate=8_000),
 }
-"""What is written, by its name."""
+"""All forms by name."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far decoded audio is from the original.
+    """Deviation of decoded audio from the original.
 
     Attributes:
         db: ratio of the signal to its deviation in dB, at the best delay.
-        delay_ms: that delay.
-        excess_ms: how much longer the decoded audio is.
+        delay_ms: the best delay.
+        excess_ms: length of the decoded audio beyond the original's.
     """
 
     db: float
@@ -122,14 +122,14 @@ class Deviation:
 
 
 def original(rate: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return speech [n] at a rate, and what it is at 16 kHz afterwards; full scale 1."""
+    """Return speech [n] at a rate, and the same resampled to 16 kHz; full scale 1."""
     speech = soundfile.read(SPEECH, always_2d=True)[0][: SECS * RATE].mean(axis=1)
     wave = soxr.resample(speech, RATE, rate, "VHQ") if rate != RATE else speech
     return wave, soxr.resample(wave, rate, RATE, "VHQ") if rate != RATE else wave
 
 
 def write(form: Form, rate: int, channels: int) -> bytes | None:
-    """Return a file with the same speech on every channel; None where the tool does not write that."""
+    """Return a file with the same speech on every channel; None if the tool does not support this."""
     if channels > form.most_channels or form.only_rate not in (0, rate):
         return None
     wave, _ = original(rate)
@@ -151,12 +151,12 @@ def write(form: Form, rate: int, channels: int) -> bytes | None:
                 "-2",
                 str(target),
             ]
-        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 (of our own tools)
+        done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 (fixed tools)
         return target.read_bytes() if done.returncode == 0 and target.exists() and target.stat().st_size else None
 
 
 def compare(decoded: NDArray[np.int16], rate: int) -> Deviation:
-    """Return how far decoded speech is from the original of a rate."""
+    """Return the deviation of decoded speech from the original of a rate."""
     _, expected = original(rate)
     samples = decoded / 0x8000
     size = 1 << math.ceil(math.log2(len(samples) + len(expected)))
@@ -174,7 +174,7 @@ def compare(decoded: NDArray[np.int16], rate: int) -> Deviation:
 
 
 def measure(form: Form, rate: int, channels: int) -> Deviation | None:
-    """Write, decode and compare; None where the tool does not write that.
+    """Write, decode and compare; return None if the tool does not support this.
 
     Raises:
         ApiError: the file was not decoded.
@@ -184,7 +184,7 @@ def measure(form: Form, rate: int, channels: int) -> Deviation | None:
 
 
 def main() -> None:
-    """Print the table: the worst ratio of all numbers of channels, by form and rate."""
+    """Print a table with the worst ratio over all numbers of channels, by form and rate."""
     print("| format | " + " | ".join(f"{rate / 1000:g}" for rate in RATES) + " | longest delay, ms | longest excess, ms |")
     print("|---|" + "---:|" * (len(RATES) + 2))
     for name in sys.argv[1:] or FORMS:

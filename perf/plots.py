@@ -58,19 +58,20 @@ def draw_memory(traces: Mapping[str, Mapping[str, Any]], report: Mapping[str, An
     """Write the picture of ``perf.long_recordings``: resident memory by process while each file is decoded.
 
     Args:
-        traces: by format, ``secs`` and, by process, ``rss_mb``.
-        report: with the machine, the date, and the length in ``hours``.
+        traces: by name of the file, ``secs`` and, by process, ``rss_mb``.
+        report: with the machine and the date.
         path: of the picture.
     """
     figure, columns = plt.subplots(1, len(traces), sharey=True, figsize=SIZE_INCHES, layout="constrained", squeeze=False)
+    names = sorted({name for trace in traces.values() for name in trace["rss_mb"]})
     for axes, (kind, trace) in zip(columns[0], traces.items(), strict=True):
-        for name, values in sorted(trace["rss_mb"].items()):
-            axes.plot(trace["secs"], values, label=name)
+        for number, name in enumerate(names):
+            axes.plot(trace["secs"], trace["rss_mb"].get(name, [0.0] * len(trace["secs"])), color=f"C{number}", label=name)
         axes.set(title=kind, xlabel="s")
-        axes.set_ylim(bottom=0)
-    columns[0][0].set_ylabel("resident memory, MB")
-    columns[0][-1].legend(fontsize=7)
-    figure.suptitle(f"{report['hours']:g} h of speech by REST\n{report['cpu']}, {report['date'][:10]}", fontsize=9)
+    largest = max(max(values) for trace in traces.values() for values in trace["rss_mb"].values())
+    columns[0][0].set(ylabel="resident memory, MB", ylim=(0, 1.1 * largest))
+    figure.legend(*columns[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
+    figure.suptitle(f"Recordings by REST, one at a time\n{report['cpu']}, {report['date'][:10]}", fontsize=9)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import psutil
 
 STUB = "triton_python_backend_stub"
+FILE_WORKER = "gateway.audio.worker"
+"""Module of the processes that decode files."""
+
 RESET_PEAK = "5"
 """Value for ``/proc/PID/clear_refs`` that resets the peak of the resident set (proc(5))."""
 
@@ -32,7 +35,8 @@ class Meter:
     """Measures processes with all their descendants. Of this process only itself is measured: the servers are its children.
 
     Args:
-        roots: process ids by name. A stub of Triton's Python backend counts under the name of its model.
+        roots: process ids by name. A stub of Triton's Python backend counts under the name of its model, and the processes
+            that decode files count under "file decoding".
     """
 
     def __init__(self, roots: Mapping[str, int]) -> None:
@@ -78,7 +82,14 @@ class Meter:
                     command = child.cmdline()
                 except psutil.NoSuchProcess:  # it decoded a file, and has ended
                     continue
-                yield (_stub_model(command) if command and Path(command[0]).name == STUB else name), child
+                yield _name(command) or name, child
+
+
+def _name(command: list[str]) -> str | None:
+    """Return the name under which a descendant counts; None for that of its root."""
+    if command and Path(command[0]).name == STUB:
+        return _stub_model(command)
+    return "file decoding" if FILE_WORKER in command else None
 
 
 def _stub_model(command: list[str]) -> str:

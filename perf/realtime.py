@@ -1,4 +1,4 @@
-"""CPU of a gateway that serves realtime sessions, against native streams, before a stand-in for Triton.
+"""Measure the CPU time of a gateway with realtime sessions and with native streams, before a stand-in for Triton.
 
     python -m perf.realtime [--sessions N] [--secs S]
 
@@ -33,19 +33,19 @@ OPENAI_RATE = 24_000
 
 
 def native_frames(samples: Samples) -> list[bytes]:
-    """Frames of a native stream."""
+    """Return the frames of a native stream."""
     return [piece.tobytes() for piece in cut(samples, round(RATE * PIECE_SECS))]
 
 
 def realtime_frames(samples: Samples) -> list[bytes]:
-    """Events of a realtime session."""
+    """Return the events of a realtime session."""
     resampled = np.asarray(soxr.resample(samples, RATE, OPENAI_RATE), np.int16)
     audio = [b64encode(piece.tobytes()).decode() for piece in cut(resampled, round(OPENAI_RATE * PIECE_SECS))]
     return [orjson.dumps({"type": "input_audio_buffer.append", "audio": piece}) for piece in audio]
 
 
 async def talk(url: str, first: str | None, frames: Sequence[bytes], wait_secs: float) -> None:
-    """Send paced frames, and read what comes."""
+    """Send frames in real time, and read the messages."""
 
     async def read() -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -65,7 +65,7 @@ async def talk(url: str, first: str | None, frames: Sequence[bytes], wait_secs: 
 
 
 async def measure(path: str, first: str | None, frames: Sequence[bytes], sessions: int) -> float:
-    """Return the CPU of the gateway in milliseconds per second and session."""
+    """Return the CPU time of the gateway in milliseconds per second and session."""
     room: dict[str, Any] = {"max_concurrent_streams": sessions, "max_connects_per_address": 100_000}
     async with standin_running(0) as standin, amira("serve", triton_endpoint=standin.url, **room) as gateway:
         url = gateway.url.replace("http", "ws", 1) + path
@@ -77,7 +77,7 @@ async def measure(path: str, first: str | None, frames: Sequence[bytes], session
 
 
 def cases(samples: Samples) -> Iterator[tuple[str, str, str | None, list[bytes]]]:
-    """Name, path, first event and frames of what is compared."""
+    """Return name, path, first event and frames of each case."""
     yield "native", "/v2/decode/stream/amira", None, native_frames(samples)
     yield "native, events=speech", "/v2/decode/stream/amira?events=speech", None, native_frames(samples)
     for detection in (None, {"type": "server_vad"}):
@@ -87,7 +87,7 @@ def cases(samples: Samples) -> Iterator[tuple[str, str, str | None, list[bytes]]
 
 
 def main() -> None:
-    """Read the command line, and print the table."""
+    """Parse the command line, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=200, help="at the same time")
     parser.add_argument("--secs", type=float, default=20.0, help="length of each")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -64,7 +64,7 @@ async def triton_server(given: Target | None, repository: Path = MODEL_REPOSITOR
         return
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, repository, ports, ENGINE_HOME / "triton-perf.log")
+    triton = TritonProcess(engine, repository, ports, ENGINE_HOME / "triton-perf.log")
     await triton.start()
     try:
         yield Target(f"{LOOPBACK}:{ports.grpc}", f"http://{LOOPBACK}:{ports.metrics}/metrics", triton.pid)

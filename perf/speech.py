@@ -21,8 +21,12 @@ Samples = NDArray[np.int16]
 AUDIO_SUFFIXES = frozenset((".flac", ".ogg", ".opus", ".wav"))
 
 
-def read_speech(directory: Path) -> list[Samples]:
+def read_speech(directory: Path, part: str | None = None) -> list[Samples]:
     """Read the recordings of a directory: those in its ``manifest.tsv``, or all audio files without a manifest.
+
+    Args:
+        directory: of the recordings.
+        part: value of the manifest's column ``set`` that is read; None for all.
 
     Raises:
         PerfError: a recording cannot be decoded, or there is none.
@@ -30,7 +34,8 @@ def read_speech(directory: Path) -> list[Samples]:
     manifest = directory / "manifest.tsv"
     if manifest.is_file():
         with manifest.open(encoding="utf-8") as lines:
-            paths = [directory / row["file"] for row in csv.DictReader(lines, delimiter="\t")]
+            rows = csv.DictReader(lines, delimiter="\t")
+            paths = [directory / row["file"] for row in rows if part is None or row.get("set") == part]
     else:
         paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES)
     recordings = []

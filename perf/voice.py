@@ -1,6 +1,6 @@
 """Detection of speech in noise: its delay, misses and false starts, and its cost.
 
-    python -m perf.voice DIRECTORY [--recordings N] [--threshold P]
+    python -m perf.voice DIRECTORY [--set NAME] [--recordings N] [--constant NAME=VALUE]
 
 Each recording is heard between 5 s of noise and 2 s of noise. The noise is white, or of 20 other recordings at once (babble).
 The signal-to-noise ratio is that of the frames with speech. Speech begins where the recording without noise first stays within
@@ -11,6 +11,7 @@ second of noise counts as any other false one.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.audio import RATE
-from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity
+from gateway.audio import RATE, vad
+from gateway.audio.vad import FRAME_SAMPLES, Request, Voice, probabilities
+from gateway.audio.vad_batch import VoiceBatch
+from gateway.live import speech
 from gateway.live.speech import Detection, SpeechDetector
 from perf.speech import Samples, read_speech
 
@@ -104,11 +107,13 @@ def noises(recordings: Sequence[Samples], index: int, length: int, chance: np.ra
     yield "babble", babble(recordings, chance.choice(others, VOICES, replace=False).tolist(), length)
 
 
-def starts_of(samples: Samples, detection: Detection) -> list[int]:
+async def starts_of(samples: Samples, detection: Detection) -> list[int]:
     """When starts of speech are detected, in samples that had come by then."""
-    detector = SpeechDetector(detection)
-    heard = ((at, piece.change) for at in range(0, len(samples), PIECE) for piece in detector.feed(samples[at : at + PIECE]))
-    return [min(at + PIECE, len(samples)) for at, change in heard if change and change.speaking]
+    detector, starts = SpeechDetector(detection, VoiceBatch()), []
+    for at in range(0, len(samples), PIECE):
+        pieces = await detector.feed(samples[at : at + PIECE])
+        starts += [min(at + PIECE, len(samples)) for piece in pieces if piece.change and piece.change.speaking]
+    return starts
 
 
 def measure(recordings: Sequence[Samples], count: int, detection: Detection) -> list[Row]:
@@ -116,13 +121,14 @@ def measure(recordings: Sequence[Samples], count: int, detection: Detection) -> 
     chance = np.random.default_rng(1)
     rows: dict[str, Row] = {}
     for index in range(count):
-        speech = recordings[index].astype(float)
-        first, last = bounds_of(speech)
-        length = BEFORE + len(speech) + AFTER
+        spoken = recordings[index].astype(float)
+        first, last = bounds_of(spoken)
+        length = BEFORE + len(spoken) + AFTER
         cases = [(kind, noise, ratio) for kind, noise in noises(recordings, index, length, chance) for ratio in RATIOS_DB]
         for kind, noise, ratio in [("hardly any", chance.standard_normal(length), 60), *cases]:
             row = rows.setdefault(f"{kind}, {ratio} dB", Row(f"{kind} | {ratio}"))
-            _count(row, starts_of(noisy(speech, noise.copy(), ratio), detection), BEFORE + first, BEFORE + last)
+            starts = asyncio.run(starts_of(noisy(spoken, noise.copy(), ratio), detection))
+            _count(row, starts, BEFORE + first, BEFORE + last)
             row.noise_secs += (BEFORE + AFTER) / RATE
     return list(rows.values())
 
@@ -138,31 +144,43 @@ def _count(row: Row, starts: Sequence[int], first: int, last: int) -> None:
         row.missed += 1
 
 
-def cost_us(samples: Samples, frames: int) -> float:
-    """CPU time per frame in microseconds, for this number of frames at once."""
-    voice, size = VoiceActivity(), frames * FRAME_SAMPLES
+def cost_us(samples: Samples, streams: int, frames: int) -> float:
+    """CPU time per frame in microseconds, for calls with this number of frames of each of several streams."""
+    voices, size = [Voice() for _ in range(streams)], frames * FRAME_SAMPLES
     pieces = [samples[at : at + size] for at in range(0, len(samples) // size * size, size)]
     began = time.process_time()
     for piece in pieces:
-        voice.probabilities(piece, np.ones(frames, bool))
-    return (time.process_time() - began) / (len(pieces) * frames) * 1e6
+        probabilities([Request(voice, piece, np.ones(frames, bool), np.zeros(frames, bool)) for voice in voices])
+    return (time.process_time() - began) / (len(pieces) * streams * frames) * 1e6
+
+
+def override(constants: Sequence[str]) -> None:
+    """Give constants of the detector other values, each as NAME=VALUE."""
+    for constant in constants:
+        name, _, value = constant.partition("=")
+        module = next(module for module in (speech, vad) if hasattr(module, name))
+        setattr(module, name, type(getattr(module, name))(float(value)))
 
 
 def main() -> None:
     """Read the command line, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="recordings")
+    parser.add_argument("--set", help="part of them, by the column of this name in their manifest")
     parser.add_argument("--recordings", type=int, default=50, help="how many are measured")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability that counts as speech")
+    parser.add_argument("--constant", action="append", default=[], help="of gateway/live/speech.py or gateway/audio/vad.py")
     arguments = parser.parse_args()
-    recordings = read_speech(arguments.directory)[: max(arguments.recordings, VOICES + 1)]
+    override(arguments.constant)
+    recordings = read_speech(arguments.directory, arguments.set)[: max(arguments.recordings, VOICES + 1)]
     print("| noise | SNR, dB | delay p50, s | p95, s | within 0.3 s | missed | false starts per minute of noise |")
     print("|---|---|---|---|---|---|---|")
     for row in measure(recordings, min(arguments.recordings, len(recordings)), Detection(arguments.threshold)):
         print(row)
-    joined = np.concatenate(recordings)[: 60 * RATE]
-    for frames in (1, 3, 16):
-        print(f"{frames} frames at once: {cost_us(joined, frames):.0f} µs of CPU per frame of 32 ms")
+    joined = np.concatenate(recordings)[: 20 * RATE]
+    for streams, frames in ((1, 1), (1, 3), (1, 16), (10, 3), (20, 3)):
+        cost = cost_us(joined, streams, frames)
+        print(f"{frames} frames of {streams} streams at once: {cost:.0f} µs of CPU per frame of 32 ms")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Clients of the REST and WebSocket API; they need httpx and websockets alone."""
+"""Clients of the REST and WebSocket API; they need only httpx and websockets."""

@@ -1,4 +1,4 @@
-"""Live streams without asyncio: ``LiveStream`` on an event loop of its own, in a thread."""
+"""Live streams without asyncio: a ``LiveStream`` on an event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class SyncLiveStream:
-    """A live stream as ``LiveStream`` is, for programs without asyncio.
+    """A ``LiveStream`` for programs without asyncio.
 
     One thread may send while another reads.
 
@@ -26,9 +26,9 @@ class SyncLiveStream:
             final = stream.finish()
 
     Args:
-        url: the stream's, ``ws://…/v2/decode/stream/{model}``.
-        headers: of the upgrade request, such as ``Authorization``.
-        reconnect_secs: longest time without a connection; then the stream fails.
+        url: URL of the stream, ``ws://…/v2/decode/stream/{model}``.
+        headers: headers of the upgrade request, such as ``Authorization``.
+        reconnect_secs: maximum time without a connection; after it the stream fails.
     """
 
     def __init__(self, url: str, *, headers: Mapping[str, str] | None = None, reconnect_secs: float = RECONNECT_SECS) -> None:

@@ -1,4 +1,4 @@
-"""One recording's requests, apart from how they are sent: what is asked, what an answer means, and when to ask again."""
+"""Requests for one transcript, without input and output: their content, the meaning of a response, and retries."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ API_KEY_VARIABLE = "AMIRA_API_KEY"
 DEFAULT_BASE_URL = "http://localhost:8057"
 DEFAULT_MODEL = "amira"
 DEFAULT_TIMEOUT_SECS = 120.0
-"""A server under load answers a recording of 30 s after a minute, and lets it wait for 30 s before that."""
+"""Default timeout of a response: a server under load takes a minute for a recording of 30 s, after a wait of up to 30 s."""
 
 DEFAULT_RETRY_SECS = 60.0
 CONNECT_TIMEOUT_SECS = 10.0
 PAUSE_RANGE_SECS = (0.5, 8.0)
-"""Pauses between tries where the server names none: the first and the longest; they double."""
+"""First and maximum pause between attempts in seconds, if the server does not name one; it doubles."""
 
 RETRYABLE_STATUSES = frozenset((408, 429, 502, 503, 504))
-"""Statuses that something before the server answers, without the API's body, while the server is away or overloaded."""
+"""Statuses of proxies, without the API's body, while the server is away or overloaded."""
 
 Format = Literal["text", "json", "verbose_json", "srt", "vtt"]
-"""Formats of a transcript that the server writes; those of OpenAI's API."""
+"""Formats of a transcript that the server writes, with OpenAI's names."""
 
 OnSegment = Callable[[Segment], object]
 
 
 class Server:
-    """The server that a client speaks to.
+    """Address and access of a server.
 
     Attributes:
-        base_url: without a slash at its end.
-        headers: of every request.
-        retry_secs: time in which a request that may succeed later is sent again.
-        timeout: of one request.
+        base_url: base URL without a slash at its end.
+        headers: headers of every request.
+        retry_secs: time in which a retryable request is sent again, in seconds.
+        timeout: timeout of one request.
     """
 
     def __init__(self, base_url: str | None, api_key: str | None, timeout_secs: float, retry_secs: float) -> None:
@@ -69,7 +69,7 @@ class Exchange:
     """The requests for one transcript.
 
     Args:
-        server: where they go.
+        server: the server.
         audio: the recording.
         model: public name of the model.
         output: format that the server writes; None for a ``Transcript``.
@@ -78,12 +78,12 @@ class Exchange:
         on_progress: called while the recording is sent.
 
     Attributes:
-        url: where to post.
-        upload: the body to post, with its headers.
+        url: URL of the POST request.
+        upload: its body and headers.
 
     Raises:
-        OSError: the recording can't be read.
-        ValueError: segments are asked for in a format that has none.
+        OSError: the recording cannot be read.
+        ValueError: ``on_segment`` is given with a format without segments.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Exchange:
         on_progress: Progress | None,
     ) -> None:
         if output and on_segment:
-            raise ValueError(f"on_segment gives segments, and format={output!r} a text; leave one of them out")
+            raise ValueError(f"on_segment needs format=None, but format is {output!r}; omit one of them")
         self._server = server
         self._on_segment = on_segment
         self._written = output is not None
@@ -116,7 +116,7 @@ class Exchange:
             self.upload = Upload(audio, None, on_progress)
 
     def take_line(self, line: str) -> None:
-        """Take a line of an answer that comes line by line, each of which is JSON."""
+        """Handle a line of JSON of a response that is sent line by line."""
         self._last_line = content = json.loads(line)
         if content.get("type") == "segment":
             segment = Segment.read(content)
@@ -128,10 +128,10 @@ class Exchange:
         """Return the transcript, or the seconds until the next request.
 
         Args:
-            answer: the last request's, or what prevented one.
+            answer: response to the last request, or the error that prevented one.
 
         Raises:
-            RequestError: another request is of no use or would begin too late.
+            RequestError: the error is not retryable, or the next request would begin too late.
         """
         try:
             if isinstance(answer, httpx.Response):
@@ -139,16 +139,16 @@ class Exchange:
             raise self._failure(answer) from answer
         except RequestError as error:
             pause = self._next_pause(answer)
-            again = error.retryable and not self._segments  # those that came would come twice
+            again = error.retryable and not self._segments  # the caller would get segments twice
             if not again or time.monotonic() + pause > self._deadline:
                 raise
             return pause
 
     def _read(self, response: httpx.Response) -> Transcript | str:
-        """Read an answer.
+        """Read a response.
 
         Raises:
-            RequestError: it is an error.
+            RequestError: the response is an error.
         """
         request_id = response.headers.get("X-Request-ID")
         try:
@@ -171,15 +171,15 @@ class Exchange:
         return RequestError("unreachable", f"no server at {server}: {error}", retryable=True)
 
     def _next_pause(self, answer: httpx.Response | httpx.TransportError) -> float:
-        """Return the pause that the answer asks for; a date (RFC 9110, 10.2.3) or none counts as not asked for."""
+        """Return the pause that the response names; a date (RFC 9110, 10.2.3) is ignored."""
         asked = answer.headers.get("Retry-After", "") if isinstance(answer, httpx.Response) else ""
         if asked.isascii() and asked.isdecimal():
             return float(asked)
-        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 (so that clients that failed together don't return together)
+        pause = self._pause * random.uniform(0.5, 1.0)  # noqa: S311 (it spreads the retries of clients)
         self._pause = min(2 * self._pause, self._longest_pause)
         return pause
 
 
 def comes_in_lines(response: httpx.Response) -> bool:
-    """Return whether an answer comes line by line, as its segments do."""
+    """Return whether a response is sent line by line, as segments are decoded."""
     return str(response.headers.get("Content-Type", "")).startswith("application/x-ndjson")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from amira.client.types import StreamError, Word
@@ -24,23 +25,23 @@ PROTOCOL = Subprotocol("amira.v2")
 END_OF_STREAM, KEEPALIVE = b"\x00", b"\x01"
 BYTES_PER_SAMPLE = 2
 FRAME_BYTES = 32_000
-"""Largest frame sent, in bytes: one second of audio."""
+"""Maximum size of a frame, in bytes: one second of audio."""
 
 KEEPALIVE_SECS = 10.0
-"""Time without audio after which a keepalive is sent, below the server's shortest sensible ``stream_timeout_secs``."""
+"""Time without audio after which a keepalive is sent, in seconds; well below the server's ``stream_timeout_secs``."""
 
 PAUSE_RANGE_SECS = (0.1, 2.0)
-"""First and longest pause between tries to connect, in seconds; it doubles."""
+"""First and maximum pause between attempts to connect, in seconds; it doubles."""
 
 SILENCE_SECS = 60.0
-"""Longest time without a byte from the server; then the connection counts as lost. Pings go out every 20 s, and a gateway whose
-buffer is full answers none while Triton fails, for up to 50 s with its defaults."""
+"""Time without a byte from the server after which the connection counts as lost, in seconds. Pings are sent every 20 s, and a
+gateway whose buffer is full answers none while Triton fails, for up to 50 s with its defaults."""
 
 RECONNECT_SECS = 60.0
-"""Default of the longest time without a connection; then a stream fails."""
+"""Default maximum time without a connection, in seconds; after it a stream fails."""
 
 REFUSALS = frozenset((400, 401, 403, 404, 413, 422))
-"""HTTP statuses that another try does not change."""
+"""HTTP statuses of refusals that are not retryable."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Message:
 
     Attributes:
         text: the whole transcript.
-        words: its words: those of segments that are final and, in a partial, of the current segment.
-        tokens: ids in the model's vocabulary.
+        words: words of the final segments and, in a partial, of the current segment.
+        tokens: token ids in the model's vocabulary.
         final: whether the stream is complete.
         audio_processed_ms: milliseconds of audio whose text can no longer change.
         stable_chars: number of leading characters of the text that can no longer change.
@@ -76,7 +77,7 @@ _EMPTY = _Transcript("", (), ())
 
 
 class _Connection(ClientConnection):
-    """A connection that ends when the server sends nothing any more, not even answers to pings."""
+    """A connection that ends when the server sends nothing for too long, not even pongs."""
 
     # A limit for each pong would cut off a slow server, which answers a ping after it has read the audio before it. Sending no
     # more audio than the server acknowledges could deadlock: only the server knows how much audio a window of its model needs.
@@ -96,6 +97,14 @@ class _Connection(ClientConnection):
         super().connection_lost(exc)
 
 
+def _reason(response: Response) -> str:
+    """Return why a server, or a proxy before it, refuses the upgrade."""
+    try:
+        return f"HTTP {response.status_code}: {json.loads(response.body or b'')['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}"
+
+
 class LiveStream:
     """A live stream: an asynchronous context in which audio is sent and messages are read.
 
@@ -104,9 +113,9 @@ class LiveStream:
             final = await stream.finish()
 
     Args:
-        url: the stream's, ``ws://…/v2/decode/stream/{model}``.
-        headers: of the upgrade request, such as ``Authorization``.
-        reconnect_secs: longest time without a connection; then the stream fails.
+        url: URL of the stream, ``ws://…/v2/decode/stream/{model}``.
+        headers: headers of the upgrade request, such as ``Authorization``.
+        reconnect_secs: maximum time without a connection; after it the stream fails.
 
     Attributes:
         reconnects: number of connections that were lost and opened again.
@@ -125,9 +134,9 @@ class LiveStream:
         self._before = _EMPTY  # settled when this connection began; its messages continue from here
         self._settled = _EMPTY  # settled by now; the next connection's messages continue from here
         self._latest = _EMPTY
-        self._unread: Message | None = None  # the newest message; each has the whole text, so older ones are of no use
+        self._unread: Message | None = None  # the newest message; each has the whole text, so older ones are dropped
         self._to_read = asyncio.Event()  # set when there is a message to read, or the stream is over
-        self._progressed = False  # whether this connection brought a message or an acknowledgement
+        self._progressed = False  # whether a message or an acknowledgement was received on this connection
         self._final: Message | None = None
         self._task: asyncio.Task[None] | None = None
         self.reconnects = 0
@@ -145,7 +154,7 @@ class LiveStream:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def send(self, pcm: bytes) -> None:
-        """Send audio; returns at once, the audio is kept until the server acknowledges it.
+        """Send audio. Returns at once; the audio is kept until the server acknowledges it.
 
         Args:
             pcm: 16-bit little-endian samples, 16 kHz, mono.
@@ -203,7 +212,7 @@ class LiveStream:
         return self._final
 
     async def _run(self) -> None:
-        """Connect, and connect again, until the final message has come."""
+        """Connect, and reconnect, until the final message is received."""
         shortest, longest = PAUSE_RANGE_SECS
         pause, lost_at = shortest, time.monotonic()
         while self._final is None:
@@ -221,7 +230,7 @@ class LiveStream:
                     opened_at = time.monotonic()
                     await self._converse(socket)
             except InvalidStatus as error:
-                reason = f"HTTP {error.response.status_code}"
+                reason = _reason(error.response)
                 if error.response.status_code in REFUSALS:
                     raise StreamError("refused", f"the server refuses the stream: {reason}") from error
             except (OSError, WebSocketException) as error:
@@ -233,7 +242,7 @@ class LiveStream:
             if self._progressed or time.monotonic() - opened_at > longest:
                 pause, lost_at = shortest, time.monotonic()
             elif time.monotonic() - lost_at > self._reconnect_secs:
-                raise StreamError("unreachable", f"no server for {self._reconnect_secs:g} s; the last one said: {reason}")
+                raise StreamError("unreachable", f"no server for {self._reconnect_secs:g} s; the last error was: {reason}")
             if self._final is None:
                 self.reconnects += 1
                 await asyncio.sleep(pause)
@@ -279,7 +288,7 @@ class LiveStream:
         return bytes(self._audio[start : start + FRAME_BYTES])
 
     def _take(self, message: dict[str, Any]) -> None:
-        """Take a message of the server.
+        """Handle a message of the server.
 
         Raises:
             ConnectionError, StreamError: as ``_converse`` does.
@@ -295,7 +304,7 @@ class LiveStream:
             return
         final = message["type"] == "final"
         text = self._before.text + message["text"]
-        # A partial has the words of its segment only, a final all since the connection began.
+        # A partial has only the words of its segment, a final all words since the connection began.
         words_before = self._before.words if final else self._settled.words
         words = words_before + tuple(map(Word.read, message["words"]))
         self._latest = _Transcript(text, words, self._before.tokens + tuple(message["tokens"]))
@@ -305,7 +314,7 @@ class LiveStream:
         self._to_read.set()
 
     def _acknowledge(self, ack: dict[str, Any]) -> None:
-        """Drop the audio that is no longer needed, and keep what a later connection continues from."""
+        """Drop the audio that is no longer needed, and keep the transcript from which a later connection continues."""
         self._session = ack["session"]
         del self._audio[: (ack["samples"] - self._kept_from) * BYTES_PER_SAMPLE]
         self._kept_from = ack["samples"]

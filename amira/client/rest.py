@@ -1,4 +1,4 @@
-"""The clients: recordings over REST, and live streams to the same server."""
+"""Clients of a server: recordings over REST, and live streams."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
 class _Client(Generic[Http]):
-    """What both clients share."""
+    """Constructor of both clients."""
 
     def __init__(
         self,
@@ -46,13 +46,13 @@ class _Client(Generic[Http]):
         """Create a client.
 
         Args:
-            base_url: the server's; if not given, ``AMIRA_BASE_URL`` of the environment, or ``http://localhost:8057``.
-            api_key: sent as ``Authorization: Bearer``; if not given, ``AMIRA_API_KEY`` of the environment, or none.
-            timeout_secs: longest wait for an answer, or with ``on_segment`` for the next segment.
-            retry_secs: time in which a request that may succeed later is sent again; 0 for never.
+            base_url: base URL of the server; default: ``AMIRA_BASE_URL`` of the environment, or ``http://localhost:8057``.
+            api_key: key sent as ``Authorization: Bearer``; default: ``AMIRA_API_KEY`` of the environment, or none.
+            timeout_secs: timeout of a response, or with ``on_segment`` of the next segment, in seconds.
+            retry_secs: time in which a retryable request is sent again, in seconds; 0: never.
 
         Raises:
-            ValueError: the base URL has neither http:// nor https://.
+            ValueError: the base URL does not begin with http:// or https://.
         """
         self._server = Server(base_url, api_key, timeout_secs, retry_secs)
         self._http: Http = self._connect()
@@ -63,7 +63,7 @@ class _Client(Generic[Http]):
 
 
 class Client(_Client[httpx.Client]):
-    """Transcribes recordings; may be shared by threads, and is best closed or used as a context.
+    """Transcribes recordings. Threads may share it; close it, or use it as a context.
 
     Example:
         with Client() as client:
@@ -130,8 +130,8 @@ class Client(_Client[httpx.Client]):
             on_progress: called with the number of bytes sent and of all, while the recording is sent.
 
         Raises:
-            RequestError: the server refuses the recording, or fails or can't be reached for ``retry_secs``.
-            OSError: the file can't be read.
+            RequestError: the server refuses the recording, or fails or is not reachable for ``retry_secs``.
+            OSError: the file cannot be read.
             ValueError: ``on_segment`` is given with ``format``.
         """
         exchange = Exchange(self._server, audio, model, format, phrases, on_segment, on_progress)
@@ -161,7 +161,7 @@ class Client(_Client[httpx.Client]):
 
 
 class AsyncClient(_Client[httpx.AsyncClient]):
-    """Transcribes recordings in asyncio; best closed or used as a context.
+    """Transcribes recordings in asyncio. Close it, or use it as a context.
 
     Example:
         async with AsyncClient() as client:

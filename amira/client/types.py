@@ -1,4 +1,4 @@
-"""What the clients return and raise."""
+"""Results and errors of the clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SAMPLE_RATE = 16_000
-"""Samples per second in which the server counts audio."""
+"""Sample rate in which the server counts audio, in Hz."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Word:
         start: seconds from the start of the audio.
         end: seconds from the start of the audio.
         confidence: probability, 0 to 1.
-        channel: of the audio, from 0; None where the channels are mixed.
+        channel: index of the channel; None where the channels are mixed.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Segment:
         end: seconds from the start of the audio.
         words: the words of the part.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
-        channel: of the audio, from 0; None where the channels are mixed.
+        channel: index of the channel; None where the channels are mixed.
     """
 
     text: str
@@ -67,9 +67,9 @@ class Transcript:
 
     Attributes:
         text: the whole transcript.
-        segments: its parts in order; one where the server does not divide it, none where there is no speech.
+        segments: its parts in order; none where there is no speech.
         words: all words in order.
-        tokens: ids in the model's vocabulary.
+        tokens: token ids in the model's vocabulary.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
         duration: seconds of audio.
         request_id: the server's id of the request, for its logs.
@@ -85,7 +85,7 @@ class Transcript:
 
     @classmethod
     def read(cls, body: Mapping[str, Any], segments: Sequence[Segment], request_id: str | None) -> Transcript:
-        """Read an answer of ``POST /v2/decode/batch/{model}``, or its last line, which the segments came before."""
+        """Read the response to ``POST /v2/decode/batch/{model}``, or its last line after the segments."""
         if "words" in body:
             words = tuple(map(Word.read, body["words"]))
         else:
@@ -99,10 +99,10 @@ class Transcript:
 
 
 class AmiraError(RuntimeError):
-    """The server can't be reached or does not do what it is asked.
+    """The server is not reachable, or does not fulfil a request.
 
     Attributes:
-        code: one of the API's error codes, or one that a subclass names.
+        code: error code of the API, or one of a subclass.
         retryable: whether the same call may succeed later.
     """
 
@@ -116,9 +116,9 @@ class RequestError(AmiraError):
     """A request failed.
 
     Attributes:
-        code: one of the API's error codes; ``unreachable`` where no server answered, ``timeout`` where it took too long,
-            ``http`` where something other than the server answered, such as a proxy.
-        status: HTTP status; None where nothing answered.
+        code: error code of the API; ``unreachable`` if no server responded, ``timeout`` if it took too long, ``http`` if
+            something other than the server responded, such as a proxy.
+        status: HTTP status; None without a response.
         request_id: the server's id of the request, for its logs.
     """
 
@@ -140,6 +140,6 @@ class StreamError(AmiraError):
     """The server ended the stream with an error, or could not be reached for too long.
 
     Attributes:
-        code: one of the API's error codes; ``refused`` where the server refused the upgrade, ``unreachable`` where no server
-            answered, ``closed`` where the stream was left before its final message.
+        code: error code of the API; ``refused`` if the server refused the upgrade, ``unreachable`` if no server responded,
+            ``closed`` if the stream was closed before its final message.
     """

@@ -1,4 +1,4 @@
-"""The body of a request: a recording, alone or as the file of a form."""
+"""Body of a request: a recording, alone or as the file of a form."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 Audio = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
-"""A path, the bytes of a recording, or a file that is open for reading bytes."""
+"""A path, the bytes of a recording, or a file opened for reading bytes."""
 
 Progress = Callable[[int, int], object]
-"""Called with the number of bytes sent and the number of all."""
+"""Called with the number of bytes sent and the number of all bytes."""
 
 CHUNK_BYTES = 64 * 2**10
 
@@ -24,16 +24,16 @@ class Upload:
     """A body that can be sent more than once.
 
     Args:
-        audio: the recording. A file that can't be rewound, such as a pipe, is read into memory.
-        fields: names and values of the form; None for a body that is the recording alone.
+        audio: the recording. A file that is not seekable, such as a pipe, is read into memory.
+        fields: names and values of the form; None: the body is the recording alone.
         on_progress: called after each chunk.
 
     Attributes:
-        headers: that describe the body.
-        size: in bytes.
+        headers: headers of the body.
+        size: size in bytes.
 
     Raises:
-        OSError: the recording can't be read.
+        OSError: the recording cannot be read.
     """
 
     def __init__(self, audio: Audio, fields: Sequence[tuple[str, str]] | None, on_progress: Progress | None) -> None:
@@ -58,7 +58,7 @@ class Upload:
             self._report(sent)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Iterate as ``__iter__`` does, and read the recording in a thread."""
+        """Iterate as ``__iter__`` does; the recording is read in a thread."""
         sent, chunks = 0, self._chunks()
         while chunk := await asyncio.to_thread(next, chunks, b""):
             yield chunk
@@ -84,7 +84,7 @@ class Upload:
             return io.BytesIO(self._audio)
         if isinstance(self._audio, str | os.PathLike):
             return Path(self._audio).open("rb")
-        return nullcontext(self._audio)  # the caller's, which stays open
+        return nullcontext(self._audio)  # the caller's file stays open
 
 
 def _rewindable(file: BinaryIO) -> bytes | BinaryIO:
@@ -92,7 +92,7 @@ def _rewindable(file: BinaryIO) -> bytes | BinaryIO:
 
 
 def _form_around_file(boundary: str, fields: Sequence[tuple[str, str]]) -> tuple[bytes, bytes]:
-    """Return what comes before and after the file of a form (RFC 7578)."""
+    """Return the bytes before and after the file of a form (RFC 7578)."""
     begin = f"--{boundary}\r\nContent-Disposition: form-data; name="
     parts = [f'{begin}"{name}"\r\n\r\n{value}\r\n' for name, value in fields]
     head = "".join(parts) + f'{begin}"file"; filename="recording"\r\nContent-Type: application/octet-stream\r\n\r\n'

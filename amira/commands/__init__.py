@@ -1,1 +1,1 @@
-"""Commands of ``amira`` that need the base package alone, and how a command ends."""
+"""Commands of ``amira`` that need only the base package."""

@@ -1,4 +1,4 @@
-"""How a command ends without success."""
+"""End a command without success."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NoReturn
 import typer
 
 FAILURE, USAGE_ERROR = 1, 2
-"""Exit codes: a server did not do what it was asked; the command can't begin as it was given."""
+"""Exit codes: a server did not fulfil a request; the command's arguments are wrong."""
 
 START_A_SERVER = "start one in another terminal: amira run; or name another: --url http://HOST:PORT"
-"""Advice where no server answers."""
+"""Advice if no server responds."""
 
 
 def fail(message: str, code: int = USAGE_ERROR) -> NoReturn:

@@ -1,4 +1,4 @@
-"""``amira listen``: a microphone, or a file that plays as one, on a running server."""
+"""``amira listen``: transcribe a microphone, or a file in real time, on a running server."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from amira.commands.ending import FAILURE, START_A_SERVER, fail
 from amira.commands.options import ApiKey, Model, Url
 
 FRAME_SECS = 0.1
-"""Length of the pieces in which audio is taken and sent."""
+"""Length of the pieces in which audio is recorded and sent."""
 
 FRAME_SAMPLES = round(FRAME_SECS * SAMPLE_RATE)
 BYTES_PER_SAMPLE = 2
 RECONNECT_SECS = 10.0
-"""Time in which the command tries to reach a server: a person waits for it."""
+"""Time in which the command tries to reach a server, in seconds; short, since a person waits."""
 
 
 class Format(str, Enum):
@@ -44,12 +44,12 @@ class Format(str, Enum):
 
 def listen(
     device: Annotated[
-        str | None, typer.Option(help="Microphone: its number, or a part of its name.", show_default="the system's")
+        str | None, typer.Option(help="Microphone: number, or part of the name.", show_default="the system's")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            help="A WAV file (16 bit, 16 kHz, mono) that plays in real time instead of the microphone.",
+            help="A WAV file (16 bit, 16 kHz, mono) to play in real time instead of the microphone.",
             exists=True,
             dir_okay=False,
             show_default=False,
@@ -57,7 +57,8 @@ def listen(
     ] = None,
     format: Annotated[Format, typer.Option(help="Format of the transcript.")] = Format.text,  # noqa: A002 (names the option)
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File of the transcript; by default printed.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="File for the transcript; default: standard output.", show_default=False),
     ] = None,
     url: Url = DEFAULT_BASE_URL,
     api_key: ApiKey = None,
@@ -65,9 +66,11 @@ def listen(
 ) -> None:
     """Transcribe the microphone until Ctrl-C.
 
-    On a terminal the text is shown as it comes: plain where it is settled, dim where it may still change. Ctrl-C ends the
+    On a terminal the text is shown while it is decoded: final text plain, text that may still change dim. Ctrl-C ends the
     audio, and the complete transcript follows. The microphone needs: pip install 'amira-asr[mic]'.
     """
+    if output:
+        _check_writable(output)
     microphone = _open_file(file) if file else _open_microphone(device)
     try:
         client = AsyncClient(url, api_key=api_key)
@@ -80,9 +83,21 @@ def listen(
         fail(f"{error}{advice}", FAILURE)
     text = f"{final.text}\n" if format is Format.text else f"{json.dumps(asdict(final), ensure_ascii=False)}\n"
     if output:
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            typer.echo(text, nl=False)  # nobody says it again
+            fail(str(error), FAILURE)
     else:
         typer.echo(text, nl=False)
+
+
+def _check_writable(path: Path) -> None:
+    """End the command if a file can't be written; after the recording it would be too late."""
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        fail(str(error))
 
 
 async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: str) -> Message:
@@ -106,12 +121,12 @@ async def _listen(client: AsyncClient, microphone: AsyncIterator[bytes], model: 
                 loop.remove_signal_handler(signal.SIGINT)  # a second Ctrl-C does not wait for the final
             final = await stream.finish()
         finally:
-            await asyncio.gather(showing, return_exceptions=True)  # it ends as the stream does
+            await asyncio.gather(showing, return_exceptions=True)  # it ends with the stream
     return final
 
 
 async def _show(messages: AsyncIterable[Message]) -> None:
-    """Show the transcript as it comes, on a terminal."""
+    """Show the transcript while it is decoded, on a terminal."""
     console = Console(stderr=True)
     with Live(console=console, auto_refresh=False, transient=True) as screen:
         async for message in messages:
@@ -120,14 +135,14 @@ async def _show(messages: AsyncIterable[Message]) -> None:
 
 
 def _layout(message: Message, room: int) -> Text:
-    """Return the end of a transcript, of at most ``room`` characters: settled text plain, the rest dim."""
+    """Return the end of a transcript, at most ``room`` characters: final text plain, the rest dim."""
     start = max(0, len(message.text) - room)
     settled = max(start, message.stable_chars)
     return Text(message.text[start:settled]).append(message.text[settled:], style="dim")
 
 
 async def _play(recording: wave.Wave_read) -> AsyncIterator[bytes]:
-    """Yield a file's audio at the pace of a microphone."""
+    """Yield a file's audio in real time."""
     with recording:
         began, played = time.monotonic(), 0
         while audio := recording.readframes(FRAME_SAMPLES):
@@ -137,11 +152,13 @@ async def _play(recording: wave.Wave_read) -> AsyncIterator[bytes]:
 
 
 def _open_file(path: Path) -> AsyncIterator[bytes]:
-    """Return the audio of a file; one that can't play ends the command."""
+    """Return the audio of a file; end the command if its format is not supported."""
     try:
-        recording = wave.open(str(path))  # noqa: SIM115 (closed when it has played)
+        recording = wave.open(str(path))  # noqa: SIM115 (closed at its end)
     except (wave.Error, EOFError) as error:
-        fail(f"{path} is no WAV file: {error}; convert it: ffmpeg -i {path} -ar {SAMPLE_RATE} -ac 1 -c:a pcm_s16le speech.wav")
+        fail(
+            f"{path} is not a WAV file: {error}; convert it: ffmpeg -i {path} -ar {SAMPLE_RATE} -ac 1 -c:a pcm_s16le speech.wav"
+        )
     found = (recording.getsampwidth(), recording.getframerate(), recording.getnchannels())
     if found != (BYTES_PER_SAMPLE, SAMPLE_RATE, 1):
         fail(
@@ -152,7 +169,7 @@ def _open_file(path: Path) -> AsyncIterator[bytes]:
 
 
 def _open_microphone(device: str | None) -> AsyncIterator[bytes]:
-    """Return the audio of a microphone; what is missing for it ends the command."""
+    """Return the audio of a microphone; end the command if something is missing for it."""
     try:
         import sounddevice  # type: ignore[import-untyped]  # noqa: PLC0415 (an extra)
     except ImportError:
@@ -171,7 +188,7 @@ def _open_microphone(device: str | None) -> AsyncIterator[bytes]:
 
 
 async def _record(sounddevice: Any, device: int | str | None) -> AsyncIterator[bytes]:
-    """Yield the microphone's audio, without end."""
+    """Yield the microphone's audio endlessly."""
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[bytes]()
 
     def take(audio: Any, *_: object) -> None:

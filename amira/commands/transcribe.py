@@ -1,4 +1,4 @@
-"""``amira transcribe``: recordings on a running server."""
+"""``amira transcribe``: transcribe recordings on a running server."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from amira.commands.ending import FAILURE, START_A_SERVER, fail, warn
 from amira.commands.options import ApiKey, Model, Url
 
 RETRY_SECS = 10.0
-"""Time in which the command tries again to reach a server, or one that is full: a person waits for it."""
+"""Time in which the command retries, in seconds; short, since a person waits."""
 
 TIMEOUT_SECS = 3600.0
-"""Longest wait for the transcript of a recording of hours."""
+"""Timeout of the transcript of a recording of hours, in seconds."""
 
 STDIN = Path("-")
 
@@ -55,12 +55,12 @@ SUBTITLES = ("srt", "vtt")
 
 @dataclass(frozen=True)
 class Job:
-    """What the command does.
+    """Arguments of the command.
 
     Attributes:
         recordings: the files; ``-`` is standard input.
-        format: of the transcripts.
-        directory: where they are written; None for standard output.
+        format: format of the transcripts.
+        directory: directory of the transcripts; None: standard output.
         model: public name of the model.
         stream: whether segments are printed as they come.
     """
@@ -72,7 +72,7 @@ class Job:
     stream: bool
 
     def target(self, recording: Path) -> Path | None:
-        """Return the file of a recording's transcript; None for standard output."""
+        """Return the file for a recording's transcript; None: standard output."""
         name = "stdin" if recording == STDIN else recording.stem
         return self.directory / f"{name}{SUFFIXES[self.format]}" if self.directory else None
 
@@ -90,7 +90,7 @@ def transcribe(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Write each transcript to a file here, named after its recording; by default all are printed.",
+            help="Directory for a file per transcript, named after its recording; default: standard output.",
             file_okay=False,
             show_default=False,
         ),
@@ -104,37 +104,46 @@ def transcribe(
     """Transcribe recordings on a running server.
 
     Transcripts are printed in the order of the recordings. The exit code is 1 if any recording failed; the others are
-    transcribed all the same.
+    transcribed nevertheless.
     """
     job = Job(recordings, format.value, output_dir, model, stream)
     _check(job)
-    if output_dir:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if output_dir:
+            output_dir.mkdir(parents=True, exist_ok=True)
+        # Read here, where Ctrl-C ends it.
+        piped = sys.stdin.buffer.read() if STDIN in recordings else b""
+    except OSError as error:
+        fail(str(error))
     try:
         client = AsyncClient(url, api_key=api_key, retry_secs=RETRY_SECS, timeout_secs=TIMEOUT_SECS)
     except ValueError as error:
         fail(str(error))
-    if not asyncio.run(_transcribe_all(client, job, 1 if stream else jobs)):
+    if not asyncio.run(_transcribe_all(client, job, piped, 1 if stream else jobs)):
         raise typer.Exit(FAILURE)
 
 
 def _check(job: Job) -> None:
-    """End the command if it asks for what can't be."""
+    """End the command if its arguments contradict each other."""
     for recording in job.recordings:
-        if recording != STDIN and not recording.is_file():
+        if recording != STDIN and recording.is_dir():
+            fail(f"{recording} is a directory; name its files: {recording / '*'}")
+        if recording != STDIN and not recording.exists():
             fail(f"there is no file {recording}")
+    if job.recordings.count(STDIN) > 1:
+        fail("standard input (-) can be read only once")
     if job.stream and (job.format != "text" or job.directory):
-        fail("--stream prints text as it comes; leave out --format and --output-dir")
+        fail("--stream prints text as it is decoded; omit --format and --output-dir")
     if len(job.recordings) > 1 and job.format in SUBTITLES and not job.directory:
-        fail(f"several recordings as {job.format} would be one file; add --output-dir DIR")
+        fail(f"{job.format} of several recordings needs a file each; add --output-dir DIR")
     targets = [job.target(recording) for recording in job.recordings]
     for target in targets:
         if target and targets.count(target) > 1:
-            fail(f"several recordings would be written to {target}; rename them, or transcribe them apart")
+            fail(f"several recordings would be written to {target}; rename them, or transcribe them separately")
 
 
-async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
-    """Transcribe the recordings; return whether all succeeded."""
+async def _transcribe_all(client: AsyncClient, job: Job, piped: bytes, at_once: int) -> bool:
+    """Transcribe the recordings, of which ``piped`` came from standard input; return whether all succeeded."""
     places = asyncio.Semaphore(at_once)
     outcomes = []
     async with client:
@@ -142,7 +151,8 @@ async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
 
             async def transcribe_one(recording: Path) -> str:
                 async with places:
-                    return await _transcribe(client, job, recording, progress)
+                    audio = io.BytesIO(piped) if recording == STDIN else recording
+                    return await _transcribe(client, job, recording.name, audio, progress)
 
             tasks = [asyncio.create_task(transcribe_one(recording)) for recording in job.recordings]
             try:
@@ -155,10 +165,9 @@ async def _transcribe_all(client: AsyncClient, job: Job, at_once: int) -> bool:
     return all(outcomes)
 
 
-async def _transcribe(client: AsyncClient, job: Job, recording: Path, progress: Progress) -> str:
+async def _transcribe(client: AsyncClient, job: Job, name: str, audio: Audio, progress: Progress) -> str:
     """Return a recording's transcript in the job's format; nothing of what was printed as it came."""
-    audio: Audio = io.BytesIO(sys.stdin.buffer.read()) if recording == STDIN else recording
-    shown = progress.add_task(recording.name, total=None)
+    shown = progress.add_task(name, total=None)
 
     def show(sent: int, size: int) -> None:
         progress.update(shown, completed=sent, total=size)
@@ -177,27 +186,24 @@ async def _transcribe(client: AsyncClient, job: Job, recording: Path, progress: 
 
 async def _report(job: Job, recording: Path, task: asyncio.Task[str]) -> bool:
     """Print or write a recording's transcript, or why there is none; return whether there is one."""
+    target = job.target(recording)
     try:
         text = await task
-        if target := job.target(recording):
+        if target:
             target.write_text(text, encoding="utf-8")
-        else:
-            typer.echo(text, nl=bool(text) and not text.endswith("\n"))
-    except RequestError as error:
-        if error.code == "unreachable":
+    except (RequestError, OSError) as error:
+        if isinstance(error, RequestError) and error.code == "unreachable":
             fail(f"{error}\namira: {START_A_SERVER}", FAILURE)
-        reason = str(error)
-    except OSError as error:
-        reason = str(error)
-    else:
-        return True
-    warn(f"{recording}: {reason}" if len(job.recordings) > 1 else reason)
-    return False
+        warn(f"{recording}: {error}" if len(job.recordings) > 1 else str(error))
+        return False
+    if not target:
+        typer.echo(text, nl=bool(text) and not text.endswith("\n"))
+    return True
 
 
 @contextmanager
 def _progress(job: Job) -> Iterator[Progress]:
-    """Show how much of each recording is sent, on a terminal."""
+    """Show the progress of each upload, on a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=job.stream or not console.is_terminal) as progress:

@@ -84,7 +84,7 @@ def check_shared_memory() -> None:
 
 
 class _Progress:
-    """Tells a starting Triton that hangs from a slow one."""
+    """Distinguishes a starting Triton that hangs from a slow one."""
 
     def __init__(self) -> None:
         self._ready = -1
@@ -114,8 +114,8 @@ def _cpu_secs(pid: int) -> float:
     return 0.0
 
 
-class Triton:
-    """The embedded Triton.
+class TritonProcess:
+    """Process of the embedded Triton.
 
     Args:
         engine: the installed Triton.
@@ -324,7 +324,7 @@ class Triton:
         return sum(model.state == "READY" for model in index)
 
     def _refusal(self, model: str) -> str:
-        """Return why Triton did not read a model's configuration, as its log has it; empty where it has nothing."""
+        """Return the reason in Triton's log why it did not read a model's configuration; empty if there is none."""
         found = re.findall(rf"Poll failed for model directory '{re.escape(model)}': (.*?)\"?$", self._log(), re.MULTILINE)
         return found[-1] if found else ""
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amira.engine.errors import EngineError
-from amira.engine.process import Triton, check_shared_memory
+from amira.engine.process import TritonProcess, check_shared_memory
 from amira.engine.wheel import Engine
 from amira.models.configs import check_ensembles
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND
-from amira.ports import LOOPBACK, Ports, check_free, gateway_listener
+from amira.ports import LOOPBACK, Ports, check_free, gateway_listeners
 from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.errors import ApiError
@@ -53,12 +53,12 @@ async def service(
         ModelError: the model repository cannot be served with these settings.
         EngineError: Triton or a model cannot start.
     """
-    check_free([gateway_listener(settings.server_host, settings.server_port), *ports.listeners()])
+    check_free([*gateway_listeners(settings.server_host, settings.server_port, settings.riva_port), *ports.listeners()])
     check_ensembles(model_repository, settings.models.values())
     check_shared_memory()
     log_path = ENGINE_HOME / f"triton-{ports.grpc}.log"
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, model_repository, ports, log_path, triton_options(settings), settings.models.values())
+    triton = TritonProcess(engine, model_repository, ports, log_path, triton_options(settings), settings.models.values())
     await triton.start(on_progress)
     keeper = asyncio.create_task(triton.keep_alive(), name="triton keeper")
     try:
@@ -103,7 +103,7 @@ async def transcribe_with_each(
         EngineError: Triton or a model cannot start, or an ensemble failed.
     """
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, model_repository, ports, ENGINE_HOME / "triton-check.log")
+    triton = TritonProcess(engine, model_repository, ports, ENGINE_HOME / "triton-check.log")
     await triton.start()
     client = TritonPool(Settings(triton_endpoint=f"{ports.host}:{ports.grpc}", models={name: name for name in ensembles}))
     try:

@@ -1,4 +1,4 @@
-"""The error body as OpenAPI describes it."""
+"""The error body in OpenAPI."""
 
 from __future__ import annotations
 

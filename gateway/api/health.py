@@ -22,7 +22,7 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Is the process alive?")
 async def health(request: Request) -> dict[str, str]:
-    """Answer 200 while the process is alive; Triton is not asked."""
+    """Return 200 while the process is alive; this does not depend on Triton."""
     service: Service = request.app.state.service
     return {"status": "healthy", "service": service.settings.service_name, "version": __version__}
 
@@ -30,7 +30,7 @@ async def health(request: Request) -> dict[str, str]:
 @router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", summary="Liveness probe")
 async def live() -> dict[str, str]:
-    """Answer 200 while the process is alive; Triton is not asked."""
+    """Return 200 while the process is alive; this does not depend on Triton."""
     return {"status": "live"}
 
 
@@ -39,7 +39,7 @@ async def live() -> dict[str, str]:
     "/health/ready", summary="Readiness probe", responses={503: {"description": "starting, draining, or Triton is not ready"}}
 )
 async def ready(request: Request) -> Response:
-    """Answer 200 if new work is taken, even at full capacity, and 503 otherwise."""
+    """Return 200 if new work is accepted, even at full capacity, and 503 otherwise."""
     service: Service = request.app.state.service
     status = _status(service)
     body = {
@@ -52,7 +52,7 @@ async def ready(request: Request) -> Response:
 @router.head("/health/detailed", include_in_schema=False)
 @router.get("/health/detailed", summary="Every dependency", responses={503: {"description": "critical"}})
 async def detailed(request: Request) -> Response:
-    """Answer with the state of each Triton and model, and the number of streams and recordings in flight."""
+    """Return the state of each Triton and model, and the number of streams and recordings in flight."""
     service: Service = request.app.state.service
     places, settings = service.places, service.settings
     status = _status(service)
@@ -77,7 +77,7 @@ async def detailed(request: Request) -> Response:
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
 async def metrics_page() -> Response:
-    """Answer with all metrics of this process."""
+    """Return all metrics of this process."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -97,7 +97,7 @@ def _well(endpoint: Endpoint, ensembles: Iterable[str]) -> bool:
 
 
 def _recognition(health: Health) -> dict[str, Any]:
-    """Return what the canaries of one ensemble have shown."""
+    """Return the health of one ensemble, from its canaries."""
     return {"ok": health.well, "last": health.last.value if health.last else None, "failures": health.failures}
 
 

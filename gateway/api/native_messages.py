@@ -1,4 +1,4 @@
-"""Messages of ``/v2/decode/stream/{model}``, in the dialects that a client chooses by subprotocol."""
+"""Messages of ``/v2/decode/stream/{model}``, in the dialect that the client chooses by its subprotocol."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from gateway.live.events import (
 from gateway.live.speech import Detection
 
 SPEECH = "speech"
-"""Value of ``events`` in the query of clients that are told when speech starts and stops."""
+"""Value of the query's ``events`` with which a client gets the start and stop of speech."""
 
 
 class Dialect(Enum):
-    """Subprotocols; the value is the name."""
+    """Dialects of the messages; the value is the subprotocol."""
 
     PLAIN = ""
     """Each message has the whole transcript."""
@@ -47,10 +47,10 @@ class Dialect(Enum):
 
 
 def read_events(query: Mapping[str, str]) -> Detection | None:
-    """Return how to detect speech, if the query of a stream asks for that.
+    """Return the rules for the start and stop of speech, if the query asks for these events; else None.
 
     Raises:
-        ApiError: ``UNACCEPTABLE``, it asks for something else.
+        ApiError: ``UNACCEPTABLE``, the query asks for other events.
     """
     wanted = query.get("events")
     if wanted is None:
@@ -70,7 +70,7 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
     if isinstance(event, Failed):
         return None  # the error frame follows with the close
     if isinstance(event, SegmentFinal) and not event.changed and not dialect.resumable:
-        return None  # a resuming client needs the words' last times, which the next acknowledgement settles
+        return None  # a resuming client needs the final times of the words, which the next acknowledgement settles
     transcript = event.transcript
     kind = "final" if isinstance(event, Final) else "partial"
     if dialect is Dialect.V3:
@@ -88,7 +88,7 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
 
 
 def _segment(transcript: Snapshot) -> dict[str, Any]:
-    """Return the current segment. The segments' texts, one after the other, are the transcript."""
+    """Return the current segment. The texts of all segments, concatenated, are the transcript."""
     settled = transcript.settled
     return {
         "segment": transcript.segment,

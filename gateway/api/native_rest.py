@@ -1,4 +1,4 @@
-"""``POST /v2/decode/batch/{model}``: the face of the recordings' engine."""
+"""``POST /v2/decode/batch/{model}``: a face of the engine of recordings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from gateway.api.error_schema import openapi_responses
 from gateway.api.phrases import MAX_BEAM, MAX_PHRASES, LanguageModel, language_options
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
-from gateway.api.uploads import Upload, receive_upload
+from gateway.api.uploads import UPLOAD_SCHEMA, Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.auth import check_key
@@ -28,7 +28,7 @@ from gateway.transcript.writers import to_srt, to_text, to_vtt
 router = APIRouter()
 
 SEPARATE = "separate"
-"""Value of the query's ``channels`` that gives each channel a transcript of its own."""
+"""Value of the query's ``channels`` with which each channel gets a transcript of its own."""
 
 
 class Word(BaseModel):
@@ -45,8 +45,8 @@ class SegmentAnswer(BaseModel):
     """A part of a transcript."""
 
     id: int
-    start: float = Field(description="of its first word, in seconds")
-    end: float = Field(description="of its last word, in seconds")
+    start: float = Field(description="start of its first word, in seconds")
+    end: float = Field(description="end of its last word, in seconds")
     text: str
     words: list[Word]
     confidence: float | None
@@ -63,7 +63,7 @@ class BatchAnswer(BaseModel):
     encoded_length: int = Field(description="number of encoder frames")
     confidence: float | None = Field(description="mean probability of the tokens; null if there are none")
     words: list[Word]
-    segments: list[SegmentAnswer] = Field(description="parts of a long recording; a short one is one part")
+    segments: list[SegmentAnswer] = Field(description="parts of a long recording; a short recording has one")
     opaque: Any = Field(default=None, description="value of the same name in the JSON request")
 
 
@@ -82,7 +82,7 @@ WRITERS: Mapping[Format, tuple[Callable[[Sequence[Segment]], str], str]] = {
     Format.SRT: (to_srt, "application/x-subrip"),
     Format.VTT: (to_vtt, "text/vtt"),
 }
-"""What writes a format, and its media type."""
+"""Writer and media type of each format."""
 
 
 LINES = Wire(
@@ -90,7 +90,7 @@ LINES = Wire(
     partial(orjson.dumps, option=orjson.OPT_APPEND_NEWLINE),
     lambda error, request_id: error.body(request_id),
 )
-"""Lines of JSON."""
+"""Answers as lines of JSON."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Options:
     """The query of a request.
 
     Attributes:
-        format: of the answer.
-        raw: format of the audio, if it is raw.
+        format: format of the answer.
+        raw: format of the audio, if it is raw audio.
         separate: whether each channel gets a transcript of its own.
         decoder: options of the decoder.
     """
@@ -108,36 +108,6 @@ class Options:
     raw: RawFormat
     separate: bool
     decoder: Mapping[str, str | int]
-
-
-BINARY = {"schema": {"type": "string", "format": "binary"}}
-REQUEST_BODY: dict[str, Any] = {
-    "required": True,
-    "content": {
-        "application/octet-stream": BINARY,
-        "audio/wav": BINARY,
-        "audio/flac": BINARY,
-        "audio/ogg": BINARY,
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"file": {"type": "string", "format": "binary"}},
-                "required": ["file"],
-            }
-        },
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "properties": {
-                    "audio_buffer": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
-                    "opaque": {},
-                    "description": {},
-                },
-                "required": ["audio_buffer"],
-            }
-        },
-    },
-}
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -150,7 +120,7 @@ PARAMETERS = [
     _query("sample_rate", "of raw audio, in Hz", type="integer", minimum=8000, maximum=48000, default=16000),
     _query(
         "channels",
-        "`separate`: a transcript for each channel; a number: how many channels raw audio has; both, in two parameters",
+        "`separate`: a transcript for each channel; a number: channels of raw audio; both in two parameters",
         type="array",
         items={"anyOf": [{"type": "integer", "minimum": 1, "maximum": 8}, {"const": SEPARATE}]},
         maxItems=2,
@@ -167,13 +137,13 @@ PARAMETERS = [
     "/v2/decode/batch/{model}",
     response_model=BatchAnswer,
     responses=openapi_responses(),
-    openapi_extra={"requestBody": REQUEST_BODY, "parameters": PARAMETERS},
+    openapi_extra={"requestBody": UPLOAD_SCHEMA, "parameters": PARAMETERS},
     summary="Transcribe a recording",
     description="The body is raw PCM (16-bit little-endian, 16 kHz, mono) or a WAV, FLAC, Ogg, MP3, AIFF, AU, CAF or W64 file; "
     "as the body itself, as the `file` of a form, or as an array of bytes in the `audio_buffer` of JSON.",
 )
 async def decode_batch(request: Request, model: str) -> Response:
-    """Answer one recording."""
+    """Return the transcript of one recording."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
@@ -202,7 +172,7 @@ def parse_options(request: Request) -> Options:
     """Read the query of a request.
 
     Raises:
-        ApiError: a value is not known.
+        ApiError: a value is not allowed.
     """
     query = request.query_params
     given = query.get("format", Format.JSON.value)
@@ -222,10 +192,10 @@ def parse_options(request: Request) -> Options:
 
 
 async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:
-    """Yield a line for each segment as it comes, and one for the whole.
+    """Yield a line for each segment as it is decoded, and one for the whole recording.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
     """
     async with aclosing(segments):
         async for segment in segments:

@@ -1,9 +1,9 @@
-"""``/v2/decode/stream/{model}``: a face of the live engine, a WebSocket with the project's own messages.
+"""``/v2/decode/stream/{model}``: a face of the live engine, with the project's own WebSocket messages.
 
-With a subprotocol of ``native_messages`` the client gets session tokens, by which it can continue after a lost connection.
+With a resumable dialect the client gets session tokens, with which it can continue after a lost connection.
 
 Two tasks serve a socket: one reads frames into the session, one writes the session's events. A full session stops the reader,
-and TCP slows the client. A third task looks for clients that are idle, or flood the server with small frames.
+and TCP slows the client. A third task detects clients that are idle, or flood the server with small frames.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Connection:
     """One WebSocket, from the upgrade to the close.
 
     Args:
-        socket: accepted.
-        session: its stream.
-        audio: turns the frames into the session's samples.
-        settings: the gateway's.
-        dialect: of its messages.
-        flooding_secs: for how long the client has been held back because of small frames.
+        socket: the accepted WebSocket.
+        session: session of its stream.
+        audio: converts the frames into samples of the session.
+        settings: settings of the gateway.
+        dialect: dialect of its messages.
+        flooding_secs: returns the time for which the client's small frames have been delayed, in seconds.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Connection:
         writer = asyncio.create_task(self._write(), name="stream writer")
         reader = asyncio.create_task(self._read(), name="stream reader")
         watch = asyncio.create_task(self._watch(), name="stream watch")
-        tasks = (writer, reader, watch)  # a final that was sent counts, whatever else ended at the same time
+        tasks = (writer, reader, watch)  # a final that was sent counts, even if another task ended at the same time
         try:
             ends = (*tasks, self._audio.failed)
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -184,19 +184,19 @@ class Connection:
                 await self._send(message)
 
     async def _watch(self) -> None:
-        """Look whether frames come, which is cheaper than a timer for each frame, and whether they are large enough.
+        """Check at intervals that frames arrive and are large enough; a timer per frame would cost more.
 
         Raises:
-            ApiError: no frame came for too long, or only small ones.
+            ApiError: no frame arrived for too long, or too many small ones.
         """
         limit = self._timeout_secs
         while True:
             idle_secs = time.monotonic() - self._waits_since if self._waits_since else 0.0
             flooding_secs = self._flooding_secs()
             if idle_secs >= limit:
-                raise ApiError(ErrorKind.STREAM_IDLE, f"nothing came for {limit:g} s; send audio or keepalives")
+                raise ApiError(ErrorKind.STREAM_IDLE, f"nothing was received for {limit:g} s; send audio or keepalives")
             if flooding_secs >= limit:
-                rule = f"more than {SMALL_FRAMES_PER_SEC} frames per second below {SMALL_BYTES} bytes came for {limit:g} s"
+                rule = f"more than {SMALL_FRAMES_PER_SEC} frames per second below {SMALL_BYTES} bytes were sent for {limit:g} s"
                 raise ApiError(ErrorKind.QUOTA_EXCEEDED, f"{rule}; send larger ones")
             await asyncio.sleep(limit - max(idle_secs, flooding_secs))
 
@@ -287,12 +287,12 @@ async def unknown_path(socket: WebSocket, path: str) -> None:
 
 
 async def _accept(socket: WebSocket) -> None:
-    """Upgrade, and take the dialect's subprotocol: a browser leaves if none of the subprotocols that it offers is taken."""
+    """Upgrade, and select the dialect's subprotocol: a browser closes the connection if none that it offers is selected."""
     await accept(socket, Dialect.chosen(socket.scope.get("subprotocols", ())).value or None)
 
 
 async def _refuse(socket: WebSocket, error: ApiError, service: Service) -> None:
-    """Refuse a stream by an HTTP status; a browser can't read it, and gets the upgrade and an error frame instead."""
+    """Refuse a stream by an HTTP status. A page cannot read it, so a browser gets the upgrade and an error frame instead."""
     count_refusal(error)
     request_id = current_request_id()
     log.info("stream refused", code=error.kind.code)

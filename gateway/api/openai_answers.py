@@ -1,4 +1,4 @@
-"""Transcripts as OpenAI's API has them: bodies and events.
+"""Transcripts in the format of OpenAI's API: bodies and events.
 
 The decoder returns a probability per word, not per token, so ``logprobs`` has one entry per word.
 """
@@ -15,7 +15,7 @@ from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.words import Word
 
 MIN_PROBABILITY = 1e-9
-"""Least probability that has a logarithm in an answer; JSON has no infinity."""
+"""Minimum probability in logarithms: JSON has no infinity."""
 
 SEEK_PER_SEC = 100
 """Unit of ``seek``, as in Whisper: spectrogram frames per second."""
@@ -34,7 +34,7 @@ def verbose_body(transcription: Transcription, language: str, *, words: bool, se
 
     Args:
         transcription: the transcript.
-        language: of the recording.
+        language: language of the recording.
         words: whether words are listed.
         segments: whether segments are listed.
     """
@@ -53,7 +53,7 @@ def verbose_body(transcription: Transcription, language: str, *, words: bool, se
 
 
 def delta_event(segment: Segment, *, logprobs: bool) -> dict[str, Any]:
-    """Return the event of a segment; the deltas joined are the transcript."""
+    """Return the event of a segment; the deltas, concatenated, are the transcript."""
     event: dict[str, Any] = {"type": "transcript.text.delta", "delta": _joined_text(segment)}
     return event | ({"logprobs": list(_logprobs(segment))} if logprobs else {})
 
@@ -70,12 +70,12 @@ def _duration_usage(transcription: Transcription) -> dict[str, Any]:
 
 
 def _joined_text(segment: Segment) -> str:
-    """Return a segment's text with the space before it, as OpenAI's have it."""
+    """Return a segment's text with a leading space, as OpenAI's segments have it."""
     return f" {segment.text}" if segment.id else segment.text
 
 
 def _logprobs(segment: Segment) -> Iterator[dict[str, Any]]:
-    """Yield an entry for each word; the entries' tokens joined are the segment's text."""
+    """Yield an entry for each word; the entries' tokens, concatenated, are the segment's text."""
     for number, word in enumerate(segment.words):
         token = f" {word['word']}" if segment.id or number else word["word"]
         yield {"token": token, "logprob": _log(word["confidence"]), "bytes": list(token.encode())}

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them: our body with OpenAI's types, and its header against useless retries."""
+"""Errors for OpenAI's clients: our body with OpenAI's types, and the header that prevents useless retries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from gateway.errors import ApiError, ErrorKind
 
 SHOULD_RETRY_HEADER = "x-should-retry"
-"""Header by which a server overrides the retries of OpenAI's clients, which depend on the status alone."""
+"""Header with which a server overrides the retry rules of OpenAI's clients, which depend on the status alone."""
 
 
 def type_of(kind: ErrorKind) -> str:
@@ -24,5 +24,5 @@ def body_of(error: ApiError, request_id: str | None) -> dict[str, Any]:
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """Return the headers that an error has besides ``ApiError.headers``."""
+    """Return the headers of an error besides ``ApiError.headers``."""
     return {} if error.kind.retryable else {SHOULD_RETRY_HEADER: "false"}

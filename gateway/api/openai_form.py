@@ -40,7 +40,7 @@ class Format(str, Enum):
 
 
 class Granularity(str, Enum):
-    """What is timed in ``verbose_json``."""
+    """Units that are timed in ``verbose_json``."""
 
     WORD = "word"
     SEGMENT = "segment"
@@ -48,7 +48,7 @@ class Granularity(str, Enum):
 
 @dataclass(frozen=True)
 class Form:
-    """What a client asks for.
+    """The fields that have an effect.
 
     Attributes:
         file: the recording.
@@ -84,7 +84,7 @@ def read_form(data: FormData) -> Form:
         raise _missing("model", "the name of a model")
     text_format = _text(data, "response_format") or Format.JSON.value
     if text_format == "diarized_json":
-        raise _invalid("response_format", text_format, "this server does not tell speakers apart", Format)
+        raise _invalid("response_format", text_format, "this server does not label speakers", Format)
     form = Form(
         file=file,
         model=model,
@@ -126,7 +126,7 @@ FORM_SCHEMA: dict[str, Any] = {
         "chunking_strategy": {"type": "string", "description": "`auto`, or JSON; without effect"},
     },
 }
-"""The form as OpenAPI describes it."""
+"""The form in OpenAPI."""
 
 
 class _Include(str, Enum):
@@ -161,7 +161,7 @@ def _check_combination(form: Form) -> None:
 
 
 def _check_chunking(data: FormData) -> None:
-    """Check a strategy of cutting, which has no effect: recordings are cut where they are quietest."""
+    """Check a chunking strategy. It has no effect: recordings are cut where they are quietest."""
     name = "chunking_strategy"
     strategy: dict[str, Any] = {}
     given = _text(data, name)
@@ -192,7 +192,7 @@ def _check_number(name: str, text: str, least: float, most: float) -> None:
 
 
 def _text(data: FormData, name: str) -> str:
-    """Return a field's value; empty where the client does not send one."""
+    """Return a field's value; empty if the client does not send the field."""
     values = _texts(data, name)
     return values[-1] if values else ""
 

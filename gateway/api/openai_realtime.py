@@ -45,8 +45,9 @@ async def serve_realtime(socket: WebSocket) -> None:
             check_origin(socket.headers, service.settings)
             caller, session = service.client_secrets.redeem(_key_of(socket))
             config = SessionConfig().merge(dict(session))
-            name = socket.query_params.get("model") or config.model
-            label = model = service.resolve_model(name) if name else next(iter(service.settings.models))
+            if name := socket.query_params.get("model"):
+                config = config.with_model(name)
+            label = model = service.resolve_model(config.model) if config.model else next(iter(service.settings.models))
             place = held.enter_context(service.sessions.admit(caller, socket.client.host if socket.client else None))
             service.triton.ensemble(service.settings.models[model])  # refused here if it can't be served
         except ApiError as error:

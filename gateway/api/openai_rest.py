@@ -1,4 +1,4 @@
-"""``/v1``: the face of the recordings' engine for clients of OpenAI's API."""
+"""``/v1``: a face of the engine of recordings, for clients of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gateway.api.openai_answers import delta_event, done_event, json_body, verbo
 from gateway.api.openai_errors import body_of
 from gateway.api.openai_form import FORM_SCHEMA, MAX_FIELD_BYTES, MAX_FIELDS, Form, Format, Granularity, read_form
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
-from gateway.api.uploads import full_disk_refused, open_form_file
+from gateway.api.uploads import open_form_file, receive_form
 from gateway.audio.media_types import OCTETS
 from gateway.audio.raw import RawFormat
 from gateway.errors import ApiError, ErrorKind
@@ -25,7 +25,7 @@ from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.writers import to_srt, to_text, to_vtt
 
 PREFIX = "/v1/"
-"""Where OpenAI's API is; errors below it have OpenAI's types."""
+"""Prefix of OpenAI's API; errors below it have OpenAI's types."""
 
 EVENTS = Wire("text/event-stream", lambda event: b"data: " + orjson.dumps(event) + b"\n\n", body_of)
 """Server-sent events (HTML standard, 9.2)."""
@@ -37,7 +37,7 @@ router = APIRouter()
 
 @router.get("/v1/models", summary="List the models", responses=openapi_responses())
 async def list_models(request: Request) -> dict[str, Any]:
-    """Answer with all names of all models."""
+    """Return all names of all models."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     settings = service.settings
@@ -46,7 +46,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}", summary="Describe a model", responses=openapi_responses())
 async def describe_model(request: Request, name: str) -> dict[str, Any]:
-    """Answer with one model, by its name or an alias."""
+    """Return one model, by its name or an alias."""
     service: Service = request.app.state.service
     check_key(request.headers, service.settings)
     service.resolve_model(name)
@@ -61,16 +61,15 @@ async def describe_model(request: Request, name: str) -> dict[str, Any]:
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM_SCHEMA}}}},
 )
 async def create_transcription(request: Request) -> Response:
-    """Answer one recording."""
+    """Return the transcript of one recording."""
     service: Service = request.app.state.service
     caller = check_key(request.headers, service.settings)
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.places.batch():
             pass  # refused before its body is read, if it can be
-        limits = {"max_files": 1, "max_fields": MAX_FIELDS, "max_part_size": MAX_FIELD_BYTES}
-        with full_disk_refused():
-            data = await held.enter_async_context(request.form(**limits))
+        data = await receive_form(request, MAX_FIELDS, MAX_FIELD_BYTES)
+        held.push_async_callback(data.close)
         form = read_form(data)
         request.state.model = model = service.resolve_model(form.model)
         language = _language(form, service.settings.model_languages.get(model))
@@ -122,7 +121,7 @@ async def _events(segments: AsyncGenerator[Segment, None], recording: Recording,
     """Yield the event of each segment, and the last one.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
     """
     async with aclosing(segments):
         async for segment in segments:

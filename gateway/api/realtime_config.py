@@ -19,6 +19,10 @@ LATENCY_OF_DELAY = {"minimal": "low", "low": "low", "medium": "balanced", "high"
 
 DEFAULT_PADDING_MS = 300
 
+CLIENT_COMMITS = ("gpt-realtime-whisper", "gpt-live-transcribe")
+"""OpenAI's models without turn detection: clients leave ``turn_detection`` out, and commit each turn (livekit-agents 1.8.9). If
+the server commits the turn too, the client's commit is an error, which ends its session."""
+
 UNION_TAGS = {"audio/pcm", "audio/pcmu", "audio/pcma", "server_vad", "semantic_vad"}
 """Parts of a validation error's place that are no fields."""
 
@@ -120,9 +124,15 @@ class SessionConfig(_Part):
         return RawFormat(Encoding.MULAW if chosen.type == "audio/pcmu" else Encoding.ALAW, 8000)
 
     @property
+    def turns(self) -> ServerVad | SemanticVad | None:
+        """Turn detection: the client's choice, or else the default of its model; None if the client commits each turn."""
+        chosen = "turn_detection" in self.input.model_fields_set
+        return None if not chosen and (self.model or "").startswith(CLIENT_COMMITS) else self.input.turn_detection
+
+    @property
     def detection(self) -> Detection | None:
-        """Turn detection; None if the client ends each turn by a commit."""
-        turns = self.input.turn_detection
+        """When a turn starts and ends; None if the client commits each turn."""
+        turns = self.turns
         if isinstance(turns, SemanticVad):
             return Detection(silence_ms=SILENCE_OF_EAGERNESS_MS[turns.eagerness])
         return Detection(turns.threshold, turns.silence_duration_ms) if turns else None
@@ -130,7 +140,7 @@ class SessionConfig(_Part):
     @property
     def padding(self) -> int | None:
         """Samples before detected speech that belong to its turn; None without turn detection."""
-        turns = self.input.turn_detection
+        turns = self.turns
         if turns is None:
             return None
         padding_ms = turns.prefix_padding_ms if isinstance(turns, ServerVad) else DEFAULT_PADDING_MS
@@ -147,6 +157,10 @@ class SessionConfig(_Part):
         """Name or alias of the model, if it was given."""
         return self.input.transcription.model if self.input.transcription else None
 
+    def with_model(self, name: str) -> SessionConfig:
+        """Return the configuration with a model's name or alias."""
+        return self.merge({"audio": {"input": {"transcription": {"model": name}}}})
+
     def merge(self, session: Any) -> SessionConfig:
         """Return the configuration with what a ``session`` object has; each field of its ``audio.input`` is replaced.
 
@@ -154,13 +168,13 @@ class SessionConfig(_Part):
             EventError: a value is not allowed.
         """
         given = member_of(member_of(session, "audio", "session"), "input", "session.audio")
-        current = self.input.model_dump()
+        current = self.input.model_dump(exclude_unset=True)
         changed = {name: value for name, value in given.items() if name in Input.model_fields}
         if isinstance(changed.get("transcription"), dict):
-            changed["transcription"] = {**(current["transcription"] or {}), **changed["transcription"]}
+            changed["transcription"] = {**(current.get("transcription") or {}), **changed["transcription"]}
         for name, default in (("turn_detection", "server_vad"), ("format", "audio/pcm")):
             if isinstance(part := changed.get(name), dict):
-                changed[name] = {"type": default, **part}
+                changed[name] = {"type": default, **{key: value for key, value in part.items() if value is not None}}
         if "format" in changed and changed["format"] is None:
             del changed["format"]
         try:
@@ -181,6 +195,7 @@ class SessionConfig(_Part):
             "audio": {
                 "input": {
                     **self.input.model_dump(),
+                    "turn_detection": self.turns and self.turns.model_dump(),
                     "transcription": self.input.transcription and self.input.transcription.model_dump(exclude_none=True),
                 }
             },

@@ -204,7 +204,7 @@ class Connection:
         elif self._detector:
             self._detector.detection = detection
         else:
-            self._detector = SpeechDetector(detection, self._items.position)
+            self._detector = self._service.sessions.detector(detection, self._items.position)
         self._items.detect(self._config.padding)
 
     async def _flush(self) -> None:
@@ -216,8 +216,9 @@ class Connection:
         """Take audio [n]: find turns in it, and hand it to the decoder."""
         left = self._max_samples - self._items.position
         too_long, samples = len(samples) > left, samples[:left]
-        pieces = self._detector.feed(samples) if self._detector else (Piece(samples),)
-        for piece in pieces:
+        for piece in await self._detector.feed(samples) if self._detector else (Piece(samples),):
+            if self._ending:
+                return
             self._kept += piece.samples.tobytes()
             self._carry_out(self._items.append(len(piece.samples)))
             if change := piece.change:
@@ -225,10 +226,6 @@ class Connection:
                 self._carry_out(self._items.speech_started(change.at) if started else self._items.speech_stopped())
             self._trim()
             await self._turns.wait_below(self._max_waiting)
-            if self._ending:
-                return
-            if piece.more:
-                await asyncio.sleep(0)  # detection takes time, which others need too
         if too_long:
             self._end(1000, f"The session has more than {self._max_samples / RATE:g} s of audio; begin another.")
 
@@ -253,7 +250,8 @@ class Connection:
             else:
                 for message in messages_of(output, logprobs=LOGPROBS in self._config.include):
                     self._send(message)
-        self._news.set()
+        if self._ending:
+            self._news.set()  # perhaps everything is transcribed
 
     async def _wait_for_room(self) -> None:
         """Wait while too many events are unsent."""

@@ -1,4 +1,4 @@
-"""What the WebSocket faces share: the upgrade, its refusal, and what is counted of a connection."""
+"""Upgrade, refusal and counting of connections, for all WebSocket faces."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from gateway.logs import REQUEST_ID_HEADER, current_request_id
 
 
 async def accept(socket: WebSocket, subprotocol: str | None) -> None:
-    """Upgrade, with the request's id in the answer."""
+    """Accept the upgrade, with the request's id in the response."""
     await socket.accept(subprotocol, [(REQUEST_ID_HEADER.lower().encode(), (current_request_id() or "").encode())])
 
 
 async def deny(socket: WebSocket, error: ApiError, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
-    """Answer the handshake with an error's HTTP status, unless it is answered already.
+    """Respond to the handshake with an error's HTTP status, unless it has a response already.
 
     Args:
         socket: the connection.
-        error: why it is refused.
-        body: what describes the error, in the form of the face.
-        headers: headers of the face, beside those of the error and the request's id.
+        error: reason of the refusal.
+        body: body of the response, in the format of the face.
+        headers: headers of the face, besides those of the error and the request's id.
     """
     if socket.application_state is WebSocketState.CONNECTING:
         headers = {**error.headers(), **headers, REQUEST_ID_HEADER: current_request_id() or ""}
@@ -51,8 +51,8 @@ def count_request(endpoint: str, model: str, status: int, began: float) -> None:
     """Count an ended connection.
 
     Args:
-        endpoint: label of the face.
-        model: label of the model.
+        endpoint: label of the face in metrics.
+        model: label of the model in metrics.
         status: HTTP status of the handshake.
         began: start of the connection, in seconds of ``time.monotonic``.
     """

@@ -1,4 +1,4 @@
-"""What the faces of the recordings' engine share: segments as they come, and answers that are sent part by part."""
+"""Segments of a recording as they are decoded, and answers that are sent part by part; for all faces of recordings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gateway.recordings.transcribe import Recording
 from gateway.transcript.segments import Segment
 
 UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-"""Headers that keep caches and nginx from holding parts back."""
+"""Headers that prevent caches and nginx from delaying parts."""
 
 Part = Mapping[str, Any]
 Result = TypeVar("Result")
@@ -33,10 +33,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Wire:
-    """How the parts of an answer are sent.
+    """Encoding of an answer that is sent part by part.
 
     Attributes:
-        media_type: of the answer.
+        media_type: media type of the answer.
         encode: returns the bytes of a part.
         error: returns the part of an error, from it and the request's id.
     """
@@ -65,7 +65,7 @@ async def unless_gone(request: Request, work: asyncio.Future[Result]) -> Result:
             work.cancel()
             await asyncio.wait({work})
             if not work.cancelled():
-                work.exception()  # nobody waits for it any more
+                work.exception()  # no client waits for it any more
 
 
 async def read_segments(
@@ -75,14 +75,14 @@ async def read_segments(
 
     Args:
         files: decodes the body.
-        recording: admitted.
-        body: the recording's bytes, or the open file that has them.
-        content_type: its media type.
-        raw: its format if it is raw audio.
+        recording: the admitted recording.
+        body: the recording's bytes, or an open file with them.
+        content_type: media type of the body.
+        raw: format of the body if it is raw audio.
         separate: whether each channel gets a transcript of its own.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
     """
     reading = files.read(body, content_type, raw=raw, separate=separate, max_secs=recording.max_secs)
     async with reading as audio, aclosing(recording.segments(audio, separate=separate)) as segments:
@@ -94,7 +94,7 @@ async def read_to_end(request: Request, segments: AsyncGenerator[Segment, None])
     """Decode a recording to its end, unless the client leaves.
 
     Raises:
-        ApiError: the recording can't be decoded.
+        ApiError: the recording cannot be decoded.
         ClientDisconnect: the client left.
     """
 
@@ -107,13 +107,13 @@ async def read_to_end(request: Request, segments: AsyncGenerator[Segment, None])
 
 
 async def stream(request: Request, parts: AsyncGenerator[Part, None], wire: Wire, held: AsyncExitStack) -> Response:
-    """Wait for the first part, and return the answer that sends all of them.
+    """Wait for the first part, and return the response that sends all of them.
 
     Args:
-        request: what is answered; its client may leave.
-        parts: at least one.
-        wire: how they are sent.
-        held: what the parts need; taken over, and closed after the last part or when the client leaves.
+        request: the request; its client may leave.
+        parts: the parts; at least one.
+        wire: encoding of the parts.
+        held: contexts that the parts need; they end after the last part, or when the client leaves.
 
     Raises:
         ApiError: there is no first part.
@@ -124,7 +124,7 @@ async def stream(request: Request, parts: AsyncGenerator[Part, None], wire: Wire
 
 
 async def with_error(first: Part, others: AsyncIterator[Part], wire: Wire) -> AsyncIterator[bytes]:
-    """Yield encoded parts, the last of which is an error if one comes up; the status is sent by then."""
+    """Yield encoded parts. An error becomes the last part, since the status has been sent."""
     yield wire.encode(first)
     try:
         async for part in others:

@@ -1,4 +1,4 @@
-"""Turn audio of any kind into 16 kHz mono samples.
+"""Convert audio of any format to 16 kHz mono samples.
 
 ``sniff`` identifies a body, ``raw`` reads raw audio, ``files`` decodes files, ``pool`` does both for a server.
 """

@@ -1,4 +1,4 @@
-"""A recording's bytes without a copy of them: in memory, in a mapped file, or in pieces of both."""
+"""Access to a recording's bytes without a copy: in memory, in a mapped file, or in parts of both."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Protocol
 
 Part = bytes | memoryview
 Parts = Sequence[Part]
-"""Bytes that follow each other."""
+"""Consecutive bytes."""
 
 
 class Slices(Protocol):
-    """What gives its bytes by slices: ``bytes``, ``Body``, ``OpenFile``."""
+    """Bytes that are read by slices: ``bytes``, ``Body``, ``OpenFile``."""
 
     def __len__(self) -> int:
         """Return the number of bytes."""
 
     def __getitem__(self, key: slice, /) -> bytes:
-        """Return the bytes within a slice, as far as there are."""
+        """Return the bytes within a slice; fewer at the end."""
 
 
 class OpenFile:
-    """A file that is read slice by slice; an error of the disk is an exception, where a mapped file would end the process.
+    """A file that is read slice by slice. A disk error raises an exception; with a mapped file it would end the process.
 
     Args:
-        descriptor: of the file, which is not moved and not closed.
+        descriptor: descriptor of the file, which is not moved and not closed.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -51,8 +51,8 @@ class Body:
 
     Args:
         data: the bytes.
-        start: offset of the first byte that counts; all other offsets are relative to it.
-        stop: offset after the last one; None is the end of the data.
+        start: offset of the first byte; all other offsets are relative to it.
+        stop: offset after the last byte; None: the end of the data.
     """
 
     def __init__(self, data: bytes | mmap.mmap, start: int = 0, stop: int | None = None) -> None:
@@ -83,7 +83,7 @@ class Body:
         return memoryview(self._data)[self._start : self._stop][start:stop]
 
     def part(self, start: int, stop: int) -> Body:
-        """Return the bytes within a slice as a body of their own."""
+        """Return the bytes within a slice as another body."""
         return Body(self._data, self._start + start, min(self._start + stop, self._stop))
 
 
@@ -91,7 +91,7 @@ class Pieces(io.RawIOBase):
     """A file that is made of parts.
 
     Args:
-        parts: its content.
+        parts: the content.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -119,7 +119,7 @@ class Pieces(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: memoryview | bytearray) -> int:  # type: ignore[override]
-        """Fill a buffer from the position on, and return how many bytes there were."""
+        """Read into a buffer from the position on, and return the number of bytes."""
         target = memoryview(buffer).cast("B")
         filled, index = 0, bisect.bisect_right(self._ends, self._at)
         while filled < len(target) and index < len(self._parts):

@@ -17,17 +17,17 @@ AU_CODECS = frozenset({1, 2, 3, 4, 5, 6, 7, 23, 25, 26, 27})
 """Encodings of AU that libsndfile decodes."""
 
 CAF_FORMAT_ID = slice(28, 32)
-"""Where the description, always the first chunk, has it."""
+"""Offset of the format id in a CAF file, whose description is always the first chunk."""
 
 AU_ENCODING = slice(12, 16)
 
 
 SEARCHED_BYTES = 64 * 2**10
-"""Beginning of a file that is searched for its codec."""
+"""Size of the beginning of a file in which its codec is searched."""
 
 
 def unsupported_codec(parts: Parts) -> str:
-    """Return the name of the codec of an AIFF-C, CAF or AU file, or nothing where libsndfile decodes that codec."""
+    """Return the name of the codec of an AIFF-C, CAF or AU file; empty if libsndfile decodes it."""
     file = Pieces(parts).read(SEARCHED_BYTES) or b""
     if file.startswith(b"FORM") and file[8:12] == b"AIFC":
         at = file.find(b"COMM")

@@ -1,7 +1,7 @@
-"""Decode containers that libsndfile does not read, by FFmpeg: the extra ``containers``, in a process of its own.
+"""Decode containers that libsndfile does not read, by FFmpeg (the extra ``containers``).
 
-FFmpeg gets the file through read and seek only. Demuxer, protocols and decoders come from closed lists: no content can make it
-open a file or a connection.
+FFmpeg gets the file through read and seek only. Demuxers, protocols and decoders come from closed lists, so no content can make
+it open a file or a connection.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ DECODERS = (
     "pcm_f64le,pcm_mulaw,pcm_s16be,pcm_s16le,pcm_s24be,pcm_s24le,pcm_s32be,pcm_s32le,pcm_s8,pcm_u8,speex,truespeech,vorbis,"
     "wmalossless,wmapro,wmav1,wmav2,wmavoice"
 )
-"""FFmpeg's decoders that may run; every other one, and all video, stays closed."""
+"""FFmpeg's decoders that may run; all others, and all video, are disabled."""
 
 BLOCK_SECS, LIVE_BLOCK_SECS = 1.0, 0.1
-"""Audio that is converted at once, in seconds; of a live stream it is what is mixed at once."""
+"""Length of the audio that is converted at once, in seconds; in a live stream, of the audio that is mixed at once."""
 
 MISSING_SECS, MISSING_SHARE = 1.0, 0.05
-"""Audio that may be missing of what an index declares: encoders round up, and tracks are edited."""
+"""Maximum difference between the declared and the decoded length: encoders round up, and tracks are edited."""
 
 SCALES = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31}
 """Full scale of integer samples, by numpy's type."""
@@ -43,12 +43,12 @@ def decode_container(
     """Decode the first audio stream of a container.
 
     Args:
-        name: the format's, for messages.
-        demuxer: FFmpeg's name of it.
-        file: its bytes; need not be seekable.
+        name: name of the format in messages.
+        demuxer: FFmpeg's name of the format.
+        file: the file; need not be seekable.
         max_secs: maximum length of the audio in seconds.
         separate: whether to keep the channels instead of mixing them down to one.
-        live: whether to decode each frame as it comes.
+        live: whether to decode each frame as it arrives.
 
     Yields:
         Blocks [channels, n].
@@ -67,7 +67,6 @@ def decode_container(
                 if converter:
                     yield converter.finish()
                 form = block.shape[1], rate
-                check_format(*form)
                 converter = Converter(*form, separate=separate)
             assert converter  # noqa: S101 (made for the first block)
             yield converter.convert(block)
@@ -99,11 +98,14 @@ def _blocks(name: str, demuxer: str, file: RawIOBase, *, live: bool) -> Iterator
         waiting: list[Floats] = []
         form, waiting_frames, decoded_secs = (0, 0), 0, 0.0
         for frame in _frames(container, stream):
+            frame_form = len(frame.layout.channels), frame.sample_rate
+            if form != frame_form:
+                if waiting:
+                    yield np.concatenate(waiting), form[1]
+                    waiting, waiting_frames = [], 0
+                check_format(*frame_form)
+                form = frame_form
             samples = _floats(frame)
-            if waiting and form != (samples.shape[1], frame.sample_rate):
-                yield np.concatenate(waiting), form[1]
-                waiting, waiting_frames = [], 0
-            form = samples.shape[1], frame.sample_rate
             waiting.append(samples)
             waiting_frames += len(samples)
             decoded_secs += len(samples) / frame.sample_rate
@@ -119,7 +121,7 @@ def _blocks(name: str, demuxer: str, file: RawIOBase, *, live: bool) -> Iterator
 
 
 def _frames(container: av.container.InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
-    """Yield what is decodable; damaged packets are left out, and a damaged structure ends the file."""
+    """Yield the decodable frames; damaged packets are skipped, and a damaged structure ends the file."""
     packets = container.demux(stream)
     while True:
         try:
@@ -151,7 +153,7 @@ def _floats(frame: av.AudioFrame) -> Floats:
 
 
 def _declared_secs(container: av.container.InputContainer, stream: av.AudioStream) -> float:
-    """Return the length that an MP4 file's index gives for a stream, or 0; other containers' lengths may be a video's."""
+    """Return the length of a stream in an MP4 file's index, or 0. In other containers, the length may be that of a video."""
     if not container.format.name.startswith("mov") or not stream.duration or not stream.time_base:
         return 0.0
     return float(stream.duration * stream.time_base)

@@ -21,7 +21,7 @@ Pcm = NDArray[np.int16]
 
 
 class Converter:
-    """Mixes, resamples and rounds audio, block by block; the blocks' borders leave no trace.
+    """Mixes, resamples and rounds audio, block by block. The result does not depend on the borders of blocks.
 
     Args:
         channels: number of channels of the input.
@@ -40,10 +40,10 @@ class Converter:
         )
 
     def convert(self, block: Floats) -> Pcm:
-        """Return what is complete of the output.
+        """Return the complete part of the output.
 
         Args:
-            block: input [n, channels], full scale 1, about a second of it where channels are mixed.
+            block: input [n, channels], full scale 1; about a second where channels are mixed.
         """
         if self._mixer:
             block = self._mixer.mix(block)[:, None]

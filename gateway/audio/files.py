@@ -27,10 +27,10 @@ FLOATS = ("FLOAT", "DOUBLE")
 """libsndfile's names of float samples."""
 
 REPAIRS: dict[str, Callable[[Body], Parts]] = {AU.name: headers.repair_au, CAF.name: headers.repair_caf, MP3.name: mp3.repair}
-"""What makes libsndfile read a file whole, by the format's name."""
+"""Repairs after which libsndfile reads a file to its end, by the format's name."""
 
 RARE_CODECS = {AIFF: "aiff", AU: "au", CAF: "caf", OGG: "ogg"}
-"""FFmpeg's names of formats that may have codecs which libsndfile does not decode."""
+"""FFmpeg's names of formats with codecs that libsndfile does not decode."""
 
 UNSUPPORTED_ENCODING = 4
 """libsndfile's error (SF_ERR_UNSUPPORTED_ENCODING)."""
@@ -79,7 +79,7 @@ def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *,
 
     Args:
         data: the whole file.
-        content: what it is, a decodable format.
+        content: its format, which is decodable.
         max_secs: maximum length of the audio in seconds.
         separate: whether to keep the channels instead of mixing them down to one.
 
@@ -103,11 +103,11 @@ def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *,
 
 
 def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator[Pcm]:
-    """Decode a container as it comes.
+    """Decode a container as it arrives.
 
     Args:
-        format_: what it is, one of ``LIVE_DEMUXERS``.
-        pipe: gives its bytes; a read returns the bytes that are there; it does not wait for all that were requested.
+        format_: its format, one of ``LIVE_DEMUXERS``.
+        pipe: its bytes; a read returns the available bytes, and does not wait for all that were requested.
         max_secs: maximum length of the audio in seconds.
 
     Yields:
@@ -122,7 +122,7 @@ def decode_stream(format_: Format, pipe: RawIOBase, max_secs: float) -> Iterator
 
 
 def _blocks(format_: Format, file: Body, max_secs: float, *, separate: bool) -> Iterator[Pcm]:
-    """Yield blocks [channels, n] by the library that decodes the file."""
+    """Yield blocks [channels, n] from the library that decodes the format."""
     if format_.demuxer:
         yield from _decode_container(format_.name, format_.demuxer, file, max_secs, separate=separate)
         return
@@ -189,10 +189,10 @@ def _limited(name: str, reader: _Reader, left_secs: float, max_secs: float) -> I
     """Yield a file's blocks [n, channels] until they exceed the limit.
 
     Args:
-        name: the format's, for messages.
+        name: name of the format in messages.
         reader: the file.
         left_secs: maximum length of this file's audio.
-        max_secs: the limit, for messages.
+        max_secs: limit in messages.
     """
     rate, expected, limit, frames = reader.samplerate, reader.frames, round(left_secs * reader.samplerate), 0
     if limit < expected != UNKNOWN_FRAMES:

@@ -1,4 +1,4 @@
-"""Recognise formats without a signature by the chain of their frames: each frame's header tells where the next one is."""
+"""Recognise formats without a signature by the chain of their frames: each frame's header has the frame's size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Frame(NamedTuple):
     """A frame's header.
 
     Attributes:
-        size: of the whole frame, in bytes.
-        key: what all frames of a stream have in common.
+        size: size of the whole frame, in bytes.
+        key: values that all frames of a stream have in common.
     """
 
     size: int
@@ -24,10 +24,10 @@ MIN_HEADERS_ELSEWHERE = 5
 """Number of consecutive headers that recognise a format, at the start of a body and after it."""
 
 MIN_HEADERS_WHOLE = 2
-"""The same where the last frame ends with the body."""
+"""The same if the last frame ends with the body."""
 
 SEARCHED_BYTES = 2048
-"""Beginning in which the first frame is searched."""
+"""Size of the beginning in which the first frame is searched."""
 
 BITRATES = {
     (3, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -37,7 +37,7 @@ BITRATES = {
 }
 """Bit rates in kbit/s by the header's version (3 is MPEG-1, 2 stands for all others) and layer (2 is II, 1 is III).
 
-Layer I is left out: it is not in use, and its header is the sample -1, which quiet recordings have everywhere."""
+Layer I is omitted: it is not in use, and its header equals the sample -1, which is frequent in quiet recordings."""
 
 MPEG_RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 MPEG_1, MPEG_2, LAYER_III = 3, 2, 1
@@ -47,7 +47,7 @@ AC3_RATES = (48_000, 44_100, 32_000)
 MAX_AC3_STREAM_ID, MAX_EAC3_STREAM_ID = 10, 16
 
 ADTS_RATES = 13
-"""Number of sample rates that ADTS has."""
+"""Number of sample rates in ADTS."""
 
 TS_PACKET_BYTES = 188
 
@@ -102,10 +102,10 @@ class Framing(NamedTuple):
     """A format made of frames.
 
     Attributes:
-        name: the format's.
-        start: pattern of a frame's first bytes, which leaves few places to look at.
-        header_bytes: bytes that ``parse`` needs.
-        parse: reads the header at an offset; None where there is none.
+        name: name of the format.
+        start: pattern of a frame's first bytes; few other places match it.
+        header_bytes: number of bytes that ``parse`` needs.
+        parse: returns the header at an offset; None if there is none.
         searched: whether the first frame may start later, as in a recording that was cut from a broadcast.
     """
 
@@ -130,10 +130,10 @@ def find_frames(head: bytes, *, complete: bool) -> tuple[str, int] | None:
 
     Args:
         head: the beginning of the body.
-        complete: whether nothing follows, so that a chain that reaches the end needs fewer frames.
+        complete: whether the head is the whole body; a chain that reaches the end then needs fewer frames.
 
     Returns:
-        The format's name and the offset of its first frame; None where there is no chain.
+        The format's name and the offset of its first frame; None if there is no chain.
     """
     for framing in FRAMINGS:
         starts = (
@@ -146,7 +146,7 @@ def find_frames(head: bytes, *, complete: bool) -> tuple[str, int] | None:
 
 
 def _is_chain(head: bytes, start: int, framing: Framing, *, complete: bool) -> bool:
-    """Return whether enough frames with the same key follow each other."""
+    """Return whether there are enough consecutive frames with the same key."""
     first = framing.parse(head, start) if start + framing.header_bytes <= len(head) else None
     if not first or ((start or not framing.searched) and _repeats(head, start, first.size)):
         return False

@@ -1,7 +1,7 @@
 """Unpack the JSON form of a recording, in bounded memory and without blocking other threads.
 
 orjson parses while it holds the interpreter's lock, and 10 MiB of ``[],`` become 300 MiB of lists. So the numbers of a large
-body are parsed slice by slice, and what else it contains may not be large.
+body are parsed slice by slice, and the rest of the body is limited.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import orjson
 from gateway.errors import ApiError, ErrorKind
 
 MAX_OTHER_BYTES = 256 * 2**10
-"""Maximum size of everything but the audio, in bytes; a body up to this size is parsed at once, in 2 ms at most."""
+"""Maximum size of a body without its audio, in bytes. A whole body up to this size is parsed at once, within 2 ms."""
 
 SLICE_BYTES = 64 * 2**10
 """Size of the slices in which numbers are parsed; each takes about 0.2 ms."""
@@ -49,18 +49,19 @@ def unpack_json(body: bytes) -> tuple[bytes, dict[str, Any]]:
     try:
         orjson.dumps(opaque)
     except orjson.JSONEncodeError as error:  # orjson reads deeper nesting than it writes
-        raise ApiError(ErrorKind.INVALID_BODY, f"opaque can't be given back: {error}.", "opaque") from error
+        raise ApiError(ErrorKind.INVALID_BODY, f"opaque cannot be repeated in the answer: {error}.", "opaque") from error
     return audio, opaque
 
 
 def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
-    """Return what else a large body contains, and where its audio begins and ends."""
+    """Return the rest of a large body, and the offsets of start and end of its audio."""
     start, end = max(_audio_arrays(body), key=lambda array: array[1] - array[0], default=(0, 0))
-    mark = secrets.token_hex(8)
-    other = b"".join((body[:start], b'"', mark.encode(), b'"', body[end:])) if 0 < start <= end else body
-    if len(other) > MAX_OTHER_BYTES:
-        message = f"The body has {len(other)} bytes besides audio_buffer's numbers; at most {MAX_OTHER_BYTES} are allowed."
+    other_bytes = len(body) - max(0, end - start)
+    if other_bytes > MAX_OTHER_BYTES:
+        message = f"The body has {other_bytes} bytes besides audio_buffer's numbers; at most {MAX_OTHER_BYTES} are allowed."
         raise ApiError(ErrorKind.BODY_TOO_LARGE, message)
+    mark = secrets.token_hex(8)
+    other = b"".join((body[:start], b'"', mark.encode(), b'"', body[end:]))
     request = _parse(other)
     if request["audio_buffer"] != [mark]:
         raise ApiError(ErrorKind.INVALID_BODY, NO_OBJECT, "audio_buffer")  # a nested object has the array
@@ -68,9 +69,12 @@ def _cut_out_audio(body: bytes) -> tuple[dict[str, Any], int, int]:
 
 
 def _audio_arrays(body: bytes) -> Iterator[tuple[int, int]]:
-    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket."""
+    """Return where each array named audio_buffer begins and ends, in linear time: many may end at the same bracket.
+
+    Only the beginning is searched: a body with more before the audio is too large. One search holds the interpreter's lock.
+    """
     end = 0
-    for match in AUDIO_ARRAY.finditer(body):
+    for match in AUDIO_ARRAY.finditer(body, 0, MAX_OTHER_BYTES):
         if end < match.end():
             end = body.find(b"]", match.end())
             if end < 0:
@@ -90,7 +94,7 @@ def _slices(body: bytes, start: int, end: int) -> Iterator[bytes]:
             raise ApiError(ErrorKind.INVALID_BODY, "The body isn't valid JSON: audio_buffer has a comma without a number.")
         yield octets
         start, index = stop + 1, index + len(octets)
-        time.sleep(0)  # let other threads have the interpreter
+        time.sleep(0)  # release the interpreter's lock
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -111,8 +115,8 @@ def _octets(values: list[Any], first: int) -> bytes:
     """Return integers from 0 to 255 as bytes.
 
     Args:
-        values: of ``audio_buffer``.
-        first: index of the first one.
+        values: values of ``audio_buffer``.
+        first: index of the first value.
     """
     try:
         octets = bytes(values) if {*map(type, values)} <= {int} else None

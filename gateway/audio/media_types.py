@@ -1,4 +1,4 @@
-"""Hold what a body is against the media type (RFC 6838) that it is declared as."""
+"""Compare the content of a body with its declared media type (RFC 6838)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FILE_TYPES = frozenset(f"audio/{name}" for name in ("wav", "x-wav", "wave", "vnd
 """Types that need a file."""
 
 FILE_ONLY_TYPES = ("video/", "application/ogg", "application/x-www-form-urlencoded")
-"""Beginnings of other types that are taken if the content is a file: of recordings with a picture, and what curl sends."""
+"""Prefixes of other types that are accepted if the content is a file: recordings with a picture, and curl's default type."""
 
 CONTAINERS = importlib.util.find_spec("av") is not None
-"""Whether the extra that decodes further containers is installed."""
+"""Whether the extra ``containers`` is installed."""
 
 ALLOWED = (
     f"Send 16 kHz mono s16le PCM as {OCTETS} or audio/pcm, a {SUPPORTED} file as {OCTETS} or audio/*, "
@@ -31,14 +31,14 @@ ALLOWED = (
 def identify_body(body: Slices, content_type: str) -> Content:
     """Identify a body that must be audio.
 
-    The content decides: a file is taken whatever audio type it is declared as. Raw PCM must be declared as such.
+    The content decides: a file is accepted with any audio type. Raw PCM must be declared as such.
 
     Args:
         body: the whole body.
         content_type: its media type; parameters are ignored, and an empty one means `application/octet-stream`.
 
     Returns:
-        A format that is decodable, or ``RAW``.
+        A decodable format, or ``RAW``.
 
     Raises:
         ApiError: the body is empty, or neither a supported file nor raw PCM.

@@ -1,4 +1,4 @@
-"""Turn samples of any scale and number of channels into one channel."""
+"""Mix channels to one, and find the scale of float samples."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 CANCELLED = 0.25
-"""Level of the mean, relative to what channels without a common phase would give, below which channels cancel each other."""
+"""Level of the mean below which channels cancel each other, relative to the mean of channels with random phases."""
 
 RAMP_SECS = 0.01
-"""Length of the ramp from one mix to the next, so that the change is not a click."""
+"""Length of the ramp from one mix to the next; without it the change would be a click."""
 
 INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
-"""Full scales of integer samples that writers store as float without scaling them."""
+"""Full scales of integer samples that are stored as float without scaling."""
 
 OVERSHOOT = 2.0
-"""Peak, relative to full scale, that clipping and resampling explain."""
+"""Maximum peak relative to full scale, as from clipping and resampling."""
 
 
 class Mixer:
@@ -67,13 +67,13 @@ class Mixer:
 
 
 def full_scale(blocks: Iterable[Floats]) -> float | None:
-    """Return the full scale of float samples: 1, or that of integers where the samples are integers that nobody scaled.
+    """Return the full scale of float samples: 1, or that of integers if the samples are unscaled integers.
 
     Args:
         blocks: all samples.
 
     Returns:
-        None where samples are infinite, not a number, or beyond every scale.
+        None if samples are infinite, not a number, or beyond every scale.
     """
     peak, total, count = 0.0, 0.0, 0
     for block in blocks:

@@ -1,8 +1,8 @@
-"""Give MP3 streams a header with their length.
+"""Add a header with the length to MP3 streams.
 
 An MP3 file is a sequence of frames. libsndfile takes the length from the Xing header in the first frame, or estimates it from
-the first frame's bit rate, and reads no further. It therefore gets a Xing header with the number of frames that there are,
-unless the file's own is right.
+the first frame's bit rate, and reads no further. So it gets a Xing header with the actual number of frames, unless the file's
+own header is right.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ SYNC, SYNC_BYTE = 0xFF, b"\xff"
 """First byte of each header."""
 
 WINDOW_BYTES, SPAN_BYTES = 2**20, 2**13
-"""Size of the parts in which a file is searched, and at least what is there of it at each position: a frame has at most 1729
-bytes."""
+"""Size of the parts in which a file is searched, and of the least rest at each position: a frame has at most 1729 bytes."""
 
 LAYER_III = 1
 MPEG_1, MONO = 3, 3
 SIDE_INFO_BYTES = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}
-"""Size of what follows a frame's header, by whether it is MPEG-1 and mono (ISO/IEC 11172-3, 2.4.1.7)."""
+"""Size of the side information after a frame's header, by whether it is MPEG-1 and mono (ISO/IEC 11172-3, 2.4.1.7)."""
 
 XING, INFO = b"Xing", b"Info"
 HAS_FRAMES = 1
 XING_BITRATE = {True: 5 << 4, False: 8 << 4}
-"""Bit rate in a header, 64 kbit/s, with which each frame has room for a Xing header."""
+"""Bit rate in a header with which every frame is large enough for a Xing header: 64 kbit/s."""
 
 
 class Run(NamedTuple):
-    """Frames that follow each other.
+    """Consecutive frames.
 
     Attributes:
-        start, stop: offsets of the first one, and after the last one.
-        frames: their number.
+        start, stop: offset of the first frame, and offset after the last.
+        frames: number of frames.
     """
 
     start: int
@@ -49,7 +48,7 @@ def repair(file: Body) -> Parts:
     """Return the whole frames of an MP3 file, with a Xing header that has their number.
 
     Args:
-        file: from the first frame on; what lies between frames is left out.
+        file: the file from its first frame on; data between frames is skipped.
     """
     runs = _runs(file)
     if not runs:
@@ -78,7 +77,7 @@ def repair(file: Body) -> Parts:
 
 
 def _runs(file: Body) -> list[Run]:
-    """Return the whole frames that have the first one's version, layer and sample rate."""
+    """Return the whole frames with the version, layer and sample rate of the first."""
     runs: list[Run] = []
     window, base, at = b"", 0, 0  # the window is a copy of the file from base on, for speed
     first: Frame | None = None
@@ -102,7 +101,7 @@ def _runs(file: Body) -> list[Run]:
 
 
 def _follows(window: bytes, at: int) -> bool:
-    """Return whether a frame, a tag or nothing is at an offset, so that what is before it is a whole frame."""
+    """Return whether a frame, a tag or the end is at an offset, so that a whole frame precedes it."""
     if at >= len(window) - HEADER_BYTES:
         return at <= len(window)
     return window.startswith((b"TAG", b"ID3", b"APETAGEX"), at) or (window[at] == SYNC and parse_mpeg(window, at) is not None)

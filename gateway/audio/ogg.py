@@ -1,8 +1,8 @@
 """Split Ogg files (RFC 3533) into links and streams.
 
 An Ogg file may be a chain of links, and each link may have several streams. libsndfile reads one stream of the first link, and
-searches for each page byte by byte where it does not find one. It therefore gets the pages of one stream of one link at a
-time, and only whole pages with the right checksum.
+searches byte by byte for a missing page. So it gets the pages of one stream of one link at a time, and only whole pages with
+the right checksum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIRST, LAST = 2, 4
 
 CHECKSUM = slice(22, 26)
 VAIN_BYTES = 2**20
-"""Bytes with a wrong checksum that are read beyond a file's own length: junk in a small file can look like large pages."""
+"""Bytes with a wrong checksum that are read in addition to the file's size: junk in a small file can look like large pages."""
 
 MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -57,7 +57,7 @@ class Page(NamedTuple):
     Attributes:
         data: the whole page.
         flags: ``FIRST``, ``LAST``.
-        serial: of its stream.
+        serial: serial number of its stream.
         payload: offset of its packets in ``data``.
     """
 
@@ -68,7 +68,7 @@ class Page(NamedTuple):
 
 
 class Link:
-    """One link of a chain, or rather its first stream that is decodable."""
+    """The first decodable stream of one link of a chain."""
 
     def __init__(self) -> None:
         self.codecs: list[str] = []
@@ -77,7 +77,7 @@ class Link:
         self.flags = 0  # of the stream's last page
 
     def begin(self, page: Page) -> None:
-        """Take a stream's first page."""
+        """Add a stream's first page."""
         packet = bytes(page.data[page.payload : page.payload + 8])
         codec = next((name for magic, name in CODECS.items() if packet.startswith(magic)), "unknown")
         self.codecs.append(codec)
@@ -86,7 +86,7 @@ class Link:
             self.append(page)
 
     def append(self, page: Page) -> None:
-        """Take another page."""
+        """Add another page."""
         if page.serial == self.serial:
             self.pages.append(page.data)
             self.flags = page.flags
@@ -96,7 +96,7 @@ def split(file: Body) -> Iterator[Parts]:
     """Yield each link of an Ogg file as a file with one Vorbis or Opus stream.
 
     Raises:
-        ApiError: the file is damaged or cut short, or a link has no stream that is decodable.
+        ApiError: the file is damaged or cut short, or a link has no decodable stream.
     """
     for number, link in enumerate(links := _links(file)):
         if link.serial is None:
@@ -143,7 +143,7 @@ def _pages(file: Body) -> Iterator[Page]:
 
 
 def _page(view: memoryview, at: int) -> Page | None:
-    """Return the page at an offset, or None where the file ends before it does."""
+    """Return the page at an offset, or None if it exceeds the file."""
     if at + HEADER.size > len(view):
         return None
     _, _, flags, _, serial, _, _, segments = HEADER.unpack_from(view, at)
@@ -153,7 +153,7 @@ def _page(view: memoryview, at: int) -> Page | None:
 
 
 def _checksum(page: memoryview) -> bytes:
-    """Return a page's CRC: zlib's polynomial, but not mirrored and not inverted, with zeros in its own place."""
+    """Return a page's CRC: zlib's polynomial, but neither mirrored nor inverted, with zeros in place of the checksum."""
     mirrored = b"".join((page[: CHECKSUM.start], bytes(4), page[CHECKSUM.stop :])).translate(MIRRORED)
     crc = zlib.crc32(mirrored, 0xFFFFFFFF) ^ 0xFFFFFFFF
     return crc.to_bytes(4, "little").translate(MIRRORED)[::-1]

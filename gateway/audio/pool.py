@@ -1,4 +1,4 @@
-"""Decode files in processes of their own, so that no file stops anything but itself."""
+"""Decode each file in a process of its own, so that a malicious file affects only its own request."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from gateway.audio.sniff import RAW, Format
 from gateway.errors import ApiError, ErrorKind
 
 MIN_PLACES = 2
-"""Files decoded at once on a machine with one CPU, so that one slow file does not delay all others."""
+"""Minimum number of files decoded at once, so that one slow file does not delay all others."""
 
 CPU_SECS, MIN_SPEED = 2.0, 50.0
-"""Limit of CPU time: a fixed part in seconds, and the slowest decoding, relative to real time.
+"""Limit of CPU time: a fixed part in seconds, and the minimum speed of decoding, relative to real time.
 
 FLAC, Opus and Vorbis are decoded and resampled 300 to 1000 times faster than real time."""
 
 SEARCHED_BYTES_PER_SEC = 10 * 2**20
-"""Slowest search of a file for its frames or pages, in bytes per second of CPU time; it comes before the first audio."""
+"""Minimum speed of the search for frames or pages before the first audio, in bytes per second of CPU time."""
 
 MEMORY_BYTES, MEMORY_PER_BYTE = 128 * 2**20, 2
 """Limit of memory: a fixed part, and a multiple of the file's size, which is mapped."""
 
 STOP_SECS = 5.0
-"""Time in which the server of the processes has to end by itself, in seconds."""
+"""Time after which the server of the processes is killed if it has not ended by itself, in seconds."""
 
 COPIED_BYTES = 2**20
-"""Part of a file that is copied before other tasks get a turn; copying it takes less than a millisecond."""
+"""Size of the parts in which a body is copied, with a turn for other tasks in between; a part takes less than a millisecond."""
 
 PACKAGE_ROOT = Path(__file__).parents[2]
 
@@ -51,12 +51,12 @@ log = structlog.get_logger()
 
 
 class FilePool:
-    """Decodes audio of any kind; files in processes of their own, which end with the request that they work for.
+    """Decodes audio of any format; each file in a process of its own, which ends with its request.
 
     The first file starts a server, ``worker``, that forks for each file.
 
     Args:
-        places: maximum number of files decoded at once; as a rule the number of CPUs.
+        places: maximum number of files decoded at once; usually the number of CPUs.
     """
 
     def __init__(self, places: int | None = None) -> None:
@@ -69,13 +69,13 @@ class FilePool:
     async def read(
         self, file: bytes | BinaryIO | int, content_type: str, *, raw: RawFormat, separate: bool, max_secs: float
     ) -> AsyncIterator[Reader]:
-        """Decode a file to 16 kHz samples, as they are read. Raw audio waits for nothing.
+        """Decode a file to 16 kHz samples while they are read. Raw audio needs no process and no place.
 
-        The file is not loaded: its process is at most some seconds of audio ahead of the reader, and is paused while
-        nothing reads. Leaving the context ends the process.
+        The file is not loaded. Its process is at most some seconds of audio ahead of the reader, and pauses while nothing is
+        read. Leaving the context ends the process.
 
         Args:
-            file: its bytes if there are few, or an open file, or its descriptor; read from its first byte, and not closed.
+            file: its bytes, or an open file, or its descriptor; read from its first byte, and not closed.
             content_type: its media type, as in ``media_types.identify_body``.
             raw: the format of the file if it is raw audio.
             separate: whether to keep the channels instead of mixing them down to one.
@@ -106,14 +106,14 @@ class FilePool:
 
     @contextlib.asynccontextmanager
     async def stream(self, format_: Format, max_secs: float) -> AsyncIterator[tuple[socket.socket, Reader]]:
-        """Decode a container as it comes.
+        """Decode a container as it arrives.
 
         Args:
             format_: one of ``sniff.LIVE_DEMUXERS``.
             max_secs: maximum length of the audio in seconds.
 
         Yields:
-            A non-blocking socket that takes the container's bytes until it is shut down, and what gives its samples [1, n].
+            A non-blocking socket for the container's bytes, to be shut down at their end, and the reader of its samples [1, n].
 
         Raises:
             ApiError: ``UNSUPPORTED_MEDIA``, the extra is not installed; the reader's iteration raises the errors of ``read``.
@@ -160,21 +160,21 @@ class FilePool:
             await self._stop()
 
     async def _send(self, message: bytes, descriptors: list[int]) -> Process | None:
-        """Give a job to the server, and start the server where there is none; return the server."""
+        """Send a job to the server, and start the server if there is none; return the server."""
         async with self._starting:
             if self._control:
                 try:
-                    socket.send_fds(self._control, [message], descriptors)
-                except OSError:
+                    await asyncio.wait_for(_send_fds(self._control, message, descriptors), START_SECS)
+                except (OSError, asyncio.TimeoutError):
                     log.warning("file worker lost", pid=self._server and self._server.pid)
                     await self._stop()
                 else:
                     return self._server
-            socket.send_fds(await self._start(), [message], descriptors)
+            await _send_fds(await self._start(), message, descriptors)
             return self._server
 
     async def _replace(self, server: Process | None) -> None:
-        """End a server that takes no jobs, unless that is done; the next file starts another."""
+        """End a server that takes no jobs, unless it has ended; the next file starts another."""
         async with self._starting:
             if server and server is self._server:
                 log.warning("file worker stuck", pid=server.pid)
@@ -184,6 +184,7 @@ class FilePool:
 
     async def _start(self) -> socket.socket:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.setblocking(False)
         with theirs:
             path = os.pathsep.join(filter(None, (str(PACKAGE_ROOT), os.environ.get("PYTHONPATH"))))
             self._server = await asyncio.create_subprocess_exec(
@@ -201,7 +202,7 @@ class FilePool:
             self._control.close()
             self._control = None
         if self._server:
-            try:  # it ends when its socket is closed, and first ends the processes that it has forked
+            try:  # when its socket is closed, the server ends its forked processes, and then itself
                 await asyncio.wait_for(self._server.wait(), STOP_SECS)
             except asyncio.TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
@@ -212,7 +213,7 @@ class FilePool:
 
 @contextlib.contextmanager
 def _in_memory() -> Iterator[int]:
-    """Make a file in memory; gives its descriptor."""
+    """Create a file in memory, and return its descriptor."""
     file = os.memfd_create("audio")
     try:
         yield file
@@ -220,8 +221,29 @@ def _in_memory() -> Iterator[int]:
         os.close(file)
 
 
+async def _send_fds(control: socket.socket, message: bytes, descriptors: list[int]) -> None:
+    """Send a message with descriptors; wait while the socket's buffer is full of earlier ones.
+
+    Raises:
+        OSError: the other end is closed.
+    """
+    loop, writable = asyncio.get_running_loop(), asyncio.Event()
+    while True:
+        try:
+            socket.send_fds(control, [message], descriptors)
+        except BlockingIOError:
+            loop.add_writer(control, writable.set)
+            try:
+                await writable.wait()
+            finally:
+                loop.remove_writer(control)
+            writable.clear()
+        else:
+            return
+
+
 async def _write(file: int, body: bytes) -> None:
-    """Copy a body, and let other tasks run in between."""
+    """Copy a body in parts, with a turn for other tasks in between."""
     for at in range(0, len(body), COPIED_BYTES):
         part = memoryview(body)[at : at + COPIED_BYTES]
         while part:

@@ -38,9 +38,9 @@ class RawFormat:
     """Format of raw audio.
 
     Attributes:
-        encoding: of one sample.
+        encoding: encoding of one sample.
         rate: sample rate in Hz.
-        channels: number of channels, whose samples alternate.
+        channels: number of interleaved channels.
     """
 
     encoding: Encoding = Encoding.LINEAR16
@@ -59,7 +59,7 @@ class RawFormat:
 
 
 MIXED_SECS = 0.1
-"""Audio of a live stream that is mixed at once, in seconds."""
+"""Length of the audio of a live stream that is mixed at once, in seconds."""
 
 DEFAULT = RawFormat()
 """Default format of raw audio: s16le, 16 kHz, mono."""
@@ -76,7 +76,7 @@ def parse_raw_format(query: Mapping[str, str]) -> RawFormat:
         encoding = Encoding(given)
     except ValueError:
         known = ", ".join(one.value for one in Encoding)
-        message = f"The encoding {given[:40]!r} isn't known; it must be one of {known}."
+        message = f"The encoding {given[:40]!r} is not known; it must be one of {known}."
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "encoding") from None
     rate = _parse_int(query, "sample_rate", DEFAULT.rate, MIN_RAW_RATE, MAX_RAW_RATE, " Hz")
     return RawFormat(encoding, rate, _parse_int(query, "channels", DEFAULT.channels, 1, MAX_CHANNELS))
@@ -151,8 +151,8 @@ def read_raw(body: Slices, format_: RawFormat, *, separate: bool = False) -> Ite
     """Yield raw audio as blocks [channels, n] of about a second.
 
     Args:
-        body: whole frames, as ``check_raw`` checks.
-        format_: theirs.
+        body: whole frames, as checked by ``check_raw``.
+        format_: format of the body.
         separate: whether to keep the channels instead of mixing them down to one.
 
     Raises:
@@ -170,7 +170,7 @@ def read_raw(body: Slices, format_: RawFormat, *, separate: bool = False) -> Ite
 
 
 class RawStream:
-    """Converts raw audio as it comes, in pieces of any length. How it is cut changes no sample.
+    """Converts raw audio in pieces of any length. The result does not depend on the borders of pieces.
 
     Args:
         format_: the format of the audio.
@@ -184,7 +184,7 @@ class RawStream:
         self._rest = b""
 
     def convert(self, data: bytes) -> NDArray[np.int16]:
-        """Return what is complete of the audio [n] at 16 kHz.
+        """Return the complete part of the audio [n] at 16 kHz.
 
         Raises:
             ApiError: as ``read_samples``.
@@ -200,7 +200,7 @@ class RawStream:
         """Return the rest of the audio [n].
 
         Args:
-            whole: whether the last sample must be whole; else what there is of it is dropped.
+            whole: whether an incomplete last sample is an error; otherwise it is dropped.
 
         Raises:
             ApiError: ``ODD_LENGTH``, the last sample is incomplete.

@@ -25,15 +25,15 @@ from gateway.audio.raw import RawFormat, read_raw
 from gateway.errors import ApiError, ErrorKind
 
 WALL_FACTOR = 10.0
-"""Limit of elapsed time, relative to that of CPU time; a busy machine gives a process a part of a CPU.
+"""Limit of elapsed time, as a multiple of the limit of CPU time; on a busy machine a process gets only a part of a CPU.
 
 Time between two batches, while nothing is read, does not count."""
 
 RAW_BATCH_SECS = 10
-"""Raw audio that a thread reads at once, in seconds; or a busy machine changes threads for longer than it reads."""
+"""Raw audio that a thread reads at once, in seconds; with less, changing threads would take longer than reading."""
 
 START_SECS = 15.0
-"""Time in which the server takes a job, also when it has just been started; then it is stuck."""
+"""Timeout for the server to take a job, even just after its start; after it the server is stuck."""
 
 log = structlog.get_logger()
 
@@ -43,7 +43,7 @@ class StuckError(Exception):
 
 
 class Reader(ABC):
-    """Gives a recording's samples, once.
+    """Reads the samples of one recording, once.
 
     Attributes:
         channels: number of channels; 1 where they are mixed.
@@ -65,7 +65,7 @@ class RawReader(Reader):
 
     Args:
         body: whole frames.
-        format_: theirs.
+        format_: format of the body.
         separate: whether to keep the channels.
     """
 
@@ -91,13 +91,13 @@ class RawReader(Reader):
 
 
 class FileReader(Reader):
-    """Reads what a process decodes, batch by batch; the process has a place while it works.
+    """Reads the samples from a decoding process, batch by batch; the process holds a place while it decodes.
 
     Args:
-        job: what it works on.
-        answer: where the messages come from.
-        demand: where the next batch is asked for.
-        places: maximum number of processes that work at once.
+        job: the job of the process.
+        answer: socket with the messages of the process.
+        demand: pipe for requests of the next batch.
+        places: limits the number of processes that decode at once.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class FileReader(Reader):
 
     async def _start(self, start: Callable[[], Awaitable[None]], theirs: socket.socket) -> None:
         await start()
-        theirs.close()  # else the end of the process would not be seen
+        theirs.close()  # otherwise the end of the process would not be noticed
         receiving = asyncio.get_running_loop().sock_recv(self._answer, MAX_MESSAGE_BYTES)
         try:
             message = await asyncio.wait_for(receiving, START_SECS)
@@ -149,7 +149,7 @@ class FileReader(Reader):
             if self._complete:
                 return
             async with self._places:
-                with contextlib.suppress(BrokenPipeError):  # the last message says why
+                with contextlib.suppress(BrokenPipeError):  # the last message has the reason
                     self._demand.write(MORE)
                 await self._receive_batch()
 
@@ -168,7 +168,7 @@ class FileReader(Reader):
         self._waited_secs += time.monotonic() - began
 
     def _take(self, kind: bytes, content: bytes) -> bool:
-        """Take a message; return whether it is the last one of a batch."""
+        """Handle a message; return whether it is the last one of a batch."""
         if kind == OPENED:
             self.channels = int(content)
         elif kind == SAMPLES:
@@ -187,7 +187,7 @@ class FileReader(Reader):
         """Return the error for a process that ended without an answer.
 
         Args:
-            died_of: the signal that ended it; 0 or less where none did.
+            died_of: signal that ended the process; 0 or less if none did.
         """
         log.warning("file worker died", signal=died_of, format=self._job.format)
         if died_of in (signal.SIGXCPU, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL):
@@ -198,10 +198,10 @@ class FileReader(Reader):
 
 
 class LiveReader(FileReader):
-    """Reads what a process decodes of a live stream, as it comes."""
+    """Reads the samples of a live stream from a decoding process, as they are decoded."""
 
     async def open(self, start: Callable[[], Awaitable[None]], theirs: socket.socket) -> None:
-        """Start the process; it needs no place, since it works as fast as audio is spoken."""
+        """Start the process; it needs no place, since it decodes in real time."""
         await self._start(start, theirs)
 
     async def __aiter__(self) -> AsyncIterator[Pcm]:

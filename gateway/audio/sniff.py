@@ -1,4 +1,4 @@
-"""Identify what a body is by its content: a format of files, text, or raw PCM."""
+"""Identify a body by its content: a file format, text, or raw PCM."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gateway.errors import ApiError, ErrorKind
 
 @dataclass(frozen=True)
 class Format:
-    """What a body can be.
+    """Format of a body.
 
     Attributes:
-        name: as users call it.
+        name: name in messages.
         decodable: whether ``files`` decodes it.
-        demuxer: FFmpeg's name of it, where only FFmpeg decodes it.
+        demuxer: FFmpeg's name, if only FFmpeg decodes it.
     """
 
     name: str
@@ -48,19 +48,19 @@ DECODABLE = {
 """The formats that ``files`` decodes, by name."""
 
 
-LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska"}
+LIVE_DEMUXERS = {OGG: "ogg", WEBM: "matroska", FLAC: "flac"}
 """FFmpeg's names of the containers that are decoded as they come."""
 
 
-LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"\x1a\x45\xdf\xa3")
+LIVE_MAGICS = (b"RIFF", b"RF64", b"OggS", b"fLaC", b"\x1a\x45\xdf\xa3")
 """First bytes of what a stream may be besides raw audio."""
 
 
 class Content(NamedTuple):
-    """What a body is.
+    """A body's format, and where it begins.
 
     Attributes:
-        format: its format.
+        format: the format.
         start: offset of the format's first byte, after tags.
     """
 
@@ -73,7 +73,7 @@ class Signature(NamedTuple):
 
     Attributes:
         format: the format.
-        parts: offsets and bytes. The first part must be there wholly, the others as far as the body goes.
+        parts: offsets and bytes. The first part must match wholly, the others as far as the body goes.
     """
 
     format: Format
@@ -181,17 +181,17 @@ SIGNATURES: tuple[Signature, ...] = (
 
 ID3, ID3_HEADER_BYTES, ID3_FOOTER_FLAG = b"ID3", 10, 0x10
 MAX_TAGS = 16
-"""ID3v2 tags at the start of a file; more are not looked through."""
+"""Maximum number of ID3v2 tags at the start of a file that are skipped."""
 
 HEAD_BYTES = 8192
-"""Beginning of a body that is searched for frames of MP3, AAC and other formats without a signature."""
+"""Size of the beginning that is searched for frames of MP3, AAC and other formats without a signature."""
 
 
 MIN_STREAM_BYTES = 16
-"""Beginning of a stream that is worth a look."""
+"""Size of the beginning of a stream by which it is identified."""
 
 RECHECK_GROWTH = 2
-"""Growth of a stream's beginning after which it is looked at again, so that tiny frames do not cost a look each."""
+"""Growth of a stream's beginning after which it is checked again, so that not every tiny frame costs a check."""
 
 
 def identify(body: Slices, *, complete: bool = True) -> Content:
@@ -199,10 +199,10 @@ def identify(body: Slices, *, complete: bool = True) -> Content:
 
     Args:
         body: the body, or its beginning.
-        complete: whether nothing follows.
+        complete: whether it is the whole body.
 
     Returns:
-        Its format, ``RAW`` where nothing speaks against raw PCM.
+        Its format; ``RAW`` if it may be raw PCM.
     """
     start = skip_tags(body)
     head = body[start : start + HEAD_BYTES]
@@ -251,14 +251,14 @@ class StreamStart:
 
     @property
     def complete(self) -> bool:
-        """Whether enough was looked at."""
+        """Whether the stream is identified finally."""
         return self._checked_bytes >= HEAD_BYTES
 
     def check(self, audio: bytes) -> Format | None:
-        """Look at the next bytes of the stream; costs nothing after the first ``HEAD_BYTES``.
+        """Check the next bytes of the stream; after the first ``HEAD_BYTES`` this costs nothing.
 
         Returns:
-            What the stream is so far: ``RAW``, or a container that is decoded as it comes; None where too little is there.
+            The stream's format so far: ``RAW``, or a container that is decoded as it arrives; None if more bytes are needed.
 
         Raises:
             ApiError: ``UNSUPPORTED_MEDIA``, the stream is another file, text or another encoding.
@@ -272,11 +272,11 @@ class StreamStart:
 
     @property
     def may_be_container(self) -> bool:
-        """Whether what has come is the beginning of a container, or may become one."""
+        """Whether the received bytes are the beginning of a container, or may become one."""
         return any(magic.startswith(self._head[: len(magic)]) for magic in LIVE_MAGICS)
 
     def end(self) -> Format:
-        """Look at a stream that ends.
+        """Check a stream at its end.
 
         Raises:
             ApiError: as ``check``.
@@ -290,5 +290,7 @@ class StreamStart:
         found = identify(bytes(self._head), complete=complete)
         if found.format == RAW or (found.format in (WAV, *LIVE_DEMUXERS) and not found.start):
             return found.format
-        message = f"The stream starts like {found.format.name}; streams must be raw audio, WAV, Ogg (Opus, Vorbis) or WebM."
+        message = (
+            f"The stream starts like {found.format.name}; streams must be raw audio, WAV, FLAC, Ogg (Opus, Vorbis) or WebM."
+        )
         raise ApiError(ErrorKind.UNSUPPORTED_MEDIA, message)

@@ -1,4 +1,4 @@
-"""Turn a live stream's bytes into samples: raw audio, WAV, or a container that is decoded as it comes."""
+"""Convert a live stream's bytes to samples: raw audio, WAV, or a container that is decoded as it arrives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gateway.audio.errors import undecodable
 from gateway.audio.pool import FilePool
 from gateway.audio.raw import DEFAULT, RawFormat, RawStream
 from gateway.audio.reader import Reader
-from gateway.audio.sniff import HEAD_BYTES, RAW, WAV, Format, StreamStart
+from gateway.audio.sniff import RAW, WAV, Format, StreamStart
 from gateway.audio.wav import read_stream_header
 from gateway.errors import ApiError, ErrorKind
 
 DRAIN_SECS = 20.0
-"""Time in which the process of a container must make progress after the stream's end, in seconds."""
+"""Timeout for progress of a container's process after the stream's end, in seconds."""
 
 
 class Kind(Enum):
-    """What a stream is."""
+    """Kind of a stream."""
 
     UNKNOWN = auto()
     RAW = auto()
@@ -34,19 +34,19 @@ class Kind(Enum):
 
 
 class StreamInput:
-    """Takes a stream's bytes, and gives its samples.
+    """Converts a stream's bytes to samples.
 
     Raw audio must be cut between samples, though not between the channels of one; a file may be cut anywhere.
 
     Args:
         raw: the format of the stream if it is raw audio.
         files: decodes containers.
-        append: takes 16 kHz samples [n]; may wait.
+        append: called with 16 kHz samples [n]; may wait.
         max_secs: maximum length of the audio in seconds.
         resumable: whether the client may continue the stream later, so that it must be raw audio.
 
     Attributes:
-        failed: gets the error of a container that is not decodable.
+        failed: future that gets the error of a container that is not decodable.
     """
 
     def __init__(
@@ -66,8 +66,9 @@ class StreamInput:
         self._resumable = resumable
         self._kind = Kind.UNKNOWN
         self._start: StreamStart | None = StreamStart()
-        self._held = b""  # of a stream whose kind, or whose header, is not known
+        self._held = b""  # bytes of a stream whose kind or header is not known yet
         self._converter = None if raw == DEFAULT else RawStream(raw)
+        self._header_bytes = 0  # that a WAV file's header has at least
         self._left_bytes: int | None = None  # of a WAV file's audio
         self._pipe: socket.socket | None = None
         self._pump: asyncio.Task[None] | None = None
@@ -76,25 +77,25 @@ class StreamInput:
 
     @property
     def begun(self) -> bool:
-        """Whether anything of the stream has come."""
+        """Whether any bytes of the stream were received."""
         return bool(self._held) or self._kind is not Kind.UNKNOWN
 
     def resume(self) -> None:
-        """Take the stream for raw audio that goes on from an earlier part."""
+        """Treat the stream as raw audio that continues an earlier part."""
         self._kind, self._start = Kind.RAW, None
 
     async def feed(self, data: bytes) -> None:
-        """Take the next bytes.
+        """Convert the next bytes.
 
         Raises:
-            ApiError: they are not what a stream may be, or are not decodable.
+            ApiError: the stream has a format that is not supported, or is not decodable.
         """
         if self._kind is Kind.RAW:
             if self._start:
                 self._start.check(data)
             await self._feed_raw(data)
         elif self._kind is Kind.UNKNOWN:
-            assert self._start  # noqa: S101 (only a stream that goes on has none)
+            assert self._start  # noqa: S101 (only a resumed stream has none)
             self._held += data
             found = self._start.check(data)
             if not found and len(data) % self._raw.sample_bytes and not self._start.may_be_container:
@@ -110,7 +111,7 @@ class StreamInput:
             await self._feed_pipe(data)
 
     async def end(self) -> None:
-        """Take the end of the stream, and give the rest of its samples.
+        """Convert the rest of the stream at its end.
 
         Raises:
             ApiError: as ``feed``.
@@ -126,7 +127,7 @@ class StreamInput:
             await self._give(self._converter.finish(whole=self._kind is Kind.RAW))
 
     async def close(self) -> None:
-        """End what decodes."""
+        """End the decoding."""
         if self._pump:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -159,13 +160,14 @@ class StreamInput:
         await self._give(self._converter.convert(data) if self._converter else np.frombuffer(data, "<i2"))
 
     async def _read_header(self) -> None:
-        header = read_stream_header(self._held)
-        if header:
+        if len(self._held) >= self._header_bytes:
+            header = read_stream_header(self._held)
+            if isinstance(header, int):
+                self._header_bytes = header
+                return
             audio, self._held = self._held[header.start :], b""
             self._kind, self._converter, self._left_bytes = Kind.WAV, RawStream(header.format), header.size
             await self._feed_wav(audio)
-        elif len(self._held) > HEAD_BYTES:
-            raise undecodable(f"The WAV stream's header has more than {HEAD_BYTES} bytes.")
 
     async def _feed_wav(self, data: bytes) -> None:
         assert self._converter  # noqa: S101 (made with the header)
@@ -178,7 +180,7 @@ class StreamInput:
         assert self._pipe and self._pump  # noqa: S101, PT018 (made when the stream began)
         if self._pump.done():
             self._pump.result()
-        with contextlib.suppress(ConnectionError):  # the pump fails, and says why
+        with contextlib.suppress(ConnectionError):  # the pump fails with the reason
             await asyncio.get_running_loop().sock_sendall(self._pipe, data)
 
     async def _end_pipe(self) -> None:
@@ -194,7 +196,7 @@ class StreamInput:
         self._pump.result()
 
     async def _move(self, reader: Reader) -> None:
-        """Give what a process decodes."""
+        """Append the samples that a process decodes."""
         async for block in reader:
             self._moved += 1
             await self._give(np.ascontiguousarray(block[0]))

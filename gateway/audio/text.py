@@ -9,31 +9,31 @@ from unicodedata import category
 from gateway.audio.body import Slices
 
 MIN_BYTES, MIN_HEAD_BYTES = 16, 64
-"""Size of the shortest text, of a whole body and of a body's beginning; shorter ones may be raw PCM by chance."""
+"""Minimum size of text, of a whole body and of a body's beginning; shorter text may be raw PCM by chance."""
 
 MIN_LEGACY_BYTES = 64
 """The same for 8-bit encodings, where more bytes are printable."""
 
 MIN_ASCII_SHARE = 0.8
-"""Smallest share of ASCII in text of an 8-bit encoding."""
+"""Minimum share of ASCII in text of an 8-bit encoding."""
 
 MIN_MARKED_CHARS = 16
-"""Length of the shortest text after a byte order mark, which is also the sample -2 or -257."""
+"""Minimum length of text after a byte order mark, which is also the sample -2 or -257."""
 
 MIN_UNMARKED_CHARS, MIN_SPACE_SHARE = 32, 0.02
-"""Length of the shortest UTF-16 text without a byte order mark, and its smallest share of white space.
+"""Minimum length of UTF-16 text without a byte order mark, and its minimum share of white space.
 
 A quiet recording with a DC offset has the same range of values as UTF-16 text, but a recording rarely takes the values of
 white space (9 to 13, and 32) while it takes no other below 32 and none above 126."""
 
 MIN_DISTINCT_CHARS = 5
-"""Smallest number of different characters in text; a square wave has up to four bytes."""
+"""Minimum number of different characters in text; a square wave has up to four different bytes."""
 
 HEAD_BYTES = 1024
-"""Bytes that are checked before the rest is."""
+"""Number of bytes that are checked first."""
 
-MAX_BYTES = 2**20
-"""Bytes that are checked at most; no audio looks like text for so long."""
+MAX_BYTES = 64 * 2**10
+"""Maximum number of bytes that are checked: two seconds of raw PCM. That takes up to 3 ms, in the event loop."""
 
 WHITE = b"\t\n\v\f\r"
 CONTROLS = bytes(set(range(0x20)) - set(WHITE)) + b"\x7f"
@@ -56,15 +56,15 @@ KINDS = (
     (r"[{\[]", "JSON"),
     (r"[A-Za-z0-9+/\s]+={0,2}\s*$", "Base64"),
 )
-"""Patterns at the start of text, and the kind that they show; the last looks at the whole head."""
+"""Patterns at the start of text, and the kind that they show; the last one matches the whole head."""
 
 
 def describe_text(body: Slices, *, complete: bool = True) -> str | None:
-    """Return what kind of text a body is, such as "JSON text", or None where it may be audio.
+    """Return the kind of text of a body, such as "JSON text"; None if it may be audio.
 
     Args:
         body: the body, or its beginning.
-        complete: whether nothing follows; else the last character may be cut.
+        complete: whether it is the whole body; otherwise the last character may be cut.
     """
     if len(body) < (MIN_BYTES if complete else MIN_HEAD_BYTES):
         return None
@@ -83,7 +83,7 @@ def describe_text(body: Slices, *, complete: bool = True) -> str | None:
 
 
 def _decode(data: bytes, *, complete: bool) -> str | None:
-    """Decode text in any common encoding; None where it is not text."""
+    """Decode text in any common encoding; return None if it is not text."""
     for mark, encoding in BYTE_ORDER_MARKS:
         if data.startswith(mark):
             text = _printable(data[len(mark) :], encoding, complete=complete)
@@ -104,7 +104,7 @@ def _decode(data: bytes, *, complete: bool) -> str | None:
 
 
 def _printable(data: bytes, encoding: str, *, complete: bool) -> str | None:
-    """Decode text without control, private and unassigned characters; drop a cut last character of incomplete text."""
+    """Decode text without control, private and unassigned characters; drop the cut last character of an incomplete text."""
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

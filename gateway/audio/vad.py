@@ -1,14 +1,17 @@
 """Voice activity: the probability that a frame of audio holds speech.
 
 The network is Silero VAD 6.2 (https://github.com/snakers4/silero-vad): a spectrogram, four convolutions over time, an LSTM. In
-numpy a frame costs a quarter of the time of the ggml build on PyPI, and frames that come together share the calls.
+numpy a frame of one stream costs a quarter of the time of the ggml build on PyPI, and a twentieth among the frames of twenty
+streams, since most of the time of a small product is its call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +19,19 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 FRAME_SAMPLES = 512
-"""Samples of one frame at 16 kHz, 32 ms."""
+"""Samples per frame at 16 kHz, 32 ms."""
 
 CONTEXT_SAMPLES = 64
-"""Samples before a frame that the network sees again."""
+"""Samples before a frame that the network also gets."""
 
 WINDOW, HOP = 256, 128
-"""Samples of a spectrum, and from one to the next."""
+"""Samples per spectrum, and from one spectrum to the next."""
 
 SPECTRA = 4
-"""Spectra of one frame."""
+"""Spectra per frame."""
 
-DECAY = np.float32(0.8)
-"""What remains of the network's state after a frame that is not looked at."""
+CELLS = 128
+"""Cells of the LSTM."""
 
 FULL_SCALE = np.float32(0x8000)
 
@@ -39,7 +42,7 @@ class _Network:
 
     Attributes:
         window: Hann window [256].
-        convolutions: of each layer the weights [3, in, out] and the bias [out].
+        convolutions: weights [3, in, out] and bias [out] of each layer.
         input_weight, state_weight: of the LSTM [128, 512], gates in the order input, forget, cell, output.
         bias: of the LSTM [512].
         output_weight, output_bias: of the last layer [128] and [].
@@ -51,29 +54,73 @@ class _Network:
     state_weight: Floats
     bias: Floats
     output_weight: Floats
-    output_bias: float
+    output_bias: np.float32
 
 
-@cache
-def _network() -> _Network:
-    """Read the weights, once in a process."""
-    with files("gateway.audio").joinpath("silero/weights.npz").open("rb") as file, np.load(file) as stored:
-        weights = {name: stored[name].astype(np.float32) for name in stored.files}
-    convolutions = tuple(
-        (np.ascontiguousarray(weights[f"encoder_{layer}_weight"].transpose(2, 1, 0)), weights[f"encoder_{layer}_bias"])
-        for layer in range(4)
-    )
-    # The gates become sigmoids by one tanh: sigmoid(x) = (1 + tanh(x / 2)) / 2. So their weights are halved, but the cell's.
-    half = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], np.float32), 128)
-    return _Network(
-        np.hanning(WINDOW + 1)[:-1].astype(np.float32),
-        convolutions,
-        np.ascontiguousarray(weights["input_weight"].T * half),
-        np.ascontiguousarray(weights["state_weight"].T * half),
-        weights["bias"] * half,
-        weights["output_weight"],
-        float(weights["output_bias"]),
-    )
+class Voice:
+    """The network's state for one stream."""
+
+    def __init__(self) -> None:
+        self._context = np.zeros(CONTEXT_SAMPLES, np.float32)
+        self.hidden = np.zeros(CELLS, np.float32)
+        self.cell = np.zeros(CELLS, np.float32)
+
+    def skip(self, samples: NDArray[np.int16], *, forget: bool) -> None:
+        """Take the next whole frames [n * 512], which the network does not get; forget what was before if asked to."""
+        self._context = samples[-CONTEXT_SAMPLES:] / FULL_SCALE
+        if forget:
+            self.hidden, self.cell = np.zeros((2, CELLS), np.float32)
+
+    def windows(self, samples: NDArray[np.int16]) -> Floats:
+        """Take the next whole frames [n * 512]; return each with the samples before it [n, 576], full scale 1."""
+        audio = np.concatenate((self._context, samples / FULL_SCALE))
+        self._context = audio[-CONTEXT_SAMPLES:]
+        return np.lib.stride_tricks.sliding_window_view(audio, FRAME_SAMPLES + CONTEXT_SAMPLES)[::FRAME_SAMPLES]
+
+
+class Request(NamedTuple):
+    """Audio of one stream to look at.
+
+    Attributes:
+        voice: the stream's.
+        samples: its next frames [n * 512], n above 0.
+        loud: the frames that may be speech [n]. The network does not get the others, which cost next to nothing.
+        forget: after which of the others it starts anew [n].
+    """
+
+    voice: Voice
+    samples: NDArray[np.int16]
+    loud: NDArray[np.bool_]
+    forget: NDArray[np.bool_]
+
+
+def probabilities(requests: Sequence[Request]) -> list[list[float]]:
+    """Return the probability of speech, 0 to 1, of each frame of each request; the requests are of different streams."""
+    sizes = np.array([len(request.loud) for request in requests])
+    loud, forget = np.zeros((2, int(sizes.max()), len(requests)), bool)  # frame by frame
+    for column, request in enumerate(requests):
+        loud[: len(request.loud), column] = request.loud
+        forget[: len(request.loud), column] = request.forget & ~request.loud
+    windows = np.concatenate([request.voice.windows(request.samples) for request in requests])
+    places = np.arange(len(loud))[:, None] + (np.cumsum(sizes) - sizes)
+    gates = _encode(windows[places[loud]])
+    hidden = np.stack([request.voice.hidden for request in requests])
+    cell = np.stack([request.voice.cell for request in requests])
+    found = np.zeros(loud.shape, np.float32)
+    start = 0
+    for frame, count in enumerate(loud.sum(axis=1).tolist()):
+        now = gates[start : start + count]
+        start += count
+        if count == len(requests):
+            hidden, cell, found[frame] = _step(now, hidden, cell)
+            continue
+        hidden[forget[frame]] = cell[forget[frame]] = 0
+        if count:
+            taken = loud[frame]
+            hidden[taken], cell[taken], found[frame, taken] = _step(now, hidden[taken], cell[taken])
+    for column, request in enumerate(requests):
+        request.voice.hidden, request.voice.cell = hidden[column], cell[column]
+    return [found[:size, column].tolist() for column, size in enumerate(sizes.tolist())]
 
 
 def powers_of(samples: NDArray[np.int16]) -> Floats:
@@ -83,67 +130,65 @@ def powers_of(samples: NDArray[np.int16]) -> Floats:
     return powers
 
 
-class VoiceActivity:
-    """The network's state for one stream."""
+@cache
+def _network() -> _Network:
+    """Read the weights, once per process."""
+    with files("gateway.audio").joinpath("silero/weights.npz").open("rb") as file, np.load(file) as stored:
+        weights = {name: stored[name].astype(np.float32) for name in stored.files}
+    convolutions = tuple(
+        (np.ascontiguousarray(weights[f"encoder_{layer}_weight"].transpose(2, 1, 0)), weights[f"encoder_{layer}_bias"])
+        for layer in range(4)
+    )
+    # One tanh computes all gates: sigmoid(x) = (1 + tanh(x / 2)) / 2. So the weights of all gates but the cell's are halved.
+    half = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], np.float32), CELLS)
+    return _Network(
+        np.hanning(WINDOW + 1)[:-1].astype(np.float32),
+        convolutions,
+        np.ascontiguousarray(weights["input_weight"].T * half),
+        np.ascontiguousarray(weights["state_weight"].T * half),
+        weights["bias"] * half,
+        weights["output_weight"],
+        np.float32(weights["output_bias"]),
+    )
 
-    def __init__(self) -> None:
-        self._network = _network()
-        self._context = np.zeros(CONTEXT_SAMPLES, np.float32)
-        self._hidden = np.zeros(128, np.float32)
-        self._cell = np.zeros(128, np.float32)
 
-    def probabilities(self, samples: NDArray[np.int16], loud: NDArray[np.bool_]) -> list[float]:
-        """Return the probability of speech of each frame, 0 to 1.
+def _encode(windows: Floats) -> Floats:
+    """Return the LSTM's input [n, 512] of each window [n, 576]."""
+    network = _network()
+    frames = len(windows)
+    padded = np.concatenate((windows, windows[:, -2 : -2 - CONTEXT_SAMPLES : -1]), axis=1)  # reflected at the end
+    hops = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=1)[:, ::HOP]
+    spectra = np.abs(np.fft.rfft(hops * network.window))
+    # Layer by layer, zeros at both ends: 4 spectra become 4, 2, 1 and 1.
+    (first, bias_1), (second, bias_2), (third, bias_3), (fourth, bias_4) = network.convolutions
+    four = _relu(_taps(spectra, 1) @ first.reshape(-1, 128) + bias_1).reshape(frames, SPECTRA, 128)
+    pair = _relu(_taps(four, 2) @ second.reshape(-1, 64) + bias_2).reshape(frames, 128)
+    single = _relu(pair @ third[1:].reshape(-1, 64) + bias_3)  # before the first is a zero
+    result: Floats = _relu(single @ fourth[1] + bias_4) @ network.input_weight + network.bias
+    return result
 
-        Args:
-            samples: whole frames [n * 512].
-            loud: which of them may be speech [n]; the others cost nothing, have no speech and end what the network remembers.
-        """
-        audio = np.concatenate((self._context, samples / FULL_SCALE))
-        self._context = audio[-CONTEXT_SAMPLES:]
-        if not loud.any():
-            self._forget()
-            return [0.0] * len(loud)
-        gates = self._encode(audio)
-        return [self._step(gates[i]) if loud[i] else self._forget() for i in range(len(loud))]
 
-    def _encode(self, audio: Floats) -> Floats:
-        """Return the LSTM's input of each frame [frames, 512]."""
-        network = self._network
-        frames = len(audio) // FRAME_SAMPLES
-        strided = np.lib.stride_tricks.sliding_window_view(audio, FRAME_SAMPLES + CONTEXT_SAMPLES)[::FRAME_SAMPLES]
-        padded = np.concatenate((strided, strided[:, -2 : -2 - CONTEXT_SAMPLES : -1]), axis=1)  # reflected at the end
-        windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=1)[:, ::HOP]
-        spectra = np.abs(np.fft.rfft(windows * network.window)).astype(np.float32)
-        values = np.zeros((frames, SPECTRA + 2, spectra.shape[2]), np.float32)
-        values[:, 1:-1] = spectra
-        # Layer by layer, zeros at both ends: 4 spectra become 4, 2, 1 and 1.
-        (first, bias_1), (second, bias_2), (third, bias_3), (fourth, bias_4) = network.convolutions
-        taps = np.stack([values[:, i : i + 3] for i in range(SPECTRA)], axis=1).reshape(frames * SPECTRA, -1)
-        values = np.zeros((frames, SPECTRA + 2, 128), np.float32)
-        values[:, 1:-1] = _relu(taps @ first.reshape(-1, 128) + bias_1).reshape(frames, SPECTRA, 128)
-        taps = np.stack([values[:, i : i + 3] for i in (0, 2)], axis=1).reshape(frames * 2, -1)
-        pair = _relu(taps @ second.reshape(-1, 64) + bias_2).reshape(frames, 128)
-        single = _relu(pair @ third[1:].reshape(-1, 64) + bias_3)  # before the first is a zero
-        result: Floats = _relu(single @ fourth[1] + bias_4) @ network.input_weight + network.bias
-        return result
+def _taps(values: NDArray[np.floating], stride: int) -> Floats:
+    """Return the inputs of a convolution of 3 values over time: [n * (4 / stride), 3 * size] of values [n, 4, size]."""
+    frames, times, size = values.shape
+    padded = np.zeros((frames, times + 2, size), np.float32)
+    padded[:, 1:-1] = values
+    taps = np.lib.stride_tricks.sliding_window_view(padded.reshape(frames, padded.shape[1] * size), 3 * size, axis=1)[
+        :, :: stride * size
+    ]
+    return np.ascontiguousarray(taps.reshape(-1, 3 * size))  # of overlapping rows, products would be slow
 
-    def _step(self, gates: Floats) -> float:
-        """Advance the LSTM by one frame, and return the probability."""
-        network = self._network
-        activations = np.tanh(gates + self._hidden @ network.state_weight)
-        keep = activations[128:256] + 1
-        update = (activations[:128] + 1) * activations[256:384]
-        self._cell = (keep * self._cell + update) * np.float32(0.5)
-        self._hidden = (activations[384:] + 1) * np.tanh(self._cell) * np.float32(0.5)
-        logit = float(np.maximum(self._hidden, 0) @ network.output_weight) + network.output_bias
-        return float(1 / (1 + np.exp(-logit)))
 
-    def _forget(self) -> float:
-        """Advance by a frame without speech; return its probability."""
-        self._hidden = self._hidden * DECAY
-        self._cell = self._cell * DECAY
-        return 0.0
+def _step(gates: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
+    """Advance the LSTM of several streams by one frame; return its state [n, 128] twice, and the probabilities [n]."""
+    network = _network()
+    activations = gates + hidden @ network.state_weight
+    np.tanh(activations, out=activations)
+    update = (activations[:, :CELLS] + 1) * activations[:, 2 * CELLS : 3 * CELLS]
+    cell = ((activations[:, CELLS : 2 * CELLS] + 1) * cell + update) * np.float32(0.5)
+    hidden = (activations[:, 3 * CELLS :] + 1) * np.tanh(cell) * np.float32(0.5)
+    logits = np.maximum(hidden, 0) @ network.output_weight + network.output_bias
+    return hidden, cell, 1 / (1 + np.exp(-logits))
 
 
 def _relu(values: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Repair WAV headers: RIFF, RIFX, RF64 and BW64 with sizes that are missing or wrong, as players do.
+"""Repair the missing or wrong sizes in WAV headers (RIFF, RIFX, RF64, BW64), as players do.
 
 A WAV file is a list of chunks (Multimedia Programming Interface and Data Specifications 1.0, 1991). Recorders that write to a
 pipe, or that crash, leave sizes of 0 or of the maximum. libsndfile relies on the sizes, so it gets a new minimal header with
@@ -18,21 +18,27 @@ from gateway.audio.errors import undecodable, unsupported
 from gateway.audio.raw import Encoding, RawFormat
 
 STREAMED = 0x7FFF0000
-"""Sizes from this on come from writers that did not know the size."""
+"""Minimum of sizes that mean an unknown size."""
+
+MAX_STREAM_HEADER_BYTES = 64 * 2**10
+"""Maximum size of what comes before the audio of a stream: pictures and edit lists of tens of kilobytes occur."""
 
 RIFF_HEADER_BYTES, CHUNK_HEADER_BYTES = 12, 8
+MAX_CHUNKS = 128
+"""Maximum number of chunks up to the audio. Recorders and editors write up to about 20; a million empty ones cost seconds."""
+
 MIN_FORMAT_BYTES = 16
 DS64_DATA_SIZE = slice(8, 16)
-"""Where a ds64 chunk has the data's size (EBU Tech 3306)."""
+"""Offset of the data's size in a ds64 chunk (EBU Tech 3306)."""
 
 EXTENSIBLE, EXTENSIBLE_BYTES = 0xFFFE, 40
 GUID = slice(24, 40)
 GUID_TAILS = (bytes.fromhex("0000 1000 8000 00aa00389b71"), bytes.fromhex("2107 d311 8644 c8c1ca000000"))
-"""Last 12 bytes of a codec's GUID (KSDATAFORMAT_SUBTYPE, and ambisonics); the codec's number is before."""
+"""Last 12 bytes of a codec's GUID (KSDATAFORMAT_SUBTYPE, and ambisonics); the codec's number precedes it."""
 
 
 class Payload(Enum):
-    """What decodes the audio of a WAV file."""
+    """Decoder of the audio of a WAV file."""
 
     WAV = "WAV"
     MP3 = "MP3"
@@ -43,9 +49,9 @@ class Codec:
     """An audio codec of WAV files.
 
     Attributes:
-        name: the codec's.
-        payload: what decodes it; None where nothing does.
-        samples: whether it is a sequence of plain samples, which need no more than the first 16 bytes of the format.
+        name: name of the codec.
+        payload: decoder of the audio; None if there is none.
+        samples: whether it is a sequence of plain samples, whose format has only 16 bytes.
     """
 
     name: str
@@ -101,7 +107,7 @@ STREAM_ENCODINGS = {
     (0x0006, 8): Encoding.ALAW,
     (0x0007, 8): Encoding.MULAW,
 }
-"""Encodings of raw audio by a codec's number and its bits per sample."""
+"""Encodings of raw audio by number and bits per sample of the codec."""
 
 STREAM_CODECS = "16-bit PCM, 32-bit float, A-law or µ-law, little-endian"
 
@@ -127,18 +133,18 @@ class Chunk:
 
     @property
     def next(self) -> int:
-        """Offset of the next chunk; a content of odd size is padded."""
+        """Offset of the next chunk; content of odd size is padded."""
         return self.end + self.size % 2
 
 
 def repair(file: Body) -> tuple[Payload, Parts]:
-    """Return a WAV file's audio as something that libsndfile reads whole.
+    """Return a WAV file's audio in a form that libsndfile reads to its end.
 
     Args:
-        file: from the file's first byte.
+        file: the whole file.
 
     Returns:
-        What decodes it, and a WAV file with a minimal header, or the MP3 stream that the file carries.
+        The decoder of the audio, and a WAV file with a minimal header or the MP3 stream in the file.
 
     Raises:
         ApiError: the file is damaged or cut short, or its codec is not supported.
@@ -169,9 +175,9 @@ class StreamHeader:
     """The header of a WAV stream.
 
     Attributes:
-        format: of the samples.
-        start: offset of the first one.
-        size: of the audio in bytes; None where the recorder did not know it.
+        format: format of the samples.
+        start: offset of the first sample.
+        size: size of the audio in bytes; None if the recorder did not know it.
     """
 
     format: RawFormat
@@ -179,24 +185,27 @@ class StreamHeader:
     size: int | None
 
 
-def read_stream_header(head: bytes) -> StreamHeader | None:
+def read_stream_header(head: bytes) -> StreamHeader | int:
     """Read the header of a WAV stream.
 
     Args:
-        head: the stream's beginning.
+        head: beginning of the stream.
 
     Returns:
-        None where the header is not complete.
+        The number of bytes that the header has at least, where ``head`` does not have all of it.
 
     Raises:
-        ApiError: the stream is damaged, or its codec is not one of raw audio.
+        ApiError: the stream is damaged, its header too large, or its codec not one of raw audio.
     """
     order = ">" if head.startswith(b"RIFX") else "<"
     file = Body(head)
     chunks = _chunks(file, order)
     data = next((chunk for chunk in chunks if chunk.name == b"data"), None)
+    needed = data.start if data else (chunks[-1].next if chunks else RIFF_HEADER_BYTES) + CHUNK_HEADER_BYTES
+    if needed > MAX_STREAM_HEADER_BYTES:
+        raise undecodable(f"The WAV stream's header has more than {MAX_STREAM_HEADER_BYTES} bytes.")
     if not data:
-        return None
+        return needed
     form = next((head[chunk.start : chunk.end] for chunk in chunks if chunk.name == b"fmt "), b"")
     if len(form) < MIN_FORMAT_BYTES:
         raise undecodable("The WAV stream is damaged: it has no format.")
@@ -213,10 +222,16 @@ def read_stream_header(head: bytes) -> StreamHeader | None:
 
 
 def _chunks(file: Body, order: str) -> list[Chunk]:
-    """List the chunks up to the audio."""
+    """List the chunks up to the audio.
+
+    Raises:
+        ApiError: there are more than ``MAX_CHUNKS``.
+    """
     chunks: list[Chunk] = []
     at = RIFF_HEADER_BYTES
     while at + CHUNK_HEADER_BYTES <= len(file):
+        if len(chunks) == MAX_CHUNKS:
+            raise undecodable(f"The WAV file has more than {MAX_CHUNKS} chunks before its audio.")
         name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         chunk = Chunk(name, at + CHUNK_HEADER_BYTES, size)
         chunks.append(chunk)
@@ -230,7 +245,7 @@ def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> i
     """Return the offset after the last byte of audio.
 
     Raises:
-        ApiError: the file is cut short: all its sizes agree that more belongs to it.
+        ApiError: the file is cut short: all its sizes agree on a larger size.
     """
     (riff_size,) = struct.unpack(f"{order}I", file[4:8])
     size = data.size
@@ -240,11 +255,11 @@ def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> i
             size = int.from_bytes(ds64[DS64_DATA_SIZE], "little")
             riff_size = int.from_bytes(ds64[:8], "little")
     if size == 0 and not _are_chunks(file, order, data.start):
-        return len(file)  # the recorder did not come to write the size
+        return len(file)  # the recorder stopped before it wrote the size
     declared_end = data.start + size
     if declared_end <= len(file) or size >= STREAMED:
         return min(declared_end, len(file))
-    # The header itself is often counted in; a file that really lacks its end says so twice.
+    # Some sizes include the header; in a file that lacks its end, both sizes are too large.
     if declared_end > len(file) + data.start and riff_size + CHUNK_HEADER_BYTES > len(file):
         raise undecodable(f"The WAV file is cut short: it declares {declared_end} bytes, but has {len(file)}.")
     return len(file)
@@ -252,16 +267,18 @@ def _end_of_audio(file: Body, order: str, chunks: list[Chunk], data: Chunk) -> i
 
 def _are_chunks(file: Body, order: str, at: int) -> bool:
     """Return whether a list of chunks, or nothing, fills the rest of a file; the last padding may be missing."""
-    while at + CHUNK_HEADER_BYTES <= len(file):
+    for _ in range(MAX_CHUNKS):
+        if at + CHUNK_HEADER_BYTES > len(file):
+            return at in (len(file), len(file) + 1)
         name, size = struct.unpack(f"{order}4sI", file[at : at + CHUNK_HEADER_BYTES])
         if not name.isascii() or not name.decode("ascii").isprintable():
             return False
         at = Chunk(name, at + CHUNK_HEADER_BYTES, size).next
-    return at in (len(file), len(file) + 1)
+    return False
 
 
 def _codec(form: bytes, order: str) -> tuple[Codec, bytes]:
-    """Return the codec that a format names, and the format without the extensible form.
+    """Return the codec of a format, and the format converted from the extensible form.
 
     Raises:
         ApiError: the codec is not supported.

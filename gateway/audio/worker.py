@@ -1,11 +1,11 @@
 """Decode each file in a process of its own: ``python -m gateway.audio.worker DESCRIPTOR``.
 
 ``pool.FilePool`` starts one such server, which loads the decoders once and forks for each file. A fork takes a millisecond
-or two, so each file has its own limits of CPU time and memory, its process ends as soon as nobody waits for it, and a file that
-crashes the decoder crashes nothing else.
+or two, so each file has its own limits of CPU time and memory, its process ends as soon as no client waits for it, and a file
+that crashes the decoder crashes nothing else.
 
 The descriptor is a Unix socket of type SEQPACKET. Each message on it is a ``Job`` as JSON, with three descriptors: the file, a
-socket of the same type for the answer, and a pipe that asks for more of it. The answer is one message ``STARTED``, one
+socket of the same type for the answer, and a pipe with requests for more. The answer is one message ``STARTED``, one
 ``OPENED``, any number of ``SAMPLES`` with a ``PAUSED`` after each batch, and one ``DONE``, ``FAILED`` or ``DIED``. The job ends
 when the other end of its socket is closed.
 """
@@ -37,17 +37,17 @@ from gateway.audio.sniff import DECODABLE, Content
 from gateway.errors import ApiError, ErrorKind
 
 CRASH_SCORE = "800"
-"""oom_score_adj (proc(5)): where memory runs out, the kernel ends a decoding process and not the gateway or Triton."""
+"""oom_score_adj (proc(5)): when memory runs out, the kernel ends a decoding process, not the gateway or Triton."""
 
 BATCH_SECS = 8.0
-"""Audio that is decoded ahead of its reader, in seconds."""
+"""Length of the audio that is decoded ahead of its reader, in seconds."""
 
 
 class Server:
     """Forks for each job until the other end of its socket is closed.
 
     Args:
-        control: takes the jobs.
+        control: socket with the jobs.
     """
 
     def __init__(self, control: socket.socket) -> None:
@@ -81,17 +81,27 @@ class Server:
         message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 3)
         if not message:
             return False
+        if len(descriptors) < 3:  # noqa: PLR2004 (this process has as many as it may have)
+            for descriptor in descriptors:
+                os.close(descriptor)  # which ends the job
+            return True
         file, demand, answer = descriptors[0], descriptors[2], socket.socket(fileno=descriptors[1])
-        with contextlib.suppress(OSError):  # nobody waits for it any more
+        with contextlib.suppress(OSError):  # no client waits for it any more
             answer.send(STARTED, socket.MSG_DONTWAIT)
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no memory, or too many processes
+            for descriptor in (file, demand):
+                os.close(descriptor)
+            answer.close()
+            return True
         if pid == 0:
             try:
                 self._become_child()
                 decode(Job(**json.loads(message)), file, answer, demand)
             except ConnectionError:
-                os._exit(0)  # nobody waits for the answer
-            except BaseException:  # noqa: BLE001 (whatever it is, this process must not go on as a server)
+                os._exit(0)  # no client waits for the answer
+            except BaseException:  # noqa: BLE001 (after any error, this process must not go on as a server)
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
@@ -102,7 +112,7 @@ class Server:
         return True
 
     def _become_child(self) -> None:
-        """Let go of what is the server's: other jobs must be seen to end, and signals must end this process."""
+        """Release the server's resources: the end of other jobs must be noticed, and signals must end this process."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
@@ -117,7 +127,7 @@ class Server:
             os.kill(pid, signal.SIGKILL)
 
     def _reap(self) -> None:
-        """Report jobs that have ended in another way than they should."""
+        """Report jobs whose process ended without its last message."""
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(MAX_MESSAGE_BYTES)
         while self._children:
@@ -127,7 +137,7 @@ class Server:
             answer = self._children.pop(pid)
             with contextlib.suppress(KeyError):  # ended by us
                 self._selector.unregister(answer)
-            with answer, contextlib.suppress(OSError):  # nobody waits for the answer, or nobody has read what was before
+            with answer, contextlib.suppress(OSError):  # no client waits for the answer, or earlier messages were not read
                 if code := os.waitstatus_to_exitcode(status):
                     answer.send(DIED + str(code).encode(), socket.MSG_DONTWAIT)
 
@@ -136,10 +146,10 @@ def decode(job: Job, file: int, answer: socket.socket, demand: int) -> None:
     """Decode a file within the job's limits.
 
     Args:
-        job: what to do.
+        job: the job.
         file: descriptor of the file.
-        answer: gets the messages.
-        demand: descriptor of a pipe, which asks for the next batch.
+        answer: socket for the messages.
+        demand: descriptor of a pipe with requests for the next batch.
 
     Raises:
         ConnectionError: the other end of the socket was closed.
@@ -168,7 +178,7 @@ def _map(file: int) -> mmap.mmap:
     """Map a file.
 
     Raises:
-        MemoryError: it is larger than the limit of memory.
+        MemoryError: the file is larger than the limit of memory.
     """
     try:
         return mmap.mmap(file, 0, access=mmap.ACCESS_READ)
@@ -177,7 +187,7 @@ def _map(file: int) -> mmap.mmap:
 
 
 def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int | None, limits: Limits) -> None:
-    """Send samples: each batch when it is asked for, or all as they come."""
+    """Send samples: each batch when it is requested, or all as they are decoded."""
     decoded = sent = 0
     for block in blocks:
         channels, length = block.shape
@@ -199,10 +209,10 @@ def _send(blocks: Iterable[Pcm], answer: socket.socket, demand: int | None, limi
 
 
 class Limits:
-    """The limits of this process.
+    """Limits of this process.
 
     Args:
-        job: what it may cost.
+        job: the job with its limits.
     """
 
     def __init__(self, job: Job) -> None:
@@ -222,7 +232,7 @@ class Limits:
 
 
 def _silence_libraries() -> None:
-    """Drop what C libraries print, a line for each damaged frame of an MP3, and keep Python's standard error."""
+    """Drop the output of C libraries, such as a line per damaged frame of an MP3, and keep Python's standard error."""
     sys.stderr = os.fdopen(os.dup(2), "w", 1, encoding="utf-8", errors="backslashreplace")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -236,7 +246,7 @@ def main() -> None:
         if CONTAINERS:
             importlib.import_module("gateway.audio.containers")  # once, and not in each child
         gc.collect()
-        gc.freeze()  # or each child's first collection would copy the server's memory
+        gc.freeze()  # otherwise each child's first collection would copy the server's memory
         server.run()
 
 

@@ -110,7 +110,7 @@ OPENAI_MODELS = (
     "gpt-live-transcribe",
     "gpt-realtime-whisper",
 )
-"""OpenAI's models that transcribe without telling speakers apart (openai-python 3.57)."""
+"""OpenAI's transcription models without speaker labels (openai-python 3.57)."""
 
 
 def _default_aliases(data: dict[str, Any]) -> dict[str, str]:
@@ -138,6 +138,8 @@ class Settings(
     """Address to listen on."""
     server_port: Annotated[int, Field(ge=0, le=65535)] = 8057
     """Port to listen on; 0 selects a free port."""
+    riva_port: Annotated[int | None, Field(ge=0, le=65535)] = None
+    """Port of the gRPC API of NVIDIA Riva, usually 50051; 0 selects a free port. If not set, there is none."""
     tls_certificate: Annotated[str | None, Allowed("the path of a file")] = None
     """File with the certificate of this server and those of its issuers, as PEM; if set, the gateway speaks TLS."""
     tls_key: Annotated[str | None, Allowed("the path of a file")] = None

@@ -1,4 +1,4 @@
-"""Client secrets: keys that a caller makes for its own clients, such as a web page, and that soon expire.
+"""Client secrets: short-lived keys that a caller creates for its own clients, such as a web page.
 
 A secret carries its issuer and the session's initial settings. It is signed, not encrypted.
 """
@@ -25,8 +25,8 @@ class ClientSecrets:
     """Issues and redeems client secrets.
 
     Args:
-        settings: the gateway's; its ``session_key`` signs.
-        wall_clock: Unix time in seconds.
+        settings: settings of the gateway; ``session_key`` is the key of the signature.
+        wall_clock: returns Unix time in seconds.
     """
 
     def __init__(self, settings: Settings, wall_clock: Callable[[], float] = time.time) -> None:
@@ -40,15 +40,15 @@ class ClientSecrets:
 
         Args:
             caller: caller that is charged for the sessions of the secret's holder.
-            session: how its sessions begin, as JSON has it.
-            lifetime_secs: how long it can be used.
+            session: initial settings of its sessions, as JSON.
+            lifetime_secs: time in which it can be used, in seconds.
         """
         expires_at = int(self._wall_clock()) + lifetime_secs
         text = self._serializer.dumps([self._fingerprint(caller), expires_at, session])
         return PREFIX + (text if isinstance(text, str) else text.decode()), expires_at
 
     def redeem(self, key: str) -> tuple[int, Mapping[str, Any]]:
-        """Return the caller of a key, and how its session begins.
+        """Return the caller of a key, and the initial settings of its session.
 
         Args:
             key: a client secret, or an API key.
@@ -74,7 +74,7 @@ class ClientSecrets:
         return caller, session
 
     def _fingerprint(self, caller: int) -> str:
-        """Return what names a caller to every gateway with its key, and reveals nothing of the key."""
+        """Return an identifier of a caller that is equal on every gateway with its key, and does not reveal the key."""
         if caller == ANONYMOUS:
             return ""
         return hashlib.sha256(self._settings.api_keys[caller].get_secret_value().encode()).hexdigest()[:16]

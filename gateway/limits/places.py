@@ -1,4 +1,4 @@
-"""Places: how many streams and recordings the gateway serves at once.
+"""Places: limits on the streams and recordings that the gateway serves at once.
 
 Triton's sequence batcher has no limit of its own, so this is the only one.
 
@@ -19,7 +19,7 @@ from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 
 MAX_QUEUE_SECS = 30.0
-"""Maximum wait of a recording for its first decoding place, in seconds: about the patience of HTTP clients."""
+"""Maximum wait of a recording for its first decoding place, in seconds; HTTP clients seldom wait longer."""
 
 
 class Place:
@@ -41,11 +41,11 @@ class Place:
 
 @dataclass(eq=False)
 class Share:
-    """What one recording has of the decoding places.
+    """Use of the decoding places by one recording.
 
     Attributes:
         decoding: number of its pieces in flight.
-        begun: whether it has had a place.
+        begun: whether it has ever had a place.
     """
 
     decoding: int = 0
@@ -70,7 +70,7 @@ class Places:
         self._max_waiting = settings.inference_queue_size
         self._max_queue_secs = max_queue_secs
         self._free = self._max_batches
-        self._waiting: list[tuple[Share, asyncio.Future[None]]] = []  # in the order in which they came
+        self._waiting: list[tuple[Share, asyncio.Future[None]]] = []  # in the order of their arrival
         self.streams = 0
         self.batches = 0
         self.draining = False
@@ -118,10 +118,10 @@ class Places:
             self._report()
 
     async def decoding(self, share: Share) -> Place:
-        """Return a place for Triton's work on a piece of a recording; wait for one while all are taken.
+        """Return a decoding place for a piece of a recording; wait for one while all are taken.
 
         Args:
-            share: the recording's; one of its pieces waits at a time.
+            share: share of the recording; one of its pieces waits at a time.
 
         Raises:
             ApiError: the recording has not begun, and waited for longer than ``max_queue_secs``; or the time to drain is over.
@@ -148,7 +148,7 @@ class Places:
             if not place.done():
                 self._waiting.remove(entry)
         if not place.done():
-            raise ApiError(ErrorKind.NO_CAPACITY, f"no place came free within {self._max_queue_secs:g} s; please retry")
+            raise ApiError(ErrorKind.NO_CAPACITY, f"no place became free within {self._max_queue_secs:g} s; please retry")
         place.result()
 
     def _take(self, share: Share) -> None:

@@ -93,9 +93,9 @@ class Quotas:
         """Charge audio to a caller; the last piece may exceed what is left.
 
         Args:
-            caller: who is charged.
+            caller: caller who is charged.
             audio_secs: length of the audio in seconds.
-            owe: whether the caller may owe audio, which it then pays by waiting before its next one.
+            owe: whether the caller may exceed its quota; the excess delays its next recording or stream.
 
         Raises:
             ApiError: nothing is left, and the caller may not owe.
@@ -117,11 +117,11 @@ class Quotas:
 class Bill:
     """Charges one recording to its caller as it is read.
 
-    The first block is refused if nothing is left. A recording that has begun goes on, since half of it is of no use.
+    The first block is refused if nothing is left. A recording that has begun goes on: a part of a transcript is useless.
 
     Args:
-        quotas: the gateway's.
-        caller: who is charged.
+        quotas: quotas of the gateway.
+        caller: caller who is charged.
     """
 
     def __init__(self, quotas: Quotas, caller: int) -> None:
@@ -133,7 +133,7 @@ class Bill:
         """Charge more of the recording.
 
         Raises:
-            ApiError: it is the first, and nothing is left.
+            ApiError: nothing was left for the first block.
         """
         self._quotas.spend(self._caller, audio_secs, owe=self._begun)
         self._begun = True

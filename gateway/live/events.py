@@ -16,16 +16,16 @@ from gateway.transcript.words import Word
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The transcript at some moment.
+    """The transcript at one moment.
 
     Attributes:
-        text: of the whole stream; after a resumption, of what follows the token.
-        tokens: ids in the model's vocabulary, those of ``text``.
-        words: of the current segment; in ``Final``, of all of ``text``. Times are seconds since the start of the stream.
+        text: text of the whole stream; after a resumption, the text after the token.
+        tokens: token ids of ``text`` in the model's vocabulary.
+        words: words of the current segment; in ``Final``, of all of ``text``. Times are seconds since the start of the stream.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
         stable_chars: number of leading characters of ``text`` that can no longer change.
         samples: audio decoded for good, in samples since the start of the stream.
-        settled: how much of the transcript is of earlier segments.
+        settled: length of the transcript of earlier segments.
         segment: index of the current segment, since the start of the stream.
         segment_confidence: mean probability of the current segment's tokens, 0 to 1; None where there are none.
     """
@@ -70,14 +70,14 @@ class Final:
 
 @dataclass(frozen=True)
 class SpeechStarted:
-    """Speech began; ``at`` says where, in samples since the start of the stream."""
+    """Speech began at sample ``at`` of the stream."""
 
     at: int
 
 
 @dataclass(frozen=True)
 class SpeechStopped:
-    """Speech ended; ``at`` says where, in samples since the start of the stream."""
+    """Speech ended at sample ``at`` of the stream."""
 
     at: int
 

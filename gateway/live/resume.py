@@ -35,7 +35,7 @@ class SessionToken:
         latency: name of the stream's windows, which it keeps whatever the settings of the gateway that continues it.
         samples: position from which audio is still needed, in samples since the start of the stream.
         state: the decoder's state; empty before the first window.
-        chars, tokens, words, segments: length of the settled transcript; what a later connection sends follows it.
+        chars, tokens, words, segments: length of the settled transcript; a later connection continues after it.
         stream: identifies the stream.
     """
 
@@ -100,7 +100,7 @@ class SessionTokens:
             known = {each.name for each in fields(SessionToken)}  # later versions may have more
             token = SessionToken(**{name: value for name, value in payload.items() if name in known})
         except (BadData, TypeError, AttributeError):
-            raise ApiError(ErrorKind.INVALID_SESSION, "the session is not known here; begin a new stream") from None
+            raise ApiError(ErrorKind.INVALID_SESSION, "the session token is not valid here; begin a new stream") from None
         age_secs = self._wall_clock() - issued_at.timestamp()
         if age_secs > MAX_AGE_SECS:
             raise ApiError(

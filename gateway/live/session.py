@@ -8,41 +8,28 @@ sequence at Triton, so no state remains in the decoder.
 from __future__ import annotations
 
 import asyncio
-import math
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
-from typing import NamedTuple
 
 import structlog
-from prometheus_client import Histogram
 
 from gateway import metrics, tracing
 from gateway.audio import BYTES_PER_SAMPLE, RATE
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Place
 from gateway.live.buffer import AudioBuffer
-from gateway.live.events import (
-    Acknowledged,
-    Event,
-    Failed,
-    Final,
-    Partial,
-    SegmentFinal,
-    Snapshot,
-    SpeechStarted,
-    SpeechStopped,
-)
+from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, SpeechStarted, SpeechStopped
+from gateway.live.outbox import Outbox
 from gateway.live.pace import Pace, Plan, plan
+from gateway.live.publisher import Publisher
 from gateway.live.resume import SessionToken
 from gateway.live.shared import Shared
 from gateway.live.speech import Detection, SpeechDetector
 from gateway.live.states import Ending, State
-from gateway.transcript.transcript import Answer, Counts, Transcript
-from gateway.transcript.words import Word
+from gateway.transcript.transcript import Answer
 from gateway.triton.connection import Samples
 from gateway.triton.ensemble import Ensemble
 from gateway.triton.utterance import Utterance
@@ -53,14 +40,6 @@ HEARTBEAT_SHARE = 0.5
 log = structlog.get_logger()
 
 
-class _Published(NamedTuple):
-    """An event, and the histogram that observes the time from ``since`` to its delivery."""
-
-    event: Event
-    latency: Histogram | None = None
-    since: float = 0.0
-
-
 class Session:
     """One live stream: a context manager, and an iterator of events.
 
@@ -68,19 +47,19 @@ class Session:
     An event is delivered when the next one is asked for; until then no more audio is decoded.
 
     Args:
-        shared: what all sessions share.
+        shared: objects that all sessions share.
         model: public name of the model.
-        ensemble: what serves it.
+        ensemble: Triton ensemble of the model.
         utterance: the stream at Triton.
         spend: charges seconds of audio to the caller; raises ``ApiError`` when its quota is used up.
         resumable: whether to issue session tokens.
-        place: what ``reclaim`` releases.
-        detection: when to publish that speech starts and stops; None for never.
-        clock: monotonic time in seconds.
+        place: the place that ``reclaim`` releases.
+        detection: rules for the start and stop of speech; None: they are not published.
+        clock: returns monotonic seconds.
 
     Attributes:
-        state: where in its life the session is.
-        ending: why no more audio is taken; None while it is.
+        state: current state.
+        ending: reason why no more audio is taken; None while it is taken.
     """
 
     def __init__(
@@ -109,23 +88,20 @@ class Session:
         self._detector: SpeechDetector | None = None
         self._heard_at = clock()
         self._running = shared.running
+        self._voices = shared.voices
         self._tokens = shared.tokens
         self._priority = shared.priority
         self._max_samples = shared.settings.max_stream_audio_secs * RATE
         self._buffer = AudioBuffer(shared.settings.audio_buffer_capacity // BYTES_PER_SAMPLE, shared.usage, clock)
         self._pace = Pace(clock=clock)
-        self._transcript = Transcript()
+        self._publisher = Publisher()
         self._resumed = self._acknowledged = SessionToken(model, utterance.latency, stream=secrets.token_hex(8))
         self._received = 0  # samples on this connection
         self._sent = 0  # samples since the start of the stream
         self._ended_at: float | None = None  # by the client
         self._opened = asyncio.Event()
         self._waits_in_line = False
-        self._events: deque[_Published] = deque()
-        self._delivering: _Published | None = None
-        self._published = asyncio.Event()
-        self._delivered = asyncio.Event()
-        self._delivered.set()
+        self._outbox = Outbox(clock)
         self._pump: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Session:  # noqa: PYI034 (Self comes with Python 3.11)
@@ -159,7 +135,7 @@ class Session:
         return self._clock() - self._heard_at
 
     def reclaim(self) -> None:
-        """Fail, and release the place at once: another stream needs the place, and this one has sent no audio for long."""
+        """Fail, and release the place at once: another stream needs it, and this one has sent no audio for a long time."""
         if self.state is State.ENDED or not self.place:
             return
         waited = f"no audio came for {self.silent_secs:.0f} s, and another stream needs the place"
@@ -183,7 +159,7 @@ class Session:
         again_secs = self._ensemble.context_secs(self._resumed.latency) if self._resumed.state else 0.0
         self._pace = Pace(again_secs + age_secs, self._clock)
         self._utterance.resume(self._resumed.state, self._resumed.samples, self._resumed.latency)
-        self._transcript = Transcript(continues=self._resumed.chars > 0)
+        self._publisher = Publisher(self._resumed.settled)
         self._sent = self._resumed.samples
 
     async def append(self, samples: Samples) -> None:
@@ -209,7 +185,7 @@ class Session:
         if self.state is State.CONNECTING:
             self._enter(State.OPEN)
             if self._detection:
-                self._detector = SpeechDetector(self._detection, self._resumed.samples)
+                self._detector = SpeechDetector(self._detection, self._voices, self._resumed.samples)
         if self._detector:
             await self._detect(self._detector, samples)
         if not self._buffer.offer(samples):
@@ -217,11 +193,9 @@ class Session:
 
     async def _detect(self, detector: SpeechDetector, samples: Samples) -> None:
         """Publish where speech starts and stops."""
-        for piece in detector.feed(samples):
-            if change := piece.change:
-                self._put(SpeechStarted(change.at) if change.speaking else SpeechStopped(change.at))
-            if piece.more:
-                await asyncio.sleep(0)  # detection takes time, which others need too
+        for piece in await detector.feed(samples):
+            if (change := piece.change) and not self.ending:
+                self._outbox.put(SpeechStarted(change.at) if change.speaking else SpeechStopped(change.at))
 
     def end(self) -> None:
         """Accept no more audio: the client has ended the stream. The final follows."""
@@ -248,17 +222,7 @@ class Session:
 
     async def __anext__(self) -> Event:
         """Return the next event."""
-        if self._delivering and self._delivering.latency:
-            self._delivering.latency.labels(self._model).observe(self._clock() - self._delivering.since)
-        self._delivering = None
-        while not self._events:
-            self._delivered.set()
-            if self.state is State.ENDED:
-                raise StopAsyncIteration
-            self._published.clear()
-            await self._published.wait()
-        self._delivering = self._events.popleft()
-        return self._delivering.event
+        return await self._outbox.take()
 
     async def _run(self) -> None:
         """Decode until the stream has ended, and free its resources."""
@@ -280,7 +244,7 @@ class Session:
         heartbeat_secs = self._ensemble.max_idle_secs * HEARTBEAT_SHARE
         last = False
         while not last:
-            await self._delivered.wait()
+            await self._outbox.wait_delivered()
             windows = self._utterance.windows
             due = windows.due(self._sent) - self._sent
             await self._buffer.gather(due, heartbeat_secs)
@@ -307,61 +271,44 @@ class Session:
         return answer
 
     def _publish(self, answer: Answer, arrived: float, *, last: bool) -> None:
-        """Publish the changes of an answer."""
+        """Publish what an answer changes.
+
+        Args:
+            answer: the decoder's answer.
+            arrived: arrival of the audio that the answer was due for, on the clock.
+            last: whether it is the last one.
+        """
         if self.state is State.ENDED:
             return
         lag_secs = max(0.0, self.received_secs - answer.samples / RATE)
         in_real_time = not self._member.ahead  # a stream that is sent faster than real time always lags
         if in_real_time:
             metrics.STREAM_LAG.labels(self._model).observe(lag_secs)
-        settled = self._transcript.settled
-        changed = self._transcript.update(answer)
+        event = self._publisher.publish(answer, last=last)
         latency = None
-        if last:
+        if isinstance(event, Final):
             tracing.event("final", lag_secs=lag_secs)
             if self._ended_at is not None:
-                latency, arrived = metrics.FINAL_LATENCY, self._ended_at
-            self._put(Final(self._snapshot(answer, settled, self._transcript.words)), latency, arrived)
+                latency, arrived = metrics.FINAL_LATENCY.labels(self._model), self._ended_at
+            self._outbox.put(event, latency, arrived)
             self._end_events()
             return
-        if changed:
+        if isinstance(event, Partial) or (isinstance(event, SegmentFinal) and event.changed):
             tracing.event("partial", lag_secs=lag_secs)
-            latency = metrics.PARTIAL_LATENCY if in_real_time else None
-        # With all words in each message, traffic would grow with the square of the stream's length.
-        if answer.segment_final:
-            self._put(SegmentFinal(self._snapshot(answer, settled, answer.words), changed), latency, arrived)
-        elif changed:
-            self._put(Partial(self._snapshot(answer, settled, answer.words)), latency, arrived)
+            latency = metrics.PARTIAL_LATENCY.labels(self._model) if in_real_time else None
+        if event:
+            self._outbox.put(event, latency, arrived)
         if self._resumable:
             self._acknowledge()
-
-    def _snapshot(self, answer: Answer, settled: Counts, words: Sequence[Word]) -> Snapshot:
-        transcript = self._transcript
-        return Snapshot(
-            transcript.text,
-            tuple(transcript.tokens),
-            words,
-            transcript.confidence,
-            transcript.stable_chars,
-            answer.samples,
-            settled,
-            self._resumed.segments + settled.segments,
-            None if math.isnan(answer.confidence) else answer.confidence,
-        )
 
     def _acknowledge(self) -> None:
         """Publish the position from which the stream can be resumed, if it has changed."""
         state, samples = self._utterance.restart
-        settled = self._resumed.settled.plus(self._transcript.settled)
+        settled = self._publisher.settled
         token = replace(self._resumed, samples=samples, state=state, **settled._asdict())
         if token != self._acknowledged:
             self._acknowledged = token
-            self._put(Acknowledged(self._tokens.issue(token), samples, settled))
-
-    def _put(self, event: Event, latency: Histogram | None = None, since: float = 0.0) -> None:
-        self._events.append(_Published(event, latency, since))
-        self._delivered.clear()
-        self._published.set()
+            self._outbox.put(Acknowledged(self._tokens.issue(token), samples, settled))
 
     def _enter(self, state: State) -> None:
         self.state = state
@@ -374,15 +321,15 @@ class Session:
 
     def _fail(self, error: ApiError) -> None:
         if self.state is not State.ENDED:
-            self._events.clear()
-            self._put(Failed(error))
+            self._outbox.clear()
+            self._outbox.put(Failed(error))
             self._drop(Ending.FAILED)
 
     def _drop(self, ending: Ending) -> None:
         """Stop decoding."""
         self.ending = ending
         if ending is Ending.ABANDONED:
-            self._events.clear()
+            self._outbox.clear()
         self._end_events()
         self._buffer.clear()
         self._utterance.give_up()
@@ -391,5 +338,4 @@ class Session:
 
     def _end_events(self) -> None:
         self._enter(State.ENDED)
-        self._published.set()
-        self._delivered.set()
+        self._outbox.end()

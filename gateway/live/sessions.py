@@ -12,31 +12,29 @@ import structlog
 
 from gateway import metrics
 from gateway.audio import BYTES_PER_SAMPLE
-from gateway.config.settings import Settings
-from gateway.limits.places import Place, Places
+from gateway.limits.places import Place
 from gateway.limits.priority import Priority
-from gateway.limits.quotas import Quotas
 from gateway.limits.reclaim import longest_silent
 from gateway.live.buffer import BufferUsage
 from gateway.live.resume import SessionTokens
 from gateway.live.session import Session
 from gateway.live.shared import Shared
-from gateway.live.speech import Detection
+from gateway.live.speech import Detection, SpeechDetector
 from gateway.live.states import State
-from gateway.triton.pool import TritonPool
+from gateway.resources import Resources
 
 log = structlog.get_logger()
 
 
 class Connection(Protocol):
-    """A client's connection that holds its place itself, and opens one session after the other."""
+    """Connection of a client that holds a place itself, and opens one session after the other."""
 
     @property
     def silent_secs(self) -> float:
         """Time since its last audio, or since its start, in seconds."""
 
     def reclaim(self) -> None:
-        """End, and release the place at once, because another stream waits and this one has sent no audio for long."""
+        """End, and release the place at once: another stream needs it, and this one has sent no audio for a long time."""
 
     def drain(self) -> None:
         """End, because the server shuts down."""
@@ -46,21 +44,12 @@ class Sessions:
     """Engine of live streams.
 
     Args:
-        settings: settings of the gateway.
-        triton: the Triton servers.
-        places: places of the gateway.
-        quotas: quotas of callers.
-        options: options of the decoder for every stream.
+        resources: resources of the gateway.
     """
 
-    def __init__(
-        self, settings: Settings, triton: TritonPool, places: Places, quotas: Quotas, options: Mapping[str, str | int]
-    ) -> None:
-        self._settings = settings
-        self._options = options
-        self._triton = triton
-        self._places = places
-        self._quotas = quotas
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        settings = resources.settings
         usage = BufferUsage(settings.max_concurrent_streams * settings.audio_buffer_capacity // BYTES_PER_SAMPLE)
         self._shared = Shared(settings, Priority(), SessionTokens(settings), usage)
         self._connections: set[Connection] = set()
@@ -77,10 +66,11 @@ class Sessions:
         Raises:
             ApiError: the caller, the address or the gateway has no free place, or the gateway drains.
         """
-        with self._quotas.stream(caller, address):
-            if self._places.full and not self._places.draining:
+        places = self._resources.places
+        with self._resources.quotas.stream(caller, address):
+            if places.full and not places.draining:
                 self._reclaim()
-            with self._places.stream() as place:
+            with places.stream() as place:
                 yield place
 
     def open(
@@ -97,19 +87,24 @@ class Sessions:
 
         Args:
             model: public name of the model, one of the settings'.
-            caller: who is charged for the audio.
-            place: that ``admit`` gave, which the session releases early if it is reclaimed.
+            caller: caller who is charged for the audio.
+            place: place from ``admit``, which the session releases early if it is reclaimed.
             resumable: whether the client can resume the stream by session tokens.
-            detection: when to publish that speech starts and stops; None for never.
-            options: of the decoder, which override those of every stream; ``latency`` names the windows.
+            detection: rules for the start and stop of speech; None: they are not published.
+            options: options of the decoder, which override those of every stream; ``latency`` names the windows.
 
         Raises:
             ApiError: no Triton can serve the model now.
         """
-        ensemble = self._triton.ensemble(self._settings.models[model])
-        utterance = self._triton.stream(ensemble, {**self._options, **(options or {})})
-        spend = partial(self._quotas.spend, caller)
+        triton, settings = self._resources.triton, self._resources.settings
+        ensemble = triton.ensemble(settings.models[model])
+        utterance = triton.stream(ensemble, {**self._resources.options, **(options or {})})
+        spend = partial(self._resources.quotas.spend, caller)
         return Session(self._shared, model, ensemble, utterance, spend, resumable=resumable, place=place, detection=detection)
+
+    def detector(self, detection: Detection, start: int) -> SpeechDetector:
+        """Return a detector of speech for a connection whose next sample has the number ``start``."""
+        return SpeechDetector(detection, self._shared.voices, start)
 
     @contextlib.contextmanager
     def connected(self, connection: Connection) -> Iterator[None]:
@@ -122,7 +117,7 @@ class Sessions:
 
     def _reclaim(self) -> None:
         """End the stream that was silent for the longest time, if it was for at least ``reclaim_silent_secs``."""
-        least_secs = self._settings.reclaim_silent_secs
+        least_secs = self._resources.settings.reclaim_silent_secs
         sessions = [session for session in self._shared.running if session.place and session.state is not State.ENDED]
         holders: list[Connection] = [*sessions, *self._connections]
         if holder := longest_silent(holders, least_secs):

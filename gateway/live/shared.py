@@ -1,10 +1,11 @@
-"""What all live sessions of a gateway share."""
+"""Objects that all live sessions of a gateway share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gateway.audio.vad_batch import VoiceBatch
 from gateway.config.settings import Settings
 from gateway.limits.priority import Priority
 from gateway.live.buffer import BufferUsage
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all sessions of a gateway share.
+    """Objects that all sessions of a gateway share.
 
     Attributes:
         running: sessions that hold something: a sequence at Triton, audio, a task.
+        voices: computes voice activity for all.
     """
 
     settings: Settings
@@ -27,3 +29,4 @@ class Shared:
     tokens: SessionTokens
     usage: BufferUsage
     running: set[Session] = field(default_factory=set)
+    voices: VoiceBatch = field(default_factory=VoiceBatch)

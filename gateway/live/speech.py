@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from gateway.audio import RATE
-from gateway.audio.vad import FRAME_SAMPLES, VoiceActivity, powers_of
+from gateway.audio.vad import FRAME_SAMPLES, Request, Voice, powers_of
+from gateway.audio.vad_batch import VoiceBatch
 from gateway.triton.connection import Samples
 
 START_FRAMES = 2
@@ -20,13 +20,11 @@ START_FRAMES = 2
 RELEASE = 0.15
 """How far below the threshold a frame counts as silence; between both it changes nothing."""
 
-
 BLOCK_FRAMES = 16
-"""Maximum number of frames per call of the detector, about half a second of audio."""
-
+"""Maximum number of frames per request to the network, about half a second of audio."""
 
 HELD_FRAMES = 4
-"""Frames that are looked at together once speech has started, 128 ms: a stop may be found late, and each costs half as much."""
+"""Frames per request once speech has started, 128 ms: a stop may be found late by as much, and a frame costs half as much."""
 
 SMOOTHED_FRAMES = 3
 """Frames over which power is averaged, about 0.1 s: less than a syllable."""
@@ -34,11 +32,15 @@ SMOOTHED_FRAMES = 3
 BACKGROUND_FRAMES, BACKGROUND_BLOCKS = 16, 6
 """Number of half-second blocks whose minimum power is the background; in 3 s, speech has pauses."""
 
+WARM_FRAMES = 8
+"""Frames of a background that has become steady which the network gets, 0.25 s: it then detects speech in it at once."""
+
 QUIET = 30.0
 """Root mean square, of a full scale of 32768, below which a frame is silence: -61 dB, as of a muted microphone."""
 
-ABOVE_BACKGROUND = 10**0.7
-"""Power of speech relative to the background, 7 dB: a room full of voices is speech too, and fluctuates by as much."""
+LEAST_ABOVE, SPREAD_EXPONENT, MOST_ABOVE = 10**0.3, 2.0, 10**0.7
+"""Power of speech relative to the background, 3 to 7 dB: 3 dB, and 2 dB for each dB by which the background changed in 3 s. The
+noise of a fan is steady, so that weak speech stands out; a room full of voices is speech too, and changes by as much."""
 
 
 @dataclass(frozen=True)
@@ -72,35 +74,53 @@ class Piece(NamedTuple):
     Attributes:
         samples: 16 kHz audio [n].
         change: what was detected; None if nothing was.
-        more: whether another piece follows.
     """
 
     samples: Samples
     change: Change | None = None
-    more: bool = False
 
 
 class Background:
-    """Follows the power of the background, by its minimum (Martin, 2001, without the correction of its bias)."""
+    """Follows the power of the background, by its minimum (Martin, 2001, without the correction of its bias).
+
+    Attributes:
+        steady: whether it changed little in the last seconds.
+    """
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=SMOOTHED_FRAMES)
         self._least: deque[float] = deque(maxlen=BACKGROUND_BLOCKS)  # of complete blocks
         self._lowest = math.inf  # of the current block
         self._frames = 0
+        self._limit = QUIET**2
+        self._steady_frames = 0
+        self.steady = False
 
-    def stands_out(self, power: float) -> bool:
-        """Take the power of the next frame; return whether it is clearly above the background, or none is known yet."""
+    def hides(self, power: float) -> bool:
+        """Take the power of the next frame; return whether a known background hides it, so that the network need not get it."""
         self._recent.append(power)
         smooth = sum(self._recent) / len(self._recent)
-        background = min(self._least, default=0.0)
+        hides = max(power, smooth) < self._limit
+        if self.steady and self._steady_frames < WARM_FRAMES:
+            self._steady_frames += 1
+            hides = False
         if len(self._recent) == SMOOTHED_FRAMES:
             self._lowest = min(self._lowest, smooth)
         self._frames += 1
         if self._frames % BACKGROUND_FRAMES == 0:
             self._least.append(self._lowest)
             self._lowest = math.inf
-        return max(power, smooth) >= max(QUIET**2, background * ABOVE_BACKGROUND)
+            self._measure()
+        return hides
+
+    def _measure(self) -> None:
+        """Measure the background by its last blocks."""
+        background = min(self._least)
+        above = LEAST_ABOVE * (max(self._least) / max(background, 1e-9)) ** SPREAD_EXPONENT
+        self.steady = len(self._least) > 1 and above < MOST_ABOVE
+        if not self.steady:
+            self._steady_frames = 0
+        self._limit = max(QUIET**2, background * (above if self.steady else MOST_ABOVE))
 
 
 class SpeechDetector:
@@ -108,13 +128,14 @@ class SpeechDetector:
 
     Args:
         detection: when speech starts and stops.
+        voices: computes the probability of speech.
         start: samples of the stream before the first audio.
-        voice: the probability of speech; a new one by default.
     """
 
-    def __init__(self, detection: Detection, start: int = 0, voice: VoiceActivity | None = None) -> None:
+    def __init__(self, detection: Detection, voices: VoiceBatch, start: int = 0) -> None:
         self.detection = detection
-        self._voice = voice or VoiceActivity()
+        self._voices = voices
+        self._voice = Voice()
         self._background = Background()
         self._rest: Samples = np.empty(0, np.int16)  # of an incomplete frame
         self._position = start  # of the rest
@@ -122,33 +143,29 @@ class SpeechDetector:
         self._run = 0  # frames of speech in a row
         self._last_speech = start  # end of the last frame of speech
 
-    def feed(self, samples: Samples) -> Iterator[Piece]:
-        """Yield audio [n] in pieces, as far as it is looked at: up to each change, and the rest.
-
-        Each piece costs the time of its frames, so a caller may do other work between them.
-        """
+    async def feed(self, samples: Samples) -> list[Piece]:
+        """Take audio [n], and return it in pieces: up to each change, and the rest, which may be empty."""
+        background = self._background
         audio = np.concatenate((self._rest, samples))
         frames = len(audio) // FRAME_SAMPLES
         if self._speaking:
             frames -= frames % HELD_FRAMES
         taken = -len(self._rest)  # of ``samples``
-        yielded = 0
+        self._rest = audio[frames * FRAME_SAMPLES :]
+        pieces: list[Piece] = []
+        start = 0  # of the next piece
         for first in range(0, frames, BLOCK_FRAMES):
             block = audio[first * FRAME_SAMPLES : min(first + BLOCK_FRAMES, frames) * FRAME_SAMPLES]
-            loud = [self._background.stands_out(float(power)) for power in powers_of(block)]
-            for probability in self._voice.probabilities(block, np.array(loud)):
+            looks = [(not background.steady, not background.hides(power)) for power in powers_of(block).tolist()]
+            forget, loud = np.array(looks).T
+            for probability in await self._voices.probabilities(Request(self._voice, block, loud, forget)):
                 self._position += FRAME_SAMPLES
                 taken += FRAME_SAMPLES
                 if change := self._step(probability):
-                    end = max(yielded, taken)
-                    yield Piece(samples[yielded:end], change, more=True)
-                    yielded = end
-            if first + BLOCK_FRAMES < frames:
-                end = max(yielded, taken)
-                yield Piece(samples[yielded:end], more=True)
-                yielded = end
-        self._rest = audio[frames * FRAME_SAMPLES :]
-        yield Piece(samples[yielded:])
+                    end = max(start, taken)
+                    pieces.append(Piece(samples[start:end], change))
+                    start = end
+        return [*pieces, Piece(samples[start:])]
 
     def reset(self) -> None:
         """Forget that speech has started."""

@@ -6,16 +6,16 @@ from enum import Enum
 
 
 class State(Enum):
-    """Life of a session, in this order."""
+    """State of a session. It only moves down this list."""
 
-    CONNECTING = "nothing was taken yet; the session may be resumed"
+    CONNECTING = "no audio was taken yet; the session may be resumed"
     OPEN = "audio is taken"
-    ENDING = "no more audio is taken; what was taken is decoded"
+    ENDING = "no more audio is taken; the rest is decoded"
     ENDED = "no more events are published"
 
 
 class Ending(Enum):
-    """Why no more audio is taken."""
+    """Reason why no more audio is taken."""
 
     CLIENT = "the client has sent all of it"
     DRAIN = "the server shuts down"

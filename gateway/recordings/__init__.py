@@ -1,1 +1,1 @@
-"""The engine of recordings: a recording in, a transcript out. It knows no protocol."""
+"""Engine of recordings: takes a recording, and yields its transcript. It does not depend on a protocol."""

@@ -1,7 +1,7 @@
-"""Cut recordings of any length into pieces that the decoder takes whole, each at a pause of the speech.
+"""Cut recordings of any length at pauses of the speech, into pieces that are decoded whole.
 
-The encoder sees nothing beyond a piece, so a cut within a word costs that word. A cut is therefore made where the audio is
-quietest for longest, relative to its own level: in the pause, not at a single quiet sample within a word.
+The encoder sees nothing beyond a piece, so a cut within a word loses that word. The cut is in the middle of the stretch of
+``PAUSE_FRAMES`` with the lowest mean level, since a word has single quiet frames too.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ FRAME_SAMPLES: Final = RATE // 50
 """Resolution of cuts: 20 ms, in samples."""
 
 PAUSE_FRAMES: Final = 25
-"""Length over which a pause is judged, 0.5 s in frames; stop consonants are silent for up to 0.1 s.
+"""Length of the stretch, 0.5 s in frames; stop consonants are silent for up to 0.1 s.
 
 Word error rate of 28 minutes of joined sentences, not those of the evaluation: 11.3 % with 0.5 s, 12.3 % with 0.3 s, 11.2 %
-with 0.1 s, 11.5 % in the longest pause, all within the noise; 13.1 % with cuts after 20 s wherever they fall.
+with 0.1 s, 11.5 % in the longest pause, all within the noise; 13.1 % with cuts after each 20 s.
 """
 
 FLOOR: Final = 1.0
-"""Mean square of a frame that counts as silent, in squared steps of 16 bits: digital silence has no logarithm."""
+"""Minimum mean square of a frame, in squared 16-bit steps: digital silence has no logarithm."""
 
 Samples = NDArray[np.int16]
 """Audio of one channel at 16 kHz [n]."""
@@ -37,8 +37,8 @@ class Lengths:
     """Lengths of pieces, in samples.
 
     Attributes:
-        least, most: range within which a cut is searched, from the last cut on.
-        whole: a recording, or the rest of one, of up to this length is not cut.
+        least, most: minimum and maximum length of a piece that ends with a cut.
+        whole: maximum length of a recording, or of its rest, that is not cut.
     """
 
     least: int = 10 * RATE
@@ -60,7 +60,7 @@ class Piece:
     Attributes:
         start: its first sample, counted from the start of the recording.
         samples: its audio [n].
-        channel: which channel it is of, from 0 on.
+        channel: index of the channel.
     """
 
     start: int
@@ -72,8 +72,8 @@ class Cutter:
     """Cuts one channel of a recording while it is read; holds at most ``lengths.whole`` samples and a block.
 
     Args:
-        lengths: of the pieces.
-        channel: which channel it is, from 0 on.
+        lengths: lengths of the pieces.
+        channel: index of the channel.
     """
 
     def __init__(self, lengths: Lengths, channel: int = 0) -> None:

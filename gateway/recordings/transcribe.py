@@ -1,7 +1,6 @@
 """Transcription of recordings of any length: cut into pieces, decoded in parallel, joined in order.
 
-A recording's audio is read no further ahead than the piece that waits for a decoding place, so that its memory does not depend
-on its length.
+Audio is read only up to the piece that waits for a decoding place, so memory does not depend on the recording's length.
 """
 
 from __future__ import annotations
@@ -15,16 +14,15 @@ from typing import Any, NamedTuple, Protocol
 from gateway import metrics
 from gateway.audio import RATE
 from gateway.audio.convert import Pcm
-from gateway.config.settings import Settings
 from gateway.limits.places import Place, Places, Share
-from gateway.limits.quotas import Bill, Quotas
+from gateway.limits.quotas import Bill
 from gateway.recordings.cut import Cutter, Lengths, Piece, Samples
+from gateway.resources import Resources
 from gateway.transcript.segments import Segment, Transcription
 from gateway.transcript.transcript import Answer
-from gateway.triton.pool import TritonPool
 
 MAX_UNDELIVERED = 64
-"""Maximum number of a recording's pieces that are in flight or decoded and not delivered: a slow client stops the reading."""
+"""Maximum number of a recording's pieces that are in flight, or decoded but not delivered: a slow client stops the reading."""
 
 
 class Audio(Protocol):
@@ -51,11 +49,11 @@ class Decoder(Protocol):
         """Return the decoder's answer to 16 kHz audio [n].
 
         Raises:
-            ApiError: it can't be decoded.
+            ApiError: it cannot be decoded.
         """
 
     def give_up(self) -> None:
-        """Try no more after a failure: nobody waits for the answer any more."""
+        """Stop retrying: no client waits for the answer any more."""
 
 
 async def cut_pieces(audio: Audio, lengths: Lengths, charge: Callable[[float], None]) -> AsyncGenerator[Piece, None]:
@@ -63,7 +61,7 @@ async def cut_pieces(audio: Audio, lengths: Lengths, charge: Callable[[float], N
 
     Args:
         audio: the recording.
-        lengths: of the pieces.
+        lengths: lengths of the pieces.
         charge: called with the length of each block in seconds, summed over the channels, before the block is used.
     """
     cutters = [Cutter(lengths, channel) for channel in range(audio.channels)]
@@ -89,14 +87,14 @@ class Recording:
     Args:
         model: public name of the model.
         max_secs: maximum length of the audio.
-        lengths: of the pieces.
+        lengths: lengths of the pieces.
         bill: charges audio to the caller.
-        decoder: returns a new decoder, for a piece.
-        places: the gateway's.
+        decoder: returns a new decoder for a piece.
+        places: places of the gateway.
         share: the recording's share of the decoding places.
 
     Attributes:
-        transcription: what is decoded so far.
+        transcription: transcript so far.
     """
 
     def __init__(
@@ -122,14 +120,14 @@ class Recording:
     async def segments(self, audio: Audio, *, separate: bool = False) -> AsyncGenerator[Segment, None]:
         """Decode the recording, once; yield its segments in order, each as soon as it and those before it are decoded.
 
-        Closing the iterator stops the reading. What Triton works on then keeps its places until it is done, without a retry.
+        Closing the iterator stops the reading. Pieces at Triton then keep their places until they are decoded, without a retry.
 
         Args:
             audio: the recording.
             separate: whether segments name their channel.
 
         Raises:
-            ApiError: the audio is not decodable or too long, the caller's quota is used up, no place came free in time, or
+            ApiError: the audio is not decodable or too long, the caller's quota is used up, no place became free in time, or
                 Triton failed.
         """
         decoded: asyncio.Queue[asyncio.Future[_Decoded | None]] = asyncio.Queue(MAX_UNDELIVERED)
@@ -153,9 +151,9 @@ class Recording:
                 async for piece in pieces:
                     await decoded.put(self._begin(piece, await self._places.decoding(self._share)))
             end.set_result(None)
-        except Exception as error:  # noqa: BLE001 (it is raised to the reader of the segments)
+        except Exception as error:  # noqa: BLE001 (raised to the consumer of the segments)
             end.set_exception(error)
-            end.exception()  # there may be none any more
+            end.exception()  # there may be no consumer any more
         await decoded.put(end)
 
     def _begin(self, piece: Piece, place: Place) -> asyncio.Future[Any]:
@@ -169,7 +167,7 @@ class Recording:
     def _end(self, task: asyncio.Task[_Decoded]) -> None:
         del self._in_flight[task]
         if not task.cancelled():
-            task.exception()  # nobody may wait for it any more
+            task.exception()  # mark it as retrieved; there may be no consumer any more
 
     def _charge(self, audio_secs: float) -> None:
         self._bill.add(audio_secs)
@@ -184,46 +182,37 @@ async def _decode(piece: Piece, decoder: Decoder, place: Place) -> _Decoded:
 
 
 class Transcriber:
-    """The engine of recordings.
+    """Engine of recordings.
 
     Args:
-        settings: the gateway's.
-        triton: what decodes.
-        places: the gateway's.
-        quotas: of its callers.
-        options: of the decoder, for every recording.
+        resources: resources of the gateway.
     """
 
-    def __init__(
-        self, settings: Settings, triton: TritonPool, places: Places, quotas: Quotas, options: Mapping[str, str | int]
-    ) -> None:
-        self._settings = settings
-        self._triton = triton
-        self._places = places
-        self._quotas = quotas
-        self._options = options
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
 
     @contextmanager
     def admit(self, model: str, caller: int, options: Mapping[str, str | int] | None = None) -> Iterator[Recording]:
-        """Hold a place in the queue for one recording, whose bytes are there.
+        """Hold a place in the queue for one recording that is received completely.
 
         Args:
             model: public name of the model, one of the settings'.
-            caller: who is charged for the audio.
-            options: of the decoder, which override those of every recording.
+            caller: caller who is charged for the audio.
+            options: options of the decoder, which override those of every recording.
 
         Raises:
             ApiError: the queue is full, the gateway drains, or no Triton can serve the model now.
         """
-        with self._places.batch() as share:
-            ensemble = self._triton.ensemble(self._settings.models[model])
-            decoder = partial(self._triton.recording, ensemble, {**self._options, **(options or {})})
+        triton, settings, places = self._resources.triton, self._resources.settings, self._resources.places
+        with places.batch() as share:
+            ensemble = triton.ensemble(settings.models[model])
+            decoder = partial(triton.recording, ensemble, {**self._resources.options, **(options or {})})
             yield Recording(
                 model,
-                self._settings.max_batch_audio_length_secs,
+                settings.max_batch_audio_length_secs,
                 Lengths.within(ensemble.max_whole_secs),
-                Bill(self._quotas, caller),
+                Bill(self._resources.quotas, caller),
                 decoder,
-                self._places,
+                places,
                 share,
             )

@@ -11,7 +11,7 @@ from gateway.transcript.transcript import Answer
 from gateway.transcript.words import Word
 
 MILLISECONDS = 3
-"""Digits of times after the point."""
+"""Decimal places of times."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Segment:
     """A part of a recording's transcript.
 
     Attributes:
-        id: number in the order of the segments, from 0 on.
-        start, end: of its words, in seconds since the start of the recording.
-        text: its words.
-        tokens: ids in the model's vocabulary.
-        words: with times in seconds since the start of the recording.
+        id: index of the segment.
+        start, end: start of its first word and end of its last, in seconds since the start of the recording.
+        text: its words, joined by spaces.
+        tokens: token ids in the model's vocabulary.
+        words: its words, with times in seconds since the start of the recording.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
-        channel: which channel it is of, from 0 on; None where channels are not separated.
+        channel: index of the channel; None where channels are not separated.
     """
 
     id: int
@@ -40,11 +40,11 @@ class Segment:
 
 @dataclass
 class Transcription:
-    """A recording's transcript as far as it is decoded.
+    """Transcript of a recording so far.
 
     Attributes:
-        segments: in the order of their times; pieces without words have none.
-        samples, features, frames: length of what is decoded in 16 kHz samples, feature frames and encoder frames; of the first
+        segments: segments in the order of their times; a piece without words has none.
+        samples, features, frames: decoded length in 16 kHz samples, feature frames and encoder frames; that of the first
             channel where channels are separated.
     """
 
@@ -57,9 +57,9 @@ class Transcription:
         """Add the decoder's answer to the next piece; return its segment, if it has words.
 
         Args:
-            answer: the whole piece's.
-            start: the piece's first sample.
-            channel: which channel it is of; None where channels are not separated.
+            answer: answer to the whole piece.
+            start: position of the piece's first sample.
+            channel: index of the channel; None where channels are not separated.
         """
         if not channel:
             self.samples += answer.samples

@@ -13,14 +13,14 @@ class Answer(NamedTuple):
     """One answer of the ensemble; docs/API.md describes the tensors.
 
     Attributes:
-        text: the current segment's; it keeps its leading space where a word begins.
-        tokens: the current segment's, ids in the model's vocabulary.
-        words: the current segment's.
+        text: text of the current segment; it keeps its leading space where a word begins.
+        tokens: token ids of the current segment.
+        words: words of the current segment.
         confidence: mean probability of the current segment's tokens, NaN where there are none.
         stable_chars: number of leading characters of the text that can no longer change.
         segment_final: whether the segment ends here; the next answer begins another.
         samples, features, frames: audio samples, feature frames and encoder frames decoded for good, since the stream's start.
-        state: the stream's state in the decoder, from which another sequence can continue; empty where it was not requested.
+        state: state of the decoder, from which another sequence can continue; empty if it was not requested.
     """
 
     text: str
@@ -60,7 +60,7 @@ class Transcript:
         tokens: its token ids.
         words: its timed words.
         stable_chars: number of leading characters of ``text`` that can no longer change.
-        settled: how much of it is of final segments.
+        settled: length of the final segments.
     """
 
     continues: bool = False

@@ -12,15 +12,15 @@ class _Word(TypedDict):
     end: float
     """Seconds since the start of the stream or recording."""
     confidence: float
-    """Mean probability of the word's tokens, 0 to 1."""
+    """Lowest probability of the word's tokens, 0 to 1."""
 
 
 class Word(_Word, total=False):
-    """A recognised word, as the decoder's JSON has it.
+    """A recognised word, as in the decoder's JSON.
 
     A dictionary rather than a class: words go from one JSON text into another, and objects between them would cost a stream
     more than its transcript.
     """
 
     channel: int
-    """Which channel it is of, from 0 on, where the channels of a recording are separated."""
+    """Index of the channel, where the channels of a recording are separated."""

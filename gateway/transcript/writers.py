@@ -1,7 +1,7 @@
 """Write a transcript as text or as subtitles: SubRip (SRT) and WebVTT (https://www.w3.org/TR/webvtt1/).
 
-Subtitles are laid out as is usual beside a picture: at most two rows of 42 characters, for one to seven seconds, one cue at a
-time (Netflix's timed text style guide; the BBC's subtitle guidelines are similar).
+A cue has at most two rows of 42 characters and is shown for one to seven seconds; cues do not overlap (Netflix's timed text
+style guide; the BBC's subtitle guidelines are similar).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from gateway.transcript.segments import Segment
 from gateway.transcript.words import Word
 
 ROW_CHARS, ROWS = 42, 2
-"""Maximum characters in a row, and rows in a cue."""
+"""Maximum number of characters in a row, and of rows in a cue."""
 
 MIN_CUE_MS, MAX_CUE_MS = 1000, 7000
-"""Shortest and longest display of a cue. A cue is shorter where the next one begins earlier, and longer for a longer word."""
+"""Minimum and maximum duration of a cue. A cue is shorter if the next one begins earlier, and longer for a longer word."""
 
 PAUSE_MS = 800
-"""A pause of this length ends a cue."""
+"""Length of a pause that ends a cue."""
 
 WORD_JOINER = "\u2060"
-"""Keeps players from reading a tag or an arrow in the text; has no width."""
+"""Character without width; it prevents players from reading a tag or an arrow in the text."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Cue:
 
     Attributes:
         start, end: in milliseconds since the start of the recording.
-        rows: its text, one or two rows.
+        rows: one or two rows of text.
     """
 
     start: int
@@ -91,7 +91,7 @@ def _group(words: Iterable[Word]) -> Iterator[Cue]:
 
 
 def _in_turn(cues: Sequence[Cue]) -> Iterator[Cue]:
-    """Yield cues so that each ends before the next one begins, and is shown for long enough where there is time."""
+    """Yield cues that end before the next one begins, extended to the minimum duration where there is time."""
     if not cues:
         return
     shown = cues[0]
@@ -128,7 +128,7 @@ def _time(milliseconds: int, point: str) -> str:
 
 
 def _srt_text(rows: Sequence[str]) -> str:
-    """Return rows for SubRip, which has no escapes: a character of no width breaks tags and arrows, and braces are replaced."""
+    """Return rows for SubRip, which has no escapes: a character without width divides tags and arrows; braces are replaced."""
     text = "\n".join(rows).translate(str.maketrans("{}", "()"))
     return text.replace("<", f"<{WORD_JOINER}").replace("-->", f"--{WORD_JOINER}>")
 

@@ -1,4 +1,4 @@
-"""Circuit breaker (Nygard, "Release It!", 2007): an endpoint that keeps failing gets no new sequences until a trial succeeds.
+"""Circuit breaker (Nygard, "Release It!", 2007): an endpoint that keeps failing gets no new sequences until a probe succeeds.
 
 Open sequences stay on their endpoint, which has their state.
 """
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from enum import IntEnum
 
 WINDOW_CALLS = 20
-"""Number of recent calls that the breaker looks at."""
+"""Number of recent calls that the breaker counts."""
 
 MIN_FAILURES = 5
 FAILURE_SHARE = 0.5
 """The breaker opens at this many failures in the window, if they are at least this share of it."""
 
 OPEN_SECS = 2.0
-"""How long the breaker stays open, and the timeout of a half-open trial."""
+"""Time for which the breaker stays open, and timeout of a half-open probe."""
 
 
 class BreakerState(IntEnum):
@@ -40,11 +40,11 @@ class Breaker:
         self._clock = clock
         self._outcomes: deque[bool] = deque(maxlen=WINDOW_CALLS)
         self._opened_at: float | None = None
-        self._trial_at: float | None = None
+        self._probe_at: float | None = None
 
     @property
     def state(self) -> BreakerState:
-        """CLOSED allows all sequences, HALF_OPEN one at a time as a trial, OPEN none."""
+        """CLOSED allows all sequences, HALF_OPEN one at a time as a probe, OPEN none."""
         if self._opened_at is None:
             return BreakerState.CLOSED
         return BreakerState.OPEN if self._clock() - self._opened_at < OPEN_SECS else BreakerState.HALF_OPEN
@@ -52,14 +52,14 @@ class Breaker:
     @property
     def would_allow(self) -> bool:
         """Whether ``allow`` would return true now."""
-        trial_runs = self._trial_at is not None and self._clock() - self._trial_at < OPEN_SECS
-        return self.state is BreakerState.CLOSED or (self.state is BreakerState.HALF_OPEN and not trial_runs)
+        probe_runs = self._probe_at is not None and self._clock() - self._probe_at < OPEN_SECS
+        return self.state is BreakerState.CLOSED or (self.state is BreakerState.HALF_OPEN and not probe_runs)
 
     def allow(self) -> bool:
-        """Return whether a new sequence may go to the endpoint; in state HALF_OPEN, this sequence is the trial."""
+        """Return whether a new sequence may go to the endpoint; in state HALF_OPEN, this sequence is the probe."""
         allowed = self.would_allow
         if allowed and self.state is BreakerState.HALF_OPEN:
-            self._trial_at = self._clock()
+            self._probe_at = self._clock()
         return allowed
 
     def record(self, *, success: bool) -> None:
@@ -72,7 +72,7 @@ class Breaker:
         if state is BreakerState.OPEN:
             return
         if state is BreakerState.HALF_OPEN:
-            self._trial_at = None
+            self._probe_at = None
             self._outcomes.clear()
             self._opened_at = None if success else self._clock()
             return

@@ -147,6 +147,16 @@ class Canary:
         """Start the next round at once, after a failure or when the models have become ready."""
         self._due.set()
 
+    def see_death(self) -> None:
+        """Record that a model's process has died or stalled: nothing is decoded until canaries show the contrary."""
+        if self.health.well:
+            log.error("recognition lost", name=self._name)
+            now = self._clock()
+            self.health = replace(
+                self.health, last=Outcome.FAILED, failures=MAX_FAILURES, failing_since=now, erred=True, answers=0
+            )
+        self.hurry()
+
     def forget(self) -> None:
         """Reset the health: this Triton is gone, and another one may replace it."""
         self.health = Health()
@@ -175,7 +185,7 @@ class Canary:
         outcome, reason = await self._round(together)
         self.judged.set()
         if self.health is not before:
-            return  # reset during the round
+            return  # reset, or a death seen, during the round
         self.ever_answered |= outcome is Outcome.ANSWERED
         self.health = before.after(outcome, self._clock())
         if outcome is not Outcome.ANSWERED:

@@ -102,7 +102,7 @@ class Ensemble:
                 {
                     "stream_timeout_secs": settings.stream_timeout_secs,
                     "max_idle_secs": self.max_idle_secs,
-                    "consequence": "Triton may drop streams that are idle but allowed",
+                    "consequence": "Triton may drop streams that are idle for less than stream_timeout_secs",
                 },
             )
         admitted = settings.max_concurrent_streams + settings.max_concurrent_batches

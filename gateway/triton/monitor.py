@@ -150,6 +150,10 @@ class Monitor:
         """Send canaries at once, after a failed request to the ensemble."""
         self._canaries[name].hurry()
 
+    def see_death(self, name: str) -> None:
+        """Record that a process of the ensemble's models has died or stalled; the ensemble is not ready from now on."""
+        self._canaries[name].see_death()
+
     def mark_stale(self) -> None:
         """Treat all models as not loaded until the next inspection, and start it at once."""
         self.models = dict.fromkeys(self.models, ModelState.UNKNOWN)

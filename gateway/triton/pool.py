@@ -88,9 +88,9 @@ def _readiness(endpoint: Endpoint, settings: Settings) -> bool:
 
 
 def _reported_state(endpoint: Endpoint) -> BreakerState:
-    """Return the breaker's state for the metric; CLOSED while no Triton responds, since then there are no new sequences anyway.
+    """Return the breaker's state for the metric; CLOSED while no Triton responds, since there are no new sequences then.
 
-    Such a Triton may be gone for ever, such as after a scale-down, and no trial would ever close its breaker.
+    Such a Triton may be gone for ever, as after a scale-down, and no probe would ever close its breaker.
     """
     return BreakerState.CLOSED if endpoint.monitor.latency_secs is None else endpoint.breaker.state
 

@@ -167,8 +167,7 @@ class RetryPolicy:
         """Return the timeout of the next attempt, as a multiple of ``inference_timeout_secs``.
 
         The timeout grows with each attempt: when many streams are retried at once, decoding takes longer, and audio that is
-            given
-        up too early is decoded twice. For a recording this would cost much, so its first attempt has the maximum timeout.
+        given up too early is decoded twice. For a recording this would cost much, so its first attempt has the maximum timeout.
         """
         return MAX_PATIENCE if self.whole else min(1 + failures.count, MAX_PATIENCE)
 

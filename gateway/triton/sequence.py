@@ -152,6 +152,8 @@ class RemoteSequence:
             endpoint.monitor.see_failure(self._ensemble)
         if fault is Fault.ABSENT:
             endpoint.monitor.mark_stale()
+        if fault is Fault.BACKEND_DIED:
+            endpoint.monitor.see_death(self._ensemble)  # or retries there would fail until canaries do
         if fault in (Fault.DISCONNECTED, Fault.BACKEND_DIED):
             return await endpoint.find_death(self, fault)
         return None

@@ -1,4 +1,4 @@
-"""The fault table of docs/Reliability.md: twenty paced streams and some batches, and what breaks in their midst."""
+"""Faults under twenty real-time streams and some recordings; docs/Reliability.md summarises the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.support.chaos import (
     Proxy,
     backends,
     disturb,
-    gateway_process,
     kill,
     kill_stub,
     kill_twice,
@@ -31,6 +30,7 @@ from tests.support.chaos import (
     terminate,
 )
 from tests.support.clients import cut, transcribe
+from tests.support.commands import gateway_process
 from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, SECONDS = 20, 12.0
@@ -152,7 +152,7 @@ async def test_the_network_is_bad(two: list[Backend], speech: Speech, write: Wri
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_the_gateway_fails(two: list[Backend], speech: Speech, write: Write, number: signal.Signals) -> None:
-    """Clients of amira.v2 go on at the next one."""
+    """Clients of amira.v2 continue at the next gateway."""
     (port,) = free_ports(LOOPBACK, 1)
     url = f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira"
     heard_again: list[float] = []

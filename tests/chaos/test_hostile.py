@@ -1,4 +1,4 @@
-"""Hostile clients, of docs/Reliability.md: what they do to paced streams beside them, and what they leave behind."""
+"""Hostile clients: their effect on real-time streams beside them, and what they leave behind (docs/Reliability.md)."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from perf.server import cpu_model
 from tests.support import hostile
-from tests.support.chaos import RATE, STRANGERS, Backend, Said, backends, gateway_process, p95, pieces, speak
+from tests.support.chaos import RATE, Backend, Said, backends, p95, pieces, speak
 from tests.support.clients import transcribe
+from tests.support.commands import STRANGERS, gateway_process
 from tests.support.footprint import Footprint, growth, look
 from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, CAPACITY = 6, 60
 TURN_SECS = 13.44
-"""Fourteen windows. The paced streams say the same in every turn: how long a window takes depends on what is said in it."""
+"""Duration of a turn: fourteen windows. The paced streams have the same audio in every turn, since the time of a window depends
+on its words."""
 
 ATTACK_SECS = TURN_SECS - 1.5
-"""So long the clients are at it, whose process needs a moment to begin and to end."""
+"""Duration of an attack within a turn; its process needs time to start and end."""
 
 ROUNDS = int(os.environ.get("ROUNDS") or 4)
-"""Turns without the clients, each followed by one with them. The 95th percentile of a single turn differs by a third from one
-to the next with nobody hostile there, since the machine has other work too; over four turns by a tenth."""
+"""Number of turns without the clients, each followed by one with them. Without hostile clients, the p95 of single turns differs
+by a third because of other work of the machine; over four turns by a tenth."""
 
 TIMEOUT_SECS = 4.0
-"""The gateway's ``stream_timeout_secs``: 30 by default, which would only make the run longer."""
+"""The gateway's ``stream_timeout_secs``; the default of 30 would only make the run longer."""
 
 SETTLE_SECS = 3 * TIMEOUT_SECS
 MAX_GROWTH_MB = 32.0
-"""Of what is kept for reuse, such as ONNX Runtime's arenas; whether it grows for good is what ``make soak`` looks at."""
+"""Maximum growth of memory that is kept for reuse, such as ONNX Runtime's arenas; ``make soak`` looks for lasting growth."""
 
 MAX_SLOWER = 1.1
 NOISE_SECS = 0.03
-"""By so much the 95th percentile over all turns differs from run to run with nobody hostile there."""
+"""Difference of the p95 over all turns between runs without hostile clients."""
 
 REPORT = ROOT / "perf" / "results" / "hostile.md"
 TITLES = ("clients", "did", "finals as undisturbed", "p95 of partials without them", "with them", "left behind")
 
 
 class Kind(NamedTuple):
-    """A row.
+    """A row of the table.
 
     Attributes:
-        title: what the clients do.
-        clients: how many there are.
-        did: how much they did, to be filled in.
+        title: behaviour of the clients.
+        clients: number of clients.
+        did: text for the amount that they did.
         instead_of: whether without them as many are there that are not hostile, since a stream that speaks has its price.
     """
 
@@ -80,9 +82,9 @@ KINDS: Mapping[str, Kind] = {
 
 
 CONTROLS = {"none", "compute", "in_time"}
-"""Rows that tell what is no harm: how much the figures differ by themselves, what it costs that somebody computes on the
-server's machine, and what an honest stream costs the others. In the turns without hostile clients of every other row somebody
-computes as much as those did, or there are as many honest ones."""
+"""Control rows: the noise of the figures, the cost of a computing process on the server's machine, and the cost of regular
+streams. In the turns without hostile clients of all other rows, a process computes as much as the clients did, or there are as
+many regular streams."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ async def backend() -> AsyncIterator[Backend]:
 
 @pytest.fixture(scope="module")
 async def speech(backend: Backend) -> tuple[list[Samples], list[str]]:
-    """What the paced streams say, and what is understood when nobody is beside them."""
+    """Return the audio of the paced streams, and their undisturbed finals."""
     said = [np.tile(samples, 2 * ROUNDS) for samples in pieces([*read_recordings().values()], STREAMS, TURN_SECS)]
     async with run_gateway(triton_endpoint=backend.target) as gateway:
         return said, [
@@ -118,14 +120,14 @@ def write() -> Iterator[Callable[..., None]]:
 
 
 class Done(NamedTuple):
-    """What the clients of a turn did, and the share of a processor that their process took for it."""
+    """Amount that the clients of a turn did, and the share of a CPU that their process used."""
 
     amount: int = 0
     share: float = 0.0
 
 
 async def attack(port: int, kind: str, clients: int) -> Done:
-    """Let clients loose for a turn."""
+    """Run the clients for a turn."""
     if not clients:
         await asyncio.sleep(TURN_SECS)
         return Done()
@@ -138,7 +140,7 @@ async def attack(port: int, kind: str, clients: int) -> Done:
 
 
 async def settled(backend: Backend, url: str, pid: int, before: Footprint) -> Footprint:
-    """The footprint as soon as nothing more is held than before, or when the time for that is over."""
+    """Return the footprint when no more is held than before, or after ``SETTLE_SECS``."""
     deadline = time.monotonic() + SETTLE_SECS
     while True:
         now = await look(backend, url, pid)
@@ -148,7 +150,7 @@ async def settled(backend: Backend, url: str, pid: int, before: Footprint) -> Fo
 
 
 def held(before: Footprint, now: Footprint) -> dict[str, int]:
-    """How many more there are of what is given back when a client goes."""
+    """Return the increase of the resources that are freed when a client leaves."""
     return {
         "sequences": now.sequences - before.sequences,
         "tasks": now.tasks - before.tasks,
@@ -169,7 +171,7 @@ async def test_hostile_clients(
         "stream_timeout_secs": str(TIMEOUT_SECS),
     }
     async with gateway_process(port, backend.ports, STRANGERS, **settings) as gateway:
-        # Pools and caches that grow once are not what is looked for.
+        # The growth of pools and caches at first use does not count.
         first, *_ = await asyncio.gather(
             attack(port, name, kind.clients), *(transcribe(stream_url, samples[: 5 * RATE]) for samples in said)
         )

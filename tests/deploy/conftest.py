@@ -1,4 +1,4 @@
-"""What the tests of deploy/ share: a running server, as in tests/server, and the real tools that run or check the files."""
+"""Fixtures for deploy/: a running server, as in tests/server, and the real tools that run or check the files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin"
 
 @pytest.fixture(scope="session")
 def need() -> Callable[[str], str]:
-    """Path of a command that tools/system-packages installs; where it is missing the test is skipped, but in CI it fails."""
+    """Return a function for the path of a command of tools/system-packages; without it a test is skipped, or fails in CI."""
 
     def find(command: str) -> str:
         path = shutil.which(command, path=SEARCHED)
@@ -31,5 +31,5 @@ def need() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def deploy() -> Path:
-    """The directory of the deployment files."""
+    """Return the directory of the deployment files."""
     return ROOT / "deploy"

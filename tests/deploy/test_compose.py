@@ -1,4 +1,4 @@
-"""The compose files, by Docker Compose itself, and every name in them against the code."""
+"""The compose files, checked by Docker Compose, and their names compared with the code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Service = dict[str, Any]
 
 
 def compose(*arguments: str, files: tuple[str, ...] = (BASE, OBSERVABILITY), **variables: str) -> str:
-    """What ``docker compose config`` prints, of these files together."""
+    """Return the output of ``docker compose config`` for these files together."""
     command = [str(COMPOSE), *(f"--file={ROOT / name}" for name in files), "config", *arguments]
     environ = {"GRAFANA_PASSWORD": "secret", **variables}
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environ).stdout
@@ -44,7 +44,7 @@ BY_NAME = services(BASE, OBSERVABILITY)
 
 
 def host_path(service: Service, inside: str) -> Path:
-    """Where a path inside a container comes from."""
+    """Return the source of a path inside a container."""
     for mount in service["volumes"]:
         if mount["type"] == "bind" and Path(inside).is_relative_to(mount["target"]):
             return Path(mount["source"], Path(inside).relative_to(mount["target"]))
@@ -52,7 +52,7 @@ def host_path(service: Service, inside: str) -> Path:
 
 
 def seconds(duration: str) -> int:
-    """Of a duration as Compose prints it, such as 1m15s."""
+    """Parse a duration as Compose prints it, such as 1m15s."""
     return sum(int(number) * {"h": 3600, "m": 60, "s": 1}[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
 
 

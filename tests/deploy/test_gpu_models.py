@@ -1,4 +1,4 @@
-"""The model repository that docs/Deployment.md makes for a GPU, by the commands that stand there."""
+"""The model repository for a GPU, made by the commands of docs/Deployment.md."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from amira.paths import MODEL_REPOSITORY, ROOT
 from parameters import Parameters
 
 BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))
-"""As an import for a GPU has them."""
+"""Parameters of an import for a GPU."""
 
 NUMPY = {pb.TYPE_FP32: np.float32, pb.TYPE_INT64: np.int64}
 
 
 @pytest.fixture(scope="module")
 def section() -> str:
-    """What the documentation says of it."""
+    """Return the section of the documentation."""
     (found,) = re.findall(
         r"^### Models for a GPU\n(.*?)^### ", (ROOT / "docs/Deployment.md").read_text(), re.MULTILINE | re.DOTALL
     )

@@ -1,4 +1,4 @@
-"""The gateway's image: its Dockerfile by hadolint and against the code, its packages against those that are tested."""
+"""The gateway's image: its Dockerfile checked by hadolint and against the code, and its packages against the tested ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PINNED = re.compile(r"python:3\.\d+\.\d+-slim-\w+")
 
 
 def dockerfile() -> list[tuple[str, list[str]]]:
-    """Its instructions."""
+    """Return the instructions of the Dockerfile."""
     text = re.sub(r"\\\n", " ", re.sub(r"^#.*$", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE))
     lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
     return [(keyword, shlex.split(rest)) for keyword, rest in lines]

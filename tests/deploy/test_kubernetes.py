@@ -1,7 +1,8 @@
-"""The Kubernetes manifests as kustomize renders them: against the schemas, against each other and against the code."""
+"""The manifests rendered by kustomize, compared with the schemas, each other and the code."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,15 +21,24 @@ Need = Callable[[str], str]
 Manifest = dict[str, Any]
 
 VERSIONS = ("1.30", "1.33", kubernetes_validate.latest_version())
+WITHOUT_CLUSTER = """#!/bin/sh
+case "$*" in
+*" apply "*) cat; echo --- ;;
+*" label "*) ;;
+*) exec KUBECTL "$@" ;;
+esac
+"""
+"""kubectl without a cluster: it prints what it would apply."""
+
 WITHOUT_SCHEMA = {"ServiceMonitor"}
-"""Kinds of operators, not of Kubernetes."""
+"""Kinds defined by operators."""
 
 SELECTED = "app.kubernetes.io/name"
 
 
 @pytest.fixture(scope="module")
 def manifests(need: Need, deploy: Path) -> dict[tuple[str, str], Manifest]:
-    """By kind and name; a generated ConfigMap without its hash."""
+    """Return the manifests by kind and name; a generated ConfigMap without its hash."""
     return render(need, deploy / "kubernetes" / "base")
 
 
@@ -262,7 +272,7 @@ def test_autoscalers_use_metrics_that_the_adapter_makes(
 
 
 def test_the_wait_for_the_encoder_is_that_of_the_rules(deploy: Path) -> None:
-    """The adapter has the namespace in its matchers, and looks at two minutes instead of five."""
+    """The adapter has the namespace in its matchers, and a range of two minutes instead of five."""
     adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
     (made,) = (rule["metricsQuery"] for rule in adapter["externalRules"] if rule["name"]["as"] == "asr_triton_queue_seconds")
     (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "recording.yml").read_text())["groups"]
@@ -275,3 +285,20 @@ def test_shards_are_the_base_each_in_its_namespace(need: Need, deploy: Path) -> 
         shard = render(need, directory)
         assert {manifest["metadata"]["namespace"] for manifest in shard.values()} == {f"amira-{directory.name}"}
         assert ("StatefulSet", "amira-triton") in shard
+
+
+def test_rules_and_dashboards_are_applied_as_they_are(need: Need, deploy: Path, tmp_path: Path) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(WITHOUT_CLUSTER.replace("KUBECTL", need("kubectl")))
+    kubectl.chmod(0o755)
+    script = deploy / "kubernetes" / "observability.sh"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    printed = subprocess.run([script], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path).stdout
+    applied = {manifest["metadata"]["name"]: manifest for manifest in yaml.safe_load_all(printed) if manifest}
+    for rules in ("recording", "alerts"):
+        manifest = applied.pop(f"amira-{rules}")
+        assert manifest["kind"] == "PrometheusRule"
+        assert manifest["spec"] == yaml.safe_load((deploy / "prometheus" / "rules" / f"{rules}.yml").read_text())
+    dashboards = {path.name: path.read_text() for path in (deploy / "grafana" / "json").iterdir()}
+    assert applied.pop("amira-dashboards")["data"] == dashboards
+    assert not applied

@@ -28,8 +28,8 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.service import Service
-from tests.support.chaos import gateway_process
 from tests.support.clients import END, cut, gateway_metrics, listen, open_socket, transcribe
+from tests.support.commands import gateway_process
 from tests.support.servers import Gateway, Recordings
 
 Need = Callable[[str], str]
@@ -50,11 +50,11 @@ class Proxy:
         return f"{self.url.replace('http', 'ws', 1)}/v2/decode/stream/amira"
 
     def workers(self) -> set[str]:
-        """Their process ids."""
+        """Return the process ids of the workers."""
         return set(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split())
 
     async def reload(self) -> None:
-        """Take the configuration anew, and wait for new workers."""
+        """Reload the configuration, and wait for new workers."""
         before = self.workers()
         self.process.send_signal(signal.SIGHUP)
         while not self.workers() - before:
@@ -63,7 +63,7 @@ class Proxy:
 
 @asynccontextmanager
 async def run_nginx(binary: str, deploy: Path, directory: Path, *gateways: str) -> AsyncIterator[Proxy]:
-    """nginx with the project's configuration before these addresses; only its own and the places of files are others."""
+    """Run nginx with the project's configuration in front of these addresses; only its own address and paths differ."""
     (port,) = free_ports(LOOPBACK, 1)
     text = (deploy / "nginx" / "nginx.conf").read_text()
     for theirs, ours in (
@@ -117,7 +117,7 @@ async def proxy(need: Need, deploy: Path, tmp_path: Path, gateways: tuple[Gatewa
 
 @pytest.fixture
 async def processes(triton: Ports) -> AsyncIterator[dict[str, asyncio.subprocess.Process]]:
-    """Two gateways that may be killed, by their addresses."""
+    """Return two gateways that may be killed, by address."""
     first, second = free_ports(LOOPBACK, 2)
     async with gateway_process(first, triton) as one, gateway_process(second, triton) as other:
         yield {f"{LOOPBACK}:{first}": one, f"{LOOPBACK}:{second}": other}
@@ -153,7 +153,7 @@ async def test_the_gateway_refuses_bodies_itself(proxy: Proxy, deploy: Path) -> 
 
 
 async def declare(proxy: Proxy, size: int) -> bytes:
-    """Say how large a body is, send its beginning, and return the answer."""
+    """Declare the size of a body, send its beginning, and return the answer."""
     url = httpx.URL(proxy.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
     head = f"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
@@ -180,7 +180,7 @@ async def test_timeouts_fit_the_settings(deploy: Path) -> None:
 
 
 async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple[Gateway, Gateway]) -> None:
-    """Each gateway takes two; the fifth gets the gateways' own refusal."""
+    """Each gateway accepts two; the fifth stream gets the gateway's refusal."""
     first, second = gateways
     sockets = [await open_socket(proxy.stream_url()) for _ in range(4)]
     assert (active(first), active(second)) == (2, 2)
@@ -196,7 +196,7 @@ async def test_streams_spread_and_go_where_room_is(proxy: Proxy, gateways: tuple
 async def test_stream_finds_the_gateway_with_room(
     need: Need, deploy: Path, tmp_path: Path, make_gateway: MakeGateway, recordings: Recordings
 ) -> None:
-    """However many refuse: while gateways are replaced, those that drain have the fewest streams and are asked first."""
+    """While gateways are replaced, those that drain have the fewest streams and are tried first."""
     async with AsyncExitStack() as stack:
         gateways = [await stack.enter_async_context(make_gateway()) for _ in range(5)]
         addresses = [gateway.url.removeprefix("http://") for gateway in gateways]
@@ -223,7 +223,7 @@ async def test_stopping_gateway_hands_over(
     server.should_exit = True
     while not service(gateways[0]).places.draining:
         await asyncio.sleep(0.01)
-    # It drains for a second: refuses new streams, which nginx brings to the other, and ends its own with a final.
+    # It drains for a second: nginx sends new streams to the other gateway, and its own streams end with a final.
     assert (await transcribe(proxy.stream_url(), recordings["jfk"])).close_code == 1000
     (ended,), (going_on,) = await asyncio.wait(listeners, return_when=asyncio.FIRST_COMPLETED)
     assert ended.result().close_code == 1012
@@ -235,7 +235,7 @@ async def test_stopping_gateway_hands_over(
     assert "fellow" in (await going_on).final["text"]
     while server.servers[0].is_serving():
         await asyncio.sleep(0.05)
-    # Once it is gone, nobody notices.
+    # After its end, no client is affected.
     for _ in range(3):
         assert (await http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(32_000))).status_code == 200
         assert (await transcribe(proxy.stream_url(), recordings["jfk"][:16_000])).close_code == 1000
@@ -283,12 +283,12 @@ async def test_stream_outlives_its_gateway(
 async def test_recording_is_never_sent_twice(
     need: Need, deploy: Path, tmp_path: Path, processes: dict[str, asyncio.subprocess.Process], http: httpx.AsyncClient
 ) -> None:
-    """One gateway has it and dies; the other may not get it too."""
+    """One gateway gets it and dies; the other must not get it too."""
     async with run_nginx(need("nginx"), deploy, tmp_path, *processes) as proxy:
         for process in processes.values():
             process.send_signal(signal.SIGSTOP)
         recording = asyncio.create_task(http.post(f"{proxy.url}/v2/decode/batch/amira", content=bytes(32_000)))
-        await asyncio.sleep(0.5)  # by now it has been sent; nobody tells when
+        await asyncio.sleep(0.5)  # it has been sent by now; there is no event for this
         for process in processes.values():
             process.kill()
         assert (await recording).status_code == 502

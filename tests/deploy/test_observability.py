@@ -36,17 +36,17 @@ Need = Callable[[str], str]
 Targets = dict[str, list[str]]
 
 RATE_WINDOW = "15s"
-"""What $__rate_interval stands for while the test looks."""
+"""Value of $__rate_interval in the test."""
 
 IDLE_SECS = 2
 STREAMS = 5
-"""So many time-outs at once open a breaker."""
+"""Number of simultaneous timeouts that opens a breaker."""
 
 SCRAPE_SECS = 0.25
 
 OURS_TO_FAIL = {500, 502, 503, 504}
 NO_FAILURE = {ErrorKind.NO_CAPACITY, ErrorKind.DRAINING}
-"""Refusals that do not count as failures: they have their own alert, and are how a server stops."""
+"""Refusals that do not count as failures: one has an alert of its own, the other is part of a shutdown."""
 
 
 class Query(NamedTuple):
@@ -58,17 +58,17 @@ class Query(NamedTuple):
 
     @property
     def text(self) -> str:
-        """As Prometheus understands it."""
+        """The query without Grafana's variables."""
         return self.expression.replace("$__rate_interval", RATE_WINDOW)
 
     @property
     def here(self) -> bool:
-        """Whether this machine's server has all metrics of it."""
+        """Whether this machine's server has all its metrics."""
         return "nv_gpu_" not in self.expression
 
     @property
     def row(self) -> str:
-        """In docs/history/Dashboards.md, up to the value."""
+        """Its row in docs/history/Dashboards.md, up to the value."""
         return f"| {self.panel} | `{self.expression.replace('|', chr(92) + '|')}` |"
 
 
@@ -109,7 +109,7 @@ def test_every_alert_has_its_runbook_and_its_unit_test(deploy: Path) -> None:
 
 
 def test_failures_are_all_errors_of_ours(deploy: Path) -> None:
-    """A new kind of error must be sorted into the rules, or into those that are no failure; dashboards count the same."""
+    """Each kind of error is counted by the rules, or excluded explicitly; the dashboards count the same."""
     pattern = r'reason=~"([^"]+)"'
     (ours,) = re.findall(pattern, (deploy / "prometheus" / "rules" / "recording.yml").read_text())
     counted = {kind for kind in ErrorKind if re.fullmatch(ours, kind.code)}
@@ -139,7 +139,7 @@ def test_the_address_is_put_before_runbooks(deploy: Path, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="grafana-foundation-sdk needs Python 3.11")
 def test_dashboards_are_generated() -> None:
-    from deploy.grafana.dashboards import JSON, as_json  # noqa: PLC0415 (not to be had on Python 3.10)
+    from deploy.grafana.dashboards import JSON, as_json  # noqa: PLC0415 (not available for Python 3.10)
 
     made = dict(as_json())
     assert set(made) == set(JSON.glob("*.json"))
@@ -174,7 +174,7 @@ def test_dashboards_use_provisioned_sources(deploy: Path) -> None:
 
 
 def test_alloy_reads_the_fields_that_the_gateway_writes(deploy: Path) -> None:
-    """The real Alloy can't be had here: what is checked is that components are there and fields are the log's."""
+    """Alloy is not installed here: the test checks that its components exist and the fields are those of the log."""
     text = re.sub(r"^\s*//.*$", "", (deploy / "alloy" / "config.alloy").read_text(), flags=re.MULTILINE)
     components = {".".join(match) for match in re.findall(r'^([a-z.]+) "(\w+)" \{', text, re.MULTILINE)}
     for name in re.findall(r"= \[?([a-z]+\.[a-z.]+\.\w+)\.(?:targets|output|receiver)\]?$", text, re.MULTILINE):
@@ -203,7 +203,7 @@ class Prometheus:
         return await self._result("query", query=text)
 
     async def lately(self, text: str) -> list[float]:
-        """What a query gave at some moment of the last seconds, of which a breaker may be open for less than one."""
+        """Return a query's results within the last seconds; a breaker may be open for less than one."""
         now = time.time()
         series = await self._result("query_range", query=text, start=now - 5, end=now, step=SCRAPE_SECS)
         return [float(value) for one in series for _, value in one["values"]]
@@ -223,10 +223,10 @@ class Prometheus:
 async def run_prometheus(
     binary: str, deploy: Path, directory: Path, targets: Targets, http: httpx.AsyncClient, **more: Any
 ) -> AsyncIterator[Prometheus]:
-    """Prometheus with the project's configuration, looking faster and at these targets.
+    """Run Prometheus with the project's configuration, shorter intervals and these targets.
 
     Args:
-        more: of the configuration.
+        more: further parts of the configuration.
     """
     config = {**yaml.safe_load((deploy / "prometheus" / "prometheus.yml").read_text()), **more}
     config["global"] = {"scrape_interval": f"{SCRAPE_SECS * 1000:.0f}ms", "evaluation_interval": "1s"}
@@ -259,7 +259,7 @@ async def victim(
     tmp_path_factory: pytest.TempPathFactory,
     quick_restarts: None,  # noqa: ARG001 (needed for its effect)
 ) -> AsyncIterator[Backend]:
-    """A Triton that forgets idle sequences soon; the last test stops it."""
+    """A Triton with a short idle timeout of sequences; the last test stops it."""
     models = copy_repository(tmp_path_factory.mktemp("victim") / "models", warm=False)
     config = models / "rnnt_greedy_bls" / "config.pbtxt"
     config.write_text(config.read_text().replace("microseconds: 60000000", f"microseconds: {IDLE_SECS * 1_000_000}"))
@@ -270,18 +270,18 @@ async def victim(
 
 
 async def forget(backend: Backend) -> None:
-    """Leave a sequence to the decoder until that forgets it, and then go on with it all the same."""
+    """Leave a sequence idle until the decoder evicts it, and continue it then."""
     client, silence = GrpcClient(backend.target), np.zeros(1600, np.int16)
     await client.request(silence, 1, start=True, end=False)
     await asyncio.sleep(IDLE_SECS + 1)
     with pytest.raises(InferenceServerException, match="START"):
         await client.request(silence, 1, start=False, end=False)
-    await client.request(silence, 2, start=True, end=True)  # with any request it forgets what is stale
+    await client.request(silence, 2, start=True, end=True)  # each request evicts idle sequences
     await client.close()
 
 
 async def make_trouble(backend: Backend, samples: Samples) -> None:
-    """A full gateway, one stream more, and a Triton that stands still, for which the stream of another gateway can't wait."""
+    """Fill a gateway, request one more stream, and stop Triton for longer than a stream of another gateway waits."""
     await forget(backend)
     settings: dict[str, Any] = {
         "triton_endpoint": backend.target,
@@ -290,7 +290,7 @@ async def make_trouble(backend: Backend, samples: Samples) -> None:
     }
     async with run_gateway(**settings, recovery_timeout_secs=0) as hasty, run_gateway(**settings) as patient:
         streams = [asyncio.create_task(speak(url, samples)) for url in (hasty.stream_url(), *[patient.stream_url()] * STREAMS)]
-        await asyncio.sleep(1.2)  # what they have had answered by then is no more than what will fail at first
+        await asyncio.sleep(1.2)  # the answers so far are no more than the first failures
         with pytest.raises(InvalidStatus):
             await transcribe(patient.stream_url(), samples)
         await stop_for(backend, 3.5)
@@ -314,9 +314,9 @@ async def test_every_panel_has_data(
     http: httpx.AsyncClient,
     recordings: Recordings,
 ) -> None:
-    """Every query gives something; those that tell of trouble are 0 from the start, and must tell of it when there is some."""
+    """Every query returns data; those about failures are 0 at first, and above 0 after failures."""
     targets = {
-        "gateway": [gateway.url.removeprefix("http://")],  # whose process has all gateways of this test
+        "gateway": [gateway.url.removeprefix("http://")],  # all gateways of this test run in this process
         "triton": [f"{ports.host}:{ports.metrics}" for ports in (triton, victim.ports)],
     }
     wanted = {query for query in queries(deploy) if query.here}
@@ -325,7 +325,7 @@ async def test_every_panel_has_data(
     jfk = recordings["jfk"]
 
     async def load() -> None:
-        """A stream as it is spoken, two as fast as they are taken, a recording, and one that is refused."""
+        """Send a real-time stream, two fast streams, a recording, and a recording that is refused."""
         while True:
             fast = (transcribe(gateway.stream_url(), jfk) for _ in range(2))
             await asyncio.gather(speak(gateway.stream_url(), jfk), *fast)
@@ -362,13 +362,13 @@ async def test_every_panel_has_data(
 async def test_alert_reaches_its_receiver(
     need: Need, deploy: Path, tmp_path: Path, gateway: Gateway, victim: Backend, http: httpx.AsyncClient
 ) -> None:
-    """Prometheus with the lines that docs/Monitoring.md gives for it, and Alertmanager with a receiver; Triton is stopped."""
+    """Prometheus is configured as docs/Monitoring.md says, Alertmanager has a receiver, and Triton is stopped."""
     operations = (deploy.parent / "docs" / "Monitoring.md").read_text()
     (alerting,) = re.findall(r"^```yaml\n(alerting:\n.*?)^```$", operations, re.MULTILINE | re.DOTALL)
     received: list[dict[str, Any]] = []
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A request with a body, answered at once."""
+        """Receive a request with a body, and answer it."""
         head = await reader.readuntil(b"\r\n\r\n")
         if length := re.search(rb"content-length: (\d+)", head, re.IGNORECASE):
             received.extend(json.loads(await reader.readexactly(int(length[1])))["alerts"])
@@ -403,7 +403,8 @@ async def test_alert_reaches_its_receiver(
     targets = {"gateway": [gateway.url.removeprefix("http://")], "triton": [target]}
 
     def told() -> list[dict[str, Any]]:
-        return [alert for alert in received if alert["labels"].get("instance")]  # else it told that there are none to look at
+        # An alert without an instance is about missing targets.
+        return [alert for alert in received if alert["labels"].get("instance")]
 
     try:
         async with run_prometheus(need("prometheus"), deploy, tmp_path, targets, http, **more) as prometheus:

@@ -1,4 +1,4 @@
-"""A Triton that lost a Python model's process goes on, and calls itself ready: whatever runs its container must notice."""
+"""A Triton that lost a Python model's process reports itself ready: the container's health check must detect this."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -26,9 +26,9 @@ SCRIPT = ROOT / "deploy" / "kubernetes" / "base" / "triton-health.sh"
 
 
 class Victim(NamedTuple):
-    """A Triton that may be broken."""
+    """A Triton that tests may break."""
 
-    triton: Triton
+    triton: TritonProcess
     http_port: int
     metrics_port: int
     folder: Path
@@ -39,7 +39,7 @@ class Victim(NamedTuple):
 
     @property
     def well(self) -> bool:
-        """Whether it runs with all its models' processes."""
+        """Whether it runs with all processes of its models."""
         ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)
         return self.triton.pid is not None and not any(stub.status() in ended for stub in self.stubs)
 
@@ -49,7 +49,7 @@ class Victim(NamedTuple):
         pids = (self.triton.pid, *(stub.pid for stub in self.stubs))
         environment = {
             **os.environ,
-            "STATS": " ".join(f"/proc/{pid}/stat" for pid in pids),  # in a container there are no others
+            "STATS": " ".join(f"/proc/{pid}/stat" for pid in pids),  # in a container there are no other processes
             "URL": f"http://{LOOPBACK}:{self.http_port}",
             "METRICS": f"http://{LOOPBACK}:{self.metrics_port}/metrics",
             "FAILURES": str(self.folder / "failures"),
@@ -75,7 +75,7 @@ async def running(need: Callable[[str], str]) -> AsyncIterator[Victim]:
     need("curl")  # the checks call it
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(engine, served_repository(warm=False), ports, ENGINE_HOME / "triton-stubs.log")
+    triton = TritonProcess(engine, served_repository(warm=False), ports, ENGINE_HOME / "triton-stubs.log")
     assert ports.http
     yield Victim(triton, ports.http, ports.metrics, Path())
     await triton.stop(timeout_secs=0)
@@ -83,7 +83,7 @@ async def running(need: Callable[[str], str]) -> AsyncIterator[Victim]:
 
 @pytest.fixture
 async def victim(running: Victim, tmp_path: Path) -> Victim:
-    """A Triton that is well; started again where the test before broke it."""
+    """Return a healthy Triton; it is restarted if the test before broke it."""
     if not running.well:
         await running.triton.stop(timeout_secs=0)
         await running.triton.start()
@@ -135,7 +135,7 @@ async def test_check_says_nothing_of_another_ensemble(victim: Victim, monkeypatc
 
 
 async def test_check_fails_without_triton_and_ends_nothing(victim: Victim) -> None:
-    """While models load Triton does not listen."""
+    """Triton does not listen while models load."""
     nowhere = victim._replace(http_port=1)
     for _ in range(4):
         assert nowhere.check("--kill") == 1
@@ -154,7 +154,7 @@ async def test_docker_ends_a_triton_after_three_failed_canaries(victim: Victim) 
 
 
 async def test_lost_process_fails_the_check(victim: Victim, http: httpx.AsyncClient) -> None:
-    """In Kubernetes that is all; in Docker the check ends Triton."""
+    """In Kubernetes the check only fails; in Docker it ends Triton."""
     assert victim.check() == 0
     await victim.lose_a_stub()
     assert victim.check() == 1

@@ -1,4 +1,4 @@
-"""The systemd units, by systemd's own checks and against the settings."""
+"""The systemd units, checked by systemd and compared with the settings."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Need = Callable[[str], str]
 
 UNITS = ("amira-gateway", "amira-triton")
 MOST_EXPOSED = 20
-"""Of 100, as systemd-analyze security counts; a unit that says nothing has 96."""
+"""Maximum exposure by systemd-analyze security, of 100; a unit without restrictions has 96."""
 
 
 def entries(deploy: Path, unit: str) -> dict[str, str]:
-    """The last value of each entry."""
+    """Return the last value of each entry."""
     text = (deploy / "systemd" / f"{unit}.service").read_text().replace("\\\n", " ")
     return dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
 
 
 @pytest.fixture
 def units(deploy: Path, tmp_path: Path) -> Path:
-    """The units, with programs that exist on any machine, and the docker.service that one needs."""
+    """Return the units, with programs that exist on any machine, and the docker.service that one unit needs."""
     for unit in UNITS:
         text = (deploy / "systemd" / f"{unit}.service").read_text()
         text, replaced = re.subn(r"=(-?)/(?:opt/amira|usr)/bin/(?:amira|docker|curl) ", r"=\1/bin/true ", text)

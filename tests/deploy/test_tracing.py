@@ -1,4 +1,4 @@
-"""Traces: a real receiver of OTLP over HTTP gets the spans of a real gateway and a real Triton."""
+"""Traces of a real gateway and a real Triton, received by OTLP over HTTP."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 import orjson
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from riva.client.proto import riva_asr_pb2
 from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 
@@ -29,6 +30,7 @@ from gateway.tracing import Tracing, headers, otlp_url, trace_id, triton_options
 from tests.support.chaos import Backend, Proxy, speak
 from tests.support.clients import END, decoder_metric, listen, open_socket, transcribe
 from tests.support.repositories import served_repository
+from tests.support.riva import stub_of
 from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 CLIENTS_SPAN = "b7ad6b7169203331"
@@ -39,7 +41,7 @@ MODELS = {"asr_ensemble", "rnnt_greedy_bls", "preprocessor", "encoder", "decoder
 
 @dataclass(frozen=True)
 class Span:
-    """What the tests look at."""
+    """The parts of a span that the tests compare."""
 
     service: str
     trace: str
@@ -52,7 +54,7 @@ class Span:
 
 
 class Receiver:
-    """Takes OTLP over HTTP: as protobuf from the gateway, as JSON from Triton."""
+    """Receives OTLP over HTTP: protobuf from the gateway, JSON from Triton."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -120,7 +122,7 @@ class Receiver:
             ]
 
     async def comes(self, trace: str, service: str = "triton") -> bool:
-        """Whether a service sends spans of a trace."""
+        """Return whether a service sends spans of a trace."""
         for _ in range(100):
             if any((span.trace, span.service) == (trace, service) for span in self.spans):
                 return True
@@ -128,9 +130,9 @@ class Receiver:
         return False
 
     async def until_traced(self, send: Callable[[str], Awaitable[T]]) -> tuple[str, T]:
-        """Send something with one trace after the other until Triton traces it; that trace, and what sending it gave.
+        """Send requests with new trace ids until Triton traces one; return its trace id, and the result of the request.
 
-        Triton 2.51 leaves out one in fifty of those that it should trace.
+        Triton 2.51 does not trace one in fifty requests that it should.
         """
         for _ in range(5):
             trace = secrets.token_hex(16)
@@ -140,7 +142,7 @@ class Receiver:
         raise AssertionError("Triton traced none of five")
 
     async def trace(self, root: str, spans_named: set[str]) -> tuple[Span, list[Span]]:
-        """The gateway's newest span of a name, and its whole trace once there are spans of all these names."""
+        """Return the gateway's newest span of a name, and its trace when it has spans of all these names."""
         for _ in range(100):
             for top in reversed([span for span in self.spans if span.name == root]):
                 trace = [span for span in self.spans if span.trace == top.trace]
@@ -159,7 +161,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 async def traced_triton(receiver: Receiver) -> AsyncIterator[Backend]:
-    """A Triton that sends its spans to the receiver."""
+    """Return a Triton that sends its spans to the receiver."""
     options = [*triton_options(Settings(jaeger_endpoint=receiver.url)), "--trace-config=opentelemetry,bsp_schedule_delay=100"]
     backend = Backend("traced", served_repository(warm=False), options)
     await backend.start()
@@ -169,7 +171,7 @@ async def traced_triton(receiver: Receiver) -> AsyncIterator[Backend]:
 
 @pytest.fixture(scope="module")
 def settings(receiver: Receiver) -> Iterator[dict[str, Any]]:
-    """Of gateways that send their spans to the receiver, at once."""
+    """Return settings of gateways that send their spans to the receiver at once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
         yield {"jaeger_endpoint": receiver.url, "service_name": "asr-test"}
@@ -177,13 +179,13 @@ def settings(receiver: Receiver) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 async def traced(traced_triton: Backend, settings: dict[str, Any]) -> AsyncIterator[Gateway]:
-    """A gateway and a Triton that send their spans to the receiver."""
+    """Return a gateway and a Triton that send their spans to the receiver."""
     async with run_gateway(triton_endpoint=traced_triton.target, max_concurrent_streams=1, **settings) as running:
         yield running
 
 
 def tree(top: Span, spans: Sequence[Span], depth: int = 0) -> Iterator[str]:
-    """The trace as lines; calls of the same model at the same place as one."""
+    """Return the trace as lines; calls of the same model at the same place are one line."""
     yield f"{'  ' * depth}{top.service}: {top.name} {' '.join(top.events)}".rstrip()
     children = [span for span in spans if span.parent == top.id]
     for name in dict.fromkeys(child.name for child in children):
@@ -194,7 +196,7 @@ def tree(top: Span, spans: Sequence[Span], depth: int = 0) -> Iterator[str]:
 
 
 def below(top: Span, spans: Sequence[Span]) -> set[str]:
-    """Names of all spans under one."""
+    """Return the names of all spans below a span."""
     children = [span for span in spans if span.parent == top.id]
     return {span.name for span in children}.union(*(below(child, spans) for child in children))
 
@@ -221,7 +223,7 @@ async def test_one_tree_from_the_client_to_the_decoder(traced: Gateway, receiver
 
 
 async def infer(triton: Backend, sequence: int, samples: Samples, trace: str | None, flags: str) -> float:
-    """Have a recording decoded by Triton itself; the moment of its answer."""
+    """Decode a recording without the gateway; return the time of the answer."""
     audio = InferInput("AUDIO", [1, len(samples)], "INT16")
     audio.set_data_from_numpy(samples[None])
     given = {"traceparent": f"00-{trace}-{CLIENTS_SPAN}-{flags}"} if trace else None
@@ -235,7 +237,7 @@ async def infer(triton: Backend, sequence: int, samples: Samples, trace: str | N
 async def test_traced_request_delays_others(
     traced_triton: Backend, receiver: Receiver, recordings: Recordings, is_traced: bool
 ) -> None:
-    """Which is what tracing costs. If this fails, the documentation need not warn of it any longer."""
+    """This is the cost of tracing. If this test fails, the documentation need no longer warn of it."""
     long, short = np.tile(recordings["jfk"], 5), recordings["jfk"][:8000]
 
     async def is_held_up(trace: str | None) -> bool:
@@ -290,7 +292,7 @@ async def test_failures_are_on_the_span(traced: Gateway, receiver: Receiver, htt
 
 
 async def test_unsampled_requests_are_not_traced(traced: Gateway, receiver: Receiver, http: httpx.AsyncClient) -> None:
-    """Not sampled by the client means not traced, in the gateway and in Triton."""
+    """A trace that the client does not sample is traced neither by the gateway nor by Triton."""
     await asyncio.sleep(0.3)
     before = len(receiver.spans)
     unsampled = {"traceparent": f"00-{'1' * 32}-{CLIENTS_SPAN}-00"}
@@ -307,7 +309,7 @@ async def test_sampler_limits_traces(
     http: httpx.AsyncClient,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the gateway and in Triton; a client's own trace counts more."""
+    """In the gateway and in Triton; a client's own decision takes precedence."""
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
     sampled = []
@@ -333,7 +335,7 @@ async def test_recovery_is_on_the_span_and_in_the_log(
     recordings: Recordings,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A line of the log names the trace that it belongs to."""
+    """A log line has the id of its trace."""
     proxy = Proxy(traced_triton.ports)
     async with (
         proxy.running(),
@@ -359,7 +361,7 @@ async def test_recovery_is_on_the_span_and_in_the_log(
 
 
 async def test_triton_ignores_the_unsampled_flag(traced_triton: Backend, receiver: Receiver) -> None:
-    """So the gateway hands on nothing then. If this fails, it need not keep that back any longer."""
+    """So the gateway does not pass on an unsampled trace. If this test fails, it need no longer do so."""
     await traced_triton.ready_again()
     await receiver.until_traced(lambda trace: infer(traced_triton, 1, np.zeros(1600, np.int16), trace, "00"))
 
@@ -405,3 +407,18 @@ def test_missing_tracing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(ConfigError, match=r"amira-asr\[tracing\]"):
         Tracing(Settings(jaeger_endpoint="http://127.0.0.1:4318"))
+
+
+async def test_riva(traced_triton: Backend, receiver: Receiver, settings: dict[str, Any], recordings: Recordings) -> None:
+    """An RPC continues its client's trace."""
+    request = riva_asr_pb2.RecognizeRequest(audio=recordings["jfk"][: 2 * 16_000].tobytes())
+    async with run_gateway(triton_endpoint=traced_triton.target, riva_port=0, **settings) as gateway, stub_of(gateway) as stub:
+
+        async def send(trace: str) -> None:
+            await stub.Recognize(request, metadata=(("traceparent", f"00-{trace}-{CLIENTS_SPAN}-01"),))
+
+        await receiver.until_traced(send)
+        top, spans = await receiver.trace("nvidia.riva.asr.RivaSpeechRecognition/Recognize", {"asr_ensemble"})
+    assert (top.parent, top.error) == (CLIENTS_SPAN, False)
+    assert top.attributes["rpc.grpc.status_code"] == 0
+    assert below(top, spans) >= MODELS

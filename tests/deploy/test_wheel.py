@@ -37,13 +37,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the base package alone."""
+    """Return an environment with only the base package."""
     return fresh_environment(tmp_path_factory.mktemp("base") / "venv", wheel, ())
 
 
 @pytest.fixture(scope="session")
 def server(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the gateway, as the Dockerfile makes it: without the wheel's models and recordings."""
+    """Return an environment with the gateway, as in the Dockerfile: without the wheel's models and recordings."""
     venv = fresh_environment(tmp_path_factory.mktemp("server") / "venv", wheel, ("server", "tracing"))
     shutil.rmtree(site_packages(venv) / "amira" / "data")
     return venv
@@ -51,19 +51,19 @@ def server(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the gateway and the embedded Triton."""
+    """Return an environment with the gateway and the embedded Triton."""
     return fresh_environment(tmp_path_factory.mktemp("engine") / "venv", wheel, ("server", "engine"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty folder to work in."""
+    """Return an empty folder to work in."""
     (tmp_path / "folder").mkdir()
     return tmp_path / "folder"
 
 
 def environment(tmp_path: Path, **variables: str) -> dict[str, str]:
-    """A user's environment: a cache of their own, and nothing of this checkout."""
+    """Return a user's environment variables: a new cache, and nothing of this checkout."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return {**kept, "XDG_CACHE_HOME": str(tmp_path / "cache"), **variables}
 
@@ -75,7 +75,7 @@ def run(command: Sequence[str | Path], folder: Path, **variables: str) -> tuple[
 
 
 def test_wheel_and_source_distribution_have_all_that_is_tracked(wheel: Path, tmp_path: Path) -> None:
-    """Also where the checkout has a prepared engine, which links to the backend."""
+    """Even if the checkout has a prepared engine, which links to the backend."""
     directories = ["amira", "gateway", "model-repo", "backends", "tests/speech"]
     command = ["git", "ls-files", "-z", *directories]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.rstrip("\0").split("\0")
@@ -115,7 +115,7 @@ def test_missing_extra_is_named_in_one_line(base: Path, folder: Path, command: l
 
 @contextmanager
 def started(command: Sequence[str | Path], folder: Path, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A command in the background; it has ended well by the end."""
+    """Run a command in the background; its exit code must be 0."""
     env = environment(folder.parent, **variables)
     with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -136,7 +136,7 @@ def test_server_extra_serves(server: Path, folder: Path) -> None:
     (port,) = free_ports(LOOPBACK, 1)
     variables = {"AMIRA_SERVER_HOST": LOOPBACK, "AMIRA_SERVER_PORT": str(port), "AMIRA_TRITON_ENDPOINT": "localhost:1"}
     with started([server / "bin" / "amira", "serve"], folder, **variables):
-        transport = httpx.HTTPTransport(retries=8)  # for a quarter of a minute, while nobody listens
+        transport = httpx.HTTPTransport(retries=8)  # for 15 s, while no client listens
         with httpx.Client(transport=transport) as http:
             assert http.get(f"http://{LOOPBACK}:{port}/health/live").status_code == 200
     assert list(folder.iterdir()) == []
@@ -151,8 +151,12 @@ def test_run_and_demo_work_in_an_empty_folder(engine: Path, folder: Path) -> Non
     amira, speech = engine / "bin" / "amira", site_packages(engine) / "amira" / "data" / "speech"
     with started([amira, "run"], folder, **variables, **dict(zip(names, triton_ports, strict=True))) as process:
         assert process.stderr
-        shown = "".join(iter(process.stderr.readline, "Ctrl-C stops it.\n"))
-        assert f"--data-binary @{speech}/jfk.flac" in shown
+        shown = ""
+        for line in process.stderr:  # it ends with the process
+            shown += line
+            if line == "Ctrl-C stops it.\n":
+                break
+        assert f"--data-binary @{speech}/jfk.flac" in shown, shown
         command: list[str | Path] = [amira, "transcribe", speech / "jfk.flac"]
         code, output, errors = run(command, folder, AMIRA_BASE_URL=f"http://{LOOPBACK}:{gateway_port}")
         assert (code, errors) == (0, "")
@@ -185,7 +189,7 @@ def test_setup_names_requirements(tmp_path: Path, variables: list[str], uname: s
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "uname").write_text(f"#!/bin/sh\necho {uname}\n")
     (tmp_path / "uname").chmod(0o755)
-    # The tests may run below make themselves, whose variables would change the prefix of its messages.
+    # The tests may run below make, whose variables would change the prefix of its messages.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     env["PATH"] = f"{tmp_path}:{env['PATH']}"
     command = ["make", "setup", *variables]
@@ -199,7 +203,7 @@ def test_setup_names_requirements(tmp_path: Path, variables: list[str], uname: s
 
 @pytest.mark.slow
 def test_installation_from_the_registry(wheel: Path, folder: Path) -> None:
-    """As users install it: pip resolves and downloads what the extras require."""
+    """pip resolves and downloads the requirements of the extras."""
     venv = folder.parent / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     subprocess.run([venv / "bin" / "pip", "install", "--quiet", f"{wheel}[server,engine]"], check=True)

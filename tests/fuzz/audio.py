@@ -24,7 +24,7 @@ MAX_SECS = 2.0
 JSON = "application/json"
 CONTENT_TYPES = ("application/octet-stream", "audio/wav", "audio/flac", "audio/ogg", "audio/pcm", "", "audio/mpeg", JSON)
 SPARE_SAMPLES = 64
-"""Excess over the limit that rounding and the resampler explain, for each link of a chain."""
+"""Excess over the limit because of rounding and resampling, per link of a chain."""
 
 
 def fuzz(data: bytes) -> None:
@@ -44,7 +44,7 @@ def fuzz(data: bytes) -> None:
 
 
 def seeds() -> Iterator[bytes]:
-    """Yield inputs to begin with."""
+    """Yield the first inputs."""
     for file in files():
         yield b"\0" + file
     ogg = [file for file in files() if file.startswith(b"OggS")]

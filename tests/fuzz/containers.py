@@ -53,7 +53,7 @@ def fuzz(data: bytes) -> None:
 
 
 def seeds() -> Iterator[bytes]:
-    """Yield inputs to begin with."""
+    """Yield the first inputs."""
     yield from containers()
     yield from (file for file in files() if file.startswith((b"ID3", b"\xff", b"OggS")))
 

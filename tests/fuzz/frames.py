@@ -35,11 +35,11 @@ ISSUED = [
 TEXTS = [TOKENS.issue(token) for token in ISSUED]
 BINARY, TEXT, TOKEN, START = range(4)
 CHANGE_BYTES = 3
-"""A change of a token: two bytes for the place, and the new byte."""
+"""A change of a token: two bytes of position, and the new byte."""
 
 
 def fuzz(data: bytes) -> None:
-    """Take one frame."""
+    """Read one frame."""
     if not data:
         return
     kind, content = data[0] % 4, data[1:]

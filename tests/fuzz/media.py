@@ -30,6 +30,6 @@ for name in ("audio/wav", "audio/flac", "audio/ogg", "audio/mp4", "audio/webm", 
 
 @schemathesis.hook
 def before_generate_path_parameters(context: Any, strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Draw the name of a model in most cases; random names never hit one."""
+    """Draw the name of a model in most cases; random names never match one."""
     parameter = "model" if "{model}" in context.operation.path else "name"
     return st.one_of(st.just({parameter: "amira"}), st.just({parameter: "amira"}), strategy)

@@ -16,8 +16,9 @@ import pytest
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, free_ports
 from gateway.config.settings import Settings
-from tests.support.chaos import Backend, backends, gateway_process
+from tests.support.chaos import Backend, backends
 from tests.support.clients import decoder_metric
+from tests.support.commands import gateway_process
 from tests.support.dialogue import Server, converse_until, transcriber
 from tests.support.servers import read_recordings
 
@@ -25,6 +26,14 @@ SECS = float(os.environ.get("MINUTES") or 10) * 60
 HOME = ROOT / ".fuzz"
 HERE = Path(__file__).parent
 SLOWEST_SECS = 10
+"""Maximum time of a response, and of one input of a fuzzer."""
+
+SLOWEST_FILE_SECS = 60
+"""The same for a file, which may take seconds of CPU time in a process of its own."""
+
+PATIENT = {"max_connects_per_address": "100000", "stream_timeout_secs": "600"}
+"""Settings of the gateway: on a busy machine a client may be silent for longer than the 30 s that are usual."""
+
 LARGEST_INPUT_BYTES = 2**15
 MEMORY_MB = 2048
 
@@ -40,7 +49,7 @@ async def backend() -> AsyncIterator[Backend]:
 async def url(backend: Backend) -> AsyncIterator[str]:
     """A new gateway for each fuzzer, which must still run afterwards."""
     (port,) = free_ports(LOOPBACK, 1)
-    async with gateway_process(port, backend.ports, max_connects_per_address="100000") as process:
+    async with gateway_process(port, backend.ports, **PATIENT) as process:
         yield f"http://{LOOPBACK}:{port}"
         assert process.returncode is None
 
@@ -75,7 +84,7 @@ def test_coverage_guided(target: str) -> None:
     corpus.mkdir(parents=True, exist_ok=True)
     options = (
         f"-max_total_time={SECS:.0f}",
-        f"-timeout={SLOWEST_SECS}",
+        f"-timeout={SLOWEST_FILE_SECS if target == 'containers' else SLOWEST_SECS}",
         f"-rss_limit_mb={MEMORY_MB}",
         f"-max_len={LARGEST_INPUT_BYTES}",
         f"-artifact_prefix={directory}/",

@@ -60,7 +60,7 @@ FORMS: dict[str, Callable[[npt.NDArray[Any]], bytes]] = {
 
 @pytest.fixture(scope="session")
 async def reference(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> dict[str, Any]:
-    """The answer to jfk, sent as raw PCM."""
+    """Return the answer to jfk, sent as raw PCM."""
     answer = await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)
     body: dict[str, Any] = answer.raise_for_status().json()
     return body
@@ -95,7 +95,7 @@ async def test_audio_formats(
     text = answer.json()["text"]
     if form in ("raw", "wav 16 kHz", "flac", "wav 24 bit", "wav float"):
         assert text == reference["text"]
-    # Telephone bandwidth and Opus cost this small model some words.
+    # With telephone bandwidth and Opus this small model loses some words.
     assert jiwer.wer(JFK, text) < (0.8 if form == "wav 8 kHz" else 0.5)
     assert answer.json()["audio_length_samples"] == pytest.approx(len(recordings["jfk"]), abs=400)
 
@@ -389,11 +389,11 @@ async def test_wait_for_a_place_is_bounded(
 async def test_many_recordings_open_no_breaker(
     make_gateway: MakeGateway, gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings
 ) -> None:
-    """Together they take longer than a request of a stream may, and the breaker stays closed."""
+    """Together they take longer than the timeout of a stream's request, and the breaker stays closed."""
     body = np.resize(recordings["jfk"], 12 * 16_000).tobytes()
 
     async def post_all(url: str) -> float:
-        """Return how long all recordings take together."""
+        """Return the time that all recordings take together, in seconds."""
         began = time.monotonic()
         answers = await asyncio.gather(*(http.post(url, content=body, headers=OCTETS) for _ in range(8)))
         assert [answer.status_code for answer in answers] == [200] * 8

@@ -1,4 +1,4 @@
-"""Cached encoders behind a real Triton: tokens of sherpa-onnx, whatever the cuts, the company and the faults."""
+"""Cached encoders behind a real Triton: tokens equal those of sherpa-onnx, for any cuts, batches and faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 class Served(NamedTuple):
-    """A gateway before a Triton with imported models, and what they were imported from."""
+    """A gateway before a Triton with imported models, and the sources of the models."""
 
     gateway: Gateway
     backend: Backend
@@ -117,7 +117,7 @@ async def test_interleaved_streams_share_calls(served: Served, recordings: Recor
 
 @pytest.mark.parametrize("phase", ["before an anchor", "behind an anchor"])
 async def test_killed_triton_costs_no_token(served: Served, recordings: Recordings, phase: str) -> None:
-    """The cache is filled again from the audio that the gateway keeps; nothing is said twice."""
+    """The cache is filled again from the audio that the gateway keeps; no text is repeated."""
     speech = [*recordings.values()]
     pause = np.zeros(40_000, np.int16)
     samples = np.concatenate([speech[0], pause, speech[1][:90_000]])
@@ -186,7 +186,7 @@ async def test_stream_resumes_without_its_cache(served: Served, recordings: Reco
 
 
 def test_repository_is_described(served: Served) -> None:
-    """With kind, chunks, and the memory that its caches take."""
+    """With kind, chunks, and the memory of its caches."""
     lines = {recogniser.name: recogniser.describe() for recogniser in recognisers(served.repository)}
     assert lines["nemo560"] == (
         "nemo560: rnnt, 40 pieces, 80 ms a frame, cached, chunks of balanced 560 ms, "

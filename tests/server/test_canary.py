@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from amira.ports import Ports
-from tests.support.chaos import Backend
+from tests.support.chaos import Backend, speak
 from tests.support.clients import decoder_metric, gateway_metrics, open_socket, transcribe
 from tests.support.commands import until
 from tests.support.repositories import served_repository
@@ -90,6 +91,35 @@ async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordi
         await until(lambda: backend.triton.pid not in (None, before), RESTARTED_SECS)
         await wait_for_readiness(gateway, 200, RESTARTED_SECS)
         assert (await transcribe(gateway.stream_url(), recordings["jfk"])).final["text"] == expected
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=[] if model == "detokenizer" else pytest.mark.slow) for model in MODELS]
+)
+@pytest.mark.parametrize("how", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+async def test_recording_and_stream_outlast_a_lost_process(
+    backend: Backend, recordings: Recordings, model: str, how: signal.Signals
+) -> None:
+    """A minute's recording and one live stream, too few to open a circuit breaker."""
+    long = np.tile(recordings["jfk"], 6)
+    settings = {"canary_interval_secs": INTERVAL_SECS, "recovery_timeout_secs": RESTARTED_SECS, "max_concurrent_batches": 2}
+    async with run_gateway(triton_endpoint=backend.target, **settings) as gateway, httpx.AsyncClient(timeout=240) as http:
+        await wait_for_readiness(gateway, 200, RESTARTED_SECS)
+
+        async def post() -> httpx.Response:
+            return await http.post(gateway.batch_url(), content=long.tobytes(), headers={"Content-Type": "audio/pcm"})
+
+        expected = (await post()).json()["text"], (await transcribe(gateway.stream_url(), recordings["jfk"])).final["text"]
+        before = backend.triton.pid
+        recording = asyncio.create_task(post())
+        stream = asyncio.create_task(speak(gateway.stream_url(), recordings["jfk"]))
+        await asyncio.sleep(1)
+        assert not recording.done()
+        backend.stubs(model)[0].send_signal(how)
+        answer, said = await asyncio.gather(recording, stream)
+        await backend.started_anew(before)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["text"], said.finals) == (expected[0], [expected[1]])
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ async def test_errors_of_the_server_are_raised(gateway: Gateway, make_gateway: M
     assert refused.value.code == "invalid_api_key"
 
 
-async def test_full_server_is_asked_again(make_gateway: MakeGateway, recordings: Recordings) -> None:
+async def test_full_server_is_retried(make_gateway: MakeGateway, recordings: Recordings) -> None:
     async with make_gateway(max_concurrent_batches=1, inference_queue_size=0) as gateway, AsyncClient(gateway.url) as client:
         audio = recordings["jfk"].tobytes()
         transcripts = await asyncio.gather(*(client.transcribe(audio) for _ in range(3)))
@@ -77,7 +77,7 @@ async def test_transcribe_command(gateway: Gateway) -> None:
     assert errors.startswith("amira: model 'nobody' is not known")
 
 
-async def test_transcribe_command_goes_on_after_a_failure(gateway: Gateway, tmp_path: Path) -> None:
+async def test_transcribe_command_continues_after_a_failure(gateway: Gateway, tmp_path: Path) -> None:
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"RIFF and nothing more")
     recordings = [str(SPEECH / "2609-156975-0001.flac"), str(broken), str(SPEECH / "jfk.flac")]
@@ -120,7 +120,7 @@ async def test_transcribe_command_reads_standard_input_and_streams(gateway: Gate
     assert "ask not what your country can do for you" in output.decode()
 
 
-async def test_segments_are_told_by_the_server(gateway: Gateway, recordings: Recordings) -> None:
+async def test_segments_are_reported_by_the_server(gateway: Gateway, recordings: Recordings) -> None:
     told: list[Segment] = []
     audio = np.concatenate([*recordings.values()] * 2).tobytes()
     async with AsyncClient(gateway.url) as client:
@@ -134,7 +134,7 @@ async def test_segments_are_told_by_the_server(gateway: Gateway, recordings: Rec
     assert srt.startswith("1\n00:00:00,")
 
 
-async def test_sync_live_stream_has_the_final_of_the_other(gateway: Gateway, recordings: Recordings) -> None:
+async def test_sync_live_stream_equals_the_async_one(gateway: Gateway, recordings: Recordings) -> None:
     pcm = recordings["2609-156975-0001"].tobytes()
     async with AsyncClient(gateway.url) as client, client.live() as stream:
         await stream.send(pcm)

@@ -18,7 +18,7 @@ V3: dict[str, Any] = {"subprotocols": ["amira.v3", "amira.v2"]}
 
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
-    """Several segments."""
+    """Return audio of several segments."""
     pause = np.zeros(2 * RATE, np.int16)
     spoken: Samples = np.concatenate([part for samples in recordings.values() for part in (samples[: 6 * RATE], pause)])
     return spoken

@@ -1,4 +1,4 @@
-"""Short, repeatable forms of what ``make fuzz`` does at length."""
+"""Short, reproducible forms of ``make fuzz``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Kilobytes that must not stop the server, and clients that must get in."""
+"""Small inputs that must not stop the server, and clients that must be served."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
@@ -18,9 +18,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from tests.support import hostile
-from tests.support.chaos import AMIRA
 from tests.support.clients import END, KEEPALIVE, converse, open_socket, transcribe
-from tests.support.commands import until_ready
+from tests.support.commands import AMIRA, gateway_process
 from tests.support.hostile import TEXT, frame, peer
 from tests.support.servers import Gateway, Recordings
 
@@ -40,7 +39,7 @@ async def begin_post(port: int) -> asyncio.StreamWriter:
     return writer
 
 
-async def test_bodies_that_do_not_come_hold_no_place(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
+async def test_missing_bodies_hold_no_place(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
     async with make_gateway(max_concurrent_batches=1, inference_queue_size=1) as gateway:
         writers = [await begin_post(gateway.server.port) for _ in range(20)]
         await asyncio.sleep(0.3)
@@ -102,28 +101,11 @@ async def test_thirty_seconds_of_audio_fit_into_json(gateway: Gateway, http: htt
 
 @asynccontextmanager
 async def limited_gateway(triton: Ports, soft: int, hard: int) -> AsyncIterator[tuple[int, asyncio.subprocess.Process]]:
-    """A gateway in a process with these limits on open files."""
+    """Run a gateway in a process with these limits on open files."""
     (port,) = free_ports(LOOPBACK, 1)
-    variables = {
-        "AMIRA_SERVER_HOST": LOOPBACK,
-        "AMIRA_SERVER_PORT": str(port),
-        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
-        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
-    }
-    process = await asyncio.create_subprocess_exec(
-        AMIRA,
-        "serve",
-        env={**os.environ, **variables},
-        stderr=asyncio.subprocess.PIPE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
-    )
-    try:
-        await until_ready(f"http://{LOOPBACK}:{port}")
+    command = ("prlimit", f"--nofile={soft}:{hard}", AMIRA)
+    async with gateway_process(port, triton, command, subprocess.PIPE) as process:
         yield port, process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 async def events_of(process: asyncio.subprocess.Process) -> list[str]:
@@ -152,7 +134,7 @@ async def test_kept_connections_do_not_use_up_the_open_files(triton: Ports, http
         assert "keep-alive shortened" in await events_of(process)
 
 
-async def test_silent_streams_give_way(make_gateway: MakeGateway, recordings: Recordings) -> None:
+async def test_silent_stream_loses_its_place(make_gateway: MakeGateway, recordings: Recordings) -> None:
     async with make_gateway(max_concurrent_streams=2, reclaim_silent_secs=1.0) as gateway:
         url = gateway.stream_url()
         async with open_socket(url) as silent, open_socket(url) as speaking:
@@ -208,7 +190,7 @@ async def test_half_closed_part_of_a_request_ends_the_connection(gateway: Gatewa
 
 
 async def test_own_origin_may_stream_and_foreign_ones_may_not(gateway: Gateway, http: httpx.AsyncClient) -> None:
-    """websocket-client sends the server's own origin by itself."""
+    """websocket-client sends the server's own origin by default."""
     assert (await converse(gateway.stream_url(), [END], origin=gateway.url)).close_code == 1000
     with pytest.raises(InvalidStatus) as refused:
         await converse(gateway.stream_url(), [END], origin="https://evil.example")
@@ -244,7 +226,7 @@ async def test_thousand_health_checks_are_answered(make_gateway: MakeGateway, ve
 
 
 async def test_reset_connection_frees_a_waiting_batch(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
-    """A client that leaves is told from one that only sends no more."""
+    """A client that has left is distinguished from one that only stopped sending."""
     async with make_gateway(max_batches_per_address=1) as gateway:
         client = socket.create_connection((LOOPBACK, gateway.server.port))
         client.sendall(hostile.POST[:-2] + b"Expect: 100-continue\r\n\r\n")

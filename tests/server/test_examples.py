@@ -53,7 +53,7 @@ async def test_stream_prints_partials_and_the_final(gateway: Gateway, recording:
     assert final.endswith("|"), "all of a final is stable"
 
 
-async def test_ensemble_prints_the_stream_that_its_segments_join_to(triton: Ports, recording: Path) -> None:
+async def test_ensemble_prints_segments_and_their_concatenation(triton: Ports, recording: Path) -> None:
     whole, *answers, joined = await run_example("ensemble.py", str(recording.with_suffix(".pcm")), f"127.0.0.1:{triton.grpc}")
     assert whole.startswith("(")
     assert whole.endswith(", 0, 1)")
@@ -104,7 +104,7 @@ def check_openai(printed: list[str], transcript: Transcript) -> None:
     assert " ".join(rows).split()[: len(words)][0] == transcript.words[0].text
 
 
-async def test_curl_asks_in_each_way(gateway: Gateway, recording: Path, transcript: Transcript) -> None:
+async def test_curl_example_runs_each_request(gateway: Gateway, recording: Path, transcript: Transcript) -> None:
     printed = await run_example("transcribe.sh", str(recording), gateway.url, program=["sh"])
     assert printed[1].startswith(f'{{"text":"{transcript.text}",')
     assert printed[3] == transcript.text

@@ -1,4 +1,4 @@
-"""Files of all kinds through the gateway, Triton and the decoder, and files that are made to stop it."""
+"""Files of all formats through the gateway, Triton and the decoder, and malicious files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 JFK = "and so my fellow americans ask not what your country can do for you ask what you can do for your country"
 ATTACKERS = 45
 HONEST_SECS = 20.0
-"""More than an honest recording takes on a machine that is busy with other tests; with decoding stopped it took minutes."""
+"""Limit for a regular recording on a machine that is busy with other tests; with blocked decoding it took minutes."""
 
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
@@ -44,14 +44,14 @@ def encode(samples: npt.NDArray[Any], rate: int = RATE, **form: Any) -> bytes:
 
 
 def unfinished(samples: npt.NDArray[np.int16]) -> bytes:
-    """A WAV file whose recorder did not come to write the sizes."""
+    """Return a WAV file whose recorder stopped before it wrote the sizes."""
     file = bytearray(encode(samples, format="WAV"))
     file[4:8] = file[40:44] = bytes(4)
     return bytes(file)
 
 
 def too_large(samples: npt.NDArray[np.int16]) -> bytes:
-    """A WAV file whose sizes count the header in."""
+    """Return a WAV file whose sizes include the header."""
     file = bytearray(encode(samples, format="WAV"))
     file[4:8], file[40:44] = (len(file).to_bytes(4, "little") for _ in range(2))
     return bytes(file)
@@ -84,7 +84,7 @@ LOSSY: dict[str, Callable[[npt.NDArray[np.int16]], bytes]] = {
 
 @pytest.fixture(scope="module")
 async def of_raw_pcm(gateway: Gateway, http: httpx.AsyncClient, recordings: Recordings) -> Any:
-    """The answer to jfk, sent as raw PCM."""
+    """Return the answer to jfk, sent as raw PCM."""
     return (await http.post(gateway.batch_url(), content=recordings["jfk"].tobytes(), headers=OCTETS)).json()
 
 
@@ -176,7 +176,7 @@ async def test_every_live_form_gives_the_words(gateway: Gateway, recordings: Rec
     assert any(message["type"] == "partial" for message in messages)
 
 
-async def test_a_container_that_stops_ends_as_its_client_does(gateway: Gateway, recordings: Recordings) -> None:
+async def test_container_ends_with_its_client(gateway: Gateway, recordings: Recordings) -> None:
     body = encode_container(recordings["jfk"], "webm", "libopus", options=RECORDER)
     async with connect(gateway.stream_url()) as socket:
         await socket.send(body[: len(body) // 2])
@@ -261,7 +261,7 @@ STREAMED = {
 async def test_stream_of_a_file_is_refused_by_format(gateway: Gateway, name: str, frame_bytes: int) -> None:
     body, messages = STREAMED[name] * 2, []
     async with connect(gateway.stream_url()) as socket:
-        with suppress(ConnectionClosed):  # it is refused before all is sent
+        with suppress(ConnectionClosed):  # it is refused before it is sent completely
             for at in range(0, len(body), frame_bytes):
                 await socket.send(body[at : at + frame_bytes])
             await socket.send(b"\0")
@@ -289,7 +289,7 @@ SLOW = {
 async def test_slow_files_end_with_their_clients(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, kind: str
 ) -> None:
-    """The bodies are small, and their clients leave; what is honest is served at once."""
+    """The bodies are small, and their clients leave; a regular recording is served at once."""
     flac, body = encode(recordings["jfk"], format="FLAC"), SLOW[kind]()
 
     async def attack(url: str) -> None:

@@ -1,4 +1,4 @@
-"""The check of ``make soak`` against processes that really leak, and one that does not."""
+"""The check of ``make soak``, on processes that leak and one that does not."""
 
 from __future__ import annotations
 

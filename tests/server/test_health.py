@@ -91,7 +91,7 @@ async def test_draining_is_not_ready(make_gateway: MakeGateway, http: httpx.Asyn
 
 
 async def test_metrics_equal_the_documented_ones(gateway: Gateway, triton: Ports, http: httpx.AsyncClient) -> None:
-    """All from the start, and no others except those of Python and Triton."""
+    """All exist from the start, and no others except those of Python and Triton."""
     _, _, section = (ROOT / "docs" / "Monitoring.md").read_text().partition("## Metrics\n")
     section, _, _ = section.partition("\n## ")
     entries = re.findall(r"^(?:\| (`.+?) \||- (`.+?):)", section, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, deaf, greedy or gone; ``make chaos`` has them in number and beside paced streams."""
+"""Clients that are slow, silent, do not read, send too much, or vanish; ``make chaos`` runs many beside paced streams."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def dripping(body: bytes, piece_bytes: int, pause_secs: float) -> AsyncIte
 
 
 async def test_missing_body_is_refused(make_gateway: MakeGateway, http: httpx.AsyncClient) -> None:
-    """And holds no place meanwhile."""
+    """It holds no place meanwhile."""
     async with make_gateway(stream_timeout_secs=0.5, max_concurrent_batches=1, inference_queue_size=0) as gateway:
         reader, writer = await asyncio.open_connection(LOOPBACK, gateway.server.port)
         writer.write(hostile.POST + bytes(1000))
@@ -62,7 +62,7 @@ async def test_slow_body_within_the_limit(make_gateway: MakeGateway, http: httpx
 
 
 async def test_client_that_never_reads_is_freed(make_gateway: MakeGateway, recordings: Recordings) -> None:
-    """Even the socket, though its kernel answers that it is still there."""
+    """Even its socket, although the client's kernel still acknowledges data."""
     async with make_gateway(stream_timeout_secs=1) as gateway:
         before = psutil.Process().num_fds()
         async with peer(gateway.server.port, receive_bytes=2304) as deaf:
@@ -75,7 +75,7 @@ async def test_client_that_never_reads_is_freed(make_gateway: MakeGateway, recor
             began = time.monotonic()
             while (await gateway_metrics(gateway.url))["asr_active_connections", ()]:
                 await asyncio.sleep(0.05)
-            while psutil.Process().num_fds() > before + 2:  # the client's own, and that of who asked for the metrics
+            while psutil.Process().num_fds() > before + 2:  # that of the client, and that of the request for metrics
                 await asyncio.sleep(0.05)
             assert time.monotonic() - began < 5
 
@@ -83,7 +83,7 @@ async def test_client_that_never_reads_is_freed(make_gateway: MakeGateway, recor
 async def test_slow_reader_is_closed_and_counted(
     make_gateway: MakeGateway, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not so slowly that TCP would call it dead. Neither a partial gets through in time nor the error that ends the stream."""
+    """It reads fast enough for TCP. Neither a partial nor the error that ends the stream arrives in time."""
     send = WebSocket.send
 
     async def send_slowly(socket: WebSocket, message: Any) -> None:
@@ -112,7 +112,7 @@ async def test_flood_of_small_frames_closes_4429(make_gateway: MakeGateway) -> N
 
 
 async def test_lost_client_stops_decoding(triton: Ports, recordings: Recordings) -> None:
-    """Of 22 s that wait for Triton, whose answers are late, no more are decoded than were under way."""
+    """22 s of audio wait for a slow Triton; only audio in flight is decoded."""
     proxy = Proxy(triton)
     proxy.delay_secs = 0.3
     async with proxy.running(), run_gateway(triton_endpoint=f"{LOOPBACK}:{proxy.port}") as gateway:
@@ -128,7 +128,7 @@ async def test_lost_client_stops_decoding(triton: Ports, recordings: Recordings)
 
 
 async def test_fast_streams_give_way_to_real_time(make_gateway: MakeGateway, recordings: Recordings) -> None:
-    """Beside ten that send as fast as they can, a paced stream hears in time; and the ten get their finals, too."""
+    """Beside ten streams that send as fast as possible, a paced stream gets its partials in time; the ten get their finals."""
     async with make_gateway(max_concurrent_streams=16) as gateway:
         jfk = recordings["jfk"]
         plain = (await transcribe(gateway.stream_url(), jfk)).final
@@ -145,7 +145,7 @@ async def test_fast_streams_give_way_to_real_time(make_gateway: MakeGateway, rec
 
 
 async def test_backpressure_reaches_the_client(triton: Ports) -> None:
-    """Not in the kernel, which would take megabytes of each stream that no limit of the gateway knows of."""
+    """The kernel's buffers are small; by default they would hold megabytes per stream beyond the gateway's limits."""
     proxy, capacity = Proxy(triton), 2**20
     async with (
         proxy.running(),
@@ -165,7 +165,7 @@ async def test_backpressure_reaches_the_client(triton: Ports) -> None:
 
 
 def in_use() -> tuple[int, int]:
-    """Return the numbers of descriptors and of tasks; not of waits, which the gateway's pollers begin and end all the time."""
+    """Return the numbers of descriptors and of tasks, without the short tasks of the gateway's pollers."""
     tasks = [task for task in asyncio.all_tasks() if "Event.wait" not in repr(task.get_coro())]
     return psutil.Process().num_fds(), len(tasks)
 

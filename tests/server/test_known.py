@@ -25,7 +25,7 @@ from tests.support.streaming_models import IcefallShape, NemoShape, build_icefal
 
 
 class Public(NamedTuple):
-    """A hub, and the requests that it got."""
+    """A hub, and the requests that it received."""
 
     url: str
     requests: list[str]
@@ -63,7 +63,7 @@ def test_model_is_downloaded_once(on_hub: Public, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_hub")
-def test_short_name_brings_its_latencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_name_imports_its_latencies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ImportOptions(latencies={"low": "owner/80"})
     monkeypatch.setitem(KNOWN, "mine", KnownModel("owner/560", "MIT", "none", "cached", 1, 1, options))
     repository, name = ensure_imported("mine", tmp_path / "models")

@@ -1,4 +1,4 @@
-"""The ``amira`` command, as its users run it."""
+"""The ``amira`` command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import amira.engine.service
 from amira.cli import app
 from amira.engine import process, wheel
 from amira.engine.errors import EngineError
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -38,7 +38,7 @@ from tests.support.servers import run_gateway
 
 @pytest.fixture
 def model_repository(tmp_path: Path) -> Path:
-    """A copy of the bundled repository that a test may change."""
+    """Return a copy of the bundled repository that a test may change."""
     return copy_repository(tmp_path / "models", warm=False)
 
 
@@ -49,7 +49,7 @@ async def test_run_serves_restarts_triton_and_stops_in_order() -> None:
     shown = (await asyncio.wait_for(process.stderr.readuntil(b"Ctrl-C stops it."), 60)).decode()
     url = f"http://{LOOPBACK}:{env['AMIRA_SERVER_PORT']}"
     try:
-        # The curl line works as it stands.
+        # The curl line works unchanged.
         line = re.search(r"^  (curl .*)$", shown, re.MULTILINE)
         assert line
         curl = await asyncio.create_subprocess_shell(
@@ -129,7 +129,7 @@ async def test_embedded_triton_exposes_only_used_protocols() -> None:
 
 
 async def ask_log_settings(ports: Ports, header: tuple[bytes, bytes]) -> bytes:
-    """The bytes of the answer to a call by plain HTTP/2 (RFC 9113), with a header that is sent as it stands."""
+    """Return the bytes of the answer to a call by plain HTTP/2 (RFC 9113), with a header that is sent unchanged."""
 
     def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
@@ -178,7 +178,7 @@ async def _equals(status: Callable[[], Any], expected: int) -> bool:
 
 @pytest.mark.slow
 async def test_demo_transcribes_the_bundled_recordings() -> None:
-    """As test_wheel.py sees it of the installed package."""
+    """test_wheel.py does the same with the installed package."""
     code, output, errors = await run_amira("demo", timeout_secs=90)
     assert code == 0, errors
     for path in SPEECH.glob("*.flac"):
@@ -231,7 +231,7 @@ FAULTS_AT_LOAD: dict[str, tuple[str, str | None, str, list[str]]] = {
     "wrong vocabulary": ("vocab.txt", "▁the 2", "▁the 7", ["detokenizer", "line 3", "▁the 7"]),
     "empty vocabulary": ("vocab.txt", None, "", ["detokenizer", "vocab.txt is empty"]),
 }
-"""A file of the repository, what is replaced in it by what, and the parts of the message."""
+"""A file of the repository, the replaced text and its replacement, and the parts of the message."""
 
 
 @pytest.mark.parametrize("fault", FAULTS_AT_LOAD)
@@ -257,10 +257,10 @@ async def test_failed_start_is_one_line(model_repository: Path) -> None:
     assert "Traceback" not in errors
 
 
-async def test_end_of_triton_while_starting_is_explained(tmp_path: Path) -> None:
-    def triton_at(grpc: int, metrics: int) -> Triton:
+async def test_error_says_why_triton_ended_while_starting(tmp_path: Path) -> None:
+    def triton_at(grpc: int, metrics: int) -> TritonProcess:
         prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-        return Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
+        return TritonProcess(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, grpc, metrics), tmp_path / "triton.log")
 
     with socket.socket() as taken:
         taken.bind((LOOPBACK, 0))
@@ -295,7 +295,7 @@ async def test_triton_that_hangs_while_starting_is_restarted(
     edit(model_repository / "detokenizer" / "1" / "model.py", "\n    def initialize(self, args", hang)
     edit(model_repository / "detokenizer" / "1" / "model.py", "\nimport ", "\nimport time\nimport ")
     prepared = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
-    triton = Triton(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
+    triton = TritonProcess(prepared, model_repository, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), tmp_path / "triton.log")
     with pytest.raises(EngineError, match="hung while it started: it did nothing for 5 s"):
         await triton.start()
     assert triton.pid is None
@@ -303,12 +303,12 @@ async def test_triton_that_hangs_while_starting_is_restarted(
     await triton.stop(timeout_secs=0)
 
 
-async def test_failed_restart_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log keeps what every try printed. The program is missing at first, then it ends at once."""
+async def test_failed_restart_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log keeps the output of every attempt. The program is missing at first, then it ends at once."""
     monkeypatch.setattr(process, "RESTART_DELAY_RANGE_SECS", (0.05, 0.1))
     program, log_path = tmp_path / "tritonserver", tmp_path / "triton.log"
     prepared = Engine(program, tmp_path, dict(os.environ))
-    triton = Triton(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
+    triton = TritonProcess(prepared, MODEL_REPOSITORY, Ports(LOOPBACK, *free_ports(LOOPBACK, 2)), log_path)
     keeper = asyncio.create_task(triton.keep_alive())
     await asyncio.sleep(0.3)
     program.write_text("#!/bin/sh\necho tried\n")
@@ -337,7 +337,7 @@ async def test_missing_recording_is_named() -> None:
 
 
 async def test_unusable_repository_is_one_line(model_repository: Path, tmp_path: Path) -> None:
-    """What Triton takes for no fault: without these checks it would be waited for, or be ready with nothing to serve."""
+    """Triton accepts these repositories: without checks, the launcher would wait for ever, or be ready without a model."""
 
     async def refusal(repository: Path, **settings: Any) -> str:
         code, output, errors = await run_amira("run", model_repository=repository, **settings)
@@ -361,7 +361,7 @@ async def test_unusable_repository_is_one_line(model_repository: Path, tmp_path:
 
 
 async def test_model_that_triton_did_not_read_is_named(model_repository: Path) -> None:
-    """Triton goes on without it and gives it no state."""
+    """Triton starts without the model, and reports no state for it."""
     edit(model_repository / "encoder" / "config.pbtxt", "max_batch_size: 0", "max_batch_size 0")
     reason = r"failed to read text proto from .*encoder/config\.pbtxt"
     with pytest.raises(EngineError, match=f"model encoder failed to load: {reason}"):
@@ -393,7 +393,7 @@ async def test_bad_setting_is_one_line() -> None:
 
 
 async def test_config_show_names_sources(tmp_path: Path) -> None:
-    """And what it shows is a configuration."""
+    """And the output is a valid configuration."""
     code, output, _ = await run_amira("config", "show", "--format", "toml", max_concurrent_streams=77, api_keys="secret")
     assert code == 0
     lines = output.splitlines()
@@ -421,7 +421,7 @@ async def test_config_show_marks_defaults(tmp_path: Path) -> None:
 
 
 async def test_idle_sequences_are_evicted_and_counted(model_repository: Path) -> None:
-    """Triton drops an idle sequence without a word; the decoder drops its state and counts it."""
+    """Triton drops an idle sequence without notice; the decoder drops its state and counts it."""
     edit(model_repository / "rnnt_greedy_bls" / "config.pbtxt", "microseconds: 60000000", "microseconds: 1000000")
     async with triton_with(model_repository) as ports, grpcclient.InferenceServerClient(f"{ports.host}:{ports.grpc}") as client:
 

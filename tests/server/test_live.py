@@ -1,4 +1,4 @@
-"""The live engine without any face: each state and each ending of a session, on a real Triton."""
+"""The live engine without a protocol: each state and each ending of a session, on a real Triton."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from amira.ports import LOOPBACK, Ports
 from gateway.audio import RATE
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
-from gateway.limits.places import Places
-from gateway.limits.quotas import Quotas
 from gateway.live.events import Acknowledged, Event, Failed, Final, Partial, SegmentFinal, Snapshot
 from gateway.live.session import Session
 from gateway.live.sessions import Sessions
 from gateway.live.states import Ending, State
-from gateway.triton.pool import TritonPool
+from gateway.resources import Resources
 from tests.support.chaos import Proxy
 from tests.support.clients import transcribe
 from tests.support.servers import Gateway, Recordings, Samples
@@ -35,12 +33,12 @@ pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
 @asynccontextmanager
 async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessions]:
-    """An engine of its own; afterwards it must hold nothing."""
+    """Run an engine; afterwards it must hold nothing."""
     port = target.port if isinstance(target, Proxy) else target.grpc
     chosen = Settings(triton_endpoint=f"{LOOPBACK}:{port}", session_key=KEY, **settings)
-    pool = TritonPool(chosen)
-    await pool.start()
-    sessions = Sessions(chosen, pool, Places(chosen), Quotas(chosen), {"latency": chosen.latency})
+    resources = Resources.from_settings(chosen)
+    await resources.triton.start()
+    sessions = Sessions(resources)
     before = asyncio.all_tasks()
     try:
         yield sessions
@@ -51,7 +49,7 @@ async def engine(target: Ports | Proxy, **settings: Any) -> AsyncIterator[Sessio
         left = {task for task in asyncio.all_tasks() - before if "session" in task.get_name()}
         assert not left
     finally:
-        await pool.close()
+        await resources.triton.close()
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ async def sessions(triton: Ports) -> AsyncIterator[Sessions]:
 
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
-    """Several segments."""
+    """Return audio of several segments."""
     pause = np.zeros(40_000, np.int16)
     everything: Samples = np.concatenate([part for samples in recordings.values() for part in (samples, pause)])
     return everything[: 20 * RATE]
@@ -161,13 +159,13 @@ async def test_segments_join_to_the_final(sessions: Sessions, speech: Samples) -
 
 
 @pytest.mark.parametrize("samples", [0, 1, 15_360])
-async def test_an_end_without_speech_gives_an_empty_final(sessions: Sessions, samples: int) -> None:
+async def test_end_without_speech_gives_an_empty_final(sessions: Sessions, samples: int) -> None:
     async with sessions.open("amira", CALLER) as session:
         final = final_of(await say(session, np.zeros(samples, np.int16)))
     assert (final.text, final.tokens, final.words, final.confidence, final.samples) == ("", (), [], None, samples)
 
 
-async def test_cutting_changes_nothing(sessions: Sessions, speech: Samples) -> None:
+async def test_cuts_do_not_change_the_final(sessions: Sessions, speech: Samples) -> None:
     finals = []
     for piece in (160, 7001, len(speech)):
         async with sessions.open("amira", CALLER) as session:
@@ -176,7 +174,7 @@ async def test_cutting_changes_nothing(sessions: Sessions, speech: Samples) -> N
 
 
 async def test_sessions_of_one_connection_run_side_by_side(sessions: Sessions, speech: Samples) -> None:
-    """Each with options of its own."""
+    """Each session has its own options."""
     with sessions.admit(CALLER):
         balanced = sessions.open("amira", CALLER)
         low = sessions.open("amira", CALLER, options={"latency": "low"})
@@ -227,7 +225,7 @@ async def test_drained_client_resumes_elsewhere(sessions: Sessions, triton: Port
     assert resumed.samples == whole.samples
 
 
-async def test_bad_token_leaves_the_session_as_it_was(sessions: Sessions, speech: Samples) -> None:
+async def test_bad_token_leaves_the_session_unchanged(sessions: Sessions, speech: Samples) -> None:
     async with sessions.open("amira", CALLER, resumable=True) as session:
         with pytest.raises(ApiError) as refused:
             session.resume("forged")
@@ -246,7 +244,7 @@ async def test_only_connecting_sessions_can_be_resumed(sessions: Sessions, speec
 
 async def test_waiting_before_the_first_audio_holds_no_sequence(sessions: Sessions) -> None:
     """Nothing is sent to Triton before there is audio, so a late resumption is still possible."""
-    endpoint = sessions._triton.endpoints[0]
+    endpoint = sessions._resources.triton.endpoints[0]
     async with sessions.open("amira", CALLER, resumable=True) as session:
         await asyncio.sleep(0.2)
         assert session.state is State.CONNECTING
@@ -260,7 +258,7 @@ async def test_abandoning_frees_everything(sessions: Sessions, speech: Samples, 
         if moment != "connecting":
             await session.append(speech[: PIECE if moment == "open" else 10 * RATE])
         if moment in ("decoding", "ending"):
-            while not sessions._triton.endpoints[0].sequences:
+            while not sessions._resources.triton.endpoints[0].sequences:
                 await asyncio.sleep(0.001)
         if moment == "ending":
             session.end()
@@ -272,11 +270,11 @@ async def test_abandoning_frees_everything(sessions: Sessions, speech: Samples, 
         session.end()
         session.drain()
         assert session.ending is Ending.ABANDONED
-    assert sessions._triton.endpoints[0].sequences == 0
+    assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
-async def test_abandoning_in_line_sends_nothing(sessions: Sessions, speech: Samples) -> None:
-    """A stream that waits for its turn leaves at once, and those behind it go on."""
+async def test_abandoning_a_waiting_session_sends_nothing(sessions: Sessions, speech: Samples) -> None:
+    """A stream that waits for its turn leaves at once, and the streams behind it continue."""
     priority = sessions._shared.priority
     in_real_time = priority.join()
     async with priority.turn(in_real_time, -1.0), sessions.open("amira", CALLER) as session:
@@ -285,7 +283,7 @@ async def test_abandoning_in_line_sends_nothing(sessions: Sessions, speech: Samp
             await asyncio.sleep(0.01)
         session.abandon()
         await asyncio.wait_for(session.wait_freed(), 1)
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
     priority.leave(in_real_time)
     async with sessions.open("amira", CALLER) as session:
         assert final_of(await say(session, speech[: 2 * RATE])).samples == 2 * RATE
@@ -303,22 +301,22 @@ async def test_cancelled_face_frees_everything(triton: Ports, speech: Samples, m
                 elif moment == "decoding":
                     await session.append(speech[:32_000])
                     await events_of(session)
-                else:  # nobody takes the events, so the buffer fills
+                else:  # no consumer takes the events, so the buffer fills
                     await send(session, speech)
 
         running = asyncio.create_task(face())
-        while not sessions._triton.endpoints[0].sequences and moment != "waiting for audio":
+        while not sessions._resources.triton.endpoints[0].sequences and moment != "waiting for audio":
             await asyncio.sleep(0.001)
         await asyncio.sleep({"waiting for audio": 0.05, "decoding": 0, "appending": 2}[moment])
         assert not running.done()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, speech: Samples) -> None:
-    """The engine does not depend on a face that has no time."""
+    """The engine does not depend on its face."""
 
     async def face() -> None:
         async with sessions.open("amira", CALLER) as session:
@@ -326,18 +324,18 @@ async def test_twice_cancelled_face_frees_everything_later(sessions: Sessions, s
             await events_of(session)
 
     running = asyncio.create_task(face())
-    while not sessions._triton.endpoints[0].sequences:
+    while not sessions._resources.triton.endpoints[0].sequences:
         await asyncio.sleep(0.001)
     for _ in range(2):
         running.cancel()
         await asyncio.sleep(0)
     await asyncio.gather(running, return_exceptions=True)
     await sessions.close(5)
-    assert sessions._triton.endpoints[0].sequences == 0
+    assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
-async def test_full_buffer_holds_the_client_back(triton: Ports, gateway: Gateway, speech: Samples) -> None:
-    """Until the consumer takes its events, and without losing anything."""
+async def test_full_buffer_delays_the_client(triton: Ports, gateway: Gateway, speech: Samples) -> None:
+    """Until the consumer takes its events; no audio is lost."""
     small = {"audio_buffer_capacity": 64_000, "max_frame_bytes": 64_000}
     async with engine(triton, **small) as sessions, sessions.open("amira", CALLER) as session:
         sending = asyncio.create_task(send(session, speech))
@@ -365,11 +363,11 @@ async def test_failing_triton_fails_the_session(triton: Ports, speech: Samples) 
             await session.append(speech)  # dropped
             proxy.silent = False
             proxy.reset()
-        while sessions._triton.endpoints[0].sequences:
+        while sessions._resources.triton.endpoints[0].sequences:
             await asyncio.sleep(0.05)
 
 
-async def test_triton_that_returns_is_no_event(triton: Ports, gateway: Gateway, speech: Samples) -> None:
+async def test_recovery_of_triton_is_not_an_event(triton: Ports, gateway: Gateway, speech: Samples) -> None:
     proxy = Proxy(triton)
     async with (
         proxy.running(),
@@ -389,7 +387,7 @@ async def test_used_up_quota_fails_the_session(triton: Ports, speech: Samples) -
         await send(session, speech)
         assert session.ending is Ending.FAILED
         assert error_of(await collecting) is ErrorKind.QUOTA_EXCEEDED
-        assert session.received_secs == pytest.approx(3, abs=0.5)  # the burst, and what flowed in meanwhile
+        assert session.received_secs == pytest.approx(3, abs=0.5)  # the burst, and the quota added meanwhile
 
 
 async def test_stream_that_is_too_long_fails(triton: Ports, speech: Samples) -> None:
@@ -401,7 +399,7 @@ async def test_stream_that_is_too_long_fails(triton: Ports, speech: Samples) -> 
 
 async def test_fault_of_ours_is_an_internal_error(sessions: Sessions, speech: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     async with sessions.open("amira", CALLER) as session:
-        monkeypatch.setattr(session._transcript, "update", lambda _: 1 / 0)
+        monkeypatch.setattr(session._publisher, "publish", lambda *_, **__: 1 / 0)
         events = await say(session, speech[: 2 * RATE])
         assert error_of(events) is ErrorKind.INTERNAL
 
@@ -448,7 +446,7 @@ async def test_random_endings_free_everything(triton: Ports, speech: Samples, se
     settings = {"audio_buffer_capacity": 64_000, "max_frame_bytes": 64_000}
     async with engine(triton, **settings) as sessions:
         await asyncio.gather(*(one(sessions, bool(rng.integers(2))) for _ in range(16)))
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0
 
 
 async def test_nothing_changes_after_the_final(sessions: Sessions, speech: Samples) -> None:
@@ -479,9 +477,9 @@ async def test_closing_the_engine_ends_what_is_left(sessions: Sessions, speech: 
     async with sessions.open("amira", CALLER) as session:
         collecting = asyncio.create_task(events_of(session))
         await session.append(speech[: 4 * RATE])
-        while not sessions._triton.endpoints[0].sequences:
+        while not sessions._resources.triton.endpoints[0].sequences:
             await asyncio.sleep(0.001)
         await sessions.close(5)
         assert session.ending is Ending.ABANDONED
         await collecting
-        assert sessions._triton.endpoints[0].sequences == 0
+        assert sessions._resources.triton.endpoints[0].sequences == 0

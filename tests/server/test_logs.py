@@ -1,4 +1,4 @@
-"""The gateway's logs: one JSON object a line, with ids, without what was said; or lines for people."""
+"""The gateway's logs: one JSON object per line with ids and without transcripts, or lines for a console."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 KEY = "a-key-that-nobody-else-has"
 
 
-async def test_a_line_an_event_and_nothing_of_what_was_said(
+async def test_each_event_is_one_line_without_the_transcript(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = {"Authorization": f"Bearer {KEY}"}
@@ -58,7 +58,7 @@ def events(module: ast.Module) -> Iterator[tuple[str, set[str]]]:
 
 
 def test_every_event_is_documented() -> None:
-    """With its fields, but for those whose names are a model's."""
+    """With its fields, except fields that are named after a model."""
     _, _, section = (ROOT / "docs/Monitoring.md").read_text().partition("\n## Logs\n")
     lines = re.findall(r"^- (.*)\n", section.partition("\n## ")[0], re.MULTILINE)
     rows = {event: line for line in lines for event in re.findall(r"`([^`]+)`", line.partition("`: ")[0] + "`")}

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 
 from amira.models.importing import import_model
@@ -58,6 +59,22 @@ async def test_windows_of_an_imported_model(repository: Path, speech: Path) -> N
     assert chunk < left
     assert right > 0
     assert results.read_bytes() == before, "those are the bundled model's"
+
+
+@pytest.mark.slow
+async def test_long_recordings_in_short(speech: Path, tmp_path: Path) -> None:
+    """A minute instead of hours, by the command that measures those."""
+    code, output, errors = await measure(
+        "perf.long_recordings", speech, "--hours", "0.005", "--streams", "2", "--results", tmp_path
+    )
+    assert code == 0, errors
+    report = orjson.loads((tmp_path / "long.json").read_bytes())
+    assert orjson.loads(output) == report
+    assert list(report["files"]) == ["0.005 h flac", "0.005 h mp3", "0.005 h m4a", "0.02 h flac"]
+    assert all(file["segments"] and {"gateway", "encoder"} <= file["peak_rss_mb"].keys() for file in report["files"].values())
+    assert 0 < report["beside"]["before_p95_ms"] < 10_000
+    assert report["beside"]["recordings"] == 8
+    assert (tmp_path / "long-recordings.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("module", ["perf.evaluate", "perf.windows"])

@@ -1,4 +1,4 @@
-"""OpenAI's API under /v1, mostly through openai-python, as its users call it."""
+"""OpenAI's API under /v1, mostly through openai-python."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def client(gateway: Gateway) -> AsyncIterator[AsyncOpenAI]:
 
 @pytest.fixture(scope="module")
 async def native(gateway: Gateway, http: httpx.AsyncClient) -> dict[str, Any]:
-    """The recording's transcript by the project's own API."""
+    """Return the recording's transcript by the native API."""
     body: dict[str, Any] = (await http.post(gateway.batch_url(), content=RECORDING.read_bytes())).raise_for_status().json()
     assert body["text"]
     return body
@@ -54,7 +54,7 @@ async def native(gateway: Gateway, http: httpx.AsyncClient) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def long_recording(recordings: Recordings) -> tuple[str, bytes]:
-    """Over 30 s, which the server decodes in pieces."""
+    """Return a recording over 30 s, which the server decodes in pieces."""
     samples = np.concatenate([*recordings.values()] * 2)
     assert len(samples) > 40 * RATE
     file = io.BytesIO()
@@ -176,7 +176,7 @@ async def test_stream_deltas_join_to_the_text(client: AsyncOpenAI, native: dict[
     assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
 
 
-async def test_events_are_lines_that_proxies_do_not_hold_back(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_events_are_not_buffered_by_proxies(gateway: Gateway, http: httpx.AsyncClient) -> None:
     form = {"model": "amira", "stream": "true"}
     answer = await http.post(f"{gateway.url}/v1/audio/transcriptions", files={"file": ("a.wav", silence())}, data=form)
     assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -260,10 +260,8 @@ async def test_value_that_is_not_allowed_is_named(
 
 
 @pytest.mark.parametrize("response_format", ["verbose_json", "srt", "vtt", "text"])
-async def test_format_that_can_not_have_both_is_refused(
-    gateway: Gateway, http: httpx.AsyncClient, response_format: str
-) -> None:
-    """Events where the format has none, and logarithms of probabilities beside a format without them."""
+async def test_contradicting_fields_are_refused(gateway: Gateway, http: httpx.AsyncClient, response_format: str) -> None:
+    """Events or log probabilities with a format that has none."""
     forms = [{"include[]": "logprobs"}] + ([{"stream": "true"}] if response_format != "text" else [])
     for form in forms:
         answer = await http.post(
@@ -274,13 +272,14 @@ async def test_format_that_can_not_have_both_is_refused(
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
 
 
-async def test_request_that_is_no_form_with_a_file_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
+async def test_request_without_a_form_and_file_is_refused(gateway: Gateway, http: httpx.AsyncClient) -> None:
     url = f"{gateway.url}/v1/audio/transcriptions"
     answers = [
         await http.post(url, json={"model": "amira"}),
         await http.post(url, data={"model": "amira", "file": "speech.wav"}),
         await http.post(url, files={"recording": ("a.wav", silence())}, data={"model": "amira"}),
         await http.post(url, files={"file": ("a.wav", b"")}, data={"model": "amira"}),
+        await http.post(url, files={"file": ("a.wav", silence(0))}, data={"model": "amira"}),
         await http.post(url, files={"file": ("a.wav", b"please transcribe this for me")}, data={"model": "amira"}),
         await http.post(url, content=b"--x", headers={"Content-Type": "multipart/form-data"}),
     ]
@@ -290,6 +289,7 @@ async def test_request_that_is_no_form_with_a_file_is_refused(gateway: Gateway, 
         (400, "invalid_body", "file"),
         (400, "invalid_body", "file"),
         (400, "empty_body", None),
+        (400, "undecodable_audio", None),
         (415, "unsupported_media", None),
         (400, "invalid_body", None),
     ]
@@ -373,7 +373,7 @@ async def test_errors_have_the_types_that_clients_know(
     ]
 
 
-async def test_client_retries_what_may_succeed_later(make_gateway: MakeGateway) -> None:
+async def test_client_retries_retryable_errors(make_gateway: MakeGateway) -> None:
     async with (
         make_gateway(api_keys=["secret"], max_audio_rate_per_key=0.01) as gateway,
         client_of(gateway, "secret") as client,

@@ -1,4 +1,4 @@
-"""Programs that others wrote, with their defaults."""
+"""Client programs of other projects, with their defaults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_websocket_client_streams_a_recording(gateway: Gateway, recordings
 
 
 async def test_websocket_app_streams_a_recording(gateway: Gateway, recordings: Recordings) -> None:
-    """The form with callbacks, which does not close its socket."""
+    """Its interface with callbacks does not close the socket."""
     jfk, finals, closes, sockets = recordings["jfk"], [], [], []
 
     def on_open(app: Any) -> None:

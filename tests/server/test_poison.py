@@ -1,4 +1,4 @@
-"""Audio that kills a backend: how often it is sent, and what the streams beside it notice."""
+"""Audio that kills a backend: number of attempts, and the effect on other streams."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Trap:
     """A Triton whose decoder dies as soon as it gets the poison.
 
     Attributes:
-        backend: that Triton, which is started again after each death.
+        backend: the Triton, which is restarted after each death.
     """
 
     def __init__(self, folder: Path, what_dies: str) -> None:
@@ -46,7 +46,7 @@ class Trap:
 
     @property
     def deaths(self) -> int:
-        """How often the poison has killed it."""
+        """Number of deaths."""
         return len(self._deaths.read_text()) if self._deaths.exists() else 0
 
 
@@ -70,11 +70,11 @@ async def gateway(trap: Trap) -> AsyncIterator[Gateway]:
 
 
 def poisoned(samples: Samples) -> Samples:
-    """A recording that kills the decoder after 3 s."""
+    """Return a recording that kills the decoder after 3 s."""
     return np.concatenate((samples[:48_000], POISON, samples[48_000:]))
 
 
-async def test_recording_that_ends_a_backend_is_not_sent_again(trap: Trap, gateway: Gateway, recordings: Recordings) -> None:
+async def test_recording_that_ends_a_backend_is_not_resent(trap: Trap, gateway: Gateway, recordings: Recordings) -> None:
     before, deaths, pid = await gateway_metrics(gateway.url), trap.deaths, trap.backend.triton.pid
     headers = {"Content-Type": "audio/pcm"}
     async with httpx.AsyncClient(timeout=90) as http:
@@ -105,8 +105,8 @@ async def test_stream_that_ends_a_backend_twice_is_given_up(trap: Trap, gateway:
     assert grown("asr_backend_deaths_total", endpoint=trap.backend.target) == 2
 
 
-async def test_streams_beside_the_poison_go_on(trap: Trap, gateway: Gateway, recordings: Recordings) -> None:
-    """All of them are in flight at both deaths, so that each is tried by itself and only the cause is given up."""
+async def test_streams_beside_the_poison_continue(trap: Trap, gateway: Gateway, recordings: Recordings) -> None:
+    """All of them are in flight at both deaths, so each is retried alone and only the cause is given up."""
     expected = (await transcribe(gateway.stream_url(), recordings["jfk"])).final["text"]
     deaths = trap.deaths
     said = [recordings["jfk"], recordings["jfk"], poisoned(recordings["jfk"]), recordings["jfk"]]

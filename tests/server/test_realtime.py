@@ -63,14 +63,26 @@ def at_24_khz(samples: Samples) -> Samples:
 
 
 def append(samples: Samples) -> Event:
-    return {"type": "input_audio_buffer.append", "audio": base64.b64encode(samples.tobytes()).decode()}
+    return append_bytes(samples.tobytes())
 
 
 def update(**audio_input: Any) -> Event:
     return {"type": "session.update", "session": {"type": "transcription", "audio": {"input": audio_input}}}
 
 
-PCM_16 = {"type": "audio/pcm", "rate": 16_000}
+def append_bytes(audio: bytes) -> Event:
+    return {"type": "input_audio_buffer.append", "audio": base64.b64encode(audio).decode()}
+
+
+def encode(samples: Samples, format_: Event) -> bytes:
+    """Return 16 kHz samples in a format; G.711 by libsndfile."""
+    kind, rate = format_["type"], format_.get("rate", 8000)
+    resampled = soxr.resample(samples, RATE, rate)
+    if kind == "audio/pcm":
+        return bytes(resampled.tobytes())
+    file = io.BytesIO()
+    soundfile.write(file, resampled, rate, "ULAW" if kind == "audio/pcmu" else "ALAW", format="RAW")
+    return file.getvalue()
 
 
 def check(events: list[Event]) -> dict[str, str]:
@@ -136,12 +148,32 @@ async def test_commits_of_the_client(client: AsyncOpenAI, keyed: Gateway, speech
     assert usage == {"type": "duration", "seconds": pytest.approx(len(speech) / RATE, abs=0.001)}
 
 
-@pytest.mark.parametrize("detection", [{"type": "server_vad"}, {"type": "semantic_vad", "eagerness": "high"}])
-async def test_turns_of_the_detector(client: AsyncOpenAI, speech: Samples, detection: Event) -> None:
+PCM_24: Event = {"type": "audio/pcm", "rate": 24_000}
+PCM_16: Event = {"type": "audio/pcm", "rate": 16_000}
+PCM_8: Event = {"type": "audio/pcm", "rate": 8_000}
+ULAW, ALAW = {"type": "audio/pcmu"}, {"type": "audio/pcma"}
+SERVER_VAD = {"type": "server_vad"}
+SEMANTIC_VAD = {"type": "semantic_vad", "eagerness": "high"}
+TURNS = pytest.mark.parametrize("detection", [None, SERVER_VAD], ids=["commits", "server_vad"])
+
+
+@pytest.mark.parametrize(
+    ("detection", "format_"),
+    [
+        (SERVER_VAD, PCM_24),
+        (SEMANTIC_VAD, PCM_24),
+        (SERVER_VAD, PCM_16),
+        (SERVER_VAD, PCM_8),
+        (SERVER_VAD, ULAW),
+        (SERVER_VAD, ALAW),
+    ],
+)
+async def test_turns_of_the_detector(client: AsyncOpenAI, speech: Samples, detection: Event, format_: Event) -> None:
+    audio = encode(speech, format_)
     async with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
-        await send(connection, update(turn_detection=detection))
-        for piece in cut(at_24_khz(speech), 2400):
-            await connection.input_audio_buffer.append(audio=base64.b64encode(piece).decode())
+        await send(connection, update(turn_detection=detection, format=format_))
+        for at in range(0, len(audio), 4800):
+            await connection.input_audio_buffer.append(audio=base64.b64encode(audio[at : at + 4800]).decode())
         events = await finish(connection)
     transcripts = check(events)
     assert len([text for text in transcripts.values() if text]) >= 2
@@ -153,6 +185,58 @@ async def test_turns_of_the_detector(client: AsyncOpenAI, speech: Samples, detec
     committed = [event for event in events if event["type"] == "input_audio_buffer.committed"]
     followed = [None, *(event["item_id"] for event in committed)][: len(committed)]
     assert [event["previous_item_id"] for event in committed] == followed
+
+
+async def test_updates_commits_and_clears_in_any_order(gateway: Gateway, speech: Samples) -> None:
+    second = speech[RATE : 2 * RATE]
+    steps: list[tuple[Event, str | None]] = [  # with the error that it causes
+        (CLEAR, None),
+        (COMMIT, "input_audio_buffer_commit_empty"),
+        (update(turn_detection=None, format=PCM_16), None),
+        (append(second), None),
+        (update(format=ULAW), None),  # within an item
+        (append_bytes(encode(second, ULAW)), None),
+        (COMMIT, None),
+        (CLEAR, None),
+        (append_bytes(encode(second, ULAW)), None),
+        (CLEAR, None),
+        (COMMIT, "input_audio_buffer_commit_empty"),
+        (update(turn_detection=SERVER_VAD, format=PCM_16), None),
+        (append(speech[: 3 * RATE]), None),
+        (update(turn_detection=SEMANTIC_VAD), None),  # within speech
+        (append(speech[3 * RATE : 4 * RATE]), None),
+        (COMMIT, None),
+        (update(turn_detection=None, transcription={"model": "whisper-1", "delay": "minimal"}), None),
+        (append(second), None),
+        (update(turn_detection=SERVER_VAD), None),  # within an item without detection
+        (COMMIT, None),
+        (update(format=PCM_8), None),
+        (append_bytes(encode(second[:800], PCM_8)), None),
+        (COMMIT, "input_audio_buffer_commit_empty"),
+        (CLEAR, None),
+    ]
+    cleared = [event for event, _ in steps].count(CLEAR)
+    async with open_socket(realtime_url(gateway)) as socket:
+        for event, _ in steps:
+            await socket.send(orjson.dumps(event).decode())
+        messages: list[Event] = []
+        while not (settled(messages) and [each["type"] for each in messages].count("input_audio_buffer.cleared") == cleared):
+            messages.append(orjson.loads(await asyncio.wait_for(socket.recv(), 60)))
+    transcripts = check(messages)
+    assert [each["error"]["code"] for each in messages if each["type"] == "error"] == [code for _, code in steps if code]
+    assert len(transcripts) == 3
+    usages = [each["usage"]["seconds"] for each in messages if each["type"] == COMPLETED]
+    assert (usages[0], usages[2]) == (pytest.approx(2, abs=0.01), pytest.approx(1, abs=0.01))
+
+
+@pytest.mark.parametrize("query", ["?intent=transcription&model=gpt-realtime-whisper", ""])
+async def test_model_without_turn_detection_waits_for_commits(gateway: Gateway, speech: Samples, query: str) -> None:
+    begin = update(format=PCM_16, transcription={"model": "gpt-realtime-whisper"})
+    heard = await talk(gateway, begin, append(speech), COMMIT, until_type=COMPLETED, query=query)
+    (transcript,) = check(heard.messages).values()
+    assert "fellow" in transcript
+    assert {"error", "input_audio_buffer.speech_started"}.isdisjoint(message["type"] for message in heard.messages)
+    assert heard.messages[1]["session"]["audio"]["input"]["turn_detection"] is None
 
 
 async def test_client_secret_opens_sessions_until_it_expires(client: AsyncOpenAI, keyed: Gateway) -> None:
@@ -253,26 +337,14 @@ async def test_wrong_event_is_answered_and_the_session_goes_on(gateway: Gateway,
     assert error["event_id"] == ("mine" if isinstance(event, dict) else None)
 
 
-@pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma", "audio/pcm"])
-async def test_audio_of_the_telephone(gateway: Gateway, speech: Samples, kind: str) -> None:
-    audio = encode(soxr.resample(speech[: 6 * RATE], RATE, 8000), kind)
-    format_ = {"type": kind} | ({"rate": 8000} if kind == "audio/pcm" else {})
-    pieces = [audio[at : at + 801] for at in range(0, len(audio), 801)]
-    events = [{"type": "input_audio_buffer.append", "audio": base64.b64encode(piece).decode()} for piece in pieces]
-    heard = await talk(gateway, update(format=format_, turn_detection=None), *events, COMMIT, until_type=COMPLETED)
+@pytest.mark.parametrize("format_", [ULAW, ALAW, PCM_8])
+async def test_audio_of_the_telephone(gateway: Gateway, speech: Samples, format_: Event) -> None:
+    audio = encode(speech[: 6 * RATE], format_)
+    pieces = [append_bytes(audio[at : at + 801]) for at in range(0, len(audio), 801)]
+    heard = await talk(gateway, update(format=format_, turn_detection=None), *pieces, COMMIT, until_type=COMPLETED)
     (transcript,) = check(heard.messages).values()
     assert {"so", "my", "fellow"} <= set(transcript.split())
     assert heard.messages[-1]["usage"]["seconds"] == pytest.approx(6, abs=0.001)
-
-
-def encode(samples: Samples, kind: str) -> bytes:
-    """Return samples as G.711 by libsndfile, or as they are."""
-    if kind == "audio/pcm":
-        return samples.tobytes()
-    file = io.BytesIO()
-    subtype = "ULAW" if kind == "audio/pcmu" else "ALAW"
-    soundfile.write(file, samples, 8000, subtype, format="RAW")
-    return file.getvalue()
 
 
 @pytest.mark.usefixtures("no_sequence_left")
@@ -311,27 +383,36 @@ async def test_one_connection_holds_one_place(make_gateway: MakeGateway, speech:
         await until(free)
 
 
-async def test_idle_session_ends_with_an_event_and_1000(make_gateway: MakeGateway, speech: Samples) -> None:
+@TURNS
+async def test_idle_session_ends_with_an_event_and_1000(
+    make_gateway: MakeGateway, speech: Samples, detection: Event | None
+) -> None:
     async with make_gateway(realtime_timeout_secs=0.5) as gateway:
-        begin = update(format=PCM_16, turn_detection=None)
+        begin = update(format=PCM_16, turn_detection=detection)
         heard = await talk(gateway, begin, append(speech[: 3 * RATE]))
     assert heard.close_code == 1000
     assert heard.messages[-1]["error"]["code"] == "session_expired"
     assert len(check(heard.messages)) == 1, "what came is not transcribed"
 
 
-async def test_long_session_ends_with_an_event_and_1000(make_gateway: MakeGateway, speech: Samples) -> None:
+@TURNS
+async def test_long_session_ends_with_an_event_and_1000(
+    make_gateway: MakeGateway, speech: Samples, detection: Event | None
+) -> None:
     async with make_gateway(max_stream_audio_secs=3) as gateway:
-        begin = update(format=PCM_16, turn_detection=None)
+        begin = update(format=PCM_16, turn_detection=detection)
         heard = await talk(gateway, begin, append(speech[: 3 * RATE]), append(speech[:1600]))
     assert heard.close_code == 1000
     assert heard.messages[-1]["error"]["code"] == "session_expired"
     assert len(check(heard.messages)) == 1
 
 
-async def test_drain_ends_with_the_transcription_and_1012(make_gateway: MakeGateway, speech: Samples) -> None:
+@TURNS
+async def test_drain_ends_with_the_transcription_and_1012(
+    make_gateway: MakeGateway, speech: Samples, detection: Event | None
+) -> None:
     async with make_gateway(drain_timeout_secs=0.1) as gateway, open_socket(realtime_url(gateway)) as socket:
-        for event in (update(format=PCM_16, turn_detection=None), append(speech[: 3 * RATE])):
+        for event in (update(format=PCM_16, turn_detection=detection), append(speech[: 3 * RATE])):
             await socket.send(orjson.dumps(event).decode())
         listener = asyncio.create_task(listen(socket))
         await asyncio.sleep(0.5)

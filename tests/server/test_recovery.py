@@ -1,4 +1,4 @@
-"""Faults that really happen: no word is lost, none is said twice."""
+"""Real faults: no word is lost or repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.servers import Gateway, Recordings, Samples, run_gateway
 
 STREAMS, SECONDS = 5, 6.0
 PATIENT = {"recovery_timeout_secs": 60}
-"""On a machine that is busy with other tests, a Triton may take longer to start than a stream waits by default."""
+"""Recovery time for tests: on a busy machine, a Triton may take longer to start than the default."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ async def two(quick_restarts: None) -> AsyncIterator[list[Backend]]:  # noqa: AR
 
 @pytest.fixture(scope="module")
 async def speech(two: list[Backend], recordings: Recordings) -> tuple[list[Samples], list[str]]:
-    """What the streams say, and what is understood when nothing disturbs them."""
+    """Return the audio of the streams, and their undisturbed finals."""
     said = pieces([*recordings.values()], STREAMS, SECONDS)
     async with run_gateway(triton_endpoint=two[0].target) as gateway:
         texts = [(await transcribe(gateway.stream_url(), samples)).final["text"] for samples in said]
@@ -70,7 +70,7 @@ async def test_killed(two: list[Backend], speech: tuple[list[Samples], list[str]
 
 
 async def test_triton_killed_twice(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
-    """Streams that are in flight at both deaths are not taken for the cause: there are others beside them."""
+    """Streams in flight at both deaths are not treated as the cause, since others were in flight too."""
     async with run_gateway(triton_endpoint=two[0].target, **PATIENT) as gateway:
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: kill_twice(two[0]))
     assert_nothing_lost(outcome, deaths=2)
@@ -107,7 +107,7 @@ async def test_stopped_for_longer_than_the_time_limit(two: list[Backend], speech
 
 
 async def test_stall_mixes_up_no_answers(two: list[Backend], recordings: Recordings) -> None:
-    """A Triton that stalled takes what its models answer afterwards for the answers to other requests."""
+    """A Triton that stalled takes later answers of its models for answers to other requests."""
     speech = pieces([*recordings.values()], 8, 2.0)
     once, done = asyncio.Event(), asyncio.Event()
     once.set()
@@ -144,7 +144,7 @@ async def test_bad_network(two: list[Backend], speech: tuple[list[Samples], list
             proxy.reset()
         return time.monotonic()
 
-    # What a connection owes that was forgotten is asked for anew long before its time is over.
+    # Requests on a forgotten connection are sent again long before their timeout.
     timeout_secs = 30 if how == "forget" else 2
     async with (
         proxy.running(),
@@ -158,7 +158,7 @@ async def test_bad_network(two: list[Backend], speech: tuple[list[Samples], list
 
 
 async def test_no_sequence_is_left(two: list[Backend], gateway: Gateway) -> None:
-    """Sequences that were left for others are ended where their Triton still lives."""
+    """Abandoned sequences are ended if their Triton is still alive."""
     assert gateway
     for _ in range(100):
         left = [await decoder_metric(backend.ports, "asr_decoder_sequences") for backend in two]
@@ -169,7 +169,7 @@ async def test_no_sequence_is_left(two: list[Backend], gateway: Gateway) -> None
 
 
 async def test_lasting_outage_ends_the_stream(two: list[Backend], recordings: Recordings) -> None:
-    """The time for recovery is over: the documented error, and the audio's place is free again."""
+    """After the recovery time, the stream gets the documented error, and its place is free again."""
     proxy = Proxy(two[0].ports)
     async with (
         proxy.running(),

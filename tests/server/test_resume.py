@@ -22,9 +22,9 @@ from amira.ports import LOOPBACK, Ports, free_ports
 from gateway.config.settings import Settings
 from gateway.live.resume import SessionToken, SessionTokens
 from gateway.triton.breaker import BreakerState
-from tests.support.chaos import Proxy, backends, gateway_process
+from tests.support.chaos import Proxy, backends
 from tests.support.clients import END, converse, cut, gateway_metrics, listen, open_socket, transcribe
-from tests.support.commands import until
+from tests.support.commands import gateway_process, until
 from tests.support.servers import Gateway, Recordings, Samples
 
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
@@ -33,7 +33,7 @@ V2: dict[str, Any] = {"subprotocols": ["amira.v2"]}
 
 @pytest.fixture(scope="module")
 def speech(recordings: Recordings) -> Samples:
-    """Several segments; at the end of the first only times and scores of words change."""
+    """Return audio of several segments; at the end of the first, only times and scores of words change."""
     pause = np.zeros(40_000, np.int16)
     spoken = [recordings["jfk"][: 8 * 16_000], pause, *(part for samples in recordings.values() for part in (samples, pause))]
     everything: Samples = np.concatenate(spoken)
@@ -42,7 +42,7 @@ def speech(recordings: Recordings) -> Samples:
 
 @pytest.fixture(scope="module")
 async def plain(gateway: Gateway, speech: Samples) -> dict[str, Any]:
-    """The final of the speech, sent without any trouble."""
+    """Return the final of the speech, sent without faults."""
     return (await transcribe(gateway.stream_url(), speech)).final
 
 
@@ -175,7 +175,7 @@ async def test_slow_consumer_gets_the_newest_message(gateway: Gateway, speech: S
     async with LiveStream(gateway.stream_url()) as stream:
 
         async def until_heard(ms: int) -> None:
-            """Wait until a message about so much audio lies ready; the consumer takes none meanwhile."""
+            """Wait until a message about this much audio is ready; the consumer takes none meanwhile."""
             await until(lambda: stream._unread and stream._unread.audio_processed_ms > ms)
 
         messages = aiter(stream)
@@ -195,7 +195,7 @@ async def test_slow_consumer_gets_the_newest_message(gateway: Gateway, speech: S
 async def test_client_waits_for_a_slow_server(
     make_gateway: MakeGateway, speech: Samples, plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pings are answered after the audio before them has been read; the kernels buffer most of it."""
+    """Pings are answered after the audio before them is read; the kernels buffer most of it."""
     monkeypatch.setattr("amira.client.live.connect", partial(connect, ping_interval=0.1, ping_timeout=0.5))
     async with (
         make_gateway(max_frame_bytes=32_000, audio_buffer_capacity=32_000) as gateway,
@@ -250,7 +250,7 @@ async def test_client_gives_up_on_a_server_that_drops_connections() -> None:
 
 
 async def test_state_of_another_model_is_refused(make_gateway: MakeGateway, speech: Samples) -> None:
-    """And the Triton does not count as failing."""
+    """And this does not count as a failure of the Triton."""
     async with make_gateway(session_key="a key of one gateway") as gateway:
         endpoint = gateway.server._app.state.service.triton.endpoints[0]
         tokens = SessionTokens(Settings(session_key=SecretStr("a key of one gateway")))
@@ -283,7 +283,7 @@ async def test_error_after_a_long_silence_is_retried() -> None:
             assert stream.reconnects == 1
 
 
-async def test_iteration_raises_where_no_final_comes(make_gateway: MakeGateway, gateway: Gateway, speech: Samples) -> None:
+async def test_iteration_raises_without_a_final(make_gateway: MakeGateway, gateway: Gateway, speech: Samples) -> None:
     async with make_gateway(max_stream_audio_secs=5) as strict, LiveStream(strict.stream_url()) as stream:
         messages = aiter(stream)
         await talk(stream, speech[: 16_000 * 5])

@@ -100,7 +100,7 @@ async def test_32_streams_under_load_equal_their_solo_runs(
     solo = [(await transcribe(gateway.stream_url(), samples)).final["tokens"] for samples in streams]
 
     async def paced(samples: Samples) -> list[int]:
-        """Speak in real time: of streams that are sent faster, only one at a time is decoded."""
+        """Stream in real time; of faster streams, only one at a time is decoded."""
         frame_samples = int(rng.integers(160, 3200))
         frames = [*cut(samples, frame_samples), END]
         final = (await converse(gateway.stream_url(), frames, pause_secs=frame_samples / 16000)).final
@@ -136,7 +136,7 @@ async def test_silence_gives_an_empty_final(gateway: Gateway, samples: int) -> N
     assert conversation.final["audio_processed_ms"] == samples * 1000 // 16000
 
 
-async def test_keepalives_are_no_audio(gateway: Gateway, recordings: Recordings) -> None:
+async def test_keepalives_do_not_count_as_audio(gateway: Gateway, recordings: Recordings) -> None:
     samples = next(iter(recordings.values()))
     plain = (await transcribe(gateway.stream_url(), samples)).final
     frames = [part for frame in cut(samples, 1600) for part in (KEEPALIVE, frame)]
@@ -347,7 +347,7 @@ async def test_streams_are_counted_and_measured(gateway: Gateway, recordings: Re
 
 
 async def test_latency_is_measured_in_real_time_only(gateway: Gateway, recordings: Recordings) -> None:
-    """A recording that is sent faster than real time lags, and its words are late; this is not overload."""
+    """A recording sent faster than real time lags, which is not overload."""
     samples = next(iter(recordings.values()))
     for how, seen in ((transcribe, 0), (speak, 1)):
         before = await gateway_metrics(gateway.url)

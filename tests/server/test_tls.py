@@ -1,4 +1,4 @@
-"""The gateway's own TLS, and openai-node, whose realtime sessions use nothing else."""
+"""The gateway's own TLS, which openai-node requires for realtime sessions."""
 
 from __future__ import annotations
 

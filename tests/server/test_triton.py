@@ -165,7 +165,7 @@ async def test_words_match_text_in_order_within_audio(
 
 
 def assert_no_word_is_split(segments: list[dict[str, Any]]) -> None:
-    """No segment begins with a piece that continues the word before, unless a pause came between."""
+    """Check that no segment begins with a piece that continues a word, unless a pause precedes it."""
     pieces = (MODEL_REPOSITORY / "vocab.txt").read_text(encoding="utf-8").split("\n")
     spoken = [answer for answer in segments if answer["WORDS"]]
     for before, answer in itertools.pairwise(spoken):
@@ -264,7 +264,7 @@ async def test_concurrent_starts_leave_one_sequence(ensemble: Ensemble, recordin
     assert ended["TOKENS"].tolist() == (await ensemble.whole(samples))["TOKENS"].tolist()
 
 
-async def test_id_is_free_after_its_end(ensemble: Ensemble, recordings: Recordings) -> None:
+async def test_id_is_free_after_the_end_of_its_sequence(ensemble: Ensemble, recordings: Recordings) -> None:
     samples = recordings["jfk"][:64000]
     sequence = next(SEQUENCE_IDS)
     first = await ensemble(sequence, samples, start=True, end=True)
@@ -289,7 +289,7 @@ SEQUENCE_KINDS: dict[str, Callable[[int], int | str]] = {
 async def test_sequence_ids_of_every_kind_are_kept_apart(
     ensemble: Ensemble, http_ensemble: Ensemble, recordings: Recordings
 ) -> None:
-    """32 sequences at once, four of each kind of id, by both client libraries, with different speech."""
+    """32 concurrent sequences, four of each kind of id, by both client libraries, with different speech."""
     samples = np.concatenate(list(recordings.values()))
     speech = [samples[i * 8000 : i * 8000 + 48000 + 700 * i] for i in range(4 * len(SEQUENCE_KINDS))]
     options: dict[str, Any] = {"endpoint_silence_ms": 0}  # one segment each, all of it in the last answer

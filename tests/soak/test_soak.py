@@ -1,4 +1,4 @@
-"""``make soak``: everything that clients do, for ``MINUTES``, and what the server holds meanwhile."""
+"""``make soak``: clients of every kind for ``MINUTES``, and the resources of the server meanwhile."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from amira import LiveStream
 from amira.paths import ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 from perf.server import cpu_model
-from tests.support.chaos import RATE, Proxy, backends, gateway_process, pieces, speak
+from tests.support.chaos import RATE, Proxy, backends, pieces, speak
 from tests.support.clients import END, converse, cut, open_socket, transcribe
+from tests.support.commands import gateway_process
 from tests.support.footprint import Footprint, look, problems
 from tests.support.servers import Samples, read_recordings
 
@@ -34,7 +35,7 @@ SAMPLES = 400
 PACED, CAPACITY = 3, 8
 SETTLE_SECS = 15.0
 TIMEOUT_SECS = 5.0
-"""The gateway's ``stream_timeout_secs``, so that silent clients come and go too."""
+"""The gateway's ``stream_timeout_secs``; short, so that silent streams end too."""
 
 RAW = {"Content-Type": "audio/pcm"}
 REPORT = ROOT / "perf" / "results" / "soak.md"
@@ -42,10 +43,10 @@ PICTURE = ROOT / "docs" / "soak.png"
 
 
 class Load:
-    """Clients of every kind, until the time is over.
+    """Clients of every kind until a deadline.
 
     Attributes:
-        did: how often what happened.
+        did: number of each event.
     """
 
     def __init__(self, port: int, speech: Sequence[Samples], texts: Sequence[str], secs: float) -> None:
@@ -143,7 +144,7 @@ class Load:
         ]
         async with httpx.AsyncClient(timeout=30) as http:
             for status, body in bad:
-                with contextlib.suppress(httpx.WriteError):  # of a body that nobody reads to its end
+                with contextlib.suppress(httpx.WriteError):  # the body is not read to its end
                     assert (await http.post(self.batch_url, **body)).status_code == status
                 self.did["recordings refused"] += 1
         for frames, code in (([bytes(3)], 1007), (["text"], 1003), ([b"\x07"], 1007), ([bytes(2**19 - 2)], 1009)):
@@ -175,7 +176,7 @@ async def test_nothing_grows() -> None:
             return await look(backend, url, gateway.pid)
 
         stream_url = f"ws://{LOOPBACK}:{port}/v2/decode/stream/amira"
-        # Everything once, and each length alone: ONNX Runtime's arenas grow when they first see a shape.
+        # Every kind once, and each length alone: ONNX Runtime's arenas grow at the first use of a shape.
         texts = [(await transcribe(stream_url, samples)).final["text"] for samples in speech]
         load = Load(port, speech, texts, 0.1)
         async with httpx.AsyncClient(timeout=30) as http:
@@ -201,7 +202,7 @@ async def test_nothing_grows() -> None:
 
 
 async def settled(footprint: Callable[[], Awaitable[Footprint]], before: Footprint | None) -> Footprint:
-    """The footprint when nothing more than before, or no sequence at all, is held; or when the time for that is over."""
+    """Return the footprint when no more than before, or no sequence, is held; or after a timeout."""
     deadline = time.monotonic() + SETTLE_SECS
     await asyncio.sleep(TIMEOUT_SECS + 1)
     while True:
@@ -218,7 +219,7 @@ def describe(sample: Footprint) -> str:
 
 
 def write(before: Footprint, samples: Sequence[Footprint], after: Footprint, did: Counter[str], found: Sequence[str]) -> None:
-    """The report: a table, and a picture where Matplotlib is there."""
+    """Write the report: a table, and a picture if Matplotlib is installed."""
     minutes = (samples[-1].secs - samples[0].secs) / 60
     when = datetime.now(timezone.utc).isoformat(" ", "minutes")
     middle = samples[len(samples) // 2]

@@ -1,4 +1,4 @@
-"""Results that are expensive to make and depend on files only, kept in ``.test-cache`` under a digest of those files."""
+"""Expensive results that depend only on files, cached in ``.test-cache`` by a digest of those files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.support.synthetic import SPEECH, Kind, build, move_weights
 
 CACHE = Path(__file__).resolve().parents[2] / ".test-cache"
 PACKAGES = ("numpy", "onnx", "onnx-asr", "onnxruntime")
-"""Packages that decide what is made."""
+"""Packages on which the results depend."""
 
 SYNTHETIC_SOURCES = (Path(synthetic.__file__), *sorted(SPEECH.glob("*.flac")))
-"""Files that decide what a synthetic model is."""
+"""Files on which synthetic models depend."""
 
 
 def cached(name: str, make: Callable[[Path], object], sources: Sequence[Path]) -> Path:
@@ -86,7 +86,7 @@ def remembered_growth(preprocessor: Path, encoder: Path) -> Growth:
 
 @functools.cache
 def _digest(sources: tuple[Path, ...]) -> str:
-    """Digest of the names and contents of files, and of the versions of packages."""
+    """Return the digest of the names and contents of files, and of the versions of packages."""
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())

@@ -1,4 +1,4 @@
-"""Realistic load, realistic faults, and the outcome of the load."""
+"""Realistic load and faults, and the outcome of the load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,23 +19,17 @@ import orjson
 import psutil
 from websockets.exceptions import ConnectionClosed
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
-from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND, ROOT
+from amira.paths import ENGINE_HOME, MODEL_REPOSITORY, ONNXRUNTIME_BACKEND
 from amira.ports import LOOPBACK, Ports, free_ports
 from tests.support.clients import END, open_socket
-from tests.support.commands import until_ready
 from tests.support.repositories import served_repository
 from tests.support.servers import Samples
 
 RATE = 16_000
 FRAME_SECS = 0.1
 MODELS = len(list(MODEL_REPOSITORY.glob("*/config.pbtxt")))
-AMIRA = ROOT / ".venv" / "bin" / "amira"
-STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
-"""Like ``amira``, but its gateway counts loopback clients too."""
-
-SESSION_KEY = "one for all gateways"
 READY_SECS = 150.0
 """Time limit for a restart of Triton, in seconds; the launcher ends one that hangs after 120 s."""
 
@@ -120,7 +113,7 @@ class Backend:
         self.ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
         engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
         repository = model_repository or served_repository()
-        self.triton = Triton(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
+        self.triton = TritonProcess(engine, repository, self.ports, ENGINE_HOME / f"triton-{name}.log", options, ensembles)
         self._keeper: asyncio.Task[None] | None = None
 
     @property
@@ -249,37 +242,6 @@ class Proxy:
                 return
             if not self.silent and not (self.deaf and outward) and writer not in self._forgotten:
                 writer.write(piece)
-
-
-@asynccontextmanager
-async def gateway_process(
-    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), **settings: str
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a gateway in a process of its own.
-
-    Args:
-        port: to listen on.
-        triton: ports of its Triton.
-        command: the program, whose argument ``serve`` starts a gateway.
-        settings: other than those here.
-    """
-    env = {
-        **os.environ,
-        "AMIRA_SERVER_HOST": LOOPBACK,
-        "AMIRA_SERVER_PORT": str(port),
-        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
-        "AMIRA_SESSION_KEY": SESSION_KEY,
-        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
-        **{f"AMIRA_{name.upper()}": value for name, value in settings.items()},
-    }
-    process = await asyncio.create_subprocess_exec(*command, "serve", env=env, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        await until_ready(f"http://{LOOPBACK}:{port}")
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 @dataclass

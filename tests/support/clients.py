@@ -68,7 +68,7 @@ async def converse(url: str, frames: Iterable[bytes | str], pause_secs: float = 
                 await socket.send(frame)
                 await asyncio.sleep(pause_secs)
         except ConnectionClosed:
-            pass  # the server closed early; its messages tell why
+            pass  # the server closed early; its messages have the reason
         return await listener
 
 
@@ -85,7 +85,7 @@ def cut(samples: npt.NDArray[np.int16], sizes: int | Sequence[int]) -> list[byte
 async def transcribe(
     url: str, samples: npt.NDArray[np.int16], frame_samples: int | Sequence[int] = 1600, **options: Any
 ) -> Conversation:
-    """Stream a recording as fast as the server takes it, without a time limit for pings, which wait behind the audio."""
+    """Stream a recording as fast as the server reads it, without a ping timeout, since pings wait behind the audio."""
     return await converse(url, [*cut(samples, frame_samples), END], ping_timeout=None, **options)
 
 

@@ -1,23 +1,28 @@
-"""The ``amira`` command, Tritons for one test, and waiting."""
+"""The ``amira`` command, a Triton or a gateway for one test, and waiting."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, ROOT
 from amira.ports import LOOPBACK, Ports, free_ports
 
 AMIRA = Path(sys.executable).with_name("amira")
+STRANGERS = (sys.executable, Path(__file__).with_name("strangers.py"))
+"""Like ``amira``, but its gateway counts loopback clients too."""
+
+SESSION_KEY = "one for all gateways"
 
 
 def environment(**settings: Any) -> dict[str, str]:
@@ -71,10 +76,42 @@ async def until_ready(url: str, timeout_secs: float = 60) -> None:
 
 
 @asynccontextmanager
+async def gateway_process(
+    port: int, triton: Ports, command: Sequence[str | Path] = (AMIRA,), stderr: int = subprocess.DEVNULL, /, **settings: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a gateway in a process of its own until the context is left.
+
+    Args:
+        port: port to listen on.
+        triton: ports of its Triton.
+        command: the program; its argument ``serve`` starts a gateway.
+        stderr: where its log goes, as ``subprocess`` names it.
+        settings: settings other than those here.
+    """
+    env = {
+        **os.environ,
+        "AMIRA_SERVER_HOST": LOOPBACK,
+        "AMIRA_SERVER_PORT": str(port),
+        "AMIRA_TRITON_ENDPOINT": f"{triton.host}:{triton.grpc}",
+        "AMIRA_SESSION_KEY": SESSION_KEY,
+        "AMIRA_DRAIN_TIMEOUT_SECS": "0",
+        **{f"AMIRA_{name.upper()}": value for name, value in settings.items()},
+    }
+    process = await asyncio.create_subprocess_exec(*command, "serve", env=env, stderr=stderr)
+    try:
+        await until_ready(f"http://{LOOPBACK}:{port}")
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@asynccontextmanager
 async def triton_with(model_repository: Path) -> AsyncIterator[Ports]:
     """Run a Triton for one test."""
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 2))
-    server = Triton(
+    server = TritonProcess(
         Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND),
         model_repository,
         ports,

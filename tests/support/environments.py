@@ -1,4 +1,4 @@
-"""Fresh virtual environments with the package's wheel, whose other packages are links to those installed here."""
+"""Fresh virtual environments with the package's wheel; other packages are links to those of this environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server holds: memory and descriptors of every process, shared memory, sequences, tasks of the event loop."""
+"""Resources of a server: memory and descriptors of every process, shared memory, sequences, tasks of the event loop."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ BLOCK_BYTES = 512
 
 
 class Memory(NamedTuple):
-    """Of one process, in MB: what is resident, and its proportional share of that (proc_pid_smaps(5))."""
+    """Memory of one process in MB: resident, and proportional share (proc_pid_smaps(5))."""
 
     rss: float
     pss: float
 
 
 class Footprint(NamedTuple):
-    """What was held at one moment.
+    """Resources at one moment.
 
     Attributes:
-        secs: of time.monotonic.
-        memory: by process; a stub of Triton is named after its model.
-        descriptors: by process.
-        shm_mb: in /dev/shm, of this Triton.
-        sequences: in the decoder.
-        tasks: of the gateway's event loop.
+        secs: time in seconds of ``time.monotonic``.
+        memory: memory by process; a stub of Triton is named after its model.
+        descriptors: number of descriptors by process.
+        shm_mb: size of this Triton's files in /dev/shm.
+        sequences: number of sequences in the decoder.
+        tasks: number of tasks in the gateway's event loop.
     """
 
     secs: float
@@ -47,13 +47,13 @@ class Footprint(NamedTuple):
 
 
 def growth(before: Footprint, after: Footprint) -> Mapping[str, float]:
-    """By how many MB the resident memory of each process, and the shared memory, grew."""
+    """Return the growth of each process's resident memory, and of shared memory, in MB."""
     grown = {name: after.memory[name].rss - memory.rss for name, memory in before.memory.items()}
     return {**grown, "shared memory": after.shm_mb - before.shm_mb}
 
 
 def measure(processes: Mapping[str, psutil.Process]) -> tuple[Mapping[str, Memory], Mapping[str, int]]:
-    """Memory and descriptors of processes."""
+    """Return memory and descriptors of processes."""
     memory, descriptors = {}, {}
     for name, process in processes.items():
         full = process.memory_full_info()
@@ -63,7 +63,7 @@ def measure(processes: Mapping[str, psutil.Process]) -> tuple[Mapping[str, Memor
 
 
 async def look(backend: Backend, gateway_url: str, gateway_pid: int) -> Footprint:
-    """The footprint of a Triton and the gateway before it, each a process of its own."""
+    """Return the footprint of a Triton and a gateway, each in a process of its own."""
     return Footprint(
         time.monotonic(),
         *measure(dict(_processes(backend, gateway_pid))),
@@ -75,15 +75,15 @@ async def look(backend: Backend, gateway_url: str, gateway_pid: int) -> Footprin
 
 MAX_GROWTH_MB = 20.0
 EDGE_SHARE = 0.1
-"""What is compared are the means of this share of the samples at either edge: one sample may be that of a large moment."""
+"""Share of the samples at either end whose means are compared: a single sample may be an outlier."""
 
 
 def problems(before: Footprint, under_load: Sequence[Footprint], after: Footprint) -> list[str]:
-    """What a server must not do over time, and does.
+    """Return the leaks of a server.
 
     Args:
-        before: idle, after it has served everything once.
-        under_load: in order, at even distances; memory is looked at in their second half, in which every pool is full.
+        before: idle, after it has served every kind of request once.
+        under_load: in order, at equal intervals; memory is compared in their second half, when every pool is full.
         after: idle again.
     """
     second_half = under_load[len(under_load) // 2 :]
@@ -109,7 +109,7 @@ def problems(before: Footprint, under_load: Sequence[Footprint], after: Footprin
 
 
 def _rise(values: Sequence[float]) -> float:
-    """From the first values to the last; not a number if there are none."""
+    """Return the rise from the first values to the last; NaN without values."""
     edge = max(1, int(len(values) * EDGE_SHARE))
     return fmean(values[-edge:]) - fmean(values[:edge]) if values else float("nan")
 
@@ -121,7 +121,7 @@ def _processes(backend: Backend, gateway_pid: int) -> Iterator[tuple[str, psutil
     for child in triton.children():
         command = child.cmdline()
         if command and Path(command[0]).name == STUB:
-            yield command[-2].rsplit("_", 2)[0], child  # its instance, as encoder_0_0
+            yield command[-2].rsplit("_", 2)[0], child  # the instance, such as encoder_0_0
 
 
 def _shm_mb(prefix: str) -> float:

@@ -1,8 +1,7 @@
-"""Clients that mean harm, or behave as if they did, as a process of their own: ``python hostile.py KIND PORT SECONDS CLIENTS``.
+"""Hostile clients in a process of their own: ``python hostile.py KIND PORT SECONDS CLIENTS``.
 
-They speak bytes over TCP, since no WebSocket library would say what they say. The process gives way to every other, and prints
-how much the clients did and how many seconds of a processor they took: what they make the server do is one thing, and another
-what they cost themselves.
+They send bytes over TCP, since no WebSocket library would send such frames. The process has the lowest priority. It prints the
+amount that the clients did and their own CPU seconds, so that a test can separate these from the server's cost.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ UPGRADE = (
 )
 POST = b"POST /v2/decode/batch/amira HTTP/1.1\r\nHost: x\r\nContent-Type: audio/pcm\r\nContent-Length: 320000\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER with no time: a close is a reset, as of a client whose machine is gone when it is next asked."""
+"""SO_LINGER of 0 s: a close is a reset, as of a client whose machine is gone."""
 
 
 class Peer(socket.socket):
@@ -50,7 +49,7 @@ class Peer(socket.socket):
         await asyncio.get_running_loop().sock_sendall(self, data)
 
     async def upgrade(self) -> bool:
-        """Become a WebSocket; False where the server refuses."""
+        """Upgrade to a WebSocket; return False if the server refuses."""
         await self.send_bytes(UPGRADE)
         answer = await asyncio.get_running_loop().sock_recv(self, 4096)
         return answer.startswith(b"HTTP/1.1 101")
@@ -67,7 +66,7 @@ async def peer(port: int, *, receive_bytes: int | None = None) -> AsyncIterator[
 
 
 def frame(payload: bytes, opcode: int = BINARY, *, fin: bool = True) -> bytes:
-    """A WebSocket frame (RFC 6455, section 5.2), masked with zeros."""
+    """Return a WebSocket frame (RFC 6455, section 5.2), masked with zeros."""
     size = len(payload)
     length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big") if size < 2**16 else b""
     if not length:
@@ -76,7 +75,7 @@ def frame(payload: bytes, opcode: int = BINARY, *, fin: bool = True) -> bytes:
 
 
 def speech_frames(secs: float = 0.1) -> list[bytes]:
-    """Eleven seconds of speech."""
+    """Return eleven seconds of speech."""
     samples, rate = soundfile.read(SPEECH, dtype="float32", always_2d=True)
     pcm = (soxr.resample(samples.mean(axis=1), rate, RATE) * 32767).astype(np.int16)
     step = int(secs * RATE)
@@ -84,12 +83,12 @@ def speech_frames(secs: float = 0.1) -> list[bytes]:
 
 
 class Attack:
-    """What all clients of a run share.
+    """State of all clients of a run.
 
     Attributes:
-        port: of the gateway.
-        until: the moment at which they stop.
-        done: how much they did: streams, connections or frames.
+        port: port of the gateway.
+        until: end of the attack, in seconds of ``time.monotonic``.
+        done: number of streams, connections or frames.
     """
 
     def __init__(self, port: int, secs: float) -> None:
@@ -103,7 +102,7 @@ class Attack:
         return time.monotonic() < self.until
 
     async def pace(self, interval_secs: float) -> AsyncIterator[int]:
-        """Count at this pace until the attack is over."""
+        """Count at this interval until the end of the attack."""
         began = time.monotonic()
         for turn in itertools.count():
             if not self.on:
@@ -112,7 +111,7 @@ class Attack:
             await asyncio.sleep(began + (turn + 1) * interval_secs - time.monotonic())
 
     async def never_read(self) -> None:
-        """Speaks in real time, and asks with every frame for an answer that it does not take."""
+        """Stream in real time, with a ping per frame whose pong is not read."""
         async with peer(self.port, receive_bytes=2304) as connection:
             await connection.upgrade()
             question = frame(bytes(125), PING) * 1000
@@ -121,7 +120,7 @@ class Attack:
                 self.done += 1
 
     async def half_open(self) -> None:
-        """Connects and goes no further: before, in the midst of, or after the headers, within the body, after the upgrade."""
+        """Connect and stop: before, within or after the headers, within the body, or after the upgrade."""
         starts = (b"", b"GET /hea", UPGRADE[:60], POST, POST + bytes(1000), UPGRADE)
         connections = [Peer() for _ in starts]
         try:
@@ -129,7 +128,7 @@ class Attack:
                 await connection.begin(self.port)
                 await connection.send_bytes(start)
                 self.done += 1
-            async for _ in self.pace(0.5):  # one more byte of a header, or of a body, now and then
+            async for _ in self.pace(0.5):  # a byte of a header or body at intervals
                 for connection in (connections[1], connections[4]):
                     with contextlib.suppress(OSError):
                         await connection.send_bytes(b"x")
@@ -138,18 +137,18 @@ class Attack:
                 connection.close()
 
     async def compute(self) -> None:
-        """No client at all, but somebody who takes a hundredth of a processor that the server leaves idle."""
+        """No client: compute with a hundredth of a CPU that is otherwise idle."""
         async for _ in self.pace(100 * COMPUTE_SECS):
             until = time.thread_time() + COMPUTE_SECS
             while time.thread_time() < until:
                 sum(range(1000))
 
     async def in_time(self) -> None:
-        """Not hostile at all: what a client costs that keeps to everything."""
+        """A regular stream, for comparison."""
         await self.too_fast(1)
 
     async def too_fast(self, speed: int = 10) -> None:
-        """Ten times real time, stream after stream."""
+        """Stream at ten times real time, one stream after the other."""
         while self.on:
             async with peer(self.port) as connection:
                 if not await connection.upgrade():
@@ -162,7 +161,7 @@ class Attack:
                 reader.cancel()
 
     async def tiny_frames(self) -> None:
-        """As many frames of next to nothing as the server takes: keepalives, single samples, pings, empty fragments."""
+        """Send as many tiny frames as the server reads: keepalives, single samples, pings, empty fragments."""
         flood = (
             frame(b"\x01") * 2000,
             frame(bytes(2)) * 2000,
@@ -175,11 +174,11 @@ class Attack:
             reader = asyncio.create_task(_read(connection))
             while self.on:
                 await connection.send_bytes(flood)
-                flood = flood.removeprefix(frame(b"", BINARY, fin=False))  # a message begins once
+                flood = flood.removeprefix(frame(b"", BINARY, fin=False))  # only the first fragment begins the message
             reader.cancel()
 
     async def connect(self) -> None:
-        """Its share of a thousand connections a second: an upgrade asked for, and gone."""
+        """Open a share of a thousand connections per second: request an upgrade, and disconnect."""
         async for turn in self.pace(CONNECTS / 1000):
             with contextlib.suppress(OSError):
                 async with peer(self.port) as connection:
@@ -188,7 +187,7 @@ class Attack:
                     self.done += 1
 
     async def vanish(self) -> None:
-        """Stream after stream, each gone at a random moment: within the upgrade, a frame or a breath, or just after its end."""
+        """Open streams, and disconnect each at a random moment: within the upgrade or a frame, in a pause, or after the end."""
         randomness = random.Random(self.done)  # noqa: S311
         async for _ in self.pace(VANISHERS / VANISHED_A_SECOND):
             self.done += 1
@@ -219,20 +218,20 @@ KINDS: dict[str, Callable[[Attack], Awaitable[None]]] = {
     "vanish": Attack.vanish,
 }
 COMPUTE_SECS = 0.005
-"""So long who only computes does so at a time."""
+"""Duration of one computation of ``compute``."""
 
 CONNECTS = 50
-"""Clients that share the thousand connections of a second."""
+"""Number of clients that share a thousand connections per second."""
 
 VANISHERS, VANISHED_A_SECOND = 40, 40
-"""Clients that share the streams that vanish, and how many of those there are a second: fewer than an address may open."""
+"""Number of clients that share the streams that vanish, and streams per second: fewer than an address may open."""
 
 
 async def main(kind: str, port: int, secs: float, clients: int) -> None:
     attack = Attack(port, secs)
 
     async def begin(number: int) -> None:
-        """Spread over a second: windows of streams that begin in one moment would be decoded together."""
+        """Begin at a time of its own within a second: windows of streams that begin together would be decoded together."""
         await asyncio.sleep(number / clients)
         await KINDS[kind](attack)
 

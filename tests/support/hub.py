@@ -1,4 +1,4 @@
-"""A server that answers as the Hugging Face hub does."""
+"""A stand-in for the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write files by PyAV: containers that libsndfile does not write; and read files as the gateway does."""
+"""Write containers that libsndfile does not write, by PyAV; and read files as the gateway does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gateway.audio.raw import DEFAULT
 FRAME = 960
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 RECORDER = {"live": "1", "cluster_time_limit": "100"}
-"""Options of WebM with which it is written as browsers' MediaRecorder does: clusters of a tenth of a second, and no length."""
+"""Options for WebM as browsers' MediaRecorder writes it: clusters of 0.1 s, and no length."""
 
 
 def encode_container(

@@ -1,4 +1,4 @@
-"""What Triton's native ONNX Runtime backend would refuse."""
+"""Tensors that Triton's native ONNX Runtime backend would refuse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from amira.models.configs import read_config
 
 
 def refused_by_triton(repository: Path) -> list[str]:
-    """Tensors that its backend would refuse, by ValidateInputs and ValidateOutputs of its source."""
+    """Return the tensors that the backend would refuse, by the rules of its ValidateInputs and ValidateOutputs."""
     refused = []
     for path in sorted(repository.glob("*/config.pbtxt")):
         config = read_config(path)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from amira.engine.process import Triton
+from amira.engine.process import TritonProcess
 from amira.engine.wheel import Engine
 from amira.paths import ENGINE_HOME, ONNXRUNTIME_BACKEND, SPEECH
 from amira.ports import LOOPBACK, Ports, free_ports
@@ -76,7 +76,7 @@ async def triton(pytestconfig: pytest.Config) -> AsyncIterator[Ports]:
     ports = Ports(LOOPBACK, *free_ports(LOOPBACK, 3))
     engine = Engine.prepare(ENGINE_HOME, ONNXRUNTIME_BACKEND)
     log_path = ENGINE_HOME / f"triton-tests-{os.getpid()}.log"
-    server = Triton(engine, served_repository(), ports, log_path, ensembles=())
+    server = TritonProcess(engine, served_repository(), ports, log_path, ensembles=())
     await server.start()
     keeper = asyncio.create_task(server.keep_alive())
     yield ports

@@ -18,7 +18,7 @@ RETRYABLE = "`retryable`, whether the same request may succeed later, is true fo
 
 
 def rows(page: str, header: str) -> Iterator[list[str]]:
-    """Return the cells of each row of the one table whose header line begins so."""
+    """Return the cells of each row of the only table with this beginning of its header line."""
     text = (DOCS / page).read_text()
     (table,) = re.findall(rf"^{re.escape(header)}.*\n\|[-:|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
     for line in table.splitlines():
@@ -39,7 +39,7 @@ def names(cell: str) -> list[str]:
 
 
 def test_settings() -> None:
-    """The file that Configuration.md includes, of which another test compares the values."""
+    """Of the file that Configuration.md includes; another test compares the values."""
     listed = re.findall(r"^(?:# )?(\w+) = ", (DOCS.parent / "config.toml").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(Settings.model_fields)
     assert "{literalinclude} ../config.toml" in (DOCS / "Configuration.md").read_text()

@@ -1,4 +1,4 @@
-"""What GitHub runs for a change; ``make lint`` checks the files with actionlint where it is installed."""
+"""GitHub's workflows; ``make lint`` checks the files with actionlint if it is installed."""
 
 from __future__ import annotations
 

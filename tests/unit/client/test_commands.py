@@ -1,4 +1,4 @@
-"""``amira transcribe`` and ``amira listen`` where they can't do what they are asked."""
+"""Errors of ``amira transcribe`` and ``amira listen``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def amira(*arguments: str | Path) -> tuple[int, str]:
 
 @pytest.fixture
 def recordings(tmp_path: Path) -> list[Path]:
-    """Two recordings of the same name."""
+    """Return two recordings of the same name."""
     paths = [tmp_path / "one.wav", tmp_path / "other" / "one.flac"]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
@@ -39,7 +39,7 @@ def wav(path: Path, rate: int = 16_000, channels: int = 1) -> Path:
 
 def test_stream_of_another_format_is_refused(recordings: list[Path]) -> None:
     code, errors = amira("transcribe", recordings[0], "--stream", "--format", "srt")
-    assert (code, errors.startswith("amira: --stream prints text as it comes")) == (2, True)
+    assert (code, errors.startswith("amira: --stream prints text as it is decoded")) == (2, True)
 
 
 def test_subtitles_of_several_recordings_need_a_directory(recordings: list[Path]) -> None:
@@ -53,7 +53,7 @@ def test_recordings_that_would_share_a_file_are_refused(recordings: list[Path], 
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_server_is_said_with_how_to_start_one(
+def test_missing_server_error_says_how_to_start_one(
     recordings: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("amira.commands.transcribe.RETRY_SECS", 0.0)
@@ -75,9 +75,9 @@ def test_url_without_a_scheme_is_refused(command: str, recordings: list[Path], t
     assert (code, "expected http://" in errors) == (2, True)
 
 
-def test_file_that_can_not_play_is_refused_with_how_to_convert_it(recordings: list[Path], tmp_path: Path) -> None:
+def test_unplayable_file_error_says_how_to_convert_it(recordings: list[Path], tmp_path: Path) -> None:
     for path, reason in (
-        (recordings[0], "is no WAV file"),
+        (recordings[0], "is not a WAV file"),
         (wav(tmp_path / "stereo.wav", channels=2), "2 channel(s)"),
         (wav(tmp_path / "slow.wav", rate=8000), "8000 Hz"),
     ):
@@ -86,7 +86,7 @@ def test_file_that_can_not_play_is_refused_with_how_to_convert_it(recordings: li
 
 
 @pytest.mark.parametrize("missing", ["package", "library", "device"])
-def test_missing_microphone_is_said_with_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_microphone_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if missing == "package":
         monkeypatch.setitem(sys.modules, "sounddevice", None)
     else:

@@ -1,4 +1,4 @@
-"""The REST clients against a server that answers by a script: retries, errors, and what they send."""
+"""The REST clients against a server with scripted answers: retries, errors, and requests."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BUSY = failure(503, "no_capacity", retryable=True, **{"Retry-After": "0"})
 
 
 class Script(NamedTuple):
-    """A running server: its address, and the requests that came as method and path, headers and body."""
+    """A running server: its address, and the requests that it received, as method and path, headers and body."""
 
     url: str
     requests: list[tuple[str, dict[str, str], bytes]]
@@ -99,7 +99,7 @@ def script(*answers: Answer, port: int = 0) -> Iterator[Script]:
 
 @pytest.fixture(params=["Client", "AsyncClient"])
 def ask(request: pytest.FixtureRequest) -> Ask:
-    """Transcribe with either client; ``asked`` are arguments of the call, others those of the client."""
+    """Transcribe with either client; ``asked`` are arguments of the call, the others those of the client."""
 
     async def of_sync(url: str | None, audio: Any = b"\0\0", asked: Any = None, **options: Any) -> Any:
         with Client(url, **options) as client:
@@ -171,7 +171,7 @@ async def test_retryable_error_is_retried_with_the_same_body(ask: Ask) -> None:
     assert [body for _, _, body in server.requests] == [b"body"] * 4
 
 
-async def test_pause_is_that_of_retry_after(ask: Ask) -> None:
+async def test_retry_after_sets_the_pause(ask: Ask) -> None:
     busy = failure(503, "draining", retryable=True, **{"Retry-After": "1"})
     with script(busy, success()) as server:
         began = time.monotonic()
@@ -179,7 +179,7 @@ async def test_pause_is_that_of_retry_after(ask: Ask) -> None:
         assert 1.0 <= time.monotonic() - began < 3
 
 
-async def test_pauses_grow_where_the_server_asks_for_none(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pauses_double_without_retry_after(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     failed = failure(502, "backend_failed", retryable=True)
     with script(failed, failed, failed, failed, success()) as server:
@@ -188,7 +188,7 @@ async def test_pauses_grow_where_the_server_asks_for_none(ask: Ask, monkeypatch:
         assert 0.35 <= time.monotonic() - began < 2, "of 0.1, 0.2, 0.2 and 0.2 s each half to all"
 
 
-async def test_no_try_begins_after_retry_secs(ask: Ask) -> None:
+async def test_no_attempt_begins_after_retry_secs(ask: Ask) -> None:
     busy = failure(503, "no_capacity", retryable=True, **{"Retry-After": "5"})
     with script(busy, busy) as server:
         began = time.monotonic()
@@ -209,7 +209,7 @@ async def test_other_errors_are_raised_at_once(ask: Ask) -> None:
     assert found == [("model_not_found", 404, "of the error"), ("http", 413, None)]
 
 
-async def test_success_of_another_kind_of_server_is_an_error(ask: Ask) -> None:
+async def test_success_without_the_api_body_is_an_error(ask: Ask) -> None:
     with script(Answer(200, b"<html>welcome"), Answer(200, b"[]")) as server:
         for _ in range(2):
             with pytest.raises(RequestError, match="without a body of this API") as raised:
@@ -224,7 +224,7 @@ async def test_slow_answer_is_a_timeout_and_not_retried(ask: Ask) -> None:
         assert (raised.value.code, raised.value.retryable) == ("timeout", False)
 
 
-async def test_missing_server_is_tried_again(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_server_is_retried(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amira.client.exchange.PAUSE_RANGE_SECS", (0.1, 0.2))
     (port,) = free_ports(LOOPBACK, 1)
     url = f"http://{LOOPBACK}:{port}"
@@ -246,7 +246,7 @@ SEGMENT = {"id": 0, "start": 0.25, "end": 0.5, "text": "yes", "words": [WORD], "
 SUMMARY = {"text": "yes yes", "tokens": [7, 7], "confidence": 0.9, "audio_length_samples": 32_000}
 
 
-async def test_segments_are_told_as_they_come(ask: Ask) -> None:
+async def test_segments_are_reported_as_they_arrive(ask: Ask) -> None:
     told: list[Segment] = []
     answer = lines({"type": "segment", **SEGMENT}, {"type": "segment", **SEGMENT, "id": 1}, {"type": "transcript", **SUMMARY})
     with script(answer) as server:
@@ -286,8 +286,8 @@ async def test_format_is_written_by_the_server(ask: Ask) -> None:
     ]
 
 
-async def test_segments_of_a_text_are_refused(ask: Ask) -> None:
-    with pytest.raises(ValueError, match="leave one of them out"):
+async def test_on_segment_with_a_text_format_is_refused(ask: Ask) -> None:
+    with pytest.raises(ValueError, match="omit one of them"):
         await ask("http://localhost", asked={"format": "srt", "on_segment": print})
 
 
@@ -300,7 +300,7 @@ async def test_upload_reports_its_progress(ask: Ask, tmp_path: Path) -> None:
     assert server.requests[0][1]["Content-Length"] == "200000"
 
 
-async def test_file_is_sent_from_where_it_is_and_stays_open(ask: Ask, tmp_path: Path) -> None:
+async def test_file_is_sent_from_its_position_and_stays_open(ask: Ask, tmp_path: Path) -> None:
     path = tmp_path / "recording"
     path.write_bytes(b"header body")
     with script(BUSY, success()) as server, path.open("rb") as file:
@@ -310,7 +310,7 @@ async def test_file_is_sent_from_where_it_is_and_stays_open(ask: Ask, tmp_path: 
     assert [body for _, _, body in server.requests] == [b"body", b"body"]
 
 
-async def test_pipe_is_sent_again_too(ask: Ask) -> None:
+async def test_pipe_can_be_resent(ask: Ask) -> None:
     reading, writing = os.pipe()
     os.write(writing, b"piped")
     os.close(writing)

@@ -464,6 +464,25 @@ def test_other_chunks_are_not_audio() -> None:
         decode(wav(b"", before=chunks, after=chunks))
 
 
+def test_chunks_before_the_audio_are_limited() -> None:
+    audio = noise()
+    np.testing.assert_array_equal(decode(wav(audio.tobytes(), before=b"junk\0\0\0\0" * 100)), audio)
+    caf = encode(audio, "CAF", "PCM_16")
+    at = caf.index(b"data")
+    np.testing.assert_array_equal(decode(caf[:at] + b"free" + bytes(8) + caf[at:]), audio)
+    for file in (
+        wav(audio.tobytes(), before=b"junk\0\0\0\0" * 10**6),
+        wav(audio.tobytes(), data_size=0, after=b"junk\0\0\0\0" * 10**6),
+        caf[:at] + (b"free" + bytes(8)) * 10**6 + caf[at:],
+    ):
+        began = time.thread_time()
+        with suppress(ApiError):  # the second may be audio
+            decode(file)
+        assert time.thread_time() - began < 1
+    with refused(ErrorKind.UNDECODABLE_AUDIO, "more than 128 chunks"):
+        decode(wav(audio.tobytes(), before=b"junk\0\0\0\0" * 200))
+
+
 @pytest.mark.parametrize("riff_size", [0, 1, 36, 36 + 2 * RATE, 44 + 2 * RATE, 45 + 2 * RATE, 1000 + 2 * RATE, 10**6, 10**9])
 def test_only_the_audio_decides_whether_a_wav_is_whole(riff_size: int) -> None:
     audio = noise()

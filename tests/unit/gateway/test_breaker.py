@@ -1,4 +1,4 @@
-"""The circuit breaker as a state machine, held against what its documentation says."""
+"""The circuit breaker, compared with a reference model of its documentation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.triton.pool import TritonPool
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """A model that remembers everything, beside the breaker, which remembers as little as it can."""
+    """Reference model with the whole history of calls, beside the breaker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.breaker = Breaker(lambda: self.now)
         self.outcomes: list[bool] = []  # since it was last closed
         self.opened_at: float | None = None
-        self.trial_at: float | None = None
+        self.probe_at: float | None = None
 
     @property
     def expected(self) -> BreakerState:
@@ -50,23 +50,23 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def ask(self) -> None:
-        trial_runs = self.trial_at is not None and self.now < self.trial_at + OPEN_SECS
+        probe_runs = self.probe_at is not None and self.now < self.probe_at + OPEN_SECS
         expected = {
             BreakerState.CLOSED: True,
-            BreakerState.HALF_OPEN: not trial_runs,
+            BreakerState.HALF_OPEN: not probe_runs,
             BreakerState.OPEN: False,
         }[self.expected]
         assert self.breaker.would_allow is expected
         assert self.breaker.allow() is expected
         if expected and self.expected is BreakerState.HALF_OPEN:
-            self.trial_at = self.now
+            self.probe_at = self.now
 
     @rule(success=st.booleans())
     @precondition(lambda self: self.expected is BreakerState.HALF_OPEN)
-    def trial_ends(self, success: bool) -> None:
+    def probe_ends(self, success: bool) -> None:
         self.breaker.record(success=success)
         self.outcomes = []
-        self.trial_at = None
+        self.probe_at = None
         self.opened_at = None if success else self.now
 
     @invariant()
@@ -94,8 +94,8 @@ def test_few_failures_open_a_fresh_breaker() -> None:
     assert states == [BreakerState.CLOSED] * (MIN_FAILURES - 1) + [BreakerState.OPEN]
 
 
-async def test_of_a_triton_that_cannot_be_reached_the_metric_does_not_tell() -> None:
-    """It may be gone for good, and nothing would ever close the breaker."""
+async def test_metric_of_an_unreachable_triton_is_closed() -> None:
+    """Such a Triton may be gone for ever, and nothing would close its breaker."""
     triton = TritonPool(Settings(triton_endpoint="127.0.0.1:1"))
     await triton.start()
     (endpoint,) = triton.endpoints

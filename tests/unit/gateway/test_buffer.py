@@ -1,4 +1,4 @@
-"""The buffer between a stream's arrival and its decoding; in virtual time."""
+"""The buffer of a stream's audio, in virtual time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_buffer(capacity: int = 5000) -> tuple[AudioBuffer, BufferUsage]:
     return AudioBuffer(capacity, usage, asyncio.get_running_loop().time), usage
 
 
-def test_each_window_has_the_time_when_it_was_complete() -> None:
+def test_window_has_the_arrival_time_of_its_last_audio() -> None:
     async def scenario() -> None:
         buffer, _ = make_buffer()
         for _ in range(12):  # every second piece completes a window
@@ -43,7 +43,7 @@ def test_each_window_has_the_time_when_it_was_complete() -> None:
     run_virtual(scenario())
 
 
-def test_small_pieces_need_few_notes() -> None:
+def test_small_pieces_need_few_arrival_records() -> None:
     async def scenario() -> None:
         buffer, _ = make_buffer()
         for _ in range(1000):
@@ -70,7 +70,7 @@ def test_audio_without_room_does_not_wait_for_a_window() -> None:
     run_virtual(scenario())
 
 
-def test_audio_longer_than_the_buffer_goes_through() -> None:
+def test_audio_longer_than_the_buffer_passes() -> None:
     async def scenario() -> None:
         buffer, usage = make_buffer(2 * WINDOW)
         waiting = asyncio.create_task(buffer.put(audio(5 * WINDOW + 1)))
@@ -85,7 +85,7 @@ def test_audio_longer_than_the_buffer_goes_through() -> None:
     run_virtual(scenario())
 
 
-def test_clearing_frees_everything_and_everybody() -> None:
+def test_clear_drops_audio_and_wakes_both_sides() -> None:
     async def scenario() -> None:
         buffer, usage = make_buffer(WINDOW)
         await buffer.put(audio(WINDOW))
@@ -101,7 +101,7 @@ def test_clearing_frees_everything_and_everybody() -> None:
     run_virtual(scenario())
 
 
-def test_audio_arrives_before_there_is_room_for_it() -> None:
+def test_arrival_time_does_not_wait_for_room() -> None:
     async def scenario() -> None:
         buffer, _ = make_buffer(WINDOW)
         await buffer.put(audio(WINDOW))
@@ -115,8 +115,8 @@ def test_audio_arrives_before_there_is_room_for_it() -> None:
     run_virtual(scenario())
 
 
-def test_closed_buffer_keeps_its_audio_and_takes_no_more() -> None:
-    """Otherwise a client that sends on would delay the final."""
+def test_closed_buffer_keeps_its_audio_and_accepts_no_more() -> None:
+    """Otherwise a client that continues to send would delay the final."""
 
     async def scenario() -> None:
         buffer, usage = make_buffer()
@@ -131,7 +131,7 @@ def test_closed_buffer_keeps_its_audio_and_takes_no_more() -> None:
 
 
 @pytest.mark.parametrize("enough", [1, WINDOW])
-def test_gathering_ends_with_the_time(enough: int) -> None:
+def test_gather_ends_at_its_timeout(enough: int) -> None:
     async def scenario() -> None:
         buffer, _ = make_buffer()
         await buffer.gather(enough, 7)

@@ -161,6 +161,19 @@ async def test_no_canary_before_models_are_loaded(triton: Triton) -> None:
     assert not canary.health.well
 
 
+async def test_death_is_an_outage_at_once(triton: Triton) -> None:
+    """A client's request found it; two rounds would take seconds, in which retries fail."""
+    canary = canary_of(triton)
+    await canary.make_round(1)
+    assert canary.health.well
+    canary.see_death()
+    assert not canary.health.well
+    for _ in range(CLEARING_ANSWERS):
+        assert not canary.health.well
+        await canary.make_round(1)
+    assert canary.health.well
+
+
 async def test_forgotten_rounds_do_not_count(triton: Triton) -> None:
     canary = canary_of(triton)
     triton.open.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
+import struct
 import threading
 import wave
 from collections.abc import AsyncIterator
@@ -91,6 +92,24 @@ def test_longer_than_allowed(name: str) -> None:
     with pytest.raises(ApiError, match="at most 3 s") as caught:
         decode_audio(FILES[name], "", 3)
     assert caught.value.kind is ErrorKind.AUDIO_TOO_LONG
+
+
+@pytest.mark.parametrize(
+    ("container", "rate"),
+    [("QuickTime", 1), ("QuickTime", 5_999), ("Matroska", 1), ("Matroska", 192_001), ("Matroska", 2**31 - 1)],
+)
+def test_sample_rates_of_headers_that_lie_are_refused_by_number(container: str, rate: int) -> None:
+    if container == "QuickTime":
+        file = bytearray(encode_container(SPEECH, "mov", "pcm_s16le"))
+        at = file.index(b"sowt") + 28  # a fixed-point number of 16.16 bits
+        file[at : at + 4] = struct.pack(">HH", rate, 0)
+    else:
+        file = bytearray(encode_container(SPEECH, "matroska", "pcm_s16le"))
+        at = file.index(b"\xb5\x88") + 2  # SamplingFrequency, 8 bytes
+        file[at : at + 8] = struct.pack(">d", rate)
+    with pytest.raises(ApiError, match=f"sample rate is {rate} Hz") as caught:
+        decode_audio(bytes(file), "", 60)
+    assert caught.value.kind is ErrorKind.UNACCEPTABLE
 
 
 @pytest.mark.parametrize("name", ["fragments", "WebM", "MediaRecorder", "Matroska", "ADTS", "WMA", "AMR"])

@@ -19,7 +19,7 @@ Samples = npt.NDArray[np.int16]
 
 
 def pieces(samples: Samples, block: int = RATE, lengths: Lengths = LENGTHS) -> list[Piece]:
-    """Cut a recording that comes in blocks."""
+    """Cut a recording that is pushed in blocks."""
     cutter = Cutter(lengths)
     found: list[Piece] = []
     for at in range(0, len(samples), block):
@@ -61,7 +61,7 @@ def test_no_audio_has_no_pieces() -> None:
     st.sampled_from([60.0, 30.0, 12.0, 1.0]),
 )
 def test_pieces_are_the_recording(size: int, block: int, level: int, max_secs: float) -> None:
-    """Whatever it sounds like; and their lengths are within the limits."""
+    """For any audio; and the lengths are within the limits."""
     lengths = Lengths.within(max_secs)
     samples = np.random.default_rng(size).integers(-level, level, size, np.int16, endpoint=True)
     found = pieces(samples, block, lengths)
@@ -82,7 +82,7 @@ def test_blocks_do_not_change_the_cuts(block: int) -> None:
 
 @pytest.mark.parametrize(("level", "floor"), [(3000, 0), (3000, 300), (300, 30), (30, 10)])
 def test_cuts_are_in_pauses(level: float, floor: float) -> None:
-    """However loud the speech is, and the noise behind it."""
+    """At any level of speech and noise."""
     samples, pauses = speech_with_pauses([3.3, 7.1, 5.2, 4.4, 6.7, 8.0] * 3, level, floor)
     cuts = [piece.start for piece in pieces(samples)[1:]]
     assert len(cuts) >= 5

@@ -1,4 +1,4 @@
-"""The engines know no protocol."""
+"""The engines do not depend on a protocol."""
 
 from __future__ import annotations
 

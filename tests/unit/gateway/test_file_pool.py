@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import random
+import resource
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
 import pytest
 import soundfile
 
-from gateway.audio import RATE, pool, reader
+from gateway.audio import RATE, jobs, pool, reader, worker
 from gateway.audio.files import decode_audio
 from gateway.audio.pool import FilePool
+from gateway.audio.sniff import OGG
 from gateway.errors import ApiError, ErrorKind
 from tests.support.media import decode_body
 
@@ -220,6 +226,63 @@ async def test_a_stopped_server_is_replaced(files: FilePool, monkeypatch: pytest
     assert {error.kind for error in results if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
     assert len(await decode_body(files, FLAC, "", 60)) > RATE
     assert stopped.returncode == -signal.SIGKILL
+
+
+async def test_a_stopped_server_stops_nothing_else(files: FilePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More live streams begin at once than messages fit into its socket."""
+    await decode_body(files, FLAC, "", 60)
+    stopped = files._server
+    assert stopped
+    for module in (reader, pool):
+        monkeypatch.setattr(module, "START_SECS", 1.5)
+    monkeypatch.setattr(pool, "STOP_SECS", 0.1)
+    stopped.send_signal(signal.SIGSTOP)
+    rescue = threading.Timer(PATIENCE_SECS, stopped.send_signal, [signal.SIGCONT])  # else a failure would last for ever
+    rescue.start()
+
+    async def stream() -> None:
+        async with files.stream(OGG, 60):
+            pass
+
+    streams = [asyncio.create_task(stream()) for _ in range(400)]
+    slowest = 0.0
+    while not all(task.done() for task in streams):
+        began = time.monotonic()
+        await asyncio.sleep(0.01)
+        slowest = max(slowest, time.monotonic() - began)
+    rescue.cancel()
+    assert slowest < PATIENCE_SECS / 4
+    errors = [error for error in await asyncio.gather(*streams, return_exceptions=True) if error]
+    assert {error.kind for error in errors if isinstance(error, ApiError)} == {ErrorKind.NO_CAPACITY}
+    monkeypatch.undo()
+    assert len(await decode_body(files, FLAC, "", 60)) > RATE
+
+
+@pytest.mark.parametrize("lack", ["descriptors", "processes"])
+async def test_a_job_that_finds_no_room_costs_no_other(lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server = worker.Server(theirs)
+    answer, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    wanted, demand = os.pipe()
+    with control, theirs, answer, os.fdopen(demand, "wb"):
+        socket.send_fds(control, [b"{}"], [wanted, its.fileno(), wanted])
+        its.close()
+        os.close(wanted)
+        if lack == "processes":
+            monkeypatch.setattr(os, "fork", Mock(side_effect=BlockingIOError))
+            assert server._accept()
+        else:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                assert server._accept()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        answer.settimeout(PATIENCE_SECS)
+        assert answer.recv(100) == (jobs.STARTED if lack == "processes" else b"")
+        assert answer.recv(100) == b""
+    for end in (server._selector, server._woken, server._wake):
+        end.close()
 
 
 async def test_closing_ends_every_process(files: FilePool) -> None:

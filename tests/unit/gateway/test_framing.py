@@ -31,7 +31,7 @@ CHUNKED = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n\r\n\r\n\r
 
 
 def head(size: int) -> bytes:
-    """A request's head of so many bytes."""
+    """Return a request's head of this size."""
     start, end = b"GET / HTTP/1.1\r\nX: ", b"\r\n\r\n"
     return start + b"x" * (size - len(start) - len(end)) + end
 
@@ -76,7 +76,7 @@ def test_pipelined_heads_end_in_any_cut(requests: bytes) -> None:
         assert (meter.heads, meter.head_pending) == (2, False)
 
 
-def test_large_body_is_no_head() -> None:
+def test_large_body_does_not_count_as_head() -> None:
     meter = RequestMeter()
     meter.take(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
     for _ in range(10):
@@ -108,7 +108,7 @@ def test_offers_to_upgrade_are_removed_in_any_cut(offer: bytes, places: list[int
 
 @pytest.mark.parametrize("upgrade", [b"Upgrade: websocket", b"upgrade:WebSocket\t", b"X-Upgrade: h2c", b"Upgraded: h2c"])
 @given(places=st.lists(st.integers(0, 500), max_size=20))
-def test_other_lines_are_handed_on_in_any_cut(upgrade: bytes, places: list[int]) -> None:
+def test_other_lines_are_passed_on_in_any_cut(upgrade: bytes, places: list[int]) -> None:
     data = b"GET / HTTP/1.1\r\n" + upgrade + b"\r\nHost: x\r\n\r\n"
     meter = RequestMeter()
     assert b"".join(meter.take(piece) for piece in cuts(data, places)) == data
@@ -148,7 +148,7 @@ def test_progress_of_requests(data: bytes, *, is_one_complete: bool, incomplete:
 
 
 def measure(meter: FrameMeter, pieces: list[bytes]) -> tuple[list[bytes], bytes]:
-    """What a meter hands on of data that comes in pieces, and what is left."""
+    """Return the data that a meter passes on, fed in pieces, and the rest."""
     handed_on, rest = [], b""
     for piece in pieces:
         rest += piece
@@ -193,7 +193,7 @@ def test_incomplete_header_is_kept_back() -> None:
     assert meter.within_frame
 
 
-def test_flood_is_held_back_until_it_stops() -> None:
+def test_flood_is_delayed_until_it_stops() -> None:
     now = 100.0
     meter = FrameMeter(lambda: now)
     data = frame(b"\x01") * 2 * SMALL_FRAMES_PER_SEC

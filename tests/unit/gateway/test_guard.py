@@ -1,4 +1,4 @@
-"""What a connection may cost, on a real socket before a small application."""
+"""Limits of connections, on a real socket before a small application."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UPGRADE = (
 
 
 class Application:
-    """Answers HTTP, and counts what comes over WebSockets, in a thread with an event loop of its own."""
+    """Answers HTTP, and collects the messages of WebSockets, in a thread with an event loop of its own."""
 
     def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.loop = new_loop()
@@ -113,7 +113,7 @@ async def upgraded(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
 
 
 @pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
-async def test_a_head_that_does_not_come(port: int, monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
+async def test_head_that_never_arrives_times_out(port: int, monkeypatch: pytest.MonkeyPatch, start: bytes) -> None:
     monkeypatch.setattr(guard, "HEAD_SECS", 0.3)
     reader, writer = await asyncio.open_connection(LOOPBACK, port)
     began = time.monotonic()
@@ -127,7 +127,7 @@ async def test_a_head_that_does_not_come(port: int, monkeypatch: pytest.MonkeyPa
     writer.close()
 
 
-async def test_a_head_that_does_not_end(port: int) -> None:
+async def test_head_that_never_ends_gets_400(port: int) -> None:
     reader, writer = await asyncio.open_connection(LOOPBACK, port)
     writer.write(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * (MAX_HEAD_BYTES + 100))
     answer = await asyncio.wait_for(reader.read(), 5)
@@ -139,8 +139,8 @@ async def test_a_head_that_does_not_end(port: int) -> None:
     ("header", "status"),
     [(b"Cookie: " + b"x" * 9000, b"431"), (b"\r\n".join([b"X: x"] * 130), b"431"), (b"Content-Length: 4", b"400")],
 )
-async def test_an_upgrade_that_is_none_is_told(application: Application, header: bytes, status: bytes) -> None:
-    """And does not get in the way of the server's end."""
+async def test_invalid_upgrade_is_refused_by_status(application: Application, header: bytes, status: bytes) -> None:
+    """And the server can stop afterwards."""
     async with serve(application) as port:
         reader, writer = await asyncio.open_connection(LOOPBACK, port)
         writer.write(UPGRADE[:-2] + header + b"\r\n\r\n")
@@ -148,8 +148,8 @@ async def test_an_upgrade_that_is_none_is_told(application: Application, header:
     writer.close()
 
 
-async def test_connections_that_are_kept_live_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time between requests, and within a WebSocket, is no head's."""
+async def test_kept_connection_outlives_the_head_timeout(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between requests, and within a WebSocket, do not count as time of a head."""
     monkeypatch.setattr(guard, "HEAD_SECS", 0.2)
     reader, writer = await asyncio.open_connection(LOOPBACK, port)
     for _ in range(3):
@@ -162,7 +162,7 @@ async def test_connections_that_are_kept_live_on(port: int, monkeypatch: pytest.
         await (await socket.ping())
 
 
-async def test_small_frames_come_at_their_pace_and_none_is_lost(port: int, application: Application) -> None:
+async def test_small_frames_are_rate_limited_without_loss(port: int, application: Application) -> None:
     frames = 4 * SMALL_FRAMES_PER_SEC
     _, writer = await upgraded(port)
     began = time.monotonic()
@@ -170,12 +170,12 @@ async def test_small_frames_come_at_their_pace_and_none_is_lost(port: int, appli
     while len(application.messages) < frames:
         assert time.monotonic() - began < 10
         await asyncio.sleep(0.01)
-    assert time.monotonic() - began > 1.5  # the first second's come at once
+    assert time.monotonic() - began > 1.5  # those of the first second pass at once
     assert application.messages == [{"type": "websocket.receive", "bytes": b"\x01"}] * frames
     writer.close()
 
 
-async def test_frames_that_carry_audio_come_as_fast_as_they_are_taken(port: int, application: Application) -> None:
+async def test_audio_frames_are_not_rate_limited(port: int, application: Application) -> None:
     async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
         began = time.monotonic()
         for _ in range(4 * SMALL_FRAMES_PER_SEC):
@@ -186,7 +186,7 @@ async def test_frames_that_carry_audio_come_as_fast_as_they_are_taken(port: int,
         assert application.flooding_secs() == 0
 
 
-async def test_a_flood_is_told(port: int, application: Application) -> None:
+async def test_flood_is_reported(port: int, application: Application) -> None:
     _, writer = await upgraded(port)
     writer.write(KEEPALIVE * 20_000)
     await asyncio.sleep(1.5)
@@ -194,7 +194,7 @@ async def test_a_flood_is_told(port: int, application: Application) -> None:
     writer.close()
 
 
-async def test_a_flood_that_has_stopped_is_none(port: int, application: Application) -> None:
+async def test_ended_flood_is_not_reported(port: int, application: Application) -> None:
     _, writer = await upgraded(port)
     writer.write(KEEPALIVE * (SMALL_FRAMES_PER_SEC + 100))
     await asyncio.sleep(0.1)
@@ -204,14 +204,14 @@ async def test_a_flood_that_has_stopped_is_none(port: int, application: Applicat
     writer.close()
 
 
-async def test_no_read_holds_up_the_others(port: int, application: Application) -> None:
-    """Forty thousand frames in one segment are not parsed in one go."""
+async def test_large_read_does_not_block_the_loop(port: int, application: Application) -> None:
+    """40,000 frames in one segment are not parsed at once."""
     _, writer = await upgraded(port)
     for flood in (KEEPALIVE, EMPTY_PING):
         writer.write(flood * 40_000)
 
     async def longest_turn() -> float:
-        """CPU seconds, which other processes do not add to."""
+        """Return the longest turn of the loop in CPU seconds, so that other processes do not count."""
         longest, before = 0.0, time.thread_time()
         for _ in range(1000):
             await asyncio.sleep(0)
@@ -224,8 +224,8 @@ async def test_no_read_holds_up_the_others(port: int, application: Application) 
     writer.close()
 
 
-async def test_who_does_not_read_is_not_read(port: int, application: Application) -> None:
-    """Answers to pings would pile up in memory."""
+async def test_client_that_does_not_read_is_not_read(port: int, application: Application) -> None:
+    """Pongs would pile up in memory."""
     reader, writer = await upgraded(port)
     reader._transport.pause_reading()  # type: ignore[attr-defined]
     question = b"\x89\xfd" + bytes(4) + bytes(125)
@@ -240,13 +240,13 @@ async def test_who_does_not_read_is_not_read(port: int, application: Application
 
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(ask(), 2)
-    assert sent < 20_000_000  # what the buffers of two sockets hold
+    assert sent < 20_000_000  # the buffers of two sockets
     writer.transport.abort()
-    while not application.messages:  # it was told
+    while not application.messages:  # the application got the disconnect
         await asyncio.sleep(0.01)
 
 
-async def test_a_close_in_the_midst_of_a_flood(port: int, application: Application) -> None:
+async def test_close_during_a_flood(port: int, application: Application) -> None:
     async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
         for _ in range(500):
             await socket.send(b"\x01")
@@ -259,7 +259,7 @@ async def test_a_close_in_the_midst_of_a_flood(port: int, application: Applicati
     assert 501 < len(application.messages) <= 501 + parsed_with_it
 
 
-async def test_a_slow_application_loses_nothing(port: int, application: Application) -> None:
+async def test_slow_application_loses_no_frame(port: int, application: Application) -> None:
     application.may_read = False
     async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None) as socket:
         for i in range(700):
@@ -303,8 +303,8 @@ async def test_one_read_is_parsed_over_many_turns_of_the_loop(port: int, applica
     writer.close()
 
 
-async def test_a_frame_that_is_far_too_large_is_told_to_who_is_still_sending_it(application: Application) -> None:
-    """Not with a reset, in which the close frame would be lost."""
+async def test_oversized_frame_closes_1009_while_it_is_sent(application: Application) -> None:
+    """Without a reset, which would lose the close frame."""
     async with serve(application, ws_max_size=1000) as port:
         for _ in range(10):
             async with connect(f"ws://{LOOPBACK}:{port}", ping_interval=None, max_size=None) as socket:
@@ -333,7 +333,7 @@ async def test_connects_beyond_the_rate_are_reset(application: Application) -> N
         writer.close()
 
 
-def test_addresses_have_rates_of_their_own_and_are_forgotten() -> None:
+def test_each_address_has_its_own_rate_and_expires() -> None:
     rates = ConnectRates(1, exempt=lambda _: False)
     assert [rates.admit("10.0.0.1") for _ in range(3)] == [True, True, False]
     assert rates.admit("10.0.0.2")

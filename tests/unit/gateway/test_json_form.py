@@ -82,6 +82,15 @@ def test_many_arrays_cost_no_time(end: bytes) -> None:
     assert time.thread_time() - began < 3
 
 
+@pytest.mark.parametrize("junk", [b'"audio_buffer"' + b" " * (8 * 2**20), b'"audio_buffer":[0],' * (8 * 2**20 // 19)])
+def test_the_search_for_the_audio_holds_no_other_thread_up(junk: bytes) -> None:
+    """One search of a regular expression keeps the interpreter's lock."""
+    began = time.thread_time()
+    with pytest.raises(ApiError, match=str(MAX_OTHER_BYTES)):
+        unpack_json(b"{" + junk)
+    assert time.thread_time() - began < 0.02
+
+
 def test_other_threads_run_while_numbers_are_parsed() -> None:
     body = form(LARGE * 5)
     parser = threading.Thread(target=unpack_json, args=(body,))

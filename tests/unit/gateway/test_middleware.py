@@ -1,4 +1,4 @@
-"""Limits on bodies, and what is logged and counted, around a small application."""
+"""Body limits, access log and metrics, around a small application."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def limits(max_bytes: int, *, patience_secs: float = 1.0, json_bytes: int = 10, 
 
 
 class Client:
-    """Sends its parts, then nothing more, and collects what it gets."""
+    """Sends its parts, then nothing more, and collects the responses."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.messages = list(messages)
@@ -75,7 +75,7 @@ async def test_body_over_the_limit_is_refused(headers: dict[str, str]) -> None:
     with pytest.raises(ApiError, match="100") as error:
         await BodyLimit(read_all, limits(100))(http_scope(**headers), client.receive, client.send)
     assert error.value.kind is ErrorKind.BODY_TOO_LARGE
-    assert len(client.messages) == (2 if "content_length" in headers else 0)  # a declared size is enough to know
+    assert len(client.messages) == (2 if "content_length" in headers else 0)  # the declared size is enough
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON; charset=utf-8"])
@@ -89,20 +89,20 @@ async def test_json_has_a_limit_of_its_own(content_type: str) -> None:
 
 @pytest.mark.parametrize("coding", ["br", "gzip", "Deflate", "identity, gzip"])
 async def test_compressed_body_is_refused(coding: str) -> None:
-    """Its bytes would be taken for raw PCM."""
+    """Its bytes would be decoded as raw PCM."""
     client = Client(parts(bytes(60)))
     with pytest.raises(ApiError, match="Content-Encoding") as error:
         await BodyLimit(read_all, limits(100))(http_scope(content_encoding=coding), client.receive, client.send)
     assert error.value.kind is ErrorKind.UNSUPPORTED_MEDIA
 
 
-async def test_identity_is_no_compression() -> None:
+async def test_identity_coding_is_accepted() -> None:
     client = Client(parts(bytes(60)))
     await BodyLimit(read_all, limits(100))(http_scope(content_encoding="Identity"), client.receive, client.send)
     assert client.got[0]["status"] == 200
 
 
-async def test_bodies_in_flight_have_a_limit_together() -> None:
+async def test_bodies_in_flight_have_a_total_limit() -> None:
     limited = BodyLimit(read_all, limits(100, total_bytes=150))
     waiting = Client([{"type": "http.request", "body": bytes(90), "more_body": True}])
     scope = http_scope(content_length="100")
@@ -128,7 +128,7 @@ async def test_missing_body_is_refused() -> None:
     with pytest.raises(ApiError, match="1600 bytes") as error:
         await limited(http_scope(content_length="3200"), client.receive, client.send)
     assert error.value.kind is ErrorKind.BODY_TOO_SLOW
-    assert loop.time() - began > 0.19  # its bytes earned it 0.1 s
+    assert loop.time() - began > 0.19  # its bytes give it 0.1 s more
 
 
 async def test_answer_before_the_end_of_the_body_closes_the_connection() -> None:

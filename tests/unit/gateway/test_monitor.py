@@ -17,8 +17,8 @@ from gateway.triton.monitor import (
 )
 
 
-async def test_name_is_asked_for_anew() -> None:
-    """By a channel of its own: an old one asks again only after up to two minutes, however short its other pauses are."""
+async def test_name_is_resolved_again() -> None:
+    """On a new channel: an old one resolves the name again only after up to two minutes."""
     monitor = Monitor(Address("no-such-name.invalid:8001", tls=False), Settings())
     await monitor.start()
     first = monitor.connection
@@ -28,13 +28,13 @@ async def test_name_is_asked_for_anew() -> None:
     await monitor.close()
 
 
-def test_triton_that_has_just_gone_is_looked_for_at_once() -> None:
+def test_lost_triton_is_inspected_at_once() -> None:
     assert poll_pause_secs(loaded=True, absent_secs=0, unresolved=False) == READY_POLL_SECS
     for absent_secs in (0, 5, 10):
         assert poll_pause_secs(loaded=False, absent_secs=absent_secs, unresolved=True) == UNREADY_POLL_SECS
 
 
-def test_absent_triton_is_looked_for_ever_less_often() -> None:
+def test_absent_triton_is_inspected_less_and_less_often() -> None:
     for unresolved, longest in ((False, MAX_ABSENT_POLL_SECS), (True, MAX_UNRESOLVED_POLL_SECS)):
         pauses = [poll_pause_secs(loaded=False, absent_secs=secs, unresolved=unresolved) for secs in range(10_000)]
         assert all(later >= earlier for earlier, later in itertools.pairwise(pauses))
@@ -42,8 +42,8 @@ def test_absent_triton_is_looked_for_ever_less_often() -> None:
         assert pauses[-1] == longest
 
 
-def test_name_that_is_never_known_costs_few_inspections() -> None:
-    """Each one asks the DNS a dozen times, and a cluster may have names for Tritons that it does not run."""
+def test_unknown_name_costs_few_inspections() -> None:
+    """Each inspection sends a dozen DNS queries, and a cluster may have names for Tritons that do not run."""
     now, inspections = 0.0, 0
     while now < 86_400:
         now += poll_pause_secs(loaded=False, absent_secs=now, unresolved=True)

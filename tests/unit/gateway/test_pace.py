@@ -51,7 +51,7 @@ def test_request_waits_if_and_only_if_it_is_ahead(
 
 @given(pieces=st.lists(st.tuples(st.floats(0, 0.02), st.integers(0, 3 * CHUNK)), min_size=1, max_size=50))
 def test_real_time_audio_never_waits(pieces: list[tuple[float, int]]) -> None:
-    """However its frames are cut and its arrival jitters: audio is never sent before it can have been spoken."""
+    """For any frames and any jitter: no audio is sent before it can have been spoken."""
     now = [0.0]
     pace, sent = Pace(clock=lambda: now[0]), 0
     for jitter_secs, samples in pieces:
@@ -74,7 +74,7 @@ def test_fast_audio_gets_ahead_after_its_lead() -> None:
     assert pace.spare_secs == pytest.approx(0)
 
 
-def test_lead_gained_alone_is_not_held_against_a_stream() -> None:
+def test_lead_gained_alone_does_not_delay_a_stream_later() -> None:
     now = [0.0]
     pace = Pace(clock=lambda: now[0])
     for _ in range(100):

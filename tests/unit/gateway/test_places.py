@@ -20,7 +20,7 @@ def places(**settings: int) -> Places:
 
 
 async def decode(held: Places, secs: float, share: Share | None = None) -> float:
-    """Decode a piece for some time; return when that began."""
+    """Decode a piece for some time; return the start time."""
     place = await held.decoding(share or Share())
     try:
         began = asyncio.get_running_loop().time()
@@ -89,7 +89,7 @@ def test_recordings_wait_for_a_place_in_order() -> None:
     assert run_virtual(scenario()) == [0, 2, 4]
 
 
-def test_a_recording_does_not_wait_for_ever() -> None:
+def test_wait_for_a_place_has_a_timeout() -> None:
     async def scenario() -> None:
         limited = places(max_concurrent_batches=1)
         first = asyncio.create_task(decode(limited, 100))
@@ -121,7 +121,7 @@ def test_a_short_recording_waits_for_one_piece_of_a_long_one() -> None:
 
 
 @pytest.mark.parametrize("number", [2, 4, 8])
-def test_long_recordings_share_the_places_alike(number: int) -> None:
+def test_long_recordings_share_the_places_equally(number: int) -> None:
     async def scenario() -> list[list[float]]:
         limited = places(max_concurrent_batches=4)
         return await asyncio.gather(*(decode_all(limited, 40) for _ in range(number)))
@@ -131,7 +131,7 @@ def test_long_recordings_share_the_places_alike(number: int) -> None:
     assert max(ends) <= 10 * number
 
 
-def test_a_recording_that_has_begun_waits_as_long_as_it_must() -> None:
+def test_recording_that_has_begun_waits_without_a_timeout() -> None:
     async def scenario() -> None:
         limited = places(max_concurrent_batches=1)
         share = Share()
@@ -167,8 +167,8 @@ def test_no_place_is_given_after_the_drain() -> None:
     st.integers(1, 4),
     st.lists(st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(0, 30), st.none() | st.integers(0, 40)), max_size=8),
 )
-def test_no_place_is_lost_whoever_leaves_when(number: int, recordings: list[tuple[int, int, int, int | None]]) -> None:
-    """Recordings of some pieces and piece lengths begin at some time, and some leave at another."""
+def test_no_place_is_lost_when_recordings_leave(number: int, recordings: list[tuple[int, int, int, int | None]]) -> None:
+    """Random recordings begin at random times, and some leave early."""
 
     async def scenario() -> None:
         limited = places(max_concurrent_batches=number)
@@ -194,7 +194,7 @@ def test_no_place_is_lost_whoever_leaves_when(number: int, recordings: list[tupl
 
 @pytest.mark.parametrize("place_comes_first", [False, True])
 def test_a_cancelled_wait_loses_no_place(*, place_comes_first: bool) -> None:
-    """Even if the place came free in the same turn of the event loop."""
+    """Even if the place was released in the same turn of the event loop."""
 
     async def scenario() -> None:
         limited = places(max_concurrent_batches=1)

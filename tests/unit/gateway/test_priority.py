@@ -91,7 +91,7 @@ def test_busy_triton_stops_streams_ahead() -> None:
 
 
 @pytest.mark.parametrize("where", ["first in line", "second in line"])
-def test_leaving_the_line_delays_nobody(where: str) -> None:
+def test_leaving_the_queue_delays_no_stream(where: str) -> None:
     async def scenario() -> None:
         streams = Streams()
         real_time, first, second, third = (streams.priority.join() for _ in range(4))
@@ -109,7 +109,7 @@ def test_leaving_the_line_delays_nobody(where: str) -> None:
     run_virtual(scenario())
 
 
-def test_ended_stream_counts_no_more() -> None:
+def test_ended_stream_no_longer_counts() -> None:
     async def scenario() -> None:
         streams = Streams()
         fast, real_time = streams.priority.join(), streams.priority.join()

@@ -1,4 +1,4 @@
-"""Raw audio: its formats, its limits, and streams of it, which may be cut anywhere."""
+"""Raw audio: formats, limits, and streams that are cut anywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 48_000).astype(np.float32)
 
 
 def encode(samples: NDArray[np.float32], encoding: Encoding) -> bytes:
-    """Encode by the nearest value that the encoding has."""
+    """Encode by the nearest value of the encoding."""
     if encoding is Encoding.LINEAR16:
         return bytes(np.rint(samples * 0x7FFF).astype("<i2"))
     if encoding is Encoding.FLOAT32:
@@ -85,7 +85,7 @@ ALAW_VALUES = {
 }  # fmt: skip
 
 
-def test_mulaw_is_that_of_the_itu() -> None:
+def test_mulaw_equals_the_itu_tables() -> None:
     table = G711[Encoding.MULAW] * 2**13
     for code, value in MULAW_VALUES.items():
         assert (table[code], table[code & 0x7F]) == (value, -value)
@@ -117,7 +117,7 @@ def test_raw_recordings(encoding: Encoding, rate: int, channels: int) -> None:
             assert np.abs(channel[RATE:-RATE] / 0x8000 - expected[RATE:-RATE]).max() < 0.02
 
 
-def test_separate_channels_are_each_their_own() -> None:
+def test_separate_channels_are_independent() -> None:
     audio = np.random.default_rng(1).integers(-0x8000, 0x8000, (5 * RATE + 7, 3), dtype=np.int16)
     blocks = list(read_raw(audio.tobytes(), RawFormat(channels=3), separate=True))
     assert all(block.shape[1] <= RATE for block in blocks)
@@ -139,7 +139,7 @@ def test_recordings_that_end_within_a_sample(size: int, format_: RawFormat, mess
     assert caught.value.kind is ErrorKind.ODD_LENGTH
 
 
-def test_length_is_that_of_the_format() -> None:
+def test_maximum_length_depends_on_the_format() -> None:
     check_raw(8000 * 2 * 10, RawFormat(Encoding.MULAW, 8000, 2), 10)
     with pytest.raises(ApiError, match=r"lasts 10\.5 s; at most 10 s") as caught:
         check_raw(8000 * 2 * 21 // 2, RawFormat(Encoding.MULAW, 8000, 2), 10)
@@ -162,7 +162,7 @@ def test_float_beyond_full_scale_is_clipped() -> None:
 
 
 def cut(body: bytes, lengths: list[int], format_: RawFormat) -> NDArray[np.int16]:
-    """Convert a stream in pieces of these lengths, again and again."""
+    """Convert a stream in pieces of these lengths, repeated."""
     stream, at, parts, turn = RawStream(format_), 0, [], 0
     while at < len(body):
         length = lengths[turn % len(lengths)]

@@ -30,12 +30,12 @@ LENGTHS = Lengths(1 * RATE, 2 * RATE, 3 * RATE)
 
 @dataclass
 class Tape:
-    """A recording whose samples are the number of their second; notes how far it was read.
+    """A recording whose samples are the number of their second; it records how much was read.
 
     Attributes:
-        secs: its length.
+        secs: length.
         channels: number of channels.
-        breaks_at: second at which it is found to be damaged.
+        breaks_at: second at which it is damaged.
         read: seconds read so far.
     """
 
@@ -58,10 +58,10 @@ class Decoders:
     """Decoders of pieces; the text of each is the second at which its piece begins.
 
     Attributes:
-        takes_secs: how long the decoder of a piece takes, by the second at which the piece begins.
-        fails_at: second whose piece can't be decoded.
+        takes_secs: duration of the decoding of a piece, by the second at which the piece begins.
+        fails_at: second whose piece cannot be decoded.
         given_up: number of decoders whose answer is no longer awaited.
-        most: largest number at work at once.
+        most: maximum number that decode at once.
     """
 
     takes_secs: Callable[[int], float]
@@ -114,7 +114,7 @@ async def all_segments(work: Recording, tape: Tape, *, separate: bool = False) -
         return [segment async for segment in segments]
 
 
-def test_segments_are_in_order_whichever_piece_is_done_first() -> None:
+def test_segments_are_in_order_for_any_order_of_decoding() -> None:
     async def scenario() -> None:
         decoders = Decoders(lambda second: 5 - second % 5)
         work = recording(decoders, places(4))
@@ -146,7 +146,7 @@ def test_a_recording_without_speech_has_no_segments() -> None:
     run_virtual(scenario())
 
 
-def test_no_more_is_read_than_the_decoders_take() -> None:
+def test_no_more_is_read_than_is_decoded() -> None:
     """All places are taken, one more piece waits, and the cutter looks ahead."""
 
     async def scenario() -> None:
@@ -184,7 +184,7 @@ def test_the_first_segment_comes_before_the_rest_is_read() -> None:
     run_virtual(scenario())
 
 
-def test_leaving_stops_everything() -> None:
+def test_closing_the_iterator_stops_everything() -> None:
     async def scenario() -> None:
         tape, decoders, limited = Tape(1000), Decoders(lambda second: 50 if second else 0.5), places(4)
         async with aclosing(recording(decoders, limited).segments(tape)) as segments:
@@ -251,7 +251,7 @@ def test_a_piece_that_fails_ends_the_recording() -> None:
     run_virtual(scenario())
 
 
-def test_channels_are_told_apart() -> None:
+def test_separate_channels_are_labelled() -> None:
     async def scenario() -> None:
         work = recording(Decoders(lambda _: 1), places(4))
         segments = await all_segments(work, Tape(30, channels=2), separate=True)
@@ -266,7 +266,7 @@ def test_channels_are_told_apart() -> None:
 
 
 def test_a_quota_is_charged_as_audio_is_read() -> None:
-    """A recording that has begun goes on; the caller's next one waits until both are paid for."""
+    """A recording that has begun goes on; its excess delays the caller's next one."""
 
     async def scenario() -> None:
         quotas = Quotas(Settings(max_audio_rate_per_key=1.0), asyncio.get_running_loop().time)
@@ -274,7 +274,7 @@ def test_a_quota_is_charged_as_audio_is_read() -> None:
         segments = recording(Decoders(lambda _: 1), limited, quotas, caller=1).segments(Tape(1000))
         async with aclosing(segments):
             await anext(segments)
-        quotas.spend(1, 0.0)  # what was not read costs nothing
+        quotas.spend(1, 0.0)  # audio that was not read is not charged
         assert len(await all_segments(recording(Decoders(lambda _: 0.01), limited, quotas, caller=1), Tape(200))) > 50
         with pytest.raises(ApiError) as error:
             await all_segments(recording(Decoders(lambda _: 1), limited, quotas, caller=1), Tape(5))

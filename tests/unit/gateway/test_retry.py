@@ -1,4 +1,4 @@
-"""What an error of Triton's means, and when a request is sent again. The messages are Triton 2.51's and gRPC's own."""
+"""Classification of errors, and retries. The messages are those of Triton 2.51 and gRPC."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_errors_are_classified(status: str, message: str, fault: Fault) -> None:
     assert classify(f"StatusCode.{status}", message, restores=False) is fault
 
 
-def test_invalid_request_is_a_foreign_state_only_where_one_is_restored() -> None:
+def test_invalid_request_is_a_foreign_state_only_if_it_restores() -> None:
     assert classify("StatusCode.INVALID_ARGUMENT", "version 1", restores=True) is Fault.FOREIGN_STATE
     assert classify("StatusCode.INVALID_ARGUMENT", "sequence 5 is not known", restores=False) is Fault.UNKNOWN_SEQUENCE
 
@@ -54,7 +54,7 @@ def test_recording_alone_at_a_death_is_given_up() -> None:
     assert RECORDING.poisoned(failures)
 
 
-def test_recording_among_others_is_sent_once_more_by_itself() -> None:
+def test_recording_among_others_is_retried_once_alone() -> None:
     failures = Failures().after(Fault.BACKEND_DIED, died(1, sole=False))
     assert RECORDING.retries(failures, Fault.BACKEND_DIED)
     assert RECORDING.isolates(failures)
@@ -63,13 +63,13 @@ def test_recording_among_others_is_sent_once_more_by_itself() -> None:
     assert RECORDING.poisoned(failures)
 
 
-def test_recording_is_sent_again_after_a_broken_connection() -> None:
+def test_recording_is_retried_after_a_broken_connection() -> None:
     failures = Failures().after(Fault.DISCONNECTED, None)
     assert RECORDING.retries(failures, Fault.DISCONNECTED)
     assert failures.count == 0
 
 
-def test_recording_gets_one_retry_and_none_when_it_is_late() -> None:
+def test_recording_is_retried_once_and_never_after_a_timeout() -> None:
     once = Failures().after(Fault.FAILED, None)
     assert RECORDING.retries(once, Fault.FAILED)
     assert not RECORDING.retries(once.after(Fault.FAILED, None), Fault.FAILED)
@@ -93,7 +93,7 @@ def test_stream_among_others_is_isolated_after_two_deaths_and_given_up_after_thr
 
 
 def test_one_death_counts_once() -> None:
-    """A dead process fails requests until Triton is started again, and those are then cut off."""
+    """A dead process fails requests until Triton is restarted, which then disconnects them."""
     failures = Failures().after(Fault.BACKEND_DIED, died(1)).after(Fault.DISCONNECTED, died(1))
     assert failures.deaths == 1
     assert failures.count == 1

@@ -1,4 +1,4 @@
-"""Session tokens: which are accepted, how old they may be, and what their age is good for."""
+"""Session tokens: acceptance, maximum age, and the use of their age."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = SessionToken("amira", "balanced", samples=16_000, state="state", stream=
 
 
 class Clocks:
-    """Both clocks of a gateway; tokens are signed with the system's."""
+    """Both clocks of a gateway; tokens are signed with the system's wall clock."""
 
     def __init__(self) -> None:
         self.ahead_secs = 0.0
@@ -65,7 +65,7 @@ def test_forged_and_foreign_tokens_are_refused() -> None:
 
 
 def test_age_counts_for_one_resumption(clocks: Clocks) -> None:
-    """Otherwise an old token would let its stream get ahead of real time again and again."""
+    """Otherwise an old token would let its stream get ahead of real time repeatedly."""
     here = clocks.tokens()
     old, newer = here.issue(TOKEN), here.issue(replace(TOKEN, samples=32_000))
     clocks.ahead_secs = 60

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ CONTAINERS = {
 }
 """Formats that need the extra."""
 
-LIVE = ("WAV", "Ogg", "WebM or Matroska")
+LIVE = ("WAV", "FLAC", "Ogg", "WebM or Matroska")
 """Formats that a stream may have."""
 
 FOREIGN = {
@@ -254,6 +255,25 @@ def test_random_bytes_are_pcm_unless_a_signature_is_there(head: bytes, seed: int
     body = head + np.random.default_rng(seed).bytes(9000)
     signed = any(body.startswith(parts[0][1], parts[0][0]) for _, parts in SIGNATURES)
     assert signed or identify(body).format == RAW
+
+
+class Counted(bytes):
+    """Bytes that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        self.read += len(part) if isinstance(part, bytes) else 1
+        return part
+
+
+@pytest.mark.parametrize("text", ["чистый текст ", "".join(map(chr, range(0x4E00, 0x9000))), "<p>page</p>\n"])
+def test_little_of_a_large_text_is_read(text: str) -> None:
+    """It is read in the event loop, where a megabyte takes 40 ms."""
+    body = Counted((text * (2**21 // len(text))).encode())
+    assert identify(body).format.name.endswith("text")
+    assert body.read < 100_000
 
 
 def test_tags_that_lie_about_their_size() -> None:

@@ -28,6 +28,7 @@ SPEECH: NDArray[np.int16] = soundfile.read(Path(__file__).parents[2] / "speech" 
 ]
 WEBM = encode_container(SPEECH, "webm", "libopus", options=RECORDER)
 OGG = encode_container(SPEECH, "ogg", "libopus", options={"page_duration": "100000"})
+FLAC = encode_container(SPEECH, "flac", "flac", rate=RATE)
 
 
 def wav(subtype: str, rate: int = RATE, channels: int = 1) -> bytes:
@@ -78,7 +79,7 @@ LENGTHS = [(640,), (2,), (7, 2, 1000), (2**20,)]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("body", [WEBM, OGG], ids=["WebM", "Ogg"])
+@pytest.mark.parametrize("body", [WEBM, OGG, FLAC], ids=["WebM", "Ogg", "FLAC"])
 async def test_containers_are_decoded_as_a_file_is(files: FilePool, body: bytes, lengths: Sequence[int]) -> None:
     samples, expected = await send(files, body, lengths), decode_audio(body, "", 60)
     assert abs(len(samples) - len(expected)) <= 1
@@ -111,6 +112,29 @@ def test_no_cut_changes_raw_audio(lengths: list[int]) -> None:
 async def test_tags_after_the_audio_of_a_wav_are_not_audio(files: FilePool) -> None:
     body = wav("PCM_16") + b"LIST\x10\0\0\0INFOISFT\4\0\0\0x\0\0\0" * 9
     np.testing.assert_array_equal(await send(files, body), SPEECH)
+
+
+def with_chunks(body: bytes, chunks: bytes) -> bytes:
+    """Return a WAV file with more chunks before its audio."""
+    at = body.index(b"data")
+    return body[:at] + chunks + body[at:]
+
+
+@pytest.mark.parametrize("lengths", [(2,), (100,), (2**20,)])
+async def test_no_cut_of_a_large_wav_header_changes_the_audio(files: FilePool, lengths: Sequence[int]) -> None:
+    picture = b"LIST" + (20_000).to_bytes(4, "little") + bytes(20_000)
+    np.testing.assert_array_equal(await send(files, with_chunks(wav("PCM_16"), picture)[:40_000], lengths), SPEECH[:9974])
+    with pytest.raises(ApiError, match="more than 65536 bytes"):
+        await send(files, with_chunks(wav("PCM_16"), picture * 4), lengths)
+
+
+async def test_a_wav_header_in_tiny_frames_costs_little(files: FilePool) -> None:
+    """Reading it anew with each frame takes seconds, in which no other stream is served."""
+    body = with_chunks(wav("PCM_16"), b"junk\0\0\0\0" * 1010)
+    began = time.thread_time()
+    with pytest.raises(ApiError, match="more than 128 chunks"):
+        await send(files, body, (2,))
+    assert time.thread_time() - began < 1
 
 
 @pytest.mark.parametrize("size", [0, 2**32 - 1])

@@ -1,4 +1,4 @@
-"""Transcripts as text and subtitles, parsed back by other people's libraries."""
+"""Transcripts as text and subtitles, parsed by independent libraries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def segment(words: Sequence[Word], number: int = 0, channel: int | None = None) 
 
 
 def timed(text: str, secs: float = 0.3, gap: float = 0.1, start: float = 0.0) -> list[Word]:
-    """Words that are spoken at a pace."""
+    """Return words spoken at a constant rate."""
     return [
         {"word": word, "start": start + at * (secs + gap), "end": start + at * (secs + gap) + secs, "confidence": 0.9}
         for at, word in enumerate(text.split())
@@ -41,7 +41,7 @@ def timed(text: str, secs: float = 0.3, gap: float = 0.1, start: float = 0.0) ->
 
 
 def compact(text: str) -> str:
-    """Text without white space and marks that have no width."""
+    """Return text without white space and characters without width."""
     return re.sub(rf"[\s{WORD_JOINER}]", "", text)
 
 
@@ -64,7 +64,7 @@ WORDS = st.lists(
 
 @st.composite
 def transcripts(draw: st.DrawFn) -> list[Segment]:
-    """Segments of one channel, or of two that speak at the same time."""
+    """Return segments of one channel, or of two that speak at the same time."""
     found: list[Segment] = []
     channels: list[int | None] = draw(st.sampled_from([[None], [0, 1]]))
     for channel in channels:
@@ -103,7 +103,7 @@ def test_subtitles_are_parsed_back(segments: list[Segment]) -> None:
 
 
 @pytest.mark.parametrize("word", ["<i>loud</i>", "{\\an8}top", "a-->b", "<unk>", "5"])
-def test_words_are_not_read_as_markup(word: str) -> None:
+def test_words_are_not_parsed_as_markup(word: str) -> None:
     words = timed(f"one {word} two")
     (event,) = pysubs2.SSAFile.from_string(to_srt([segment(words)]), format_="srt")
     assert compact(event.plaintext) == compact(f"one {word} two").replace("{", "(").replace("}", ")")
@@ -112,7 +112,7 @@ def test_words_are_not_read_as_markup(word: str) -> None:
     assert caption.raw_text == f"one {escaped} two"
 
 
-def test_a_cue_is_shown_for_a_second_where_there_is_time() -> None:
+def test_cue_is_shown_for_a_second_if_there_is_time() -> None:
     first, second = make_cues([segment([*timed("yes"), *timed("no", start=5.0)])])
     assert (first.start, first.end) == (0, MIN_CUE_MS)
     assert second.start == 5000

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that compute; what it measures is nobody's test."""
+"""The computations of the benchmark."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_windows_are_due_as_the_decoder_cuts_them() -> None:
 
 
 def test_chunk_is_timed_by_the_first_message_that_covers_it() -> None:
-    """Two chunks are covered by one late message, one changes nothing, and the last never comes."""
+    """Two chunks are covered by one late message, one chunk changes nothing, and the last message never arrives."""
     script = Script(np.zeros(7 * RATE, np.int16), [0, 1, 3, 4])
     sent_at = [100 + 0.1 * frame for frame in range(1, 71)]
     messages = [Message(102.9, 2000), Message(105.0, 4000)]
