@@ -187,8 +187,8 @@ class Options:
         save_state: 1 adds the stream's state to every response; another sequence can continue from it.
         language: language of the speech, for an encoder that takes one; empty: the model's default.
         beam: number of hypotheses for recordings that are decoded whole, 1 … 16; 1: greedy. Streams are decoded greedily.
-        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole. In greedy
-            decoding of streams it changes words and does not mend them.
+        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole. Greedy
+            decoding of streams gains nothing by it.
         phrases: phrases to boost: one per line, at most ``MAX_PHRASES``; behind a tab, the factor of their bonus.
     """
 
