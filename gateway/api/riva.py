@@ -23,7 +23,7 @@ from gateway.api.riva_schema import (
 )
 from gateway.api.riva_stream import RivaStream
 from gateway.api.streaming import read_segments
-from gateway.api.uploads import MEMORY_BYTES, full_disk_refused
+from gateway.api.uploads import MEMORY_BYTES, unstored_refused
 from gateway.audio import RATE
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.places import Place
@@ -193,7 +193,7 @@ async def _spooled(audio: bytes) -> AsyncIterator[bytes | BinaryIO]:
         yield audio
         return
     with tempfile.TemporaryFile() as file:
-        with full_disk_refused():
+        with unstored_refused():
             await asyncio.to_thread(_fill, file, audio)
         del audio
         yield file
