@@ -282,6 +282,41 @@ def models_check(repository: Annotated[Path, typer.Argument(help="Model reposito
     _main(check())
 
 
+@models.command("lm")
+def models_lm(
+    repository: Annotated[Path, typer.Argument(help="Model repository.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Sentences, one per line; may be gzip-compressed. May be repeated.", exists=True, show_default=False),
+    ] = None,
+    arpa: Annotated[
+        Path | None, typer.Option(help="ARPA file over the model's pieces, instead of --text.", exists=True, show_default=False)
+    ] = None,
+    order: Annotated[int, typer.Option(min=2, max=10, help="Length of the longest n-grams.")] = 5,
+    name: Annotated[str | None, typer.Option(help="Ensemble; optional if there is only one.", show_default=False)] = None,
+    to_arpa: Annotated[
+        Path | None, typer.Option(help="Also write the model, or the present one, as an ARPA file.", show_default=False)
+    ] = None,
+) -> None:
+    """Add an n-gram language model over a model's pieces to its repository; restart Triton to use it."""
+    from amira.models.configs import ModelError
+    from amira.models.fitting import fit, load_fitted
+    from amira.models.ngrams import write_arpa
+
+    if bool(text) == bool(arpa) and not (to_arpa and not text):
+        fail("expected --text or --arpa, or --to-arpa alone")
+    try:
+        if text or arpa:
+            fitted = fit(repository, name, text or [], arpa, order)
+            source = arpa or f"{fitted.sentences} sentences; {fitted.left_out} that the pieces cannot spell are left out"
+            typer.echo(f"wrote {fitted.path}: {fitted.ngrams} n-grams from {source}")
+        if to_arpa:
+            write_arpa(*load_fitted(repository, name), to_arpa)
+            typer.echo(f"wrote {to_arpa}")
+    except ModelError as error:
+        fail(str(error))
+
+
 def _ensure_imported(model: str, models_home: Path) -> tuple[Path, str]:
     """Return the repository and ensemble of a public model; an error ends the command with one line."""
     _require("models")

@@ -30,8 +30,9 @@ class GrpcClient:
         self._client = grpcclient.InferenceServerClient(endpoint)
 
     async def ours(self, samples: Samples) -> list[int]:
-        """Return the tokens of a recording from the ensemble."""
-        result = await self.request(samples, new_sequence(), start=True, end=True, context="whole")
+        """Return the tokens of a recording from the ensemble, decoded greedily and without a language model, as peers do."""
+        options: dict[str, str | int] = {"context": "whole", "beam": 1, "language_model": "off"}
+        result = await self.request(samples, new_sequence(), start=True, end=True, **options)
         return _tokens(result)
 
     async def frame_synchronous(self, samples: Samples) -> list[int]:
@@ -88,7 +89,7 @@ class RestClient:
     """
 
     def __init__(self, url: str) -> None:
-        self._url = f"{url}{PATH}"
+        self._url = f"{url}{PATH}?beam=1&language_model=off"  # as ``GrpcClient.ours``
         self._client = aiohttp.ClientSession(raise_for_status=True, headers={"Content-Type": "application/octet-stream"})
 
     async def transcribe(self, samples: Samples) -> list[int]:

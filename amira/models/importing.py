@@ -72,6 +72,9 @@ WINDOWED_PARAMETERS = (
 )
 """Parameters of the template that a decoder of a cached encoder does not have."""
 
+LANGUAGE_PARAMETERS = "language_model", "piece_scores", "beam"
+"""Parameters of the template that suit its own pieces only, and its beam, which was measured with its language model."""
+
 CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 """Element types of a packed cache."""
 
@@ -426,7 +429,11 @@ class _Writer:
             **parameters,
         }
         # An imported model has one encoder for a window, whether it is alone or not.
-        removed = ("exclusive_encoder_model", *(WINDOWED_PARAMETERS if "encoder_kind" in parameters else ()))
+        removed = (
+            "exclusive_encoder_model",
+            *LANGUAGE_PARAMETERS,
+            *(WINDOWED_PARAMETERS if "encoder_kind" in parameters else ()),
+        )
         self._write_python_model("rnnt_greedy_bls", "decoder", chosen, removed)
 
     def _write_python_model(self, template: str, part: str, parameters: Mapping[str, str], without: Sequence[str] = ()) -> None:

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from gateway.api.error_schema import openapi_responses
+from gateway.api.phrases import MAX_BEAM, MAX_PHRASES, LanguageModel, decoding_options
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
 from gateway.api.uploads import UPLOAD_SCHEMA, Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
@@ -101,12 +102,14 @@ class Options:
         raw: format of the audio, if it is raw audio.
         separate: whether each channel gets a transcript of its own.
         languages: tags of the speech's possible languages; empty if the client names none.
+        decoder: options of the decoder.
     """
 
     format: Format
     raw: RawFormat
     separate: bool
     languages: Sequence[str]
+    decoder: Mapping[str, str | int]
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -124,6 +127,11 @@ PARAMETERS = [
         type="array",
         items={"anyOf": [{"type": "integer", "minimum": 1, "maximum": 8}, {"const": SEPARATE}]},
         maxItems=2,
+    ),
+    _query("beam", "width of the beam; 1: greedy", type="integer", minimum=1, maximum=MAX_BEAM),
+    _query("phrases", "phrase to boost; one per parameter", type="array", items={"type": "string"}, maxItems=MAX_PHRASES),
+    _query(
+        "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="auto"
     ),
 ]
 
@@ -143,14 +151,14 @@ async def decode_batch(request: Request, model: str) -> Response:
     caller = check_key(request.headers, service.settings)
     service.check_model(model)
     options = parse_options(request)
-    chosen = service.language_options(model, options.languages)
+    language = service.language_options(model, options.languages)
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.transcriber.admit(model, caller):
             pass  # refused before its body is read, if it can be
         upload = await held.enter_async_context(receive_upload(request))
         # A body that does not come holds no place.
-        recording = held.enter_context(service.transcriber.admit(model, caller, chosen))
+        recording = held.enter_context(service.transcriber.admit(model, caller, {**language, **options.decoder}))
         segments = read_segments(
             service.files, recording, upload.body, upload.content_type, options.raw, separate=options.separate
         )
@@ -184,7 +192,7 @@ def parse_options(request: Request) -> Options:
         raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
     raw = {name: query[name] for name in ("encoding", "sample_rate") if name in query}
     raw_format = parse_raw_format({**raw, **({"channels": counts[0]} if counts else {})})
-    return Options(chosen, raw_format, SEPARATE in channels, query.getlist("language"))
+    return Options(chosen, raw_format, SEPARATE in channels, query.getlist("language"), decoding_options(query))
 
 
 async def _lines(segments: AsyncGenerator[Segment, None], recording: Recording, upload: Upload) -> AsyncGenerator[Part, None]:

@@ -22,6 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from gateway import metrics, tracing
 from gateway.api.native_messages import Dialect, message_of, read_events, read_latency
+from gateway.api.phrases import decoding_options
 from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
@@ -249,6 +250,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             query = socket.query_params
             detection, options = read_events(query), read_latency(query)
             options |= service.language_options(model, query.getlist("language"))
+            options |= decoding_options(query)
             raw = parse_raw_format(query)
             if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
                 message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"

@@ -7,7 +7,7 @@ object ``chunking_strategy[type]`` or as JSON; both are read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.datastructures import FormData, UploadFile
 
+from gateway.api.phrases import phrase_options
 from gateway.errors import ApiError, ErrorKind
 
 MAX_FIELDS = 1000
@@ -57,6 +58,7 @@ class Form:
         granularities: what is timed.
         logprobs: whether the answer has logarithms of probabilities.
         stream: whether the answer is a stream of events.
+        decoder: options of the decoder.
     """
 
     file: UploadFile
@@ -66,6 +68,7 @@ class Form:
     granularities: frozenset[Granularity]
     logprobs: bool
     stream: bool
+    decoder: Mapping[str, str | int]
 
 
 def read_form(data: FormData) -> Form:
@@ -93,6 +96,7 @@ def read_form(data: FormData) -> Form:
         or frozenset((Granularity.SEGMENT,)),
         logprobs=bool([_choice("include", name, _Include) for name in _texts(data, "include")]),
         stream=_choice("stream", (_text(data, "stream") or "false").lower(), _Flag) is _Flag.TRUE,
+        decoder=phrase_options(_texts(data, "keywords"), "keywords", ErrorKind.INVALID_VALUE),
     )
     _check_combination(form)
     _check_number("temperature", _text(data, "temperature"), 0, 1)
@@ -116,7 +120,7 @@ FORM_SCHEMA: dict[str, Any] = {
         "stream": {"type": "boolean", "default": False},
         "language": {"type": "string", "description": "ISO 639-1; refused if it is not the model's"},
         "languages[]": _strings(),
-        "keywords[]": {**_strings(), "description": "without effect"},
+        "keywords[]": {**_strings(), "description": "phrases to boost"},
         "prompt": {"type": "string", "description": "without effect"},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1, "description": "without effect"},
         "chunking_strategy": {"type": "string", "description": "`auto`, or JSON; without effect"},

@@ -75,7 +75,7 @@ async def create_transcription(request: Request) -> Response:
         request.state.model = model = service.resolve_model(form.model)
         options = service.language_options(model, form.languages, ErrorKind.INVALID_VALUE)
         upload = await open_form_file(form.file)
-        recording = held.enter_context(service.transcriber.admit(model, caller, options))
+        recording = held.enter_context(service.transcriber.admit(model, caller, {**options, **form.decoder}))
         # The content alone says what the file is; clients name types by the file's name.
         segments = read_segments(service.files, recording, upload.body, OCTETS, RawFormat())
         if form.stream:

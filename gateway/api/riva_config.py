@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.api.phrases import phrase_options
 from gateway.api.riva_schema import ENCODINGS
 from gateway.audio.convert import MAX_CHANNELS, MAX_RATE, MIN_RATE
 from gateway.audio.media_types import OCTETS
@@ -106,13 +107,18 @@ def _decoder_options(config: Any, *, live: bool) -> dict[str, str | int]:
     silence_ms = config.endpointing_config.stop_history if live else 0  # a recording is decoded whole
     if not 0 <= silence_ms <= MAX_SILENCE_MS:
         raise _refused("endpointing_config.stop_history", f"is {silence_ms}; it must be from 1 to {MAX_SILENCE_MS} ms")
-    return {"endpoint_silence_ms": silence_ms} if silence_ms else {}
+    # A context with a negative boost names what is not to be favoured.
+    phrases = [phrase for context in config.speech_contexts if context.boost >= 0 for phrase in context.phrases]
+    silence: dict[str, str | int] = {"endpoint_silence_ms": silence_ms} if silence_ms else {}
+    return {**silence, **phrase_options(phrases, "speech_contexts")}
 
 
 def _ignored(config: Any, *, live: bool) -> list[str]:
     """Return the names of fields that are set and have no effect."""
-    names = ["profanity_filter", "enable_automatic_punctuation", "speech_contexts", "custom_configuration"]
+    names = ["profanity_filter", "enable_automatic_punctuation", "custom_configuration"]
     ignored = [name for name in names if getattr(config, name)]
+    if any(context.boost for context in config.speech_contexts):
+        ignored.append("speech_contexts.boost")
     if config.max_alternatives > 1:
         ignored.append("max_alternatives")
     honoured = {"stop_history"} if live else set()

@@ -295,7 +295,7 @@ IGNORED: dict[str, tuple[dict[str, Any], str]] = {
     "enable_automatic_punctuation": ({"enable_automatic_punctuation": True}, "enable_automatic_punctuation"),
     "custom_configuration": ({"custom_configuration": {"a": "b"}}, "custom_configuration"),
     "max_alternatives": ({"max_alternatives": 5}, "max_alternatives"),
-    "speech_contexts": ({"speech_contexts": [{"phrases": ["amira"], "boost": 20}]}, "speech_contexts"),
+    "speech_contexts": ({"speech_contexts": [{"phrases": ["amira"], "boost": 20}]}, "speech_contexts.boost"),
     "start_history": ({"endpointing_config": {"start_history": 100}}, "endpointing_config.start_history"),
     "stop_threshold_eou": ({"endpointing_config": {"stop_threshold_eou": 0.5}}, "endpointing_config.stop_threshold_eou"),
     "nothing": ({"verbatim_transcripts": True, "max_alternatives": 1}, ""),

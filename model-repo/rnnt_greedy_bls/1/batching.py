@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+from beam import BeamRow
 from greedy import Floats, JointOutputs, Row, Step, advance
 from scheduling import GATHER_SECS, Occupancy, Queued, choose, is_exclusive, next_decoder_call
 from stream import Decoded, Stream
@@ -156,10 +157,10 @@ class Decoder:
         self._joint = joint
         self._block_frames = block_frames
         self._rows_are_coming = rows_are_coming
-        self._rows: dict[Row, _Decoding] = {}
+        self._rows: dict[Row | BeamRow, _Decoding] = {}
         self._next: asyncio.TimerHandle | None = None
 
-    async def decode(self, row: Row, patience_secs: float = 0.0) -> None:
+    async def decode(self, row: Row | BeamRow, patience_secs: float = 0.0) -> None:
         """Decode a row to its end.
 
         Args:
@@ -229,8 +230,12 @@ async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: 
             row = stream.row(frames)
             await decoder.decode(row, 0.0 if window.live else GATHER_SECS)
             frames = stream.commit(row)
+    if (held := stream.take_held() if end else None) is not None:
+        beam_row = stream.beam_row(held)
+        await decoder.decode(beam_row, GATHER_SECS)
+        stream.commit(beam_row)
     if tail is not None:
-        row = stream.tail_row(tail)
-        await decoder.decode(row)
-        stream.show(row)
+        tail_row = stream.tail_row(tail)
+        await decoder.decode(tail_row)
+        stream.show(tail_row)
     return stream.finish_request(end)

@@ -24,6 +24,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from batching import Decoder, Encoder, recognise
+from fusions import Fusions
 from greedy import JointOutputs
 from metrics import Metrics
 from network import TRACE, Network, own
@@ -105,7 +106,8 @@ class TritonPythonModel:
         """
         config = json.loads(args["model_config"])
         self._name = args["model_name"]
-        self._parameters = parameters = _read_parameters(config, Path(args["model_repository"]))
+        parameters, self._fusions = _read_parameters(config, Path(args["model_repository"]))
+        self._parameters = parameters
         self._idle_secs = int(config["sequence_batching"]["max_sequence_idle_microseconds"]) / 1e6
         self._metrics = Metrics(args["model_name"], args["model_instance_name"])
         network = Network(parameters, self._metrics)
@@ -207,9 +209,11 @@ class TritonPythonModel:
         self._sequences.pop(request.sequence_id, None)  # a START with the id of an open sequence replaces the sequence
         given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
+        fusion = self._fusions.of(options)
         if saved := given.get("restore"):
-            return OpenSequence(Stream.restore(self._parameters, options, str(saved), _restore_samples(given)))
-        return OpenSequence(Stream(self._parameters, options))
+            samples = _restore_samples(given)
+            return OpenSequence(Stream.restore(self._parameters, options, str(saved), samples, fusion))
+        return OpenSequence(Stream(self._parameters, options, fusion))
 
     def _response(self, decoded: Decoded, state: str) -> Any:
         frame_secs = self._parameters.frame_samples / SAMPLE_RATE
@@ -249,21 +253,25 @@ class TritonPythonModel:
         self._metrics.report(sequences=len(self._sequences), waiting_windows=self._encoder.backlog)
 
 
-def _read_parameters(config: dict[str, Any], directory: Path) -> Parameters:
-    """Read the parameters of a configuration, and the vocabulary that they name, relative to the model's directory.
+def _read_parameters(config: dict[str, Any], directory: Path) -> tuple[Parameters, Fusions]:
+    """Read the parameters of a configuration, and the files that they name, relative to the model's directory.
 
     Raises:
-        pb_utils.TritonModelException: a parameter is missing or not allowed, or the vocabulary is missing or malformed.
+        pb_utils.TritonModelException: a parameter is missing or not allowed, or a file is missing or malformed.
     """
     name = config["name"]
     try:
         parameters = Parameters.from_config(config)
-        pieces = read_vocabulary((directory / parameters.vocabulary).resolve())
+        pieces = read_vocabulary((directory / parameters.vocabulary).resolve())[: parameters.blank]
     except ParameterError as error:
         raise pb_utils.TritonModelException(f"{name}: config.pbtxt: {error}") from error
     except (OSError, ValueError) as error:
         raise pb_utils.TritonModelException(f"{name}: vocabulary: {error}") from error
-    return replace(parameters, continuations=continuations(pieces[: parameters.blank]))
+    parameters = replace(parameters, continuations=continuations(pieces))
+    try:
+        return parameters, Fusions(parameters, pieces, directory)
+    except (OSError, ValueError) as error:
+        raise pb_utils.TritonModelException(f"{name}: {error}") from error
 
 
 async def _trim() -> None:

@@ -186,6 +186,10 @@ class Options:
         endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: silence ends no segment.
         save_state: 1 adds the stream's state to every response; another sequence can continue from it.
         language: language of the speech, for an encoder that takes one; empty: the model's default.
+        beam: number of hypotheses for recordings that are decoded whole, 1 … 16; 1: greedy. Streams are decoded greedily.
+        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole. Greedy
+            decoding of streams gains nothing by it.
+        phrases: phrases to boost: one per line, at most ``MAX_PHRASES``; behind a tab, the factor of their bonus.
     """
 
     context: str = "window"
@@ -195,6 +199,9 @@ class Options:
     endpoint_silence_ms: int = 1200
     save_state: int = 0
     language: str = ""
+    beam: int = 1
+    language_model: str = "auto"
+    phrases: str = ""
 
     def override(self, given: Mapping[str, Any]) -> Options:
         """Return the options with the values of a request's parameters; other parameters are ignored.
@@ -205,9 +212,9 @@ class Options:
         names = {field.name for field in fields(Options)}
         chosen: dict[str, Any] = {}
         for name, value in given.items():
-            if name in ("context", "latency"):
+            if name in ("context", "latency", "language_model"):
                 chosen[name] = value
-            elif name == "language":
+            elif name in ("language", "phrases"):
                 chosen[name] = str(value)
             elif name in names:
                 chosen[name] = _integer(name, value)
@@ -223,10 +230,13 @@ class Options:
             raise ParameterError(f"context is {self.context!r}; allowed are 'window' and 'whole'")
         if self.latency not in LATENCIES:
             raise ParameterError(f"latency is {self.latency!r}; allowed are 'low', 'balanced' and 'throughput'")
+        if self.language_model not in ("on", "off", "auto"):
+            raise ParameterError(f"language_model is {self.language_model!r}; allowed are 'on', 'off' and 'auto'")
         _within("max_symbols_per_step", self.max_symbols_per_step, 1, 1000)
         _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
         _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)
         _within("save_state", self.save_state, 0, 1)
+        _within("beam", self.beam, 1, 16)
         if self.save_state and self.context == "whole":
             raise ParameterError("save_state is 1, but context=whole has no state before its end")
         return self
@@ -257,6 +267,15 @@ class Parameters:
         options: defaults of the options of a stream.
         cached: the encoders, if they carry their context in a cache; ``geometries`` is empty then.
         endpoint_tokens: ids of tokens that end a segment.
+        language_model: path of the n-gram model, relative to the decoder's directory; empty: none.
+        language_model_weight: factor of its log probabilities.
+        internal_lm_weight: factor of the transducer's own language model's log probabilities, which are subtracted.
+        language_model_bonus: added per token in a beam with a language model, which makes each token cost more.
+        insertion_bonus: added per token in a beam.
+        phrase_bonus: added per token of a phrase.
+        phrases_file: path of phrases for all streams, relative to the decoder's directory; empty: none.
+        piece_scores: path of the tokenizer's scores, relative to the decoder's directory; empty: phrases are segmented into the
+            longest pieces.
     """
 
     preprocessor_model: str
@@ -282,6 +301,14 @@ class Parameters:
     continuations: frozenset[int] = frozenset()
     cached: CachedEncoders | None = None
     endpoint_tokens: frozenset[int] = frozenset()
+    language_model: str = ""
+    language_model_weight: float = 0.5
+    internal_lm_weight: float = 0.2
+    language_model_bonus: float = 1.1
+    insertion_bonus: float = 0.5
+    phrase_bonus: float = 1.5
+    phrases_file: str = ""
+    piece_scores: str = ""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Parameters:
@@ -317,9 +344,18 @@ class Parameters:
                 max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
                 endpoint_silence_ms=given.integer("endpoint_silence_ms", 0, 60_000, 1200),
+                beam=given.integer("beam", 1, 16, 1),
             ),
             cached=given.cached() if kind == "cached" else None,
             endpoint_tokens=frozenset(given.integers("endpoint_tokens")),
+            language_model=given.optional("language_model"),
+            language_model_weight=given.number("language_model_weight", 0.0, 10.0, 0.5),
+            internal_lm_weight=given.number("internal_lm_weight", 0.0, 10.0, 0.2),
+            language_model_bonus=given.number("language_model_bonus", -20.0, 20.0, 1.1),
+            insertion_bonus=given.number("insertion_bonus", -20.0, 20.0, 0.5),
+            phrase_bonus=given.number("phrase_bonus", 0.0, 20.0, 1.5),
+            phrases_file=given.optional("phrases_file"),
+            piece_scores=given.optional("piece_scores"),
         )
         given.finish()
         if parameters.kind not in ("rnnt", "tdt"):
@@ -382,6 +418,10 @@ class _Reader:
         if not value:
             raise ParameterError(f"parameter {name} is missing")
         return value
+
+    def optional(self, name: str) -> str:
+        self._known.add(name)
+        return self._values.get(name, "")
 
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         value = _integer(name, self.text(name, None if default is None else str(default)))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from beam import BeamOptions, BeamRow
+from fusion import EMPTY_CONTEXT, NO_FUSION, Context, Fusion
 from greedy import Floats, PredictorState, Row, Token
 from parameters import SAMPLE_RATE, Options, ParameterError, Parameters
 from windows import Cache, Samples, Window, check_length, windows_of
@@ -37,6 +39,9 @@ MAX_WORD_SECS = 2.0
 
 MAX_WORD_TOKENS = 16
 """Maximum number of tokens by which a segment exceeds its limit to complete a word; scripts without spaces need the limit."""
+
+MAX_BEAM_SYMBOLS = 2
+"""Maximum number of tokens that a beam's hypotheses emit on one frame; more cost calls and change next to nothing."""
 
 
 class Decoded(NamedTuple):
@@ -68,11 +73,13 @@ class Stream:
     Attributes:
         parameters: parameters of the decoder.
         options: options of this stream.
+        fusion: what the stream adds to the scores of tokens.
     """
 
-    def __init__(self, parameters: Parameters, options: Options) -> None:
+    def __init__(self, parameters: Parameters, options: Options, fusion: Fusion = NO_FUSION) -> None:
         self.options = options
         self.parameters = parameters
+        self.fusion = fusion
         self._windows = windows_of(parameters, options)
         self._received_samples = 0
         self._frames = 0  # frames decoded for good
@@ -84,6 +91,7 @@ class Stream:
         self._segment_start_frame = 0
         self._answered_to = 0.0  # end of the last span of the last final result, in frames
         self._at_rest = False  # whether an endpoint ended the last segment, and no token followed
+        self._held: list[Floats] = []  # frames that a beam decodes when all are there
 
     def save(self) -> str:
         """Return the state after a result as JSON. With the audio that the windows need, it restores the stream.
@@ -105,6 +113,8 @@ class Stream:
                 "last_token": predictor.last_token,
                 "symbols": predictor.symbols,
                 "surplus_frames": predictor.surplus_frames,
+                "fusion": self.fusion.digest,
+                "context": predictor.context,
                 "shape": predictor.states[0].shape,
                 "states": [base64.b64encode(state.astype("<f4").tobytes()).decode() for state in predictor.states],
             },
@@ -112,7 +122,14 @@ class Stream:
         )
 
     @classmethod
-    def restore(cls, parameters: Parameters, options: Options, saved: str, samples: int | None = None) -> Stream:
+    def restore(
+        cls,
+        parameters: Parameters,
+        options: Options,
+        saved: str,
+        samples: int | None = None,
+        fusion: Fusion = NO_FUSION,
+    ) -> Stream:
         """Return a stream with the state ``saved``.
 
         Args:
@@ -120,13 +137,15 @@ class Stream:
             options: options of the stream.
             saved: the state.
             samples: position of the next audio in the stream; None: the first that the windows need.
+            fusion: what the stream adds to the scores of tokens. If it is not the one of the state, as after another language
+                model was built, it begins anew.
 
         Raises:
             ParameterError: ``saved`` is not a state of this model and this geometry, or the options have ``context=whole``.
         """
         if options.context != "window":
             raise ParameterError("a state cannot be restored with context=whole")
-        stream = cls(parameters, options)
+        stream = cls(parameters, options, fusion)
         try:
             state = json.loads(saved)
             if state["version"] != STATE_VERSION:
@@ -149,10 +168,11 @@ class Stream:
             answered_to = float(state.get("answered_to", 0))  # earlier releases do not save it
             if not 0 <= answered_to <= counts["frames"] + counts["surplus_frames"]:
                 raise ValueError(f"answered_to {answered_to} instead of 0 to {counts['frames'] + counts['surplus_frames']}")
+            context = _restored_context(fusion, state)
             received = stream._windows.restore(counts["frames"], counts["features"], state, samples)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ParameterError(f"the state to restore is not one of this model: {error!r}") from None
-        stream._predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"])
+        stream._predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"], context)
         stream._segment, stream._frames = counts["segment"], counts["frames"]
         stream._segment_start_frame = counts["segment_start_frame"]
         stream._answered_to = answered_to
@@ -179,8 +199,24 @@ class Stream:
         return self._windows.next_window(end)
 
     def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None = None) -> tuple[Floats, Floats]:
-        """Count the encoder frames of a window, and split them; see ``Windows.receive``."""
-        return self._windows.receive(window, frames, features, cache)
+        """Count the encoder frames of a window, and split them; see ``Windows.receive``.
+
+        A beam needs all frames of a recording at once: none are returned before ``take_held`` returns all of them.
+        """
+        decoded, tail = self._windows.receive(window, frames, features, cache)
+        if not self._has_beam:
+            return decoded, tail
+        self._held.append(decoded)
+        return decoded[:, :0], tail
+
+    def take_held(self) -> Floats | None:
+        """Return the frames that were held for a beam, when all are there; None if there are none."""
+        held, self._held = self._held, []
+        return np.concatenate(held, axis=1) if held else None
+
+    def beam_row(self, frames: Floats) -> BeamRow:
+        """Return all frames of a recording as a row to decode with a beam; pass the decoded row to ``commit``."""
+        return BeamRow(frames, self._predictor, self._beam_options, self.fusion)
 
     def row(self, frames: Floats) -> Row:
         """Return the next frames as a row to decode for good; pass the decoded row to ``commit``."""
@@ -188,7 +224,7 @@ class Stream:
         single = self._is_full or self.parameters.endpoint_tokens
         return self._row(frames, self._predictor, 1 if single else self._left_tokens)
 
-    def commit(self, row: Row) -> Floats:
+    def commit(self, row: Row | BeamRow) -> Floats:
         """Append the tokens of a decoded row, and end the segment if a rule says so.
 
         Returns:
@@ -245,6 +281,18 @@ class Stream:
             self._windows.rest()
 
     @property
+    def _has_beam(self) -> bool:
+        """Whether a beam decodes the stream: only recordings that are decoded whole."""
+        return self.options.context == "whole" and self.options.beam > 1
+
+    @property
+    def _beam_options(self) -> BeamOptions:
+        bonus = self.parameters.insertion_bonus
+        if self.fusion.language_model:
+            bonus += self.parameters.language_model_bonus
+        return BeamOptions(self.options.beam, min(self.options.max_symbols_per_step, MAX_BEAM_SYMBOLS), bonus)
+
+    @property
     def _is_full(self) -> bool:
         """Whether the segment has reached its limit of tokens or seconds."""
         return len(self._tokens) >= self.options.max_total_tokens or self._segment_secs >= self.parameters.max_segment_secs
@@ -275,12 +323,13 @@ class Stream:
 
     def _row(self, frames: Floats, predictor: PredictorState, max_tokens: int) -> Row:
         whole = self.options.context == "whole"
-        return Row(frames, predictor, self.options.max_symbols_per_step, UNLIMITED_TOKENS if whole else max_tokens)
+        limit = UNLIMITED_TOKENS if whole else max_tokens
+        return Row(frames, predictor, self.options.max_symbols_per_step, limit, self.fusion)
 
     def _fresh_predictor(self, surplus_frames: int = 0) -> PredictorState:
         p = self.parameters
         state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
-        return PredictorState(p.blank, (state, state), surplus_frames=surplus_frames)
+        return PredictorState(p.blank, (state, state), surplus_frames=surplus_frames, context=self.fusion.fresh())
 
     def _close_segment(self) -> None:
         """End the segment. The next one begins with a fresh predictor."""
@@ -290,7 +339,7 @@ class Stream:
         if not self._predictor.symbols:  # within a frame, a fresh predictor would repeat the frame's tokens
             self._predictor = self._fresh_predictor(self._predictor.surplus_frames)
 
-    def _close_segment_after_endpoint(self, row: Row) -> Floats:
+    def _close_segment_after_endpoint(self, row: Row | BeamRow) -> Floats:
         """End the segment with an endpoint token; the next segment begins on the next frame with a fresh predictor.
 
         Returns:
@@ -313,6 +362,21 @@ class Stream:
     def _from_start(self, tokens: list[Token]) -> list[Token]:
         """Return a row's tokens with frames counted from the start of the stream instead of the start of the row."""
         return [token._replace(frame=token.frame + self._frames) for token in tokens]
+
+
+def _restored_context(fusion: Fusion, state: Mapping[str, Any]) -> Context:
+    """Return the context of a saved state, or an empty one if it is of another fusion.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    if state.get("fusion") != fusion.digest:
+        return EMPTY_CONTEXT
+    language, phrase = map(int, state["context"])
+    context = Context(language, phrase)
+    if not fusion.allows(context):
+        raise ValueError(f"context {list(context)} is not one of its language model and phrases")
+    return context
 
 
 def token_spans(tokens: Sequence[Token], begin: float, end: float) -> list[Span]:

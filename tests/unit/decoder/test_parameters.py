@@ -257,7 +257,7 @@ def test_long_windows_share_fewer_calls() -> None:
 def test_unknown_parameters_are_named() -> None:
     with pytest.raises(
         ParameterError,
-        match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['blank', .*'window_bytes_per_sec_squared'\]",
+        match=r"unknown parameters \['chunk_frame', 'zeal'\]; known are \['beam', 'blank', .*'window_bytes_per_sec_squared'\]",
     ):
         read({**REQUIRED, "zeal": "1", "chunk_frame": "10"})
 

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import batching
 from batching import Decoder, Encoded, Encoder
+from fusion import NO_FUSION, Fusion
 from greedy import Floats, Token
 from parameters import LATENCIES, Geometry, Options, ParameterError, Parameters, WindowMemory
 from stream import MAX_WORD_TOKENS, Decoded, Stream, token_spans
+from tests.support.languages import random_fusion
 from tests.support.transducers import (
     DIMENSION,
     HIDDEN,
@@ -93,6 +95,9 @@ spelling_configs = st.builds(
     st.sampled_from([frozenset[int](), frozenset({0, 2, 3}), frozenset(range(VOCABULARY))]),
 )
 """Configurations in which no token, some tokens or every token continues a word."""
+
+
+fusions = st.sampled_from([NO_FUSION, random_fusion(1), random_fusion(2, with_phrases=False)])
 
 
 closing_options = st.builds(
@@ -179,9 +184,10 @@ def recognise(
     pieces: Sequence[Samples],
     options: Options | None = None,
     windows: list[Window] | None = None,
+    fusion: Fusion = NO_FUSION,
 ) -> list[Decoded]:
     """Return the answers to a stream sent in pieces; the last piece ends it."""
-    stream = Stream(config, options or config.options)
+    stream = Stream(config, options or config.options, fusion)
     requests = [Request(stream, piece, i == len(pieces)) for i, piece in enumerate(pieces, 1)]
     return [answer for request in requests for answer in execute(network, [request], windows)]
 
@@ -272,16 +278,22 @@ def test_partial_equals_its_windows_audio(seed: int, length: int, config: Parame
         assert answer.features == answer.frames * FEATURES_A_FRAME
 
 
-@example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), None)
-@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
+@example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), NO_FUSION, None)
+@given(seeds, lengths, spelling_configs, closing_options, kinds, fusions, st.data())
 def test_final_tokens_do_not_depend_on_cuts(
-    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject | None
+    seed: int,
+    length: int,
+    config: Parameters,
+    options: Options,
+    durations: tuple[int, ...],
+    fusion: Fusion,
+    data: st.DataObject | None,
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
     config = replace(config, max_segment_secs=seconds(20))
-    at_once = recognise(network, config, [samples], options)
+    at_once = recognise(network, config, [samples], options, fusion=fusion)
     for pieces in (data.draw(cuts(samples)) if data else [samples, samples[:0]], in_chunks(samples, config, options)):
-        answers = recognise(network, config, pieces, options)
+        answers = recognise(network, config, pieces, options, fusion=fusion)
         assert final_tokens(answers) == final_tokens(at_once)
         assert answers[-1][-3:] == at_once[-1][-3:]
 
@@ -422,19 +434,28 @@ def test_tokens_behind_the_audio_belong_to_its_last_frame() -> None:
     assert token_spans(tokens, 0.0, 4.0) == [(3.0, 3.0 + 1 / 3), (3.0 + 1 / 3, 3.0 + 2 / 3), (3.0 + 2 / 3, 4.0)]
 
 
-@given(seeds, st.lists(st.tuples(lengths, closing_options, st.booleans()), min_size=2, max_size=4), configs, kinds, st.data())
+@given(
+    seeds,
+    st.lists(st.tuples(lengths, closing_options, st.integers(0, 3), fusions), min_size=2, max_size=4),
+    configs,
+    kinds,
+    st.data(),
+)
 def test_streams_sharing_calls_are_independent(
     seed: int,
-    kinds_of_streams: list[tuple[int, Options, bool]],
+    kinds_of_streams: list[tuple[int, Options, int, Fusion]],
     config: Parameters,
     durations: tuple[int, ...],
     data: st.DataObject,
 ) -> None:
     network = RandomTransducer(seed, durations, 4.0)
     config = replace(config, max_segment_secs=seconds(20))
-    all_options = [replace(options, context="whole" if whole else "window") for _, options, whole in kinds_of_streams]
-    all_pieces = [data.draw(cuts(audio(seed + i, length))) for i, (length, _, _) in enumerate(kinds_of_streams)]
-    streams = [Stream(config, options) for options in all_options]
+    all_options = [
+        replace(options, context="whole" if beam else "window", beam=max(1, beam)) for _, options, beam, _ in kinds_of_streams
+    ]
+    all_pieces = [data.draw(cuts(audio(seed + i, length))) for i, (length, *_) in enumerate(kinds_of_streams)]
+    all_fusions = [fusion for *_, fusion in kinds_of_streams]
+    streams = [Stream(config, options, fusion) for options, fusion in zip(all_options, all_fusions, strict=True)]
     together: list[list[Decoded]] = [[] for _ in streams]
     for turn in range(max(map(len, all_pieces))):
         live = [i for i, pieces in enumerate(all_pieces) if turn < len(pieces)]
@@ -442,7 +463,8 @@ def test_streams_sharing_calls_are_independent(
         for i, answer in zip(live, execute(network, requests), strict=True):
             together[i].append(answer)
     assert together == [
-        recognise(network, config, pieces, options) for pieces, options in zip(all_pieces, all_options, strict=True)
+        recognise(network, config, pieces, options, fusion=fusion)
+        for pieces, options, fusion in zip(all_pieces, all_options, all_fusions, strict=True)
     ]
 
 
@@ -540,26 +562,49 @@ def test_encoder_may_drop_a_cut_frame() -> None:
     assert (answer.samples, answer.frames) == (len(samples), 8)
 
 
-@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, closing_options, kinds, fusions, st.data())
 def test_restored_stream_continues_unchanged(
-    seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
+    seed: int,
+    length: int,
+    config: Parameters,
+    options: Options,
+    durations: tuple[int, ...],
+    fusion: Fusion,
+    data: st.DataObject,
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
     pieces = data.draw(cuts(samples))
-    undisturbed = recognise(network, config, pieces, options)
-    stream, disturbed, sent, kept = Stream(config, options), [], 0, 0
+    undisturbed = recognise(network, config, pieces, options, fusion=fusion)
+    stream, disturbed, sent, kept = Stream(config, options, fusion), [], 0, 0
     for i, piece in enumerate(pieces, 1):
         sent += len(piece)
         disturbed += execute(network, [Request(stream, samples[kept:sent], i == len(pieces))])
         kept = sent
         if i < len(pieces) and data.draw(st.booleans()):
             kept = max(0, disturbed[-1].frames - geometry_of(config, options).left_frames) * FRAME_SAMPLES
-            stream = Stream.restore(config, options, stream.save())
+            stream = Stream.restore(config, options, stream.save(), fusion=fusion)
     for before, after in zip(undisturbed, disturbed, strict=True):
         assert_same(after.tokens[: after.stable], before.tokens[: before.stable])
         assert after.spans[: after.stable] == before.spans[: before.stable]
         assert after[2:] == before[2:]
     assert_same(final_tokens(disturbed), final_tokens(undisturbed))
+
+
+@pytest.mark.parametrize("context", [[-1, 0], [10**6, 0], [0, 10**6], [0], "ab"])
+def test_state_with_a_foreign_context_is_refused(context: object) -> None:
+    fusion = random_fusion(1)
+    state = json.loads(Stream(parameters(), NEVER_CLOSES, fusion).save())
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(parameters(), NEVER_CLOSES, json.dumps({**state, "context": context}), fusion=fusion)
+
+
+def test_state_of_another_language_model_begins_anew() -> None:
+    """A Triton with a newer language model takes over the streams of an older one."""
+    saved = Stream(parameters(), NEVER_CLOSES, random_fusion(1)).save()
+    assert json.loads(saved)["context"] != [0, 0]
+    for fusion in (NO_FUSION, random_fusion(2)):
+        restored = Stream.restore(parameters(), NEVER_CLOSES, saved, fusion=fusion)
+        assert json.loads(restored.save())["context"] == [0, 0]
 
 
 def encoded_state(value: float) -> str:

@@ -1,0 +1,1 @@
+../../model-repo/rnnt_greedy_bls/1/language_model.py

@@ -1,0 +1,89 @@
+"""Phrases that a client wants boosted, as an option of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from starlette.datastructures import QueryParams
+
+from gateway.errors import ApiError, ErrorKind
+
+MAX_PHRASES = 500
+"""Maximum number of phrases of a stream or recording; the decoder has the same limit."""
+
+MAX_CHARACTERS = 200
+"""Maximum length of a phrase in characters; the decoder has the same limit."""
+
+
+MAX_FACTOR = 10.0
+"""Largest factor of a phrase's bonus; the decoder has the same limit."""
+
+
+MAX_BEAM = 16
+"""Largest width of a beam; the decoder has the same limit."""
+
+
+class LanguageModel(Enum):
+    """Whether the model's language model is used; each value is the name in the query."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+def phrase_options(phrases: Sequence[str], name: str, kind: ErrorKind = ErrorKind.UNACCEPTABLE) -> dict[str, str | int]:
+    """Return the decoder's option for phrases; none without phrases.
+
+    Args:
+        phrases: as the client typed them; a tab and a number behind a phrase multiply its bonus.
+        name: of the field, for messages.
+        kind: of the errors.
+
+    Raises:
+        ApiError: there are too many phrases, or one is too long or has a factor that is not allowed.
+    """
+    lines = []
+    for phrase in phrases:
+        text, tab, factor = phrase.strip().partition("\t")
+        text = " ".join(text.split())
+        if not text:
+            continue
+        if len(text) > MAX_CHARACTERS:
+            message = f"{name} has a phrase of {len(text)} characters, {text[:40]!r}…; at most {MAX_CHARACTERS} are allowed"
+            raise ApiError(kind, message, name)
+        if tab and not _is_factor(factor):
+            message = f"{name}: the factor of {text!r} is {factor[:40]!r}; it must be above 0 and at most {MAX_FACTOR:g}"
+            raise ApiError(kind, message, name)
+        lines.append(f"{text}\t{float(factor):g}" if tab else text)
+    if len(lines) > MAX_PHRASES:
+        raise ApiError(kind, f"{name} has {len(lines)} phrases; at most {MAX_PHRASES} are allowed", name)
+    return {"phrases": "\n".join(lines)} if lines else {}
+
+
+def _is_factor(text: str) -> bool:
+    try:
+        return 0 < float(text) <= MAX_FACTOR
+    except ValueError:
+        return False
+
+
+def decoding_options(query: QueryParams) -> dict[str, str | int]:
+    """Return the decoder's options from a query: ``phrases``, one per parameter, ``language_model`` and ``beam``.
+
+    Raises:
+        ApiError: a value is not allowed.
+    """
+    options = phrase_options(query.getlist("phrases"), "phrases")
+    if (given := query.get("language_model")) is not None:
+        known = [one.value for one in LanguageModel]
+        if given not in known:
+            message = f"language_model is {given[:40]!r}; it must be one of {', '.join(known)}"
+            raise ApiError(ErrorKind.UNACCEPTABLE, message, "language_model")
+        options["language_model"] = given
+    if (width := query.get("beam")) is not None:
+        if not width.isdecimal() or not 1 <= int(width) <= MAX_BEAM:
+            message = f"beam is {width[:40]!r}; it must be a whole number from 1 to {MAX_BEAM}"
+            raise ApiError(ErrorKind.UNACCEPTABLE, message, "beam")
+        options["beam"] = int(width)
+    return options
