@@ -320,6 +320,7 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(
         assert await decoder_metric(triton, DECODED) - decoded < 2
 
 
+@pytest.mark.slow
 async def test_a_thousand_files_at_once(make_gateway: MakeGateway, recordings: Recordings) -> None:
     """All get an answer: as many as there are places for are decoded, and the others are told to come again."""
     file = flac(recordings["jfk"][:RATE])
