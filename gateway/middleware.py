@@ -123,7 +123,7 @@ class _Body:
             raise ApiError(
                 ErrorKind.BODY_TOO_SLOW,
                 f"{self.received_bytes} bytes of the body were received in {time.monotonic() - self._began:.1f} s; "
-                f"after the first {self._limits.patience_secs:g} s at least {MIN_BODY_BYTES_PER_SEC} per second are required",
+                f"after the first {self._limits.patience_secs:g} s it has to come at {MIN_BODY_BYTES_PER_SEC} bytes per second",
             ) from None
         size = len(message.get("body", b""))
         self.received_bytes += size

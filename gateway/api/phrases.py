@@ -15,10 +15,11 @@ MAX_PHRASES = 500
 MAX_CHARACTERS = 200
 """Maximum length of a phrase in characters; the decoder has the same limit."""
 
+MAX_TOTAL_CHARACTERS = 20_000
+"""Maximum length of all phrases in characters; the decoder has the same limit."""
 
 MAX_FACTOR = 10.0
 """Largest factor of a phrase's bonus; the decoder has the same limit."""
-
 
 MAX_BEAM = 16
 """Largest width of a beam; the decoder has the same limit."""
@@ -41,7 +42,7 @@ def phrase_options(phrases: Sequence[str], name: str, kind: ErrorKind = ErrorKin
         kind: of the errors.
 
     Raises:
-        ApiError: there are too many phrases, or one is too long or has a factor that is not allowed.
+        ApiError: there are too many phrases, one or all are too long, or one has a factor that is not allowed.
     """
     lines = []
     for phrase in phrases:
@@ -58,7 +59,10 @@ def phrase_options(phrases: Sequence[str], name: str, kind: ErrorKind = ErrorKin
         lines.append(f"{text}\t{float(factor):g}" if tab else text)
     if len(lines) > MAX_PHRASES:
         raise ApiError(kind, f"{name} has {len(lines)} phrases; at most {MAX_PHRASES} are allowed", name)
-    return {"phrases": "\n".join(lines)} if lines else {}
+    joined = "\n".join(lines)
+    if len(joined) > MAX_TOTAL_CHARACTERS:
+        raise ApiError(kind, f"{name} has {len(joined)} characters; at most {MAX_TOTAL_CHARACTERS} are allowed", name)
+    return {"phrases": joined} if lines else {}
 
 
 def _is_factor(text: str) -> bool:

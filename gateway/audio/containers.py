@@ -55,6 +55,7 @@ def decode_container(
 
     Raises:
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
+        MemoryError: the file asks for more memory than FFmpeg or the process may allocate.
     """
     converter: Converter | None = None
     form, decoded_secs = (0, 0), 0.0

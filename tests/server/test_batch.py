@@ -374,9 +374,9 @@ async def test_leaving_the_queue_frees_a_place(
 async def test_wait_for_a_place_is_bounded(
     make_gateway: MakeGateway, http: httpx.AsyncClient, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.service.Places", partial(Places, max_queue_secs=0.1))
+    monkeypatch.setattr("gateway.resources.Places", partial(Places, max_queue_secs=0.1))
     async with make_gateway(max_concurrent_batches=1) as gateway:
-        body = np.resize(recordings["jfk"], 20 * 16_000).tobytes()
+        body = np.resize(recordings["jfk"], 30 * 16_000).tobytes()
         first = asyncio.create_task(http.post(gateway.batch_url(), content=body, headers=OCTETS))
         await asyncio.sleep(0.1)
         late = await http.post(gateway.batch_url(), content=body[:32_000], headers=OCTETS)

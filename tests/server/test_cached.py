@@ -219,7 +219,7 @@ def test_repository_is_described(served: Served) -> None:
     lines = {recogniser.name: recogniser.describe() for recogniser in recognisers(served.repository)}
     assert lines["nemo560"] == (
         "nemo560: rnnt, 40 pieces, 80 ms a frame, cached, chunks of balanced 560 ms, "
-        "0.0 MB a stream, up to 0 MB of shared memory for its encoder calls"
+        "0.0 MB a stream, up to 1 MB of shared memory for its encoder calls"
     )
     assert "40 ms a frame, cached, chunks of balanced 320 ms" in lines["zipformer"]
     assert "windows of 10.00" in lines["offline"]

@@ -157,6 +157,7 @@ LIVE: dict[str, tuple[str, Callable[[npt.NDArray[np.int16]], bytes], int]] = {
     "wav after a wrong query": ("?encoding=alaw&sample_rate=8000", lambda samples: encode(samples, format="WAV"), 641),
     "webm": ("", lambda samples: encode_container(samples, "webm", "libopus", options=RECORDER), 1001),
     "ogg": ("", lambda samples: encode_container(samples, "ogg", "libopus", options={"page_duration": "100000"}), 777),
+    "flac": ("", lambda samples: encode(samples, format="FLAC"), 999),
 }
 
 
@@ -252,7 +253,6 @@ STREAMED = {
     **FOREIGN,
     "MP3": encode(NOISE / 0x8000, format="MP3"),
     "MP4": b"\0\0\0\x20ftypM4A " + NOISE.tobytes(),
-    "FLAC": encode(NOISE, format="FLAC"),
 }
 
 

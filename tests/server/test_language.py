@@ -99,6 +99,7 @@ async def test_cuts_change_nothing_with_phrases(ensemble: Ensemble, recordings: 
         ({"phrases": "a\tb"}, "phrase 'a' has the factor 'b'; it must be above 0 and at most 10"),
         ({"phrases": "x" * 201}, "has 201 characters; at most 200"),
         ({"phrases": "a\n" * 501}, "phrases has 501 lines; at most 500"),
+        ({"phrases": ("x" * 199 + "\n") * 101}, "phrases has 20200 characters; at most 20000"),
     ],
 )
 async def test_bad_language_options_are_refused(ensemble: Ensemble, options: dict[str, Any], named: str) -> None:
@@ -152,6 +153,7 @@ def sound() -> bytes:
     [
         ({"phrases": ["a"] * 501}, "phrases has 501 phrases; at most 500 are allowed"),
         ({"phrases": "b" * 201}, "a phrase of 201 characters"),
+        ({"phrases": ["b" * 199] * 101}, "phrases has 20199 characters; at most 20000 are allowed"),
         ({"phrases": "b\t11"}, "the factor of 'b' is '11'; it must be above 0 and at most 10"),
         ({"beam": "17"}, "beam is '17'; it must be a whole number from 1 to 16"),
         ({"language_model": "perhaps"}, "language_model is 'perhaps'; it must be one of auto, on, off"),

@@ -537,6 +537,7 @@ async def test_idle_stream_ends(make_gateway: MakeGateway) -> None:
 
 
 @pytest.mark.usefixtures("no_sequence_left")
+@pytest.mark.slow
 async def test_client_that_does_not_read_is_not_read(make_gateway: MakeGateway, recordings: Recordings) -> None:
     """What it may send is limited by the buffers on the way, and nothing is lost once it reads."""
     samples = np.tile(recordings["jfk"], 8)

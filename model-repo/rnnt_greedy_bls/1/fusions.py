@@ -19,6 +19,9 @@ MAX_PHRASES = 500
 MAX_PHRASE_CHARACTERS = 200
 """Maximum length of a phrase in characters."""
 
+MAX_PHRASES_CHARACTERS = 20_000
+"""Maximum length of all phrases of a stream in characters. They take 0.2 s to build, and no stream is decoded meanwhile."""
+
 MAX_PHRASE_FACTOR = 10.0
 """Largest factor of a phrase's bonus."""
 
@@ -57,11 +60,13 @@ class Fusions:
         """Return what a stream with these options adds.
 
         Raises:
-            ParameterError: there are too many phrases, or one is too long or has a factor that is not allowed.
+            ParameterError: there are too many phrases, one or all are too long, or one has a factor that is not allowed.
         """
         p = self._parameters
         if (lines := len(options.phrases.splitlines())) > MAX_PHRASES:
             raise ParameterError(f"phrases has {lines} lines; at most {MAX_PHRASES} are allowed")
+        if (length := len(options.phrases)) > MAX_PHRASES_CHARACTERS:
+            raise ParameterError(f"phrases has {length} characters; at most {MAX_PHRASES_CHARACTERS} are allowed")
         is_used = options.language_model == "on" or (options.language_model == "auto" and options.context == "whole")
         model = self._model if is_used else None
         phrases = self._build(f"{self._shared}\n{options.phrases}" if options.phrases else self._shared)
