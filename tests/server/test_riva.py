@@ -173,7 +173,10 @@ async def test_silence_has_an_empty_result(service: riva.client.ASRService) -> N
     assert [(result.alternatives[0].transcript, len(result.alternatives[0].words)) for result in response.results] == [("", 0)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in ("raw at 48 kHz", "alaw", "two channels") else []) for case in CASES],
+)
 async def test_stream(keyed: Gateway, stub: Any, speech: Samples, case: str) -> None:
     """Cut anywhere, also within a sample."""
     options, write = CASES[case]
