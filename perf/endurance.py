@@ -99,7 +99,10 @@ async def memory_a_stream(samples: Samples, streams: int, repository: Path = MOD
         repository: the model repository.
     """
     variables = {"max_concurrent_streams": streams + 1, "inference_timeout_secs": 60}
-    async with triton_server(None, repository) as target, amira("serve", triton_endpoint=target.endpoint, **variables) as gateway:
+    async with (
+        triton_server(None, repository) as target,
+        amira("serve", triton_endpoint=target.endpoint, **variables) as gateway,
+    ):
         meter = Meter({"triton": target.pid or 0, "gateway": gateway.pid})
         await _with_open_streams(gateway.url, target, samples, 1, meter)
         before = meter.rss_mb()

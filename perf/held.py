@@ -202,7 +202,9 @@ def main() -> None:
     """Parse the command line, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, metavar="SPEECH_DIR", help="directory of recordings with a manifest.tsv")
-    parser.add_argument("--repository", type=_named, action="append", required=True, metavar="NAME=DIR", help="model repository")
+    parser.add_argument(
+        "--repository", type=_named, action="append", required=True, metavar="NAME=DIR", help="model repository"
+    )
     parser.add_argument("--latency", choices=LATENCIES, action="append", help="of the streams; default: balanced")
     parser.add_argument("--streams", type=int, default=16, help="number of streams whose latency and CPU time are compared")
     parser.add_argument("--secs", type=float, default=20.0, help="length of a trial")
