@@ -114,8 +114,8 @@ class CachedEncoders:
         hop_samples: samples between two feature frames.
         edge_features: feature frames around a window whose audio its features need.
         right_features: feature frames of look-ahead at the end of each window; the next window encodes them again.
-        warm_up_features: feature frames before its first decoded chunk that fill a fresh cache.
-        max_cache_features: feature frames after which a cache begins afresh without an endpoint; 0: never.
+        max_cache_features: feature frames that a cache covers at most; then it begins afresh; 0: no limit.
+        warm_up_features: feature frames that fill such a cache before its first decoded chunk.
         zeros_before: whether feature frames of zeros stand before a fresh cache; else the encoder begins with the chunk.
         final_padding_samples: silence behind a stream's end that the encoder needs to emit its last tokens.
         reset_at_endpoint: whether an endpoint begins a fresh cache.

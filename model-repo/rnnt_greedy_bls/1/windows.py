@@ -229,9 +229,9 @@ class Cached:
     ``right_features`` that the next window encodes again, and its caches hold the chunk alone. Without look-ahead, there is no
     right context.
 
-    A cache begins afresh at endpoints and, before it exceeds ``max_cache_features``, at once; the chunks of the last
-    ``warm_up_features`` fill it. These places follow from the stream's audio. So a cache is the same, bit for bit, whether it
-    was carried or is computed again for a restored stream, and a stream's state depends on a bounded part of its past.
+    A cache begins afresh at endpoints, and when it covers ``max_cache_features``. In the second case, the chunks of the last
+    ``warm_up_features`` are encoded again to fill it. Both places follow from the stream's audio. So a cache is equal bit for
+    bit whether it was carried or is computed again for a restored stream, and it depends on a limited part of the past.
     """
 
     def __init__(self, cached: CachedEncoders, frame_samples: int, options: Options) -> None:
@@ -254,7 +254,6 @@ class Cached:
         self._chunk = 0  # next chunk whose window is given out
         self._decode_from = 0  # first chunk that is decoded
         self._anchor = 0  # chunk that began with a fresh cache
-        self._rested = False  # whether an endpoint came, and no window since
         self._cache: Cache | None = None
 
     def push(self, samples: Samples) -> None:
@@ -263,10 +262,12 @@ class Cached:
         self._received += len(samples)
 
     def next_window(self, end: bool) -> Window | None:
-        """Return the next window that is due, if any; its cache may need windows before it, which are not decoded."""
+        """Return the next window that is due, if any; a fresh cache may need windows before it, which are not decoded."""
         if not self._is_due(end):
             return None
-        self._begin_afresh()
+        if self._next_anchor > self._anchor:
+            self._decode_from = self._chunk
+            self._chunk = self._anchor = self._next_anchor
         hop, edge, encoder = self._cached.hop_samples, self._cached.edge_features, self._encoder
         begin = self._chunk * encoder.chunk_features
         first = begin - self._before  # feature frame that the encoder's input begins with
@@ -314,22 +315,11 @@ class Cached:
             return True
         return end and self._received > 0 and self._chunk * self._encoder.chunk_features < self._total
 
-    def _begin_afresh(self) -> None:
-        """Begin with a fresh cache if it is time, and with the chunks that fill it."""
-        anchor = self._next_anchor
-        if anchor > self._anchor:
-            self._decode_from = self._chunk
-            self._chunk = self._anchor = anchor
-            self._cache = None
-        self._rested = False
-
     @property
     def _next_anchor(self) -> int:
-        """First chunk in the cache of the next window."""
+        """Chunk that the cache of the next window begins with."""
         is_full = self._max_chunks and self._chunk - self._anchor >= self._max_chunks
-        if self._rested or is_full:
-            return max(self._anchor, self._chunk - self._warm_up)
-        return self._anchor
+        return self._chunk - self._warm_up if is_full else self._anchor
 
     def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None) -> tuple[Floats, Floats]:  # noqa: ARG002
         """Take the encoder's frames and cache of a window."""
@@ -351,8 +341,10 @@ class Cached:
         return frames[:, :end], frames[:, end:]
 
     def rest(self) -> None:
-        """Let the next window begin with a fresh cache."""
-        self._rested = self._cached.reset_at_endpoint
+        """Begin the next window with a fresh cache; nothing before it is needed any more."""
+        if self._cached.reset_at_endpoint:
+            self._anchor = self._chunk
+            self._cache = None
 
     def save(self) -> dict[str, int]:
         """Return the chunk that the next window's cache begins with, and the sample from which on its audio is needed.
