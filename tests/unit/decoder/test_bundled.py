@@ -19,7 +19,7 @@ from gateway.triton.geometry import read_windows
 from parameters import LATENCIES
 from perf.evaluate import normalise, read_speech
 from stream import Decoded, Stream
-from tests.support.recogniser import Recogniser
+from tests.support.recogniser import Recogniser, open_graph
 from tests.support.servers import read_recordings
 from vocabulary import read_vocabulary
 from windows import Cache, Samples
@@ -74,6 +74,28 @@ async def test_streams_that_share_calls_equal_single_ones(bundled: Recogniser) -
     together = await asyncio.gather(*(one(samples, i) for i, samples in enumerate(audio)))
     assert max(map(len, bundled.calls)) >= 3, "few windows shared a call"
     assert [result.emitted for result in together] == [result.emitted for result in alone]
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+def test_a_step_is_the_same_whatever_shares_its_call(bundled: Recogniser, latency: str) -> None:
+    """Bit for bit, over several steps."""
+    assert bundled.parameters.cached
+    window, size = (
+        bundled.parameters.cached.encoders[latency].window_features,
+        bundled.parameters.cached.encoders[latency].cache_size,
+    )
+    step = open_graph(MODEL_REPOSITORY / "encoder_stream" / "1" / "model.onnx")
+    random, rows = np.random.default_rng(0), 5
+    cache, length = np.zeros((rows, size), np.float16), np.full(rows, window, np.int64)
+    for _ in range(3):
+        signal = random.normal(0, 0.05, (rows, FEATURE, window)).astype(np.float32)
+        outputs, _, following = step.run(None, {"audio_signal": signal, "length": length, "cache": cache})
+        for row in range(rows):
+            alone = slice(row, row + 1)
+            own = step.run(None, {"audio_signal": signal[alone], "length": length[alone], "cache": cache[alone]})
+            assert np.array_equal(own[0], outputs[alone])
+            assert np.array_equal(own[2], following[alone])
+        cache = following
 
 
 @pytest.mark.parametrize("latency", LATENCIES)
