@@ -36,7 +36,7 @@ class BeamOptions:
     width: int = 4
     max_symbols_per_step: int = 2
     insertion_bonus: float = 0.5
-    score_range: float = 6.0
+    score_range: float = 4.0
 
 
 class BeamRow:

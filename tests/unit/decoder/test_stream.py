@@ -711,7 +711,7 @@ def test_most_tokens_of_a_beam_settle_before_its_end() -> None:
         *partials, final = recognise(network, config, in_chunks(samples, config), replace(NEVER_CLOSES, stream_beam=4))
         settled += partials[-1].stable
         tokens += len(final.tokens)
-    assert tokens > 500
+    assert tokens > 300
     assert settled > 0.8 * tokens
 
 
