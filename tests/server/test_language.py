@@ -74,7 +74,7 @@ async def test_state_moves_with_its_language(ensemble: Ensemble, recordings: Rec
     kept_from, state, tokens = 0, "", list[int]()
     ends = [*range(40_000, len(samples), 40_000), len(samples)]
     for i, end in enumerate(ends):
-        restored = {"restore": state} if state else {}
+        restored = {"restore": state, "restore_samples": kept_from} if state else {}
         last = i == len(ends) - 1
         sequence = next(SEQUENCE_IDS)
         answer = await ensemble(sequence, samples[kept_from:end], start=True, end=last, save_state=1, **restored, **options)
@@ -82,7 +82,7 @@ async def test_state_moves_with_its_language(ensemble: Ensemble, recordings: Rec
         if not last:
             state = answer["STATE"][0, 0].decode()
             await ensemble(sequence, samples[:0], start=False, end=True)  # the first one is lost
-            kept_from = max(0, orjson.loads(state)["frames"] * 1536 - 31 * 1536)
+            kept_from = orjson.loads(state)["needed_from"]
     assert tokens == expected
 
 
