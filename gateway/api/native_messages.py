@@ -92,7 +92,12 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
     kind = "final" if isinstance(event, Final) else "partial"
     if dialect is Dialect.V3:
         words = transcript.words[transcript.settled.words :] if kind == "final" else transcript.words
-        return {"type": kind, **_segment(transcript), "words": words, "segment_final": not isinstance(event, Partial)} | alternatives
+        return {
+            "type": kind,
+            **_segment(transcript),
+            "words": words,
+            "segment_final": not isinstance(event, Partial),
+        } | alternatives
     return {
         "type": kind,
         "text": transcript.text,

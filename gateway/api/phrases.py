@@ -76,7 +76,7 @@ def _is_factor(text: str) -> bool:
 
 
 def decoding_options(query: QueryParams) -> dict[str, str | int]:
-    """Return the decoder's options from a query: ``phrases``, one per parameter, ``language_model``, ``beam``, ``alternatives``.
+    """Return the decoder's options from a query: ``phrases`` (several), ``language_model``, ``beam`` and ``alternatives``.
 
     Raises:
         ApiError: a value is not allowed.

@@ -112,9 +112,7 @@ def _decoder_options(config: Any, *, live: bool, has_beam: bool) -> dict[str, st
     phrases = [phrase for context in config.speech_contexts if context.boost >= 0 for phrase in context.phrases]
     silence: dict[str, str | int] = {"endpoint_silence_ms": silence_ms} if silence_ms else {}
     several = has_beam and config.max_alternatives > 1
-    alternatives: dict[str, str | int] = (
-        {"alternatives": min(config.max_alternatives, MAX_ALTERNATIVES)} if several else {}
-    )
+    alternatives: dict[str, str | int] = {"alternatives": min(config.max_alternatives, MAX_ALTERNATIVES)} if several else {}
     return {**silence, **alternatives, **phrase_options(phrases, "speech_contexts")}
 
 

@@ -202,7 +202,10 @@ async def test_alternatives_of_openai(gateway: Gateway, http: httpx.AsyncClient,
     (segment,) = answer.raise_for_status().json()["segments"]
     assert 2 <= len(segment["alternatives"]) <= 3
     assert segment["alternatives"][0]["text"] == segment["text"]
-    for wrong, named in (({"response_format": "json"}, "needs response_format=verbose_json"), ({"alternatives": "0"}, "is '0'")):
+    for wrong, named in (
+        ({"response_format": "json"}, "needs response_format=verbose_json"),
+        ({"alternatives": "0"}, "is '0'"),
+    ):
         answer = await http.post(f"{gateway.url}/v1/audio/transcriptions", files={"file": ("a.flac", sound)}, data=form | wrong)
         assert answer.status_code == 400
         assert named in answer.json()["error"]["message"]

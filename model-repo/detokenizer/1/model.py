@@ -61,7 +61,7 @@ class TritonPythonModel:
         )
 
     def _texts(self, alternatives: bytes, segment: int) -> str:
-        """Return the texts of a segment, the best first, as JSON; empty without several. Tokens may spell a text in many ways."""
+        """Return the texts of a segment, the best first, as JSON; empty without several. Tokens may differ, but not texts."""
         if not alternatives:
             return ""
         confidences: dict[str, float | None] = {}

@@ -1,7 +1,7 @@
 """Hypotheses of a beam, carried from frame to frame of a search and from chunk to chunk of a stream.
 
-Texts form a tree. Its root is the settled text, which all hypotheses continue. Tokens on which all of them agree are settled, so
-a settled token never changes.
+Texts form a tree. Its root is the settled text, which all hypotheses continue. Tokens on which all of them agree are settled,
+so a settled token never changes.
 """
 
 from __future__ import annotations
@@ -171,7 +171,8 @@ class Hypotheses:
         """Go on at a frame: drop all but the best hypotheses, and what is known of the frames before."""
         self.frame = frame
         self._waiting = {
-            at: {hypothesis.text: hypothesis for hypothesis in _best(there.values(), width)} for at, there in self._waiting.items()
+            at: {hypothesis.text: hypothesis for hypothesis in _best(there.values(), width)}
+            for at, there in self._waiting.items()
         }
         self._drop_dead_texts()
 

@@ -262,7 +262,9 @@ class Options:
         _within("stream_beam", self.stream_beam, 1, MAX_BEAM)
         _within("alternatives", self.alternatives, 1, MAX_ALTERNATIVES)
         if self.alternatives > 1 and self.width == 1:
-            raise ParameterError(f"alternatives is {self.alternatives}, but only a beam has several; set beam to 2 … {MAX_BEAM}")
+            raise ParameterError(
+                f"alternatives is {self.alternatives}, but only a beam has several; set beam to 2 … {MAX_BEAM}"
+            )
         if self.save_state and self.context == "whole":
             raise ParameterError("save_state is 1, but context=whole has no state before its end")
         return self

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -252,7 +253,7 @@ def test_tokens_of_a_beam_are_in_order_and_probable(seed: int, length: int, dura
     assert scores == sorted(scores, reverse=True)
     assert len({ids(text) for text in texts}) == len(texts)
     tokens = texts[0].tokens
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in pairwise(tokens):
         assert token.frame <= following.frame < length
     assert all(0 < token.probability <= 1 for token in tokens)
 
@@ -277,9 +278,7 @@ def test_non_finite_logits_fail_only_their_beam() -> None:
     network, frames = RandomTransducer(5, blank_bias=3.0), random_frames(1, 12)
     broken = frames.copy()
     broken[:, 6] = np.nan
-    rows = [
-        BeamRow(f, fresh(network, NO_FUSION), network.joint, BeamOptions(), NO_FUSION) for f in (frames, broken, frames)
-    ]
+    rows = [BeamRow(f, fresh(network, NO_FUSION), network.joint, BeamOptions(), NO_FUSION) for f in (frames, broken, frames)]
     with pytest.raises(ValueError, match="the logits are not finite from frame"):
         decode(network, network.joint, rows, 4)
     assert [bool(row.error) for row in rows] == [False, True, False]

@@ -372,8 +372,8 @@ def test_beam_of_a_request_is_that_of_its_stream_or_recording(context: str) -> N
 def test_alternatives_need_a_beam() -> None:
     defaults = Options(beam=4)
     assert defaults.override({"context": "whole", "alternatives": 10}).alternatives == 10
-    for given in ({"alternatives": 2}, {"context": "whole", "beam": 1, "alternatives": 2}):
+    for options in ({"alternatives": 2}, {"context": "whole", "beam": 1, "alternatives": 2}):
         with pytest.raises(ParameterError, match="alternatives is 2, but only a beam has several; set beam to 2 … 16"):
-            defaults.override(given)
+            defaults.override(options)
     with pytest.raises(ParameterError, match="alternatives is 11; it must be within 1 … 10"):
         defaults.override({"context": "whole", "alternatives": 11})

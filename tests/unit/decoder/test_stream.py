@@ -112,7 +112,9 @@ closing_options = st.builds(
     endpoint_silence_ms=st.sampled_from([0, 3, 5]),
 )
 
-beam_options = st.builds(lambda options, width: replace(options, stream_beam=width), closing_options, st.sampled_from([1, 2, 4]))
+beam_options = st.builds(
+    lambda options, width: replace(options, stream_beam=width), closing_options, st.sampled_from([1, 2, 4])
+)
 """Options of streams that are decoded greedily or with a beam."""
 
 
