@@ -61,7 +61,7 @@ class TritonPythonModel:
         )
 
     def _texts(self, alternatives: bytes, segment: int) -> str:
-        """Return the texts of a segment, the best first, as JSON; empty without several. Tokens may differ, but not texts."""
+        """Return the different texts of a segment as JSON, the best first; empty if they were not requested."""
         if not alternatives:
             return ""
         confidences: dict[str, float | None] = {}

@@ -323,7 +323,7 @@ def _restore_samples(given: Mapping[str, Any]) -> int | None:
 
 
 def _alternatives(decoded: Decoded) -> str:
-    """Return the texts of a segment as JSON for the detokenizer; empty without several."""
+    """Return the texts of a segment as JSON for the detokenizer; empty if they were not requested."""
     listed = [
         {"tokens": [token.id for token in text.tokens], "probabilities": [round(token.probability, 4) for token in text.tokens]}
         for text in decoded.alternatives
