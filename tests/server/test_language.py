@@ -41,11 +41,11 @@ MODES: list[dict[str, Any]] = [
 
 
 async def test_streams_with_other_options_share_calls_and_change_nothing(ensemble: Ensemble, recordings: Recordings) -> None:
-    samples = recordings["jfk"]
+    samples = recordings["jfk"][: 6 * 16_000]
     alone = [(await ensemble.whole(samples, **mode))["TOKENS"].tolist() for mode in MODES]
-    together = await asyncio.gather(*(ensemble.whole(samples, **mode) for mode in MODES * 3))
-    assert [answer["TOKENS"].tolist() for answer in together] == alone * 3
-    assert len({str(tokens) for tokens in alone}) >= 7, "the options have no effect"
+    together = await asyncio.gather(*(ensemble.whole(samples, **mode) for mode in MODES * 2))
+    assert [answer["TOKENS"].tolist() for answer in together] == alone * 2
+    assert len({str(tokens) for tokens in alone}) >= 6, "the options have no effect"
 
 
 async def test_words_of_a_beam_are_in_order(ensemble: Ensemble, recordings: Recordings) -> None:
