@@ -22,7 +22,6 @@ from typing import NamedTuple
 from amira.models.configs import ModelError
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
-from parameters import LATENCIES, Parameters
 from perf import endurance
 from perf.bench import ROOM
 from perf.clients import GrpcClient
@@ -36,7 +35,7 @@ from perf.server import PerfError, Process, Target, amira, read_counters, triton
 from perf.speech import Samples, join
 from perf.stages import SLACK_MS
 from perf.streams import Script, most_held, play, rehearse
-from perf.windows import Networks, errors, transcribe, variants
+from perf.windows import Networks, decoder_parameters, errors, transcribe, variants
 
 LEAD_SECS = 5.0
 """Length of the audio at a stream's start that does not count: windows are full, and caches are filled, behind it."""
@@ -137,8 +136,7 @@ async def serve(repository: Path, latency: str) -> AsyncIterator[Served]:
 def word_error_rates(repository: Path, latencies: Sequence[str], recordings: Sequence[Recording]) -> dict[str, float]:
     """Return the word error rate of each latency in percent; each recording is a stream."""
     recogniser = choose(repository, MODEL)
-    given = {name: {"string_value": value} for name, value in recogniser.parameters.items()}
-    p = Parameters.from_config({"parameters": given})
+    p = decoder_parameters(recogniser)
     networks, words = Networks(recogniser, p), sum(len(recording.text.split()) for recording in recordings)
     found = {}
     for variant in variants(recogniser, p, quick=True):
@@ -205,7 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--repository", type=_named, action="append", required=True, metavar="NAME=DIR", help="model repository"
     )
-    parser.add_argument("--latency", choices=LATENCIES, action="append", help="of the streams; default: balanced")
+    parser.add_argument("--latency", choices=("low", "balanced", "throughput"), action="append", help="of the streams; default: balanced")
     parser.add_argument("--streams", type=int, default=16, help="number of streams whose latency and CPU time are compared")
     parser.add_argument("--secs", type=float, default=20.0, help="length of a trial")
     parser.add_argument("--turns", type=int, default=3, help="turns of each repository")

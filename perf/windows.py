@@ -258,9 +258,14 @@ def variants(recogniser: Recogniser, p: Parameters, quick: bool) -> list[Variant
     return found
 
 
+def decoder_parameters(recogniser: Recogniser) -> Parameters:
+    """Return the parameters of a recogniser's decoder."""
+    return Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
+
+
 def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
     """Measure all windows, and return the report."""
-    p = Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
+    p = decoder_parameters(recogniser)
     networks, recordings, chosen = Networks(recogniser, p), read_speech(directory), variants(recogniser, p, quick)
     speech = np.concatenate([recording.samples for recording in recordings])
     windows = [full_window(networks, variant, speech) for variant in chosen]
