@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument(
         "--repository", type=_named, action="append", required=True, metavar="NAME=DIR", help="model repository"
     )
-    parser.add_argument("--latency", choices=("low", "balanced", "throughput"), action="append", help="of the streams; default: balanced")
+    parser.add_argument(
+        "--latency", choices=("low", "balanced", "throughput"), action="append", help="of the streams; default: balanced"
+    )
     parser.add_argument("--streams", type=int, default=16, help="number of streams whose latency and CPU time are compared")
     parser.add_argument("--secs", type=float, default=20.0, help="length of a trial")
     parser.add_argument("--turns", type=int, default=3, help="turns of each repository")

@@ -260,7 +260,9 @@ def variants(recogniser: Recogniser, p: Parameters, quick: bool) -> list[Variant
 
 def decoder_parameters(recogniser: Recogniser) -> Parameters:
     """Return the parameters of a recogniser's decoder."""
-    return Parameters.from_config({"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}})
+    return Parameters.from_config(
+        {"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}}
+    )
 
 
 def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
