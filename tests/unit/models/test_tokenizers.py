@@ -1,8 +1,8 @@
 """Scores of published tokenizers, against SentencePiece itself.
 
-``tokenizers/`` has two models of 200 pieces that sentencepiece 0.2 trained (``model_type`` unigram and bpe,
-``normalization_rule_name=identity``, ``unk_id=0``, no other special pieces) on words of docs/Reliability.md and CONTRIBUTING.md,
-and the ids into which it encodes words and sentences.
+``tokenizers/`` has two models of 200 pieces that sentencepiece 0.2 trained on words of docs/Reliability.md and CONTRIBUTING.md
+(``model_type`` unigram and bpe, ``normalization_rule_name=identity``, ``unk_id=0``, no other special pieces), and the ids into
+which it encodes words and sentences.
 """
 
 from __future__ import annotations
