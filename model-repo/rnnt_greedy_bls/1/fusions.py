@@ -36,18 +36,24 @@ class Fusions:
         parameters: of the decoder.
         pieces: by token id, without the blank.
         directory: of the decoder, which the paths in the parameters are relative to.
+        language_model: the language model if it is loaded already.
+
+    Attributes:
+        language_model: the language model; None: without.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is malformed, or of another vocabulary.
     """
 
-    def __init__(self, parameters: Parameters, pieces: Sequence[str], directory: Path) -> None:
+    def __init__(
+        self, parameters: Parameters, pieces: Sequence[str], directory: Path, language_model: LanguageModel | None = None
+    ) -> None:
         self._parameters = parameters
-        self._model: LanguageModel | None = None
-        if parameters.language_model:
-            self._model = LanguageModel.load(directory / parameters.language_model, pieces)
-            self._model.prepare()
+        self.language_model = language_model
+        if parameters.language_model and not language_model:
+            self.language_model = LanguageModel.load(directory / parameters.language_model, pieces)
+            self.language_model.prepare()
         path = directory / parameters.piece_scores
         self._segmenter = Segmenter(pieces, read_scores(path, len(pieces)) if parameters.piece_scores else None)
         self._shared = ""
@@ -68,7 +74,7 @@ class Fusions:
         if (length := len(options.phrases)) > MAX_PHRASES_CHARACTERS:
             raise ParameterError(f"phrases has {length} characters; at most {MAX_PHRASES_CHARACTERS} are allowed")
         is_used = options.language_model == "on" or (options.language_model == "auto" and options.context == "whole")
-        model = self._model if is_used else None
+        model = self.language_model if is_used else None
         phrases = self._build(f"{self._shared}\n{options.phrases}") if options.phrases else self._shared_phrases
         return Fusion(model, p.language_model_weight, p.internal_lm_weight, phrases)
 
