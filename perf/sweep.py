@@ -162,7 +162,7 @@ class Decoding:
         self._networks = Networks(recogniser, p)
         self._encode = EncodedOnce(self._networks.encode)
         self._pieces = self._networks.pieces[: p.blank]
-        self._directory = recogniser.vocabulary.parents[1] / recogniser.decoder
+        self._directory = recogniser.preprocessor.parents[2] / recogniser.decoder
         self._language_model = Fusions(self.p, self._pieces, self._directory).language_model
 
     def texts(

@@ -102,9 +102,7 @@ async def test_phrases_of_the_bundled_model_are_measured(three: Path, tmp_path: 
     code, output, errors = await measure("perf.evaluate", three, "--phrases", tmp_path / "phrases.txt")
     assert code == 0, errors
     rows = table(output)
-    assert list(rows)[0] == "10"
-    assert list(rows)[3] == "10, none said"
-    assert len(rows) == 6
+    assert [name.split()[0] for name in rows] == ["10", "100", "500", "10,", "100", "500"]
     found, said = map(int, rows["10"][0].split(" of "))
     assert said == 3, "fellow once, and country twice"
     assert 0 < found <= said

@@ -155,6 +155,10 @@ class Phrases:
             covered[i] = True
 
 
+def share(place: int, lengths: Integers) -> Floats:
+    return np.ones(len(lengths))
+
+
 def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
     """Return the trie of phrases."""
     phrases, given = list(bonuses), np.array(list(bonuses.values()))
@@ -172,7 +176,7 @@ def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
         keys.append(level)
         depths.append(np.full(len(level), depth))
         node_bonuses.append(np.zeros(len(level)))
-        np.maximum.at(node_bonuses[-1], places, given[going])
+        np.maximum.at(node_bonuses[-1], places, given[going] * share(depth, lengths[going]))
         ends.append(np.zeros(len(level), bool))
         ends[-1][places[lengths[going] == depth]] = True
         count += len(level)
