@@ -30,7 +30,7 @@ STREAM = RetryPolicy(attempts=4, whole=False)
         ("UNAVAILABLE", "a text of a later version", Fault.DISCONNECTED),
         (
             "INTERNAL",
-            "rnnt_greedy_bls: Failed to increase the shared memory pool size for key 'amira_1' to 2097152 bytes. Error: No space",
+            "rnnt_greedy_bls: Failed to increase the shared memory pool size for key 'amira_1' to 2097152 bytes. Error: No",
             Fault.NO_SHARED_MEMORY,
         ),
         ("INTERNAL", "in ensemble 'asr_ensemble', Stub process 'rnnt_greedy_bls_0_0' is not healthy.", Fault.BACKEND_DIED),
