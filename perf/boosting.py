@@ -56,7 +56,7 @@ def read_phrases(path: Path) -> list[str]:
 
 def occurrences(phrase: str, text: str) -> int:
     """Return how often a text has a phrase as whole words. Both are normalised."""
-    return f" {text} ".replace(" ", "  ").count(f" {phrase} ".replace(" ", "  "))
+    return f" {text} ".replace(" ", "  ").count(f" {phrase.replace(' ', '  ')} ")
 
 
 def choose_lists(recordings: Sequence[Recording], phrases: Sequence[str], number: int, *, said: bool) -> Lists:
