@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -175,7 +175,8 @@ class Decoding:
             phrases: returns the phrases of a recording.
             done: called after each recording.
         """
-        p = replace(self.p, **{axis.name: value for axis, value in zip(self.axes, point, strict=True)})
+        chosen: dict[str, Any] = {axis.name: value for axis, value in zip(self.axes, point, strict=True)}
+        p = replace(self.p, **chosen)
         fusions = Fusions(p, self._pieces, self._directory, self._language_model)
 
         def make_stream(recording: Recording) -> Stream:

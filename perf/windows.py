@@ -30,7 +30,7 @@ from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
-from perf.labelled import errors, read_speech
+from perf.labelled import Recording, errors, read_speech
 from perf.networks import SESSIONS, Networks, read_parameters, transcribe
 from perf.output import circumstances, publish
 from perf.plots import draw_windows
@@ -179,14 +179,14 @@ def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, A
         task = progress.add_task("time of windows", total=TURNS * len(chosen))
         secs = window_secs(networks, windows, lambda: progress.advance(task))
         task = progress.add_task("word error rates", total=len(recordings) * len(chosen))
-        texts = [
-            asyncio.run(
-                transcribe(
-                    networks, variant.parameters, recordings, lambda _, v=variant: v.stream(), lambda: progress.advance(task)
-                )
-            )
-            for variant in chosen
-        ]
+        texts = []
+        for variant in chosen:
+
+            def make_stream(_: Recording, variant: Variant = variant) -> Stream:
+                return variant.stream()
+
+            reading = transcribe(networks, variant.parameters, recordings, make_stream, lambda: progress.advance(task))
+            texts.append(asyncio.run(reading))
     words = sum(len(recording.text.split()) for recording in recordings)
     wrong = [errors(recordings, text) for text in texts]
     return {
