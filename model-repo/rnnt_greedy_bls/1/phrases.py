@@ -1,9 +1,12 @@
 """Phrases that a stream boosts: an automaton that gives each token a bonus while it continues a phrase.
 
 The automaton of Aho & Corasick (1975) finds the longest suffix of the tokens that begins a phrase: the window. Each token in it
-has its bonus. A token that leaves the window keeps its bonus only if a phrase that was completed in the window covers it;
-otherwise the bonus is taken back. A phrase is completed by its last token, unless the next one continues that token's word:
-"art" is not part of "artist".
+has a part of its bonus, and the rest comes with the phrase's last token. With all of it at once, beginnings of phrases that
+nobody says would crowd other hypotheses out of a beam before the bonus is taken back.
+
+A token that leaves the window keeps its whole bonus if a phrase that was completed in the window covers it; otherwise what it
+has is taken back. A phrase is completed by its last token, unless the next one continues that token's word: "art" is not part
+of "artist".
 
 The states are the nodes of a trie in breadth-first order, so numpy builds the trie level by level.
 """
@@ -29,6 +32,9 @@ START = 0
 NUMBERING = 2
 """Version of the numbers of states, which saved states of streams contain."""
 
+EARLY_SHARE = 0.5
+"""Part of the bonus that a token has before its phrase is complete (docs/history/Phrases.md)."""
+
 KEPT_SCORES = 64
 """Maximum number of states whose scores are kept. A stream is mostly in few states, most of all in ``START``."""
 
@@ -39,13 +45,15 @@ class _Trie(NamedTuple):
     Attributes:
         keys: parent × V + token of each node but the root [M - 1], sorted.
         depths: number of tokens up to each node [M].
-        bonuses: bonus of the last token of each node [M].
+        bonuses: whole bonus of the last token of each node [M].
+        totals: what the tokens up to each node have [M].
         ends: whether a phrase ends at each node [M].
     """
 
     keys: Integers
     depths: Integers
     bonuses: Integers
+    totals: Integers
     ends: Integers
 
 
@@ -53,7 +61,7 @@ class Phrases:
     """The phrases of one stream.
 
     Args:
-        bonuses: bonus per token by the tokens of a phrase; tokens that begin several phrases have the largest.
+        bonuses: bonus per token by the tokens of a phrase; tokens that begin several phrases have the largest sum.
         vocabulary: number of tokens, V.
         continuations: ids of the tokens that continue a word.
 
@@ -71,9 +79,9 @@ class Phrases:
         self.states = len(trie.depths)
         self._keys = array("q", trie.keys.tolist())
         self._depths = trie.depths
-        self._bonuses = trie.bonuses
+        self._bonuses, self._totals = trie.bonuses, trie.totals
         self._suffixes = _link(trie, vocabulary)
-        self._totals, self._ends = _accumulate(trie, self._suffixes, vocabulary)
+        self._ends = _longest_ends(trie, self._suffixes)
         firsts = bisect_left(self._keys, vocabulary)  # the children of the root
         self._first_tokens = trie.keys[:firsts]
         self._first_bonuses = self._totals[1 : firsts + 1].astype(np.float32)
@@ -146,17 +154,13 @@ class Phrases:
         within_word = list(covered)
         if path:
             self._cover(covered, len(path) - 1, path[-1])
-        bonuses = [float(self._bonuses[node]) for node in path]
+        bonuses = self._bonuses[path].tolist()
         return _running_sums(bonuses, covered), _running_sums(bonuses, within_word)
 
     def _cover(self, covered: list[bool], last: int, node: int) -> None:
         """Mark the tokens of the longest phrase that ends at a place of the window."""
         for i in range(last + 1 - int(self._ends[node]), last + 1):
             covered[i] = True
-
-
-def share(place: int, lengths: Integers) -> Floats:
-    return np.ones(len(lengths))
 
 
 def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
@@ -167,20 +171,25 @@ def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
     for row, phrase in zip(tokens, phrases, strict=True):
         row[: len(phrase)] = phrase
     nodes = np.zeros(len(phrases), np.int64)  # of each phrase's prefix
-    keys, depths, node_bonuses, ends = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], [np.zeros(1)], [np.zeros(1, bool)]
-    count = 1
+    keys, depths, ends = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], [np.zeros(1, bool)]
+    largest, totals = [np.zeros(1)], [np.zeros(1)]
+    first_above = first = 0  # node of the level above, and of this level
     for depth in range(1, tokens.shape[1] + 1):
+        first_above, first = first, first + len(depths[-1])
         going = np.flatnonzero(lengths >= depth)
         level, places = np.unique(nodes[going] * vocabulary + tokens[going, depth - 1], return_inverse=True)
-        nodes[going] = count + places
+        complete = lengths[going] == depth
+        sums = totals[-1][level // vocabulary - first_above]
+        np.maximum.at(sums, places, given[going] * depth * np.where(complete, 1.0, EARLY_SHARE))
+        nodes[going] = first + places
         keys.append(level)
         depths.append(np.full(len(level), depth))
-        node_bonuses.append(np.zeros(len(level)))
-        np.maximum.at(node_bonuses[-1], places, given[going] * share(depth, lengths[going]))
+        totals.append(sums)
+        largest.append(np.zeros(len(level)))
+        np.maximum.at(largest[-1], places, given[going])
         ends.append(np.zeros(len(level), bool))
-        ends[-1][places[lengths[going] == depth]] = True
-        count += len(level)
-    return _Trie(np.concatenate(keys), np.concatenate(depths), np.concatenate(node_bonuses), np.concatenate(ends))
+        ends[-1][places[complete]] = True
+    return _Trie(*(np.concatenate(parts) for parts in (keys, depths, largest, totals, ends)))
 
 
 def _link(trie: _Trie, vocabulary: int) -> Integers:
@@ -200,14 +209,12 @@ def _link(trie: _Trie, vocabulary: int) -> Integers:
     return suffixes
 
 
-def _accumulate(trie: _Trie, suffixes: Integers, vocabulary: int) -> tuple[Integers, Integers]:
-    """Return the sum of the bonuses up to each node, and the length of the longest phrase that ends at each node; both [M]."""
-    totals, ends = trie.bonuses.copy(), np.where(trie.ends, trie.depths, 0)
-    parents = trie.keys // vocabulary
+def _longest_ends(trie: _Trie, suffixes: Integers) -> Integers:
+    """Return the length of the longest phrase that ends at each node [M]; 0 if none does."""
+    ends: Integers = np.where(trie.ends, trie.depths, 0)
     for begin, end in _levels(trie):
-        totals[begin:end] += totals[parents[begin - 1 : end - 1]]
         ends[begin:end] = np.where(trie.ends[begin:end], ends[begin:end], ends[suffixes[begin:end]])
-    return totals, ends
+    return ends
 
 
 def _levels(trie: _Trie) -> list[tuple[int, int]]:
