@@ -229,6 +229,8 @@ class BeamRow:
         for hypotheses in arriving.values():
             for text, hypothesis in hypotheses.items():
                 ended[text] = hypothesis.merged(ended.get(text))
+        for text in ended:
+            text.added += self.fusion.ending(text.context)
         self.alternatives = [
             Alternative(_tokens(hypothesis.path), hypothesis.score) for hypothesis in _best(ended, self._options.width)
         ]

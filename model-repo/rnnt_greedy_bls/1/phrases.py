@@ -35,6 +35,9 @@ NUMBERING = 2
 EARLY_SHARE = 0.5
 """Part of the bonus that a token has before its phrase is complete (docs/history/Phrases.md)."""
 
+MAX_EARLY = 1.5
+"""Maximum of these parts together, in bonuses of one token."""
+
 KEPT_SCORES = 64
 """Maximum number of states whose scores are kept. A stream is mostly in few states, most of all in ``START``."""
 
@@ -94,6 +97,10 @@ class Phrases:
                 self._scores.clear()
             scores = self._scores[state] = self._score_all(state)
         return scores
+
+    def ending(self, state: int) -> float:
+        """Return what the end of the text adds to the score of a hypothesis in this state: bonuses are taken back, so at most 0."""
+        return self._kept(state)[0][-1] - float(self._totals[state])
 
     def advance(self, state: int, token: int) -> int:
         """Return the state after a token."""
@@ -180,7 +187,7 @@ def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
         level, places = np.unique(nodes[going] * vocabulary + tokens[going, depth - 1], return_inverse=True)
         complete = lengths[going] == depth
         sums = totals[-1][level // vocabulary - first_above]
-        np.maximum.at(sums, places, given[going] * depth * np.where(complete, 1.0, EARLY_SHARE))
+        np.maximum.at(sums, places, given[going] * np.where(complete, depth, min(EARLY_SHARE * depth, MAX_EARLY)))
         nodes[going] = first + places
         keys.append(level)
         depths.append(np.full(len(level), depth))
