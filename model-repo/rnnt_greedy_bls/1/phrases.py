@@ -99,7 +99,7 @@ class Phrases:
         return scores
 
     def ending(self, state: int) -> float:
-        """Return what the end of the text adds to the score of a hypothesis in this state: bonuses are taken back, so at most 0."""
+        """Return what the end of the text adds to the score of a hypothesis: an incomplete phrase's bonuses are taken back."""
         return self._kept(state)[0][-1] - float(self._totals[state])
 
     def advance(self, state: int, token: int) -> int:

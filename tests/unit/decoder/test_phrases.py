@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phrases import EARLY_SHARE, START, Phrases
+from phrases import EARLY_SHARE, MAX_EARLY, START, Phrases
 
 VOCABULARY = 4
 CONTINUES = frozenset({2, 3})
@@ -36,7 +36,7 @@ class Naive:
     def total(self, window: Tokens) -> float:
         """Return what the tokens of a window have: a part before a phrase's last token, and never less than fewer tokens."""
         shares = [
-            bonus * end * (1.0 if len(phrase) == end else EARLY_SHARE)
+            bonus * (end if len(phrase) == end else min(end * EARLY_SHARE, MAX_EARLY))
             for end in range(1, len(window) + 1)
             for phrase, bonus in self.phrases.items()
             if phrase[:end] == window[:end]
@@ -59,7 +59,13 @@ class Naive:
             before = window
         return total
 
-    def _covered(self, window: Tokens, following: int) -> list[bool]:
+    def final_score(self, history: Tokens) -> float:
+        """Return the score at the end of the text: nothing follows, so no word goes on."""
+        window = self.window(history)
+        kept = sum(np.array(self.bonuses(window)) * self._covered(window, None))
+        return self.score(history) - self.total(window) + float(kept)
+
+    def _covered(self, window: Tokens, following: int | None) -> list[bool]:
         covered = [False] * len(window)
         spelled = (*window, following)
         for begin in range(len(window)):
@@ -79,13 +85,17 @@ def total(phrases: Phrases, history: Sequence[int]) -> float:
 
 @given(phrase_sets, st.lists(tokens, max_size=12).map(tuple))
 def test_scores_are_those_of_the_definition(bonuses: dict[Tokens, float], history: Tokens) -> None:
-    phrases = Phrases(bonuses, VOCABULARY, CONTINUES)
-    assert abs(total(phrases, history) - Naive(bonuses).score(history)) < 1e-4
+    phrases, naive = Phrases(bonuses, VOCABULARY, CONTINUES), Naive(bonuses)
+    assert abs(total(phrases, history) - naive.score(history)) < 1e-4
+    state = START
+    for token in history:
+        state = phrases.advance(state, token)
+    assert abs(total(phrases, history) + phrases.ending(state) - naive.final_score(history)) < 1e-4
 
 
 def test_mismatch_takes_the_bonus_back() -> None:
     phrases = Phrases({(0, 2, 3): 1.5}, VOCABULARY, CONTINUES)
-    assert total(phrases, [0, 2]) == 3.0 * EARLY_SHARE
+    assert total(phrases, [0, 2]) == 1.5 * min(2 * EARLY_SHARE, MAX_EARLY)
     assert total(phrases, [0, 2, 1]) == 0.0
     assert total(phrases, [0, 2, 3, 1]) == 4.5
     assert total(phrases, [0, 2, 3, 2]) == 0.0, "the word goes on, so it is another word"
@@ -101,6 +111,10 @@ def test_failure_links_find_a_phrase_within_a_mismatch() -> None:
 def test_rest_of_the_bonus_comes_with_the_last_token() -> None:
     phrases = Phrases({(0, 1): 2.0, (0, 1, 2): 2.0}, VOCABULARY, ())
     assert [total(phrases, [0, 1, 2][:length]) for length in range(4)] == [0.0, 2.0 * EARLY_SHARE, 4.0, 6.0]
+    long = Phrases({tuple(range(4)) * 3: 1.0}, VOCABULARY, ())
+    sums = [total(long, (list(range(4)) * 3)[:length]) for length in range(13)]
+    assert sums[-1] == 12.0
+    assert max(sums[:-1]) == MAX_EARLY, "however long it is"
 
 
 def test_scores_are_zero_without_a_phrase_nearby() -> None:
