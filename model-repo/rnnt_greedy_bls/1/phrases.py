@@ -35,9 +35,6 @@ NUMBERING = 2
 EARLY_SHARE = 0.5
 """Part of the bonus that a token has before its phrase is complete (docs/history/Phrases.md)."""
 
-MAX_EARLY = 1.5
-"""Maximum of these parts together, in bonuses of one token."""
-
 KEPT_SCORES = 64
 """Maximum number of states whose scores are kept. A stream is mostly in few states, most of all in ``START``."""
 
@@ -187,7 +184,7 @@ def _build(bonuses: Mapping[tuple[int, ...], float], vocabulary: int) -> _Trie:
         level, places = np.unique(nodes[going] * vocabulary + tokens[going, depth - 1], return_inverse=True)
         complete = lengths[going] == depth
         sums = totals[-1][level // vocabulary - first_above]
-        np.maximum.at(sums, places, given[going] * np.where(complete, depth, min(EARLY_SHARE * depth, MAX_EARLY)))
+        np.maximum.at(sums, places, given[going] * depth * np.where(complete, 1.0, EARLY_SHARE))
         nodes[going] = first + places
         keys.append(level)
         depths.append(np.full(len(level), depth))

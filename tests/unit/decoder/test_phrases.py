@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phrases import EARLY_SHARE, MAX_EARLY, START, Phrases
+from phrases import EARLY_SHARE, START, Phrases
 
 VOCABULARY = 4
 CONTINUES = frozenset({2, 3})
@@ -36,7 +36,7 @@ class Naive:
     def total(self, window: Tokens) -> float:
         """Return what the tokens of a window have: a part before a phrase's last token, and never less than fewer tokens."""
         shares = [
-            bonus * (end if len(phrase) == end else min(end * EARLY_SHARE, MAX_EARLY))
+            bonus * end * (1.0 if len(phrase) == end else EARLY_SHARE)
             for end in range(1, len(window) + 1)
             for phrase, bonus in self.phrases.items()
             if phrase[:end] == window[:end]
@@ -95,7 +95,7 @@ def test_scores_are_those_of_the_definition(bonuses: dict[Tokens, float], histor
 
 def test_mismatch_takes_the_bonus_back() -> None:
     phrases = Phrases({(0, 2, 3): 1.5}, VOCABULARY, CONTINUES)
-    assert total(phrases, [0, 2]) == 1.5 * min(2 * EARLY_SHARE, MAX_EARLY)
+    assert total(phrases, [0, 2]) == 3.0 * EARLY_SHARE
     assert total(phrases, [0, 2, 1]) == 0.0
     assert total(phrases, [0, 2, 3, 1]) == 4.5
     assert total(phrases, [0, 2, 3, 2]) == 0.0, "the word goes on, so it is another word"
@@ -111,10 +111,6 @@ def test_failure_links_find_a_phrase_within_a_mismatch() -> None:
 def test_rest_of_the_bonus_comes_with_the_last_token() -> None:
     phrases = Phrases({(0, 1): 2.0, (0, 1, 2): 2.0}, VOCABULARY, ())
     assert [total(phrases, [0, 1, 2][:length]) for length in range(4)] == [0.0, 2.0 * EARLY_SHARE, 4.0, 6.0]
-    long = Phrases({tuple(range(4)) * 3: 1.0}, VOCABULARY, ())
-    sums = [total(long, (list(range(4)) * 3)[:length]) for length in range(13)]
-    assert sums[-1] == 12.0
-    assert max(sums[:-1]) == MAX_EARLY, "however long it is"
 
 
 def test_scores_are_zero_without_a_phrase_nearby() -> None:
