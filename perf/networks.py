@@ -122,7 +122,7 @@ def _digest(window: Window) -> bytes:
     return digest.digest()
 
 
-async def transcribe(
+async def decode(
     networks: Networks,
     p: Parameters,
     recordings: Sequence[Recording],

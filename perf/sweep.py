@@ -20,7 +20,7 @@ from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY
 from gateway.audio import RATE
 from perf.labelled import Recording, errors
-from perf.networks import EncodedOnce, Networks, read_parameters, transcribe
+from perf.networks import EncodedOnce, Networks, decode, read_parameters
 from perf.output import circumstances
 
 sys.path += [str(MODEL_REPOSITORY / "rnnt_greedy_bls" / "1")]
@@ -183,7 +183,7 @@ class Decoding:
             options = replace(p.options, phrases="\n".join(phrases(recording)))
             return Stream(p, options, fusions.of(options))
 
-        return asyncio.run(transcribe(self._networks, p, self.recordings, make_stream, done, self._encode))
+        return asyncio.run(decode(self._networks, p, self.recordings, make_stream, done, self._encode))
 
     def rate(self, texts: Sequence[str]) -> float:
         """Return the word error rate of transcripts in per cent."""

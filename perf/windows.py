@@ -31,7 +31,7 @@ from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
 from perf.labelled import Recording, errors, read_speech
-from perf.networks import SESSIONS, Networks, read_parameters, transcribe
+from perf.networks import SESSIONS, Networks, decode, read_parameters
 from perf.output import circumstances, publish
 from perf.plots import draw_windows
 from perf.recogniser import choose
@@ -108,6 +108,20 @@ class Variant(NamedTuple):
         return Stream(self.parameters, self.parameters.options.override({"latency": self.latency}))
 
 
+async def transcribe(
+    networks: Networks, variant: Variant, recordings: Sequence[Recording], done: Callable[[], None]
+) -> list[str]:
+    """Return the normalised texts of recordings that are decoded as streams.
+
+    Args:
+        networks: the graphs.
+        variant: windows of the streams.
+        recordings: the recordings.
+        done: called after each recording.
+    """
+    return await decode(networks, variant.parameters, recordings, lambda _: variant.stream(), done)
+
+
 def full_window(networks: Networks, variant: Variant, speech: Samples) -> Window:
     """Return a window of a stream with its whole left context, or with a cache that the windows before it filled."""
     windows, stream = variant.windows, variant.stream()
@@ -179,14 +193,7 @@ def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, A
         task = progress.add_task("time of windows", total=TURNS * len(chosen))
         secs = window_secs(networks, windows, lambda: progress.advance(task))
         task = progress.add_task("word error rates", total=len(recordings) * len(chosen))
-        texts = []
-        for variant in chosen:
-
-            def make_stream(_: Recording, variant: Variant = variant) -> Stream:
-                return variant.stream()
-
-            reading = transcribe(networks, variant.parameters, recordings, make_stream, lambda: progress.advance(task))
-            texts.append(asyncio.run(reading))
+        texts = [asyncio.run(transcribe(networks, variant, recordings, lambda: progress.advance(task))) for variant in chosen]
     words = sum(len(recording.text.split()) for recording in recordings)
     wrong = [errors(recordings, text) for text in texts]
     return {

@@ -101,12 +101,12 @@ def test_damaged_tokenizer_is_named(content: bytes, tmp_path: Path) -> None:
 
 def test_import_writes_the_scores_of_the_tokenizer(tmp_path: Path) -> None:
     """NeMo's layout with ``vocab.txt``, and one whose vocabulary is the tokenizer."""
-    repository = imported("nemotron", tmp_path)
+    repository = imported("nemotron")
     (recogniser,) = recognisers(repository)
     decoder = repository / recogniser.decoder
     pieces = int(recogniser.parameters["blank"])
     assert read_scores(decoder / recogniser.parameters["piece_scores"], pieces).kind == "unigram"
-    source = published("zipformer", tmp_path)
+    source = Path(shutil.copytree(published("zipformer"), tmp_path / "source"))
     without = tmp_path / "without"
     import_model(str(source), "plain", without)
     assert "piece_scores" not in recognisers(without)[0].parameters
