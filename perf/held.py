@@ -215,7 +215,7 @@ def main() -> None:
     latencies = options.latency or ["balanced"]
     recordings = read_speech(options.directory)
     try:
-        tallies = {}
+        tallies: dict[tuple[str, str], Tally] = {}
         for name, repository in options.repository.items():
             wers = word_error_rates(repository, latencies, recordings)
             tallies |= {(name, latency): Tally(wers[latency]) for latency in latencies}
