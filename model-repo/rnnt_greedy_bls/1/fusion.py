@@ -78,10 +78,6 @@ class Fusion:
         phrases = self.phrases.states if self.phrases else 1
         return 0 <= context.language < languages and 0 <= context.phrase < phrases
 
-    def ending(self, context: Context) -> float:
-        """Return what the end of the text adds to its score: the bonus of an incomplete phrase is taken back."""
-        return self.phrases.ending(context.phrase) if self.phrases else 0.0
-
     def advance(self, context: Context, token: int) -> Context:
         """Return the context after a token."""
         language = self.language_model.advance(context.language, token) if self.language_model else EMPTY

@@ -95,10 +95,6 @@ class Phrases:
             scores = self._scores[state] = self._score_all(state)
         return scores
 
-    def ending(self, state: int) -> float:
-        """Return what the end of the text adds to the score of a hypothesis: an incomplete phrase's bonuses are taken back."""
-        return self._kept(state)[0][-1] - float(self._totals[state])
-
     def advance(self, state: int, token: int) -> int:
         """Return the state after a token."""
         while True:
