@@ -87,9 +87,9 @@ format: setup  ## Format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-eval: setup  ## Word error rates of batch and streams: make eval SPEECH=dir [REPOSITORY=dir] [MODEL=name]
+eval: setup  ## Word error rates; SWEEP=1: best parameters: make eval SPEECH=dir [SWEEP=1] [PHRASES=file] [REPOSITORY=dir] [MODEL=name]
 	@test -n "$(SPEECH)" || { echo "make: say where the labelled recordings are: make eval SPEECH=dir" >&2; exit 1; }
-	@$(BIN)/python -m perf.evaluate $(SPEECH) $(MEASURED)
+	@$(BIN)/python -m perf.evaluate $(SPEECH) $(MEASURED) $(if $(SWEEP),--sweep) $(if $(PHRASES),--phrases $(PHRASES))
 
 perf: setup  ## Drive the ensemble with Triton's perf_analyzer: make perf [SPEECH=dir]
 	@$(BIN)/python -m perf.analyze $(SPEECH)

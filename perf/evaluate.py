@@ -1,9 +1,12 @@
 """Measure word error rates on labelled speech: whole recordings over REST, and the same as live streams over WebSocket.
 
     python -m perf.evaluate DIR [--url URL] [--repository DIR] [--model NAME]
+    python -m perf.evaluate DIR --sweep [--phrases FILE] [--beam N]
+    python -m perf.evaluate DIR --phrases FILE [--beam N]
 
 DIR has recordings and a tab-separated ``manifest.tsv`` with the columns file and text, and set or source for rates by origin.
-Without a URL, a server is started on free ports. Texts are compared in lower case without punctuation.
+Without a URL, a server is started on free ports. Texts are compared in lower case without punctuation. ``--sweep`` and
+``--phrases`` decode recordings in this process; see ``perf/sweep.py`` and ``perf/boosting.py``.
 """
 
 from __future__ import annotations
@@ -11,17 +14,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import csv
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import httpx
 import jiwer
-import numpy as np
-import numpy.typing as npt
 import orjson
 from rich.console import Console
 from rich.progress import Progress
@@ -35,48 +33,18 @@ from amira.models.configs import ModelError
 from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, PortError, Ports, free_ports
 from gateway.audio import RATE
-from gateway.audio.files import decode_audio
 from gateway.config.settings import Settings
 from gateway.logs import configure_logging
+from perf import boosting
+from perf.labelled import Recording, normalise, read_speech
 from perf.recogniser import choose
+from perf.server import PerfError
+from perf.sweep import Decoding, sweep, to_markdown
 
 FRAME_SAMPLES = 3200
 CONCURRENCY = 4
-
-
-class Recording(NamedTuple):
-    """A labelled recording.
-
-    Attributes:
-        name: name of the file.
-        body: bytes of the file.
-        samples: 16 kHz audio [n].
-        text: normalised transcript.
-        set: its set or source.
-    """
-
-    name: str
-    body: bytes
-    samples: npt.NDArray[np.int16]
-    text: str
-    set: str
-
-
-def read_speech(directory: Path) -> list[Recording]:
-    """Read the labelled recordings of a directory with a manifest."""
-    recordings = []
-    with (directory / "manifest.tsv").open(encoding="utf-8") as lines:
-        for row in csv.DictReader(lines, delimiter="\t"):
-            body = (directory / row["file"]).read_bytes()
-            samples = decode_audio(body, "application/octet-stream", max_secs=3600)
-            origin = row.get("set") or row.get("source") or directory.name
-            recordings.append(Recording(row["file"], body, samples, normalise(row["text"]), origin))
-    return recordings
-
-
-def normalise(text: str) -> str:
-    """Return a text in lower case, with words and apostrophes only."""
-    return " ".join(re.sub(r"[^\w' ]", " ", text.lower()).split())
+SWEPT_PHRASES = 100
+"""Number of phrases of each recording of a sweep."""
 
 
 async def batch(url: str, model: str, recording: Recording) -> str:
@@ -167,6 +135,29 @@ async def evaluate(directory: Path, url: str | None, repository: Path, model: st
     console.print(f"stream against batch as the reference: {difference:.1f} % of the words differ")
 
 
+def evaluate_in_process(arguments: argparse.Namespace, console: Console) -> None:
+    """Search parameters or measure phrases on recordings that this process decodes, and print a page in Markdown."""
+    recogniser = choose(arguments.repository, arguments.model)
+    longest = float(recogniser.parameters["max_whole_secs"]) * RATE
+    everything = read_speech(arguments.directory)
+    recordings = [recording for recording in everything if len(recording.samples) <= longest]
+    if left := len(everything) - len(recordings):
+        console.print(f"left out {left} recordings that are longer than max_whole_secs")
+    if not recordings:
+        raise PerfError(f"{arguments.directory} has no recordings of up to {longest / RATE:g} s")
+    phrases = boosting.read_phrases(arguments.phrases) if arguments.phrases else []
+    decoding = Decoding(recogniser, recordings, arguments.beam, phrases=bool(phrases))
+    if arguments.sweep:
+        lists = boosting.choose_lists(recordings, phrases, SWEPT_PHRASES, said=True)
+        result = sweep(decoding, lambda recording: lists[recording.name], console)
+        page = to_markdown(result, recordings, arguments.directory, recogniser.name)
+    else:
+        page = boosting.to_markdown(*boosting.prove(decoding, phrases, console), decoding, arguments.directory)
+    if arguments.table:
+        arguments.table.write_text(page, encoding="utf-8")
+    print(page)
+
+
 def main() -> None:
     """Parse the command line, and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,10 +169,20 @@ def main() -> None:
     parser.add_argument(
         "--model", help="public name at the URL, or an ensemble of the repository; optional if there is only one"
     )
+    parser.add_argument("--sweep", action="store_true", help="find the decoder's weights and bonuses, without a server")
+    parser.add_argument("--phrases", type=Path, metavar="FILE", help="measure boosting; with --sweep, find its bonus, too")
+    parser.add_argument(
+        "--beam", type=int, choices=range(1, 17), metavar="N", help="width of the beam of --sweep and --phrases; 1: greedy"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table of --sweep or --phrases here")
     arguments = parser.parse_args()
+    arguments.repository = arguments.repository.resolve()
     try:
-        asyncio.run(evaluate(arguments.directory, arguments.url, arguments.repository.resolve(), arguments.model))
-    except (ModelError, EngineError, PortError) as error:
+        if arguments.sweep or arguments.phrases:
+            evaluate_in_process(arguments, Console(stderr=True))
+        else:
+            asyncio.run(evaluate(arguments.directory, arguments.url, arguments.repository, arguments.model))
+    except (ModelError, EngineError, PortError, PerfError, OSError, ValueError) as error:
         parser.error(str(error))
 
 

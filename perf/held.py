@@ -22,11 +22,13 @@ from typing import NamedTuple
 from amira.models.configs import ModelError
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
+from parameters import LATENCIES
 from perf import endurance
 from perf.bench import ROOM
 from perf.clients import GrpcClient
-from perf.evaluate import Recording, read_speech
+from perf.labelled import Recording, errors, read_speech
 from perf.load import percentiles_ms
+from perf.networks import Networks, read_parameters
 from perf.output import circumstances
 from perf.plots import draw_held
 from perf.processes import Meter
@@ -35,7 +37,7 @@ from perf.server import PerfError, Process, Target, amira, read_counters, triton
 from perf.speech import Samples, join
 from perf.stages import SLACK_MS
 from perf.streams import Script, most_held, play, rehearse
-from perf.windows import Networks, decoder_parameters, errors, transcribe, variants
+from perf.windows import transcribe, variants
 
 LEAD_SECS = 5.0
 """Length of the audio at a stream's start that does not count: windows are full, and caches are filled, behind it."""
@@ -136,9 +138,9 @@ async def serve(repository: Path, latency: str) -> AsyncIterator[Served]:
 def word_error_rates(repository: Path, latencies: Sequence[str], recordings: Sequence[Recording]) -> dict[str, float]:
     """Return the word error rate of each latency in percent; each recording is a stream."""
     recogniser = choose(repository, MODEL)
-    p = decoder_parameters(recogniser)
+    p = read_parameters(recogniser)
     networks, words = Networks(recogniser, p), sum(len(recording.text.split()) for recording in recordings)
-    found = {}
+    found: dict[str, float] = {}
     for variant in variants(recogniser, p, quick=True):
         names = set(variant.latencies.split(", ")) & {*latencies}
         if names:
@@ -215,7 +217,7 @@ def main() -> None:
     latencies = options.latency or ["balanced"]
     recordings = read_speech(options.directory)
     try:
-        tallies = {}
+        tallies: dict[tuple[str, str], Tally] = {}
         for name, repository in options.repository.items():
             wers = word_error_rates(repository, latencies, recordings)
             tallies |= {(name, latency): Tally(wers[latency]) for latency in latencies}

@@ -37,7 +37,8 @@ from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
 from perf.clients import PATH, GrpcClient
-from perf.evaluate import Recording, batch, normalise, read_speech
+from perf.evaluate import batch
+from perf.labelled import Recording, normalise, read_speech
 from perf.load import percentiles_ms
 from perf.plots import draw_memory
 from perf.processes import Meter

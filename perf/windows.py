@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import queue
 import statistics
 import sys
 import time
@@ -22,9 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jiwer
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -33,26 +30,18 @@ from amira.models.repository import Recogniser
 from amira.paths import MODEL_REPOSITORY, ROOT
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
-from perf.evaluate import Recording, normalise, read_speech
-from perf.floor import open_graph
+from perf.labelled import Recording, errors, read_speech
+from perf.networks import SESSIONS, Networks, decode, read_parameters
 from perf.output import circumstances, publish
 from perf.plots import draw_windows
-from perf.recogniser import choose, joint_step
+from perf.recogniser import choose
 from perf.server import PerfError
 from perf.speech import Samples
 
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
-from batching import Decoder, Encoded, Encoder, recognise
-from cached_calls import cached_inputs, cached_results
-from greedy import JointOutputs
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
-from vocabulary import continuations, read_vocabulary
 from windows import Window
-from words import text_of, words_of
-
-SESSIONS = 2
-"""Number of encoder sessions with one thread each, as in ``instance_group`` of the encoder."""
 
 GEOMETRIES_SECS = (
     (3.0, 0.4, 0.5),
@@ -119,50 +108,6 @@ class Variant(NamedTuple):
         return Stream(self.parameters, self.parameters.options.override({"latency": self.latency}))
 
 
-class Networks:
-    """The graphs with the interfaces that the decoder calls.
-
-    Args:
-        recogniser: the model.
-        p: parameters of its decoder.
-    """
-
-    def __init__(self, recogniser: Recogniser, p: Parameters) -> None:
-        self._parameters = p
-        paths = {p.encoder_model: recogniser.encoder}
-        if p.cached:
-            paths = {p.cached.encoders[latency].model: sizes.path for latency, sizes in recogniser.cached_encoders.items()}
-        self._idle: queue.SimpleQueue[Mapping[str, Any]] = queue.SimpleQueue()
-        for _ in range(SESSIONS):
-            graphs = {"preprocessor": recogniser.preprocessor, **paths}
-            self._idle.put({name: open_graph(path, threads=1) for name, path in graphs.items()})
-        self.step = joint_step(open_graph(recogniser.decoder_joint, 1))
-        self.pieces = read_vocabulary(recogniser.vocabulary)
-
-    def encode(self, windows: Sequence[Window], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
-        """Encode windows of one kind in one call."""
-        sessions = self._idle.get()
-        try:
-            return self._encode(sessions, windows)
-        finally:
-            self._idle.put(sessions)
-
-    def _encode(self, sessions: Mapping[str, Any], windows: Sequence[Window]) -> list[Encoded]:
-        p = self._parameters
-        waveforms = np.stack([window.samples for window in windows]).astype(np.float32) / np.float32(32768)
-        samples = {"waveforms": waveforms, "waveforms_lens": np.full(len(windows), waveforms.shape[1], np.int64)}
-        features, lengths = sessions["preprocessor"].run(["features", "features_lens"], samples)
-        if p.cached:
-            carried = [window.carried for window in windows if window.carried]
-            model = carried[0].model
-            inputs = cached_inputs(features, carried, p.cached.cache_size(model), p.cached.element)
-            frames, encoded, caches = sessions[model].run(["outputs", "encoded_lengths", "cache_next"], inputs)
-            return cached_results(frames, encoded, caches, carried)
-        inputs = {"audio_signal": features, "length": lengths}
-        frames, encoded = sessions[p.encoder_model].run(["outputs", "encoded_lengths"], inputs)
-        return [Encoded(frames[b, :, : encoded[b]], int(lengths[b])) for b in range(len(windows))]
-
-
 async def transcribe(
     networks: Networks, variant: Variant, recordings: Sequence[Recording], done: Callable[[], None]
 ) -> list[str]:
@@ -174,20 +119,7 @@ async def transcribe(
         recordings: the recordings.
         done: called after each recording.
     """
-    pieces, p = networks.pieces, variant.parameters
-    encoder = Encoder(networks.encode, SESSIONS, p.windows_per_call)
-    decoder = Decoder(networks.step, JointOutputs(p.blank, p.durations, p.blank_penalty), p.block_frames, encoder.is_busy)
-
-    async def one(recording: Recording) -> str:
-        stream = variant.stream()
-        stream.push(recording.samples)
-        answer = await recognise(stream, encoder, decoder, end=True)
-        done()
-        starts, ends = zip(*answer.spans, strict=True) if answer.spans else ((), ())
-        words = words_of([pieces[token.id] for token in answer.tokens], starts, ends, [1.0] * len(starts))
-        return normalise(text_of(words, segment=0))
-
-    return list(await asyncio.gather(*map(one, recordings)))
+    return await decode(networks, variant.parameters, recordings, lambda _: variant.stream(), done)
 
 
 def full_window(networks: Networks, variant: Variant, speech: Samples) -> Window:
@@ -225,19 +157,11 @@ def window_secs(networks: Networks, windows: Sequence[Window], done: Callable[[]
     return [statistics.median(secs) for secs in turns]
 
 
-def errors(recordings: Sequence[Recording], texts: Sequence[str]) -> NDArray[np.int64]:
-    """Return the number of substitutions, deletions and insertions in each recording."""
-    counts = [jiwer.process_words(recording.text, text) for recording, text in zip(recordings, texts, strict=True)]
-    return np.array([count.substitutions + count.deletions + count.insertions for count in counts])
-
-
 def variants(recogniser: Recogniser, p: Parameters, quick: bool) -> list[Variant]:
     """Return the windows to measure: ``balanced``, the model's others, then all others unless `quick`.
 
     The windows of a cached encoder are those that the model has, since a graph fixes them.
     """
-    pieces = read_vocabulary(recogniser.vocabulary)
-    p = replace(p, continuations=continuations(pieces[: p.blank]))
     in_order = sorted(LATENCIES, key=lambda latency: latency != p.options.latency)
     own = read_windows(recogniser.parameters)
     kinds = p.cached.encoders if p.cached else p.geometries
@@ -258,16 +182,9 @@ def variants(recogniser: Recogniser, p: Parameters, quick: bool) -> list[Variant
     return found
 
 
-def decoder_parameters(recogniser: Recogniser) -> Parameters:
-    """Return the parameters of a recogniser's decoder."""
-    return Parameters.from_config(
-        {"parameters": {name: {"string_value": value} for name, value in recogniser.parameters.items()}}
-    )
-
-
 def measure(directory: Path, quick: bool, recogniser: Recogniser) -> dict[str, Any]:
     """Measure all windows, and return the report."""
-    p = decoder_parameters(recogniser)
+    p = read_parameters(recogniser)
     networks, recordings, chosen = Networks(recogniser, p), read_speech(directory), variants(recogniser, p, quick)
     speech = np.concatenate([recording.samples for recording in recordings])
     windows = [full_window(networks, variant, speech) for variant in chosen]

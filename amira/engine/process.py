@@ -57,6 +57,10 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 MIN_SHARED_MEMORY_BYTES = 128 * 2**20
 """Minimum free shared memory: eight recordings of half a minute at once took 74 MB (2026-11-27)."""
 
+LOW_SHARED_MEMORY_BYTES = 48 * 2**20
+"""Minimum shared memory of a running Triton, in use and free: at rest it takes 11 MB, and a recording of 60 s adds 24 MB
+(2026-11-28)."""
+
 POLL_SECS = 0.1
 """Interval between checks of the models while Triton starts, in seconds."""
 
@@ -74,13 +78,18 @@ def check_shared_memory() -> None:
     Raises:
         EngineError: too little is free.
     """
-    status = os.statvfs(SHARED_MEMORY)
-    free = status.f_frsize * status.f_bavail
+    free = _free_shared_memory()
     if free < MIN_SHARED_MEMORY_BYTES:
         raise EngineError(
             f"{SHARED_MEMORY} has {free >> 20} MB free; Triton needs {MIN_SHARED_MEMORY_BYTES >> 20} MB: enlarge it "
             f"(docker run --shm-size 1g, or mount -o remount,size=1g {SHARED_MEMORY})"
         )
+
+
+def _free_shared_memory() -> int:
+    """Return the free shared memory in bytes."""
+    status = os.statvfs(SHARED_MEMORY)
+    return status.f_frsize * status.f_bavail
 
 
 class _Progress:
@@ -145,6 +154,7 @@ class TritonProcess:
         self._log_mode = "wb"
         self._client: Any = None
         self._decoder_calls: list[str] = []
+        self._memory_low = False
         self._canaries = [
             Canary(partial(self._ask, ensemble), f"keeper {ensemble}", CANARY_TIMEOUT_SECS, CANARY_INTERVAL_SECS)
             for ensemble in sorted(set(ensembles))
@@ -211,6 +221,7 @@ class TritonProcess:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
                     return await asyncio.wait_for(process.wait(), STUB_CHECK_SECS)
+                self._watch_shared_memory()
                 if any(canary.health.failures for canary in self._canaries):
                     await self._see_progress()
                 if reason := self._restart_reason(process):
@@ -227,6 +238,8 @@ class TritonProcess:
         with contextlib.suppress(psutil.Error):
             if any(child.status() == psutil.STATUS_ZOMBIE for child in psutil.Process(process.pid).children()):
                 return "a model's process died"
+        if self._memory_low:  # a new Triton could not load its models
+            return None
         for canary in self._canaries:
             health, failing_secs = canary.health, canary.health.failing_secs(time.monotonic())
             limit_secs = MAX_FAILING_SECS if health.erred else MAX_LATE_SECS
@@ -234,6 +247,18 @@ class TritonProcess:
             if canary.ever_answered and not health.well and failing_secs >= limit_secs:
                 return f"speech has not been recognised for {failing_secs:.0f} s"
         return None
+
+    def _watch_shared_memory(self) -> None:
+        """Log when too little shared memory is left for a long recording, and when there is enough again."""
+        used = sum(path.stat().st_size for path in self._shared_memory())
+        free = _free_shared_memory()
+        if (low := used + free < LOW_SHARED_MEMORY_BYTES) is not self._memory_low:
+            self._memory_low = low
+            report, event = (log.error, "shared memory low") if low else (log.info, "shared memory restored")
+            report(event, free_mb=free >> 20, triton_mb=used >> 20, needed_mb=LOW_SHARED_MEMORY_BYTES >> 20)
+
+    def _shared_memory(self) -> list[Path]:
+        return list(SHARED_MEMORY.glob(f"{self._shm_prefix}*"))
 
     async def _see_progress(self) -> None:
         """Inform late canaries if the decoder works on other audio: then Triton is slow, but not dead."""
@@ -247,8 +272,8 @@ class TritonProcess:
                     canary.see_progress()
             self._decoder_calls = calls
 
-    async def _ask(self, ensemble: str) -> None:
-        await ask(self._client, ensemble)
+    async def _ask(self, ensemble: str, samples: int) -> None:
+        await ask(self._client, ensemble, samples)
 
     async def stop(self, timeout_secs: float = 20.0) -> None:
         """Stop Triton and all its children after the requests in flight.
@@ -336,7 +361,7 @@ class TritonProcess:
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        for path in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+        for path in self._shared_memory():
             path.unlink(missing_ok=True)
 
     def _ending(self) -> str:

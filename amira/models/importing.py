@@ -30,7 +30,7 @@ from amira.models.memory import measure_growth
 from amira.models.repository import ONNX_TYPES, ROLES
 from amira.models.sources import NEMO_RECIPE as NEMO_RECIPE  # noqa: PLC0414 (part of this module's interface)
 from amira.models.sources import locate
-from amira.models.vocabularies import to_text
+from amira.models.vocabularies import read_tokenizer, scores_to_text, to_text
 from amira.paths import MODEL_REPOSITORY
 
 SAMPLE_RATE = 16_000
@@ -96,6 +96,9 @@ CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 
 VOCABULARY = "vocab.txt"
 """File name of the vocabulary in the directory of each model that reads it."""
+
+PIECE_SCORES = "piece_scores.txt"
+"""File name of the tokenizer's scores in the directory of the decoder."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
 
@@ -443,9 +446,20 @@ class _Writer:
             "vocabulary": VOCABULARY,
             **(GPU_PARAMETERS if self._gpu else {}),
             **parameters,
+            **self._write_scores(parts.vocabulary.parent, transducer),
         }
         removed = (*BUNDLED_PARAMETERS, *LANGUAGE_PARAMETERS, *(MEMORY_PARAMETERS if "encoder_kind" in parameters else ()))
         self._write_python_model("rnnt_greedy_bls", "decoder", chosen, removed)
+
+    def _write_scores(self, source: Path, transducer: TransducerGraphs) -> dict[str, str]:
+        """Write the scores of the source's tokenizer, if it has some; return the parameter that names the file."""
+        directory = self._directory("decoder")
+        lines = (directory / VOCABULARY).read_text(encoding="utf-8").split("\n")
+        scores = read_tokenizer(source, [line.rpartition(" ")[0] for line in lines[: transducer.pieces - 1]])
+        if not scores:
+            return {}
+        (directory / PIECE_SCORES).write_text(scores_to_text(scores), encoding="ascii")
+        return {"piece_scores": PIECE_SCORES}
 
     def _write_python_model(self, template: str, part: str, parameters: Mapping[str, str], without: Sequence[str] = ()) -> None:
         config = read_config(MODEL_REPOSITORY / template / "config.pbtxt")

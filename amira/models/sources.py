@@ -10,7 +10,7 @@ from pathlib import Path
 
 from amira.models.configs import ModelError
 from amira.models.graphs import data_files
-from amira.models.vocabularies import FILES
+from amira.models.vocabularies import FILES, TOKENIZERS
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GRAPH = re.compile(r"(encoder|decoder_joint|decoder|joiner)([-_.].*)?\.onnx")
@@ -33,6 +33,8 @@ NEMO_RECIPE = """\
   m = nemo_asr.models.ASRModel.restore_from({path!r}); m.export("model.onnx")
   lines = [f"{{token}} {{i}}\\n" for i, token in enumerate([*m.tokenizer.vocab, "<blk>"])]
   pathlib.Path("vocab.txt").write_text("".join(lines), encoding="utf-8")
+  pieces = getattr(m.tokenizer, "tokenizer", None)  # of SentencePiece, if it has one
+  if hasattr(pieces, "serialized_model_proto"): pathlib.Path("tokenizer.model").write_bytes(pieces.serialized_model_proto())
   durations = list(m.cfg.model_defaults.get("tdt_durations") or [])
   config = {{"model_type": f"nemo-conformer-{{'tdt' if durations else 'rnnt'}}", "features_size": m.cfg.preprocessor.features}}
   config |= {{"subsampling_factor": m.cfg.encoder.subsampling_factor, "durations": durations}}
@@ -172,7 +174,7 @@ def _download(source: str, quantization: str | None, files: str) -> dict[str, Pa
                     _check_digest(directory / name, digests[name])
             return directory
 
-        directory = download([*found.values(), *FILES, "config.json"])
+        directory = download([*found.values(), *dict.fromkeys((*FILES, *TOKENIZERS)), "config.json"])
         if weights := [data for name in found.values() for data in data_files(directory / name)]:
             download(weights)
     return {part: directory / name for part, name in found.items()}

@@ -7,13 +7,17 @@ several bytes, ``▁<0xE4><0xBD>``; a piece without text is empty.
 from __future__ import annotations
 
 import json
+import math
 import re
+import struct
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from amira.models.configs import ModelError
 from amira.models.graphs import LFS_POINTER
+from amira.models.segmentation import NO_TEXT, Scores
 
 BLANK = "<blk>"
 BLANK_NAMES = (BLANK, "<blank>", "<eps>")
@@ -22,6 +26,19 @@ BLANK_NAMES = (BLANK, "<blank>", "<eps>")
 WORD_START = "▁"
 FILES = ("tokens.txt", "vocab.txt", "tokenizer.json", "tokenizer.model")
 """Names of vocabulary files, in the order in which they are looked for."""
+
+TOKENIZERS = ("tokenizer.model", "bpe.model", "tokenizer.json")
+"""Names of tokenizers with scores of pieces, in the order in which they are looked for: NeMo's, icefall's, and the tokenizers
+library's."""
+
+SENTENCEPIECE_KINDS = {1: "unigram", 2: "bpe", 3: "unigram", 4: "unigram"}
+"""Kind of segmentation by SentencePiece's ``model_type``: words and characters are pieces that never overlap."""
+
+TEXT_PIECES = (1, 4)
+"""SentencePiece's types of pieces that text is segmented into: normal and user-defined ones."""
+
+NO_SCORE = -math.inf
+"""Score of a piece that no text is segmented into."""
 
 BYTE_BPE_CHARACTERS = (
     *map(chr, range(0x100, 0x120)),
@@ -74,13 +91,12 @@ def read_pieces(path: Path) -> list[str]:
     Raises:
         ModelError: the file is malformed, or ids are missing.
     """
-    if path.read_bytes()[: len(LFS_POINTER)] == LFS_POINTER:
-        raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
+    _check_pointer(path)
     try:
         if path.suffix == ".json":
             numbered = _tokenizer_json(path)
         elif path.suffix == ".model":
-            numbered = dict(enumerate(_sentencepiece_pieces(path.read_bytes())))
+            numbered = dict(enumerate(piece.text for piece in _sentencepiece_pieces(path.read_bytes())))
         else:
             numbered = _numbered_lines(path)
     except (UnicodeDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -91,6 +107,67 @@ def read_pieces(path: Path) -> list[str]:
     while DISAMBIGUATION.fullmatch(pieces[-1]):
         pieces.pop()
     return pieces
+
+
+def read_tokenizer(directory: Path, pieces: Sequence[str]) -> Scores | None:
+    """Return the scores of a source's pieces by its tokenizer.
+
+    Args:
+        directory: the source.
+        pieces: by token id in the repository's convention, without the blank.
+
+    Returns:
+        The scores; None if the source has no tokenizer with scores, or has one of other pieces.
+
+    Raises:
+        ModelError: the tokenizer is malformed.
+    """
+    for name in TOKENIZERS:
+        path = directory / name
+        if not path.is_file():
+            continue
+        _check_pointer(path)
+        try:
+            found = _read_json_scores(path) if path.suffix == ".json" else _read_sentencepiece_scores(path)
+        except (KeyError, TypeError, ValueError, IndexError, struct.error) as error:
+            raise ModelError(f"{path} is no tokenizer: {str(error) or repr(error)}; remove it to import without") from error
+        if found and all(piece in found[1] for piece in pieces if not _is_special(piece)):
+            kind, scores = found
+            return Scores(kind, tuple(scores.get(piece, NO_SCORE) for piece in pieces))
+    return None
+
+
+def scores_to_text(scores: Scores) -> str:
+    """Return the content of ``piece_scores.txt``; ``segmentation.read_scores`` reads it."""
+    return "".join(f"{value}\n" for value in (scores.kind, *scores.values))
+
+
+def _is_special(piece: str) -> bool:
+    """Return whether no text is segmented into a piece."""
+    return bool(NO_TEXT.fullmatch(piece) or SPECIAL.fullmatch(piece))
+
+
+def _read_sentencepiece_scores(path: Path) -> tuple[str, Mapping[str, float]]:
+    data = path.read_bytes()
+    scores = {piece.text: piece.score if piece.type in TEXT_PIECES else NO_SCORE for piece in _sentencepiece_pieces(data)}
+    return _sentencepiece_kind(data), scores
+
+
+def _read_json_scores(path: Path) -> tuple[str, Mapping[str, float]] | None:
+    """Return kind and scores of a file of the tokenizers library; None if its model has none.
+
+    BPE has an order of merges instead of scores: the score of a piece is that of the first merge that makes the piece.
+    """
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    if model.get("type") == "Unigram":
+        return "unigram", {piece: float(score) for piece, score in model["vocab"]}
+    if model.get("type") != "BPE" or not model.get("merges"):
+        return None
+    scores = dict.fromkeys(model["vocab"], NO_SCORE)
+    for rank, merge in reversed(list(enumerate(model["merges"]))):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        scores[left + right] = -float(rank)
+    return "bpe", scores
 
 
 def to_convention(pieces: Sequence[str], logits: int, blank: int, path: Path) -> list[str]:
@@ -147,6 +224,12 @@ def to_text(pieces: Sequence[str]) -> str:
     return "".join(f"{piece} {index}\n" for index, piece in enumerate(pieces))
 
 
+def _check_pointer(path: Path) -> None:
+    """Raise ModelError if a file was not downloaded."""
+    if path.read_bytes()[: len(LFS_POINTER)] == LFS_POINTER:
+        raise ModelError(f"{path} is a Git LFS pointer instead of the file; run git lfs pull where it was cloned")
+
+
 def _numbered_lines(path: Path) -> dict[int, str]:
     """Read lines ``piece id``, or lines ``piece`` in the order of their ids.
 
@@ -181,11 +264,30 @@ def _tokenizer_json(path: Path) -> dict[int, str]:
     return numbered | {int(added["id"]): added["content"] for added in content.get("added_tokens", [])}
 
 
-def _sentencepiece_pieces(data: bytes) -> Iterator[str]:
-    """Yield the pieces of a SentencePiece model, a protobuf message: field 1 repeats pieces, whose field 1 is the text."""
-    for number, piece in _fields(data):
-        if number == 1 and isinstance(piece, bytes):
-            yield next(text for field, text in _fields(piece) if field == 1 and isinstance(text, bytes)).decode()
+class _Piece(NamedTuple):
+    """A piece of a SentencePiece model."""
+
+    text: str
+    score: float
+    type: int
+
+
+def _sentencepiece_pieces(data: bytes) -> Iterator[_Piece]:
+    """Yield the pieces of a SentencePiece model (``sentencepiece_model.proto``): field 1 of the model repeats them."""
+    for number, content in _fields(data):
+        if number == 1 and isinstance(content, bytes):
+            fields = dict(_fields(content))
+            text, score, kind = fields[1], fields.get(2, bytes(4)), fields.get(3, 1)
+            if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
+                raise TypeError("a piece has fields of other types")
+            yield _Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+
+
+def _sentencepiece_kind(data: bytes) -> str:
+    """Return the kind of a SentencePiece model: field 3 of its trainer's specification, field 2."""
+    specification = dict(_fields(data)).get(2, b"")
+    kind = dict(_fields(specification)).get(3, 1) if isinstance(specification, bytes) else 1
+    return SENTENCEPIECE_KINDS[int(kind)]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:

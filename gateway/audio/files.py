@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from gateway.audio import RATE, codecs, headers, mp3, ogg, wav
+from gateway.audio import RATE, codecs, headers, joined, mp3, ogg, wav
 from gateway.audio.body import Body, Parts, Pieces
 from gateway.audio.convert import Converter, Pcm, check_format
 from gateway.audio.errors import too_long, undecodable, unsupported
@@ -22,6 +22,9 @@ from gateway.errors import ApiError, ErrorKind
 
 UNKNOWN_FRAMES = 2**63 - 1
 """Number of frames that libsndfile reports for a FLAC stream of unknown length."""
+
+ROUNDING_SECS = 0.01
+"""Maximum length that resampling adds to a file's audio, in seconds."""
 
 FLOATS = ("FLOAT", "DOUBLE")
 """libsndfile's names of float samples."""
@@ -89,15 +92,18 @@ def decode_blocks(data: bytes | mmap.mmap, content: Content, max_secs: float, *,
     Raises:
         ApiError: the file is damaged, cut short, or not supported, or its audio is longer than allowed.
     """
-    name, file, decoded, channels = content.format.name, Body(data, content.start), 0, 0
-    for block in _blocks(content.format, file, max_secs, separate=separate):
-        channels = channels or len(block)
-        if len(block) != channels:
-            message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
-            raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
-        decoded += block.shape[1]
-        if block.size:
-            yield block
+    name, decoded, channels = content.format.name, 0, 0
+    for part in joined.split(content.format, Body(data, content.start)):
+        for block in _blocks(content.format, part, max_secs, separate=separate):
+            channels = channels or len(block)
+            if len(block) != channels:
+                message = f"The number of channels changes from {channels} to {len(block)}; such channels can't be separated."
+                raise ApiError(ErrorKind.UNACCEPTABLE, message, "channels")
+            decoded += block.shape[1]
+            if decoded > (max_secs + ROUNDING_SECS) * RATE:
+                raise too_long(f"more than {max_secs:g} s", max_secs)
+            if block.size:
+                yield block
     if not decoded:
         raise undecodable(f"The {name} file holds no audio.")
 

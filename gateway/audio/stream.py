@@ -11,7 +11,9 @@ from enum import Enum, auto
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.audio.body import Body
 from gateway.audio.errors import undecodable
+from gateway.audio.joined import HEADER_BYTES, find_beginning
 from gateway.audio.pool import FilePool
 from gateway.audio.raw import DEFAULT, RawFormat, RawStream
 from gateway.audio.reader import Reader
@@ -171,10 +173,25 @@ class StreamInput:
 
     async def _feed_wav(self, data: bytes) -> None:
         assert self._converter  # noqa: S101 (made with the header)
+        rest = b""
         if self._left_bytes is not None:
-            data = data[: self._left_bytes]  # tags follow
+            data, rest = data[: self._left_bytes], data[self._left_bytes :]
             self._left_bytes -= len(data)
         await self._give(self._converter.convert(data))
+        if rest:
+            await self._seek_header(rest)
+
+    async def _seek_header(self, data: bytes) -> None:
+        """Search for another file after the audio of a WAV file; other bytes are tags."""
+        assert self._converter  # noqa: S101 (made with the header)
+        self._held += data
+        at = find_beginning(WAV, Body(self._held))
+        if at < 0:
+            self._held = self._held[-HEADER_BYTES:]
+            return
+        await self._give(self._converter.finish(whole=False))
+        self._kind, self._held, self._header_bytes = Kind.WAV_HEADER, self._held[at:], 0
+        await self._read_header()
 
     async def _feed_pipe(self, data: bytes) -> None:
         assert self._pipe and self._pump  # noqa: S101, PT018 (made when the stream began)

@@ -7,6 +7,10 @@ several at once reach every instance of the other encoder.
 
 A canary with an error response is a failure, since its audio is valid. A canary without a response in time is a failure only if
 Triton has decoded nothing else in this time: a slow Triton responds late, a dead one never.
+
+Models' processes enlarge their shared memory for long audio, so one sample of silence does not show that it is exhausted. After
+a request failed for this reason, canaries are as long as the request until one succeeds. The gateway cannot see the shared
+memory of a Triton in another container, so this is all that it knows.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from tritonclient.grpc import InferInput
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
+from gateway.audio import RATE
+
 MAX_FAILURES = 2
 """Number of failed rounds after which the ensemble is not ready."""
 
@@ -36,6 +42,9 @@ REPEAT_SECS = 0.5
 
 MIN_ID, MAX_ID = 2**62, 2**63 - 1
 """Range of the canaries' sequence ids. Ids of streams are smaller, so they never collide. gRPC's parameter has 63 bits."""
+
+CANARY_SAMPLES = 1
+"""Length of a canary."""
 
 AS_RECORDING = {"context": "whole"}
 """Options of a canary. As a live stream it would keep an encoder call free of recordings for two seconds each time."""
@@ -100,8 +109,8 @@ class CanaryError(RuntimeError):
     """A canary got an error response."""
 
 
-Ask = Callable[[], Awaitable[None]]
-"""Sends one canary, and waits for its response without a timeout.
+Ask = Callable[[int], Awaitable[None]]
+"""Sends one canary with this number of samples, and waits for its response without a timeout.
 
 Raises:
     CanaryError: the response is an error.
@@ -133,6 +142,7 @@ class Canary:
         self._interval_secs = interval_secs
         self._clock = clock
         self._progress_at = self._busy_at = -float("inf")
+        self._samples = CANARY_SAMPLES
         self._due = asyncio.Event()
         self._asked: set[asyncio.Task[None]] = set()
         self.health = Health()
@@ -149,6 +159,10 @@ class Canary:
 
     def see_death(self) -> None:
         """Record that a model's process has died or stalled: nothing is decoded until canaries show the contrary."""
+        self._fail()
+
+    def _fail(self) -> None:
+        """Record that nothing is recognised until canaries show the contrary."""
         if self.health.well:
             log.error("recognition lost", name=self._name)
             now = self._clock()
@@ -157,9 +171,22 @@ class Canary:
             )
         self.hurry()
 
+    def see_shortage(self, samples: int) -> None:
+        """Record that there was too little shared memory for audio of this length; canaries have this length from now on."""
+        if not self.short:
+            log.error("shared memory exhausted", name=self._name, audio_secs=round(samples / RATE, 1))
+        self._samples = max(self._samples, samples)
+        self._fail()
+
+    @property
+    def short(self) -> bool:
+        """Whether there is too little shared memory for audio that clients have sent."""
+        return self._samples > CANARY_SAMPLES
+
     def forget(self) -> None:
         """Reset the health: this Triton is gone, and another one may replace it."""
         self.health = Health()
+        self._samples = CANARY_SAMPLES
 
     async def run(self, loaded: Callable[[], bool], together: Callable[[], int]) -> None:
         """Make rounds until cancelled.
@@ -188,7 +215,7 @@ class Canary:
             return  # reset, or a death seen, during the round
         self.ever_answered |= outcome is Outcome.ANSWERED
         self.health = before.after(outcome, self._clock())
-        if outcome is not Outcome.ANSWERED:
+        if outcome is not Outcome.ANSWERED and not self.short:  # a shortage is logged once
             log.warning("canary failed", name=self._name, outcome=outcome.value, failures=self.health.failures, reason=reason)
         if before.well and not self.health.well:
             log.error("recognition lost", name=self._name)
@@ -212,7 +239,8 @@ class Canary:
     async def _round(self, together: int) -> tuple[Outcome, str]:
         for count in (1, together) if together > 1 else (1,):
             asked_at = self._clock()
-            tasks = [asyncio.create_task(self._send(), name="canary") for _ in range(count)]
+            length = self._samples if count == 1 else CANARY_SAMPLES
+            tasks = [asyncio.create_task(self._send(length), name="canary") for _ in range(count)]
             # Late canaries are not cancelled: Triton would serve them anyway, and their responses show progress.
             done, late = await asyncio.wait(tasks, timeout=self._timeout_secs)
             for task in done:
@@ -221,14 +249,16 @@ class Canary:
                     return Outcome.FAILED, str(error or "the connection was closed")
             if late and self._progress_at < asked_at:
                 return Outcome.LATE, f"no answer within {self._timeout_secs:g} s"
+            if length == self._samples and not late:
+                self._samples = CANARY_SAMPLES
         return Outcome.ANSWERED, ""
 
-    async def _send(self) -> None:
+    async def _send(self, samples: int) -> None:
         task = asyncio.current_task()
         assert task  # noqa: S101 (started by create_task)
         self._asked.add(task)
         task.add_done_callback(self._forget_task)
-        await self._ask()
+        await self._ask(samples)
         self._progress_at = self._clock()
 
     def _forget_task(self, task: asyncio.Task[None]) -> None:
@@ -237,14 +267,19 @@ class Canary:
             task.exception()  # mark it as retrieved; nothing awaits a late canary
 
 
-async def ask(client: grpcclient.InferenceServerClient, ensemble: str) -> None:
+async def ask(client: grpcclient.InferenceServerClient, ensemble: str, samples: int = CANARY_SAMPLES) -> None:
     """Send one canary to an ensemble, and wait for its response without a timeout.
+
+    Args:
+        client: client of the Triton.
+        ensemble: name of the ensemble.
+        samples: length of the canary.
 
     Raises:
         CanaryError: the response is an error.
     """
-    audio = InferInput("AUDIO", [1, 1], "INT16")
-    audio.set_data_from_numpy(np.zeros((1, 1), np.int16))
+    audio = InferInput("AUDIO", [1, samples], "INT16")
+    audio.set_data_from_numpy(np.zeros((1, samples), np.int16))
     number = MIN_ID + secrets.randbelow(MAX_ID - MIN_ID)
     try:
         await client.infer(

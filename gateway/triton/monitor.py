@@ -154,6 +154,14 @@ class Monitor:
         """Record that a process of the ensemble's models has died or stalled; the ensemble is not ready from now on."""
         self._canaries[name].see_death()
 
+    def see_shortage(self, name: str, samples: int) -> None:
+        """Record that Triton had too little shared memory for audio of this length; see ``Canary.see_shortage``."""
+        self._canaries[name].see_shortage(samples)
+
+    def short(self, name: str) -> bool:
+        """Return whether the ensemble is not ready since Triton has too little shared memory."""
+        return self.loaded(name) and self._canaries[name].short
+
     def mark_stale(self) -> None:
         """Treat all models as not loaded until the next inspection, and start it at once."""
         self.models = dict.fromkeys(self.models, ModelState.UNKNOWN)
@@ -255,8 +263,8 @@ class Monitor:
             elif not canary.health.answered:
                 canary.hurry()
 
-    async def _send_canary(self, name: str) -> None:
-        await ask(self.connection.client, name)
+    async def _send_canary(self, name: str, samples: int) -> None:
+        await ask(self.connection.client, name, samples)
 
     def _encoder_calls(self, name: str) -> int:
         return self._ensembles[name].encoder_calls

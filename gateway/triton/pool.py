@@ -13,6 +13,7 @@ from gateway.triton.breaker import BreakerState
 from gateway.triton.endpoint import Endpoint
 from gateway.triton.ensemble import Ensemble
 from gateway.triton.retry import Fault, RetryPolicy, TritonError
+from gateway.triton.sequence import NO_SHARED_MEMORY
 from gateway.triton.utterance import Utterance
 
 RECORDING_RETRIES = RetryPolicy(attempts=2, whole=True)
@@ -56,7 +57,7 @@ class TritonPool:
         for endpoint in self.endpoints:
             if endpoint.takes(name):
                 return endpoint.monitor.ensemble(name)
-        raise _not_ready()
+        raise self._not_ready(name)
 
     def place(self, name: str) -> Endpoint:
         """Return the endpoint for a new sequence of an ensemble: the one with the fewest sequences of those that accept it.
@@ -66,7 +67,7 @@ class TritonPool:
         """
         takers = [endpoint for endpoint in self.endpoints if endpoint.takes(name)]
         if not takers:
-            raise _not_ready()
+            raise self._not_ready(name)
         chosen = min(takers, key=lambda endpoint: endpoint.sequences)
         chosen.breaker.allow()
         return chosen
@@ -78,6 +79,11 @@ class TritonPool:
     def recording(self, ensemble: Ensemble, options: Mapping[str, str | int]) -> Utterance:
         """Return an utterance for a recording that is decoded whole, in one request."""
         return self._utterance(ensemble, {"context": "whole", **options}, RECORDING_RETRIES)
+
+    def _not_ready(self, name: str) -> TritonError:
+        short = any(endpoint.monitor.short(name) for endpoint in self.endpoints)
+        message = NO_SHARED_MEMORY if short else "the recogniser is not ready; please retry"
+        return TritonError(ErrorKind.NOT_READY, message, Fault.ABSENT)
 
     def _utterance(self, ensemble: Ensemble, options: Mapping[str, str | int], retries: RetryPolicy) -> Utterance:
         return Utterance(self.place, self._isolation, ensemble, options, retries, self._recovery_secs)
@@ -93,7 +99,3 @@ def _reported_state(endpoint: Endpoint) -> BreakerState:
     Such a Triton may be gone for ever, as after a scale-down, and no probe would ever close its breaker.
     """
     return BreakerState.CLOSED if endpoint.monitor.latency_secs is None else endpoint.breaker.state
-
-
-def _not_ready() -> TritonError:
-    return TritonError(ErrorKind.NOT_READY, "the recogniser is not ready; please retry", Fault.ABSENT)

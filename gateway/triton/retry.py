@@ -45,6 +45,9 @@ REFUSALS = (
 DEAD_PROCESS = "stub process"
 """Part of Triton's message about a Python model whose process died or sent no heartbeat for 1 s, in lower case."""
 
+SHARED_MEMORY = "shared memory pool"
+"""Part of Triton's message about a Python model that could not enlarge its shared memory, in lower case."""
+
 MAX_PATIENCE = 4
 """Maximum timeout of a request, as a multiple of ``inference_timeout_secs``."""
 
@@ -67,6 +70,7 @@ class Fault(Enum):
     LATE = "there was no response within the timeout"
     UNKNOWN_SEQUENCE = "Triton no longer has the sequence, or the request is invalid"
     FOREIGN_STATE = "the state to restore is not of this model"
+    NO_SHARED_MEMORY = "Triton's machine or container has too little shared memory for the request"
     FAILED = "a model returned an error"
 
 
@@ -85,7 +89,9 @@ def classify(status: str, message: str, *, restores: bool) -> Fault:
         return Fault.LATE
     if status == INVALID_ARGUMENT:
         return Fault.FOREIGN_STATE if restores else Fault.UNKNOWN_SEQUENCE
-    return Fault.BACKEND_DIED if DEAD_PROCESS in text else Fault.FAILED
+    if DEAD_PROCESS in text:
+        return Fault.BACKEND_DIED
+    return Fault.NO_SHARED_MEMORY if SHARED_MEMORY in text else Fault.FAILED
 
 
 def is_unresolved(message: str) -> bool:
@@ -175,7 +181,7 @@ class RetryPolicy:
         """Return whether a request that has just failed is retried, if there is time left."""
         if fault is Fault.FOREIGN_STATE or self.poisoned(failures):
             return False
-        if self.whole and fault is Fault.LATE:  # another attempt would add to the overload
+        if self.whole and fault in (Fault.LATE, Fault.NO_SHARED_MEMORY):  # another attempt would add to the overload
             return False
         return failures.count < self.attempts
 

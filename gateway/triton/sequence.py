@@ -30,12 +30,16 @@ ABANDON_PAUSES_SECS = (0.0, 1.0, 2.0, 4.0, 8.0)
 SLOW_SHARE = 0.8
 """Share of the timeout from which a successful call counts as a failure for the circuit breaker."""
 
+NO_SHARED_MEMORY = "the recogniser is short of shared memory; please retry"
+"""Message for the client while audio of its length cannot be decoded."""
+
 ERRORS = {
     Fault.FOREIGN_STATE: (
         ErrorKind.INVALID_SESSION,
         "the recogniser has changed since the stream began, and cannot continue it; begin a new stream",
     ),
     Fault.LATE: (ErrorKind.BACKEND_TIMEOUT, "the recogniser took longer than {timeout_secs:g} s; please retry"),
+    Fault.NO_SHARED_MEMORY: (ErrorKind.NO_CAPACITY, NO_SHARED_MEMORY),
     Fault.ABSENT: (ErrorKind.BACKEND_FAILED, "the recogniser is gone; please retry"),
     Fault.DISCONNECTED: (ErrorKind.BACKEND_FAILED, "the connection to the recogniser was lost; please retry"),
 }
@@ -117,7 +121,7 @@ class RemoteSequence:
                 status=error.status(),
                 reason=error.message(),
             )
-            raise _error(fault, timeout_secs, await self._report(fault)) from error
+            raise _error(fault, timeout_secs, await self._report(fault, len(samples))) from error
         finally:
             self.endpoint.in_flight.discard(self)
         fast = time.perf_counter() - self.sent_at < SLOW_SHARE * timeout_secs
@@ -144,9 +148,17 @@ class RemoteSequence:
             break
         self._live(False)
 
-    async def _report(self, fault: Fault) -> Death | None:
-        """Report a failed request to the endpoint; return the death at which it was in flight, or None."""
+    async def _report(self, fault: Fault, samples: int) -> Death | None:
+        """Report a failed request to the endpoint; return the death at which it was in flight, or None.
+
+        Args:
+            fault: meaning of the error.
+            samples: length of the request's audio.
+        """
         endpoint = self.endpoint
+        if fault is Fault.NO_SHARED_MEMORY:
+            endpoint.monitor.see_shortage(self._ensemble, samples)
+            return None
         if fault not in (Fault.UNKNOWN_SEQUENCE, Fault.FOREIGN_STATE) and not (fault is Fault.LATE and self._may_be_slow):
             endpoint.breaker.record(success=False)
             endpoint.monitor.see_failure(self._ensemble)

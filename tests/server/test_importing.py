@@ -28,6 +28,7 @@ from amira.ports import LOOPBACK, free_ports
 from tests.support.commands import edit, run_amira, triton_with
 from tests.support.hub import hub_with
 from tests.support.servers import KINDS
+from tests.support.streaming_models import sentencepiece_model
 
 
 async def test_import_check_and_list_from_the_command_line(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -510,8 +511,9 @@ def test_recipe_writes_what_an_import_reads(sources: dict[str, Path], tmp_path: 
     """The recipe's own lines, on what NeMo's classes have of them."""
     _, *lines = NEMO_RECIPE.format(path="x.nemo").splitlines()
     tokens = [line.rpartition(" ")[0] for line in (sources["tdt"] / "vocab.txt").read_text(encoding="utf-8").splitlines()[:-1]]
+    serialized = sentencepiece_model(tokens)
     model = SimpleNamespace(
-        tokenizer=SimpleNamespace(vocab=tokens),
+        tokenizer=SimpleNamespace(vocab=tokens, tokenizer=SimpleNamespace(serialized_model_proto=lambda: serialized)),
         cfg=SimpleNamespace(
             model_defaults={"tdt_durations": [0, 1, 2, 4, 8]},
             preprocessor=SimpleNamespace(features=128),
@@ -525,6 +527,8 @@ def test_recipe_writes_what_an_import_reads(sources: dict[str, Path], tmp_path: 
     exec("\n".join(["import json, pathlib", *(line.strip() for line in lines[2:])]), {"m": model})  # noqa: S102
     found = import_model(str(exported), "mine", tmp_path / "into")
     assert (found.kind, found.durations, found.features, found.pieces) == ("tdt", (0, 1, 2, 4, 8), 128, 1025)
+    assert (exported / "tokenizer.model").read_bytes() == serialized
+    assert "piece_scores" in recognisers(tmp_path / "into")[0].parameters
 
 
 def test_invalid_names_and_places_are_refused(source: Path, tmp_path: Path) -> None:

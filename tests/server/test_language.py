@@ -30,7 +30,7 @@ MODES: list[dict[str, Any]] = [
     {"context": "whole"},
     {"context": "whole", "beam": 1},
     {"context": "whole", "language_model": "off", "beam": 1},
-    {"context": "whole", "phrases": PHRASE},
+    {"context": "whole", "phrases": f"{PHRASE}\t5"},
     {"beam": 1},
     {"beam": 1, "language_model": "on"},
     {"beam": 1, "phrases": f"{PHRASE}\t4"},
@@ -158,7 +158,7 @@ async def test_phrases_change_the_text_through_the_gateway(
         text: str = (await http.post(gateway.batch_url(), content=body, params=query)).raise_for_status().json()["text"]
         return text
 
-    plain, boosted = await batch(), await batch(phrases=["Fellow  Amerikans\t4", "unheard of"])
+    plain, boosted = await batch(), await batch(phrases=["Fellow  Amerikans\t5", "unheard of"])
     assert "amerikans" in boosted
     assert "amerikans" not in plain
     assert await batch(language_model="off") != plain
@@ -217,7 +217,7 @@ async def test_keywords_are_boosted(gateway: Gateway, http: httpx.AsyncClient, s
         answer = await http.post(f"{gateway.url}/v1/audio/transcriptions", files={"file": ("a.flac", sound)}, data=form)
         return str(answer.raise_for_status().json()["text"])
 
-    assert "amerikans" in await transcribe(**{"keywords[]": [f"{PHRASE}\t4", "other"]})
+    assert "amerikans" in await transcribe(**{"keywords[]": [f"{PHRASE}\t5", "other"]})
     assert "amerikans" not in await transcribe()
 
 

@@ -50,6 +50,64 @@ async def test_error_rates_of_an_imported_model(repository: Path, speech: Path) 
     assert min(rates.values()) > 50, "the weights are random"
 
 
+@pytest.fixture
+def three(tmp_path: Path) -> Path:
+    """A directory with the three bundled recordings."""
+    return Path(shutil.copytree(SPEECH, tmp_path / "three"))
+
+
+def table(page: str) -> dict[str, list[str]]:
+    """The rows of a page's table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[1:]}
+
+
+async def test_sweep_of_the_bundled_model(three: Path, tmp_path: Path) -> None:
+    (tmp_path / "phrases.txt").write_text("fellow\ncountry\nunheard\nof\n", encoding="utf-8")
+    code, output, errors = await measure(
+        "perf.evaluate", three, "--sweep", "--phrases", tmp_path / "phrases.txt", "--table", tmp_path / "sweep.md"
+    )
+    assert code == 0, errors
+    rows = table(output)
+    names = ["language_model_weight", "internal_lm_weight", "language_model_bonus", "phrase_bonus"]
+    assert list(rows) == [f"`{name}`" for name in names]
+    best = {}
+    for name in names:
+        cells = [cell for cell in rows[f"`{name}`"] if cell]
+        (chosen,) = (cell.strip("*") for cell in cells if cell.startswith("**"))
+        best[name], rate = chosen.split(": ")
+        assert len(cells) > 2
+        assert float(rate) == min(float(cell.strip("*").split(": ")[1]) for cell in cells)
+    lines = [
+        f'parameters {{ key: "{name}" value: {{ string_value: "{value}" }} }}' for name, value in {"beam": "4", **best}.items()
+    ]
+    assert "\n".join(lines) in output
+    assert (tmp_path / "sweep.md").read_text(encoding="utf-8") == output.removesuffix("\n")
+
+
+async def test_sweep_of_an_imported_model(repository: Path, speech: Path) -> None:
+    """Without a language model there is only the insertion bonus to find, and in greedy decoding the blank's penalty."""
+    for beam, name in ((2, "insertion_bonus"), (1, "blank_penalty")):
+        code, output, errors = await measure(
+            "perf.evaluate", speech, "--sweep", "--beam", str(beam), "--repository", repository
+        )
+        assert code == 0, errors
+        assert list(table(output)) == [f"`{name}`"]
+        assert f'key: "beam" value: {{ string_value: "{beam}" }}' in output
+
+
+async def test_phrases_of_the_bundled_model_are_measured(three: Path, tmp_path: Path) -> None:
+    words = [f"{a}{b}{c}" for a in ("ba", "co", "du") for b in ("ri", "lo", "ma") for c in ("ny", "ster", "tion")]
+    (tmp_path / "phrases.txt").write_text("\n".join(["country", "fellow", *words]), encoding="utf-8")
+    code, output, errors = await measure("perf.evaluate", three, "--phrases", tmp_path / "phrases.txt")
+    assert code == 0, errors
+    rows = table(output)
+    assert [name.split()[0] for name in rows] == ["10", "100", "500", "10,", "100", "500"]
+    found, said = map(int, rows["10"][0].split(" of "))
+    assert said == 3, "fellow once, and country twice"
+    assert 0 < found <= said
+
+
 async def test_windows_of_an_imported_model(repository: Path, speech: Path) -> None:
     results = ROOT / "perf" / "results" / "windows.md"
     before = results.read_bytes()

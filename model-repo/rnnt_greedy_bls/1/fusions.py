@@ -20,7 +20,7 @@ MAX_PHRASE_CHARACTERS = 200
 """Maximum length of a phrase in characters."""
 
 MAX_PHRASES_CHARACTERS = 20_000
-"""Maximum length of all phrases of a stream in characters. They take 0.2 s to build, and no stream is decoded meanwhile."""
+"""Maximum length of all phrases of a stream in characters. They take up to 0.06 s to build."""
 
 MAX_PHRASE_FACTOR = 10.0
 """Largest factor of a phrase's bonus."""
@@ -36,28 +36,34 @@ class Fusions:
         parameters: of the decoder.
         pieces: by token id, without the blank.
         directory: of the decoder, which the paths in the parameters are relative to.
+        language_model: the language model if it is loaded already.
+
+    Attributes:
+        language_model: the language model; None: without.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is malformed, or of another vocabulary.
     """
 
-    def __init__(self, parameters: Parameters, pieces: Sequence[str], directory: Path) -> None:
+    def __init__(
+        self, parameters: Parameters, pieces: Sequence[str], directory: Path, language_model: LanguageModel | None = None
+    ) -> None:
         self._parameters = parameters
-        self._model: LanguageModel | None = None
-        if parameters.language_model:
-            self._model = LanguageModel.load(directory / parameters.language_model, pieces)
-            self._model.prepare()
+        self.language_model = language_model
+        if parameters.language_model and not language_model:
+            self.language_model = LanguageModel.load(directory / parameters.language_model, pieces)
+            self.language_model.prepare()
         path = directory / parameters.piece_scores
         self._segmenter = Segmenter(pieces, read_scores(path, len(pieces)) if parameters.piece_scores else None)
         self._shared = ""
         if parameters.phrases_file:
             self._shared = (directory / parameters.phrases_file).read_text(encoding="utf-8")
+        self._shared_phrases = self._phrases(self._shared)
         self._build = functools.lru_cache(KEPT_PHRASES)(self._phrases)
-        self._build(self._shared)
 
     def of(self, options: Options) -> Fusion:
-        """Return what a stream with these options adds.
+        """Return what a stream with these options adds. May be called in any thread; new phrases take time.
 
         Raises:
             ParameterError: there are too many phrases, one or all are too long, or one has a factor that is not allowed.
@@ -69,8 +75,8 @@ class Fusions:
             raise ParameterError(f"phrases has {length} characters; at most {MAX_PHRASES_CHARACTERS} are allowed")
         gains = options.context == "whole" or options.width > 1
         is_used = options.language_model == "on" or (options.language_model == "auto" and gains)
-        model = self._model if is_used else None
-        phrases = self._build(f"{self._shared}\n{options.phrases}" if options.phrases else self._shared)
+        model = self.language_model if is_used else None
+        phrases = self._build(f"{self._shared}\n{options.phrases}") if options.phrases else self._shared_phrases
         return Fusion(model, p.language_model_weight, p.internal_lm_weight, phrases)
 
     def _phrases(self, lines: str) -> Phrases | None:

@@ -16,6 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,12 @@ class OpenSequence:
     """A sequence that has started and not ended.
 
     Attributes:
-        stream: its state.
+        stream: its state; None until its first request is served.
         turn: lock of the request that is being served; Triton may send the next request before the response.
         used_at: arrival of the last request, in seconds of ``time.monotonic``.
     """
 
-    stream: Stream
+    stream: Stream | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     used_at: float = 0.0
 
@@ -117,6 +118,7 @@ class TritonPythonModel:
         self._sequences: dict[SequenceId, OpenSequence] = {}  # in the order of their last use
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="recogniser", daemon=True)
+        self._builder = ThreadPoolExecutor(1, "phrases")
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._report(), self._loop)
         asyncio.run_coroutine_threadsafe(_trim(), self._loop)
@@ -146,6 +148,7 @@ class TritonPythonModel:
         asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._builder.shutdown()
         self._sequences.clear()
         self._report_now()
 
@@ -176,7 +179,8 @@ class TritonPythonModel:
             ParameterError: the sequence or an option is not valid.
             RuntimeError, ValueError: decoding failed; the stream's state is lost.
         """
-        sequence = self._begin(request) if request.start else self._sequences.get(request.sequence_id)
+        # The first request of a sequence with the id of an open one replaces the open one.
+        sequence = OpenSequence() if request.start else self._sequences.get(request.sequence_id)
         if sequence:
             sequence.used_at = time.monotonic()
             self._sequences.pop(request.sequence_id, None)
@@ -189,8 +193,9 @@ class TritonPythonModel:
         )
 
     async def _decode(self, sequence: OpenSequence, request: Request) -> tuple[Decoded, str]:
-        stream, done = sequence.stream, request.end
+        done = request.end
         try:
+            stream = sequence.stream = sequence.stream or await self._begin(request)
             stream.push(request.samples)
             self._metrics.add("audio_seconds", len(request.samples) / SAMPLE_RATE)
             decoded = await recognise(stream, self._encoder, self._decoder, end=request.end)
@@ -204,16 +209,17 @@ class TritonPythonModel:
         self._metrics.add("tokens", decoded.stable if decoded.final else 0)
         return decoded, stream.save() if stream.options.save_state and not request.end else ""
 
-    def _begin(self, request: Request) -> OpenSequence:
-        """Return a new or a restored sequence, according to the parameters of its first request."""
-        self._sequences.pop(request.sequence_id, None)  # a START with the id of an open sequence replaces the sequence
+    async def _begin(self, request: Request) -> Stream:
+        """Return a new or a restored stream, according to the parameters of its first request."""
         given = json.loads(request.parameters)
         options = self._parameters.options.override(given)
-        fusion = self._fusions.of(options)
+        if options.phrases:  # in a thread, so that other streams are decoded meanwhile
+            fusion = await self._loop.run_in_executor(self._builder, self._fusions.of, options)
+        else:
+            fusion = self._fusions.of(options)
         if saved := given.get("restore"):
-            samples = _restore_samples(given)
-            return OpenSequence(Stream.restore(self._parameters, options, str(saved), samples, fusion))
-        return OpenSequence(Stream(self._parameters, options, fusion))
+            return Stream.restore(self._parameters, options, str(saved), _restore_samples(given), fusion)
+        return Stream(self._parameters, options, fusion)
 
     def _response(self, decoded: Decoded, state: str) -> Any:
         frame_secs = self._parameters.frame_samples / SAMPLE_RATE

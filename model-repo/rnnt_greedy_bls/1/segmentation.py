@@ -6,6 +6,8 @@ gives the reason.
 
 from __future__ import annotations
 
+import functools
+import heapq
 import math
 import re
 import unicodedata
@@ -20,6 +22,10 @@ NO_TEXT = re.compile(r"|<[^<>]+>")
 
 KINDS = "unigram", "bpe"
 """Kinds of segmentation with scores."""
+
+
+KEPT_WORDS = 4096
+"""Maximum number of words whose tokens are kept."""
 
 
 class Scores(NamedTuple):
@@ -53,6 +59,9 @@ class Segmenter:
     Args:
         pieces: by token id, without the blank.
         scores: of the pieces; None: the longest piece that fits comes first.
+
+    Attributes:
+        cased: whether a piece has an upper-case letter.
     """
 
     def __init__(self, pieces: Sequence[str], scores: Scores | None = None) -> None:
@@ -61,10 +70,11 @@ class Segmenter:
             if not NO_TEXT.fullmatch(piece):
                 self._ids.setdefault(piece, token)
         self._scores = scores
-        self._longest = max(map(len, self._ids), default=0)
+        self._prefixes = {piece[:length] for piece in self._ids for length in range(1, len(piece) + 1)}
         self._characters = frozenset("".join(self._ids))
-        self._cased = any(character.isupper() for character in self._characters)
+        self.cased = any(character.isupper() for character in self._characters)
         self._marked = WORD_START in self._characters
+        self._words = functools.lru_cache(KEPT_WORDS)(self._segment_word)
 
     def segment(self, text: str) -> list[int] | None:
         """Return the tokens of a text; None if the pieces cannot spell it.
@@ -74,13 +84,14 @@ class Segmenter:
         """
         tokens: list[int] = []
         text = unicodedata.normalize("NFKC", text.replace("’", "'"))
-        text = text if self._cased else text.lower()
-        text = "".join(c if c in self._characters or c.isalnum() else " " for c in text)
+        text = text if self.cased else text.lower()
+        if strange := set(text) - self._characters:
+            text = text.translate({ord(character): " " for character in strange if not character.isalnum()})
         words = text.split()
         if not self._marked:
             words = ["".join(words)] if words else []
         for word in words:
-            found = self._segment_word((WORD_START if self._marked else "") + word)
+            found = self._words((WORD_START if self._marked else "") + word)
             if found is None:
                 return None
             tokens += found
@@ -93,25 +104,39 @@ class Segmenter:
             return self._by_merges(word, self._scores.values)
         return self._by_sum(word, self._scores.values)
 
+    def _pieces_at(self, word: str, begin: int) -> list[tuple[int, int]]:
+        """Return the end and token of each piece that begins at a place of a word, the shortest first."""
+        found = []
+        for end in range(begin + 1, len(word) + 1):
+            if (part := word[begin:end]) not in self._prefixes:
+                break
+            if (token := self._ids.get(part)) is not None:
+                found.append((end, token))
+        return found
+
     def _by_length(self, word: str) -> list[int] | None:
         """Return the longest pieces from the left; from a dead end, go back to a shorter piece."""
-        spelled: list[list[int] | None] = [None] * len(word) + [[]]  # of each suffix
+        chosen: list[tuple[int, int] | None] = [None] * len(word) + [(0, 0)]  # end and token of each suffix's first piece
         for begin in range(len(word) - 1, -1, -1):
-            for end in range(min(len(word), begin + self._longest), begin, -1):
-                rest = spelled[end]
-                if rest is not None and (token := self._ids.get(word[begin:end])) is not None:
-                    spelled[begin] = [token, *rest]
-                    break
-        return spelled[0]
+            pieces = reversed(self._pieces_at(word, begin))
+            chosen[begin] = next((piece for piece in pieces if chosen[piece[0]]), None)
+        tokens, at = [], 0
+        while at < len(word):
+            if not (piece := chosen[at]):
+                return None
+            at, token = piece
+            tokens.append(token)
+        return tokens
 
     def _by_sum(self, word: str, scores: Sequence[float]) -> list[int] | None:
         """Return the pieces with the best sum of scores (Viterbi)."""
         best = [0.0] + [-math.inf] * len(word)
         last: list[tuple[int, int]] = [(0, 0)] * (len(word) + 1)  # begin and token of the last piece
         for begin in range(len(word)):
-            for end in range(begin + 1, min(len(word), begin + self._longest) + 1):
-                token = self._ids.get(word[begin:end])
-                if token is not None and best[begin] + scores[token] > best[end]:
+            if best[begin] == -math.inf:
+                continue
+            for end, token in self._pieces_at(word, begin):
+                if best[begin] + scores[token] > best[end]:
                     best[end], last[end] = best[begin] + scores[token], (begin, token)
         if best[-1] == -math.inf:
             return None
@@ -123,25 +148,37 @@ class Segmenter:
 
     def _by_merges(self, word: str, scores: Sequence[float]) -> list[int] | None:
         """Merge the adjacent parts that make the piece with the best score, the leftmost first, until none is left."""
-        parts = list(word)
-        while True:
-            merges = [
-                (-scores[token], i)
-                for i in range(len(parts) - 1)
-                if (token := self._ids.get(parts[i] + parts[i + 1])) is not None
-            ]
-            if not merges:
-                break
-            _, i = min(merges)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        tokens = [self._ids.get(part) for part in parts]
+        parts = list(word)  # an empty part was merged into the one before
+        after = list(range(1, len(parts) + 1))
+        before = list(range(-1, len(parts) - 1))
+        merges: list[tuple[float, int, str]] = []  # negative score, place and text
+
+        def offer(left: int, right: int) -> None:
+            if left >= 0 and right < len(parts) and (token := self._ids.get(parts[left] + parts[right])) is not None:
+                heapq.heappush(merges, (-scores[token], left, parts[left] + parts[right]))
+
+        for i in range(len(parts) - 1):
+            offer(i, i + 1)
+        while merges:
+            _, left, text = heapq.heappop(merges)
+            right = after[left]
+            if not parts[left] or right == len(parts) or parts[left] + parts[right] != text:
+                continue  # one of the parts was merged with another one
+            parts[left], parts[right] = text, ""
+            after[left] = right = after[right]
+            if right < len(parts):
+                before[right] = left
+            offer(before[left], left)
+            offer(left, right)
+        tokens = [self._ids.get(part) for part in parts if part]
         return None if None in tokens else [token for token in tokens if token is not None]
 
 
 def phrase_spellings(segmenter: Segmenter, phrase: str) -> list[tuple[int, ...]]:
     """Return the tokens of a phrase as it is typed, in lower case, and with a capital; without doubles."""
+    texts = (phrase, phrase.lower(), phrase[:1].upper() + phrase[1:]) if segmenter.cased else (phrase,)
     found: dict[tuple[int, ...], None] = {}
-    for text in (phrase, phrase.lower(), phrase[:1].upper() + phrase[1:]):
+    for text in texts:
         if tokens := segmenter.segment(text):
             found[tuple(tokens)] = None
     return list(found)

@@ -17,7 +17,7 @@ from amira.models.configs import read_config
 from amira.paths import MODEL_REPOSITORY, SPEECH
 from gateway.triton.geometry import read_windows
 from parameters import LATENCIES
-from perf.evaluate import normalise, read_speech
+from perf.labelled import normalise, read_speech
 from stream import Decoded, Stream
 from tests.support.recogniser import Recogniser, open_graph
 from tests.support.servers import read_recordings

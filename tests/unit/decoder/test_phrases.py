@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phrases import START, Phrases
+from phrases import EARLY_SHARE, START, Phrases
 
 VOCABULARY = 4
 CONTINUES = frozenset({2, 3})
@@ -33,6 +33,16 @@ class Naive:
             for i in range(len(window))
         ]
 
+    def total(self, window: Tokens) -> float:
+        """Return what the tokens of a window have: a part before a phrase's last token, and never less than fewer tokens."""
+        shares = [
+            bonus * end * (1.0 if len(phrase) == end else EARLY_SHARE)
+            for end in range(1, len(window) + 1)
+            for phrase, bonus in self.phrases.items()
+            if phrase[:end] == window[:end]
+        ]
+        return max(shares, default=0.0)
+
     def window(self, history: Tokens) -> Tokens:
         suffixes = (history[i:] for i in range(len(history) + 1))
         return next(suffix for suffix in suffixes if any(phrase[: len(suffix)] == suffix for phrase in self.phrases))
@@ -45,7 +55,7 @@ class Naive:
             left = len(before) + 1 - len(window)
             covered = self._covered(before, history[end - 1])
             kept = sum(bonus for bonus, is_kept in list(zip(self.bonuses(before), covered, strict=True))[:left] if is_kept)
-            total += sum(self.bonuses(window)) - sum(self.bonuses(before)) + kept
+            total += self.total(window) - self.total(before) + kept
             before = window
         return total
 
@@ -69,13 +79,13 @@ def total(phrases: Phrases, history: Sequence[int]) -> float:
 
 @given(phrase_sets, st.lists(tokens, max_size=12).map(tuple))
 def test_scores_are_those_of_the_definition(bonuses: dict[Tokens, float], history: Tokens) -> None:
-    phrases = Phrases(bonuses, VOCABULARY, CONTINUES)
-    assert abs(total(phrases, history) - Naive(bonuses).score(history)) < 1e-4
+    phrases, naive = Phrases(bonuses, VOCABULARY, CONTINUES), Naive(bonuses)
+    assert abs(total(phrases, history) - naive.score(history)) < 1e-4
 
 
 def test_mismatch_takes_the_bonus_back() -> None:
     phrases = Phrases({(0, 2, 3): 1.5}, VOCABULARY, CONTINUES)
-    assert total(phrases, [0, 2]) == 3.0
+    assert total(phrases, [0, 2]) == 3.0 * EARLY_SHARE
     assert total(phrases, [0, 2, 1]) == 0.0
     assert total(phrases, [0, 2, 3, 1]) == 4.5
     assert total(phrases, [0, 2, 3, 2]) == 0.0, "the word goes on, so it is another word"
@@ -88,9 +98,14 @@ def test_failure_links_find_a_phrase_within_a_mismatch() -> None:
     assert total(phrases, [0, 0, 0, 1, 3]) == 3.0
 
 
+def test_rest_of_the_bonus_comes_with_the_last_token() -> None:
+    phrases = Phrases({(0, 1): 2.0, (0, 1, 2): 2.0}, VOCABULARY, ())
+    assert [total(phrases, [0, 1, 2][:length]) for length in range(4)] == [0.0, 2.0 * EARLY_SHARE, 4.0, 6.0]
+
+
 def test_scores_are_zero_without_a_phrase_nearby() -> None:
     phrases = Phrases({(0, 1): 2.0}, VOCABULARY, ())
-    np.testing.assert_array_equal(phrases.scores(START), [2, 0, 0, 0])
+    np.testing.assert_array_equal(phrases.scores(START), [2 * EARLY_SHARE, 0, 0, 0])
 
 
 def test_equal_phrases_have_equal_digests() -> None:

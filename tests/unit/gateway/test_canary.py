@@ -48,16 +48,28 @@ def test_one_broken_instance_of_two_is_an_outage() -> None:
 
 
 class Triton:
-    """What answers the canaries: at once, with an error, or not until it is allowed to."""
+    """What answers the canaries: at once, with an error, or not until it is allowed to.
+
+    Attributes:
+        asked: number of canaries.
+        lengths: their numbers of samples.
+        fails: whether all fail.
+        room: number of samples from which on there is too little shared memory.
+    """
 
     def __init__(self) -> None:
         self.asked = 0
+        self.lengths: list[int] = []
         self.fails = False
+        self.room = 10**9
         self.open = asyncio.Event()
         self.open.set()
 
-    async def ask(self) -> None:
+    async def ask(self, samples: int) -> None:
         self.asked += 1
+        self.lengths.append(samples)
+        if samples >= self.room:
+            raise CanaryError("Failed to increase the shared memory pool size for key 'a' to 1048576 bytes.")
         if self.fails:
             raise CanaryError("Stub process 'encoder_0_0' is not healthy.")
         await self.open.wait()
@@ -127,6 +139,35 @@ async def test_late_answer_counts_as_slow(triton: Triton) -> None:
     await rounds
     assert canary.health.well
     assert canary.health.failures == 0
+
+
+async def test_shortage_lasts_until_audio_of_the_length_is_decoded(triton: Triton) -> None:
+    canary = canary_of(triton)
+    await canary.make_round(2)
+    triton.room = 10_000
+    canary.see_shortage(20_000)
+    canary.see_shortage(400)
+    assert canary.short
+    assert not canary.health.well
+    for _ in range(2 * CLEARING_ANSWERS):
+        await canary.make_round(2)
+    assert set(triton.lengths[3:]) == {20_000}, "shorter ones would succeed"
+    assert not canary.health.well
+    triton.room = 10**9
+    for _ in range(CLEARING_ANSWERS):
+        await canary.make_round(2)
+    assert triton.lengths[-3 * CLEARING_ANSWERS :] == [20_000] + [1] * (3 * CLEARING_ANSWERS - 1)
+    assert not canary.short
+    assert canary.health.well
+
+
+async def test_new_triton_has_no_shortage(triton: Triton) -> None:
+    canary = canary_of(triton)
+    canary.see_shortage(20_000)
+    canary.forget()
+    await canary.make_round(1)
+    assert triton.lengths == [1]
+    assert canary.health.well
 
 
 async def test_rounds_are_not_made_while_speech_is_decoded(triton: Triton) -> None:

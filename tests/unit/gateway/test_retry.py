@@ -28,6 +28,11 @@ STREAM = RetryPolicy(attempts=4, whole=False)
         ("UNAVAILABLE", "Stream removed (Socket closed)", Fault.DISCONNECTED),
         ("UNAVAILABLE", "recvmsg:Connection reset by peer", Fault.DISCONNECTED),
         ("UNAVAILABLE", "a text of a later version", Fault.DISCONNECTED),
+        (
+            "INTERNAL",
+            "rnnt_greedy_bls: Failed to increase the shared memory pool size for key 'amira_1' to 2097152 bytes. Error: No",
+            Fault.NO_SHARED_MEMORY,
+        ),
         ("INTERNAL", "in ensemble 'asr_ensemble', Stub process 'rnnt_greedy_bls_0_0' is not healthy.", Fault.BACKEND_DIED),
         ("INTERNAL", "rnnt_greedy_bls: encoder failed: Stub process 'encoder_0_0' is not healthy.", Fault.BACKEND_DIED),
         ("INTERNAL", "rnnt_greedy_bls: encoder failed: inference failed on inputs {}", Fault.FAILED),
@@ -61,6 +66,11 @@ def test_recording_among_others_is_retried_once_alone() -> None:
     failures = failures.after(Fault.DISCONNECTED, died(2, sole=False))
     assert not RECORDING.retries(failures, Fault.DISCONNECTED)
     assert RECORDING.poisoned(failures)
+
+
+def test_recording_without_shared_memory_is_not_retried() -> None:
+    assert not RECORDING.retries(Failures().after(Fault.NO_SHARED_MEMORY, None), Fault.NO_SHARED_MEMORY)
+    assert STREAM.retries(Failures().after(Fault.NO_SHARED_MEMORY, None), Fault.NO_SHARED_MEMORY)
 
 
 def test_recording_is_retried_after_a_broken_connection() -> None:

@@ -114,6 +114,18 @@ async def test_tags_after_the_audio_of_a_wav_are_not_audio(files: FilePool) -> N
     np.testing.assert_array_equal(await send(files, body), SPEECH)
 
 
+@pytest.mark.parametrize("lengths", [*LENGTHS, (1,)])
+async def test_joined_wav_streams_give_the_audio_of_each(files: FilePool, lengths: Sequence[int]) -> None:
+    one, other = wav("PCM_16"), wav("ULAW", 8000)[:20_000]
+    expected = np.concatenate([await send(files, body) for body in (one, other)])
+    tags = b"LIST\x10\0\0\0INFOISFT\4\0\0\0x\0\0\0"
+    np.testing.assert_array_equal(await send(files, one + tags + other, lengths), expected)
+
+
+async def test_joined_flac_streams_give_the_audio_of_each(files: FilePool) -> None:
+    np.testing.assert_array_equal(await send(files, FLAC * 2), np.concatenate([SPEECH, SPEECH]))
+
+
 def with_chunks(body: bytes, chunks: bytes) -> bytes:
     """Return a WAV file with more chunks before its audio."""
     at = body.index(b"data")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import itertools
 import shutil
+import time
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 
 import pytest
 from hypothesis import given
@@ -18,6 +21,7 @@ from amira.models.ngrams import write_arpa
 from amira.models.repository import recognisers
 from amira.models.segmentation import Scores, Segmenter, phrase_spellings, read_scores
 from amira.paths import MODEL_REPOSITORY
+from phrases import Phrases
 
 PIECES = ("<unk>", "▁", "a", "b", "c", "ab", "▁a", "▁ab", "bc", "▁abc")
 
@@ -107,6 +111,36 @@ def test_bpe_merges_in_the_order_of_scores() -> None:
     order = {"bc": -1.0, "ab": -2.0, "▁a": -3.0}
     scores = Scores("bpe", tuple(order.get(piece, -9.0) for piece in pieces))
     assert Segmenter(pieces, scores).segment("abc") == [pieces.index("▁a"), pieces.index("bc")]
+
+
+@given(st.text("abc", min_size=1, max_size=9), st.permutations(range(len(PIECES))))
+def test_bpe_merges_as_by_its_definition(word: str, order: list[int]) -> None:
+    """Search all adjacent pairs anew after each merge."""
+    parts = list(f"▁{word}")
+    while pairs := [
+        (order[PIECES.index(parts[i] + parts[i + 1])], -i) for i in range(len(parts) - 1) if parts[i] + parts[i + 1] in PIECES
+    ]:
+        i = -max(pairs)[1]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    scores = Scores("bpe", tuple(map(float, order)))
+    assert Segmenter(PIECES, scores).segment(word) == [PIECES.index(part) for part in parts]
+
+
+def test_longest_phrases_take_little_time() -> None:
+    """20,000 characters; they took 0.2 s."""
+    pieces, random = bundled_pieces(), Random(1)  # noqa: S311 (reproducible)
+    scores = read_scores(MODEL_REPOSITORY / "rnnt_greedy_bls" / "piece_scores.txt", len(pieces))
+    phrases = [" ".join("".join(random.choices(ascii_lowercase, k=6)) for _ in range(6))[:40] for _ in range(490)]
+    phrases += ["".join(random.choices(ascii_lowercase, k=199)) for _ in range(2)]
+    took_secs = []
+    for _ in range(3):
+        began = time.thread_time()
+        segmenter = Segmenter(pieces, scores)
+        spelled = {tokens: 1.5 for phrase in phrases for tokens in phrase_spellings(segmenter, phrase)}
+        automaton = Phrases(spelled, len(pieces), ())
+        took_secs.append(time.thread_time() - began)
+    assert automaton.states > 10_000
+    assert min(took_secs) < 0.09
 
 
 def test_phrases_are_spelled_as_the_model_writes() -> None:

@@ -12,7 +12,8 @@ import pytest
 from amira.paths import MODEL_REPOSITORY, SPEECH
 from gateway.triton.geometry import Windows
 from perf.endurance import Watch
-from perf.evaluate import rates, read_speech
+from perf.evaluate import rates
+from perf.labelled import read_speech
 from perf.load import percentiles_ms
 from perf.recogniser import windows_of
 from perf.report import Goal
