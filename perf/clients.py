@@ -52,12 +52,18 @@ class GrpcClient:
         flags = {"sequence_id": sequence, "sequence_start": start, "sequence_end": end}
         return await self._client.infer(MODEL, _audio(samples), **flags, parameters=options)
 
-    async def chunks(self, samples: Samples, windows: Windows) -> AsyncIterator[Any]:
-        """Send audio chunk by chunk as the gateway does, and yield each response."""
+    async def chunks(self, samples: Samples, windows: Windows, **options: str | int) -> AsyncIterator[Any]:
+        """Send audio chunk by chunk as the gateway does, and yield each response.
+
+        Args:
+            samples: audio [n].
+            windows: geometry of the stream's windows.
+            options: options of the decoder.
+        """
         sequence, sent = new_sequence(), 0
         for chunk in range(windows.complete(len(samples))):
             piece, sent = samples[sent : windows.chunk_due(chunk)], windows.chunk_due(chunk)
-            yield await self.request(piece, sequence, start=chunk == 0, end=False, save_state=1)
+            yield await self.request(piece, sequence, start=chunk == 0, end=False, save_state=1, **options)
         await self.request(samples[:0], sequence, start=sent == 0, end=True)
 
     async def close(self) -> None:

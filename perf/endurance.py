@@ -7,11 +7,13 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from websockets.asyncio.client import connect
 
+from amira.paths import MODEL_REPOSITORY
 from amira.ports import LOOPBACK, free_ports
 from gateway.audio import RATE
 from gateway.server import TRIM_SECS
@@ -86,7 +88,7 @@ class Memory(NamedTuple):
     decoder: float
 
 
-async def memory_a_stream(samples: Samples, streams: int) -> Memory:
+async def memory_a_stream(samples: Samples, streams: int, repository: Path = MODEL_REPOSITORY) -> Memory:
     """Return the memory per open stream after it has sent its audio.
 
     The servers are started for this measurement, and serve one stream before it.
@@ -94,9 +96,13 @@ async def memory_a_stream(samples: Samples, streams: int) -> Memory:
     Args:
         samples: audio of every stream.
         streams: number of open streams.
+        repository: the model repository.
     """
     variables = {"max_concurrent_streams": streams + 1, "inference_timeout_secs": 60}
-    async with triton_server(None) as target, amira("serve", triton_endpoint=target.endpoint, **variables) as gateway:
+    async with (
+        triton_server(None, repository) as target,
+        amira("serve", triton_endpoint=target.endpoint, **variables) as gateway,
+    ):
         meter = Meter({"triton": target.pid or 0, "gateway": gateway.pid})
         await _with_open_streams(gateway.url, target, samples, 1, meter)
         before = meter.rss_mb()

@@ -54,6 +54,31 @@ def draw_windows(report: Mapping[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def draw_held(points: Mapping[tuple[str, str], tuple[float, float]], report: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of ``perf.held``: word error rate against streams held.
+
+    Args:
+        points: number of streams and error rate in percent, by repository and latency.
+        report: with the machine and the date.
+        path: of the picture.
+    """
+    figure, axes = plt.subplots(figsize=SIZE_INCHES, layout="constrained")
+    for name in dict.fromkeys(name for name, _ in points):
+        own = sorted((streams, wer, latency) for (of, latency), (streams, wer) in points.items() if of == name)
+        axes.plot([streams for streams, _, _ in own], [wer for _, wer, _ in own], "o-", label=name)
+        for streams, wer, latency in own:
+            axes.annotate(latency, (streams, wer), fontsize=8, xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel="streams held in real time", ylabel="word error rate, %")
+    axes.set_xlim(0, 1.2 * max(streams for streams, _ in points.values()))
+    axes.margins(y=0.3)
+    axes.legend(fontsize=8)
+    axes.set_title(f"Live streams\n{report['cpu']}, {report['cores']} cores, {report['date'][:10]}", fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
 def draw_memory(traces: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any], path: Path) -> None:
     """Write the picture of ``perf.long_recordings``: resident memory by process while each file is decoded.
 

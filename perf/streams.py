@@ -65,11 +65,11 @@ class Partial(NamedTuple):
     added: float
 
 
-async def rehearse(client: GrpcClient, samples: Samples, windows: Windows) -> Script:
+async def rehearse(client: GrpcClient, samples: Samples, windows: Windows, latency: str = "balanced") -> Script:
     """Decode audio chunk by chunk without the gateway, and return a script with the chunks that change the text."""
     changing, chunk = [], 0
     final_text = text = ""
-    async for answer in client.chunks(samples, windows):
+    async for answer in client.chunks(samples, windows, latency=latency):
         before, text = text, final_text + answer.as_numpy("TEXT")[0, 0].decode()
         if answer.as_numpy("SEGMENT")[0, 1]:
             final_text = text
@@ -79,7 +79,9 @@ async def rehearse(client: GrpcClient, samples: Samples, windows: Windows) -> Sc
     return Script(samples, changing)
 
 
-async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs: float) -> list[Partial]:
+async def play(
+    url: str, scripts: Sequence[Script], windows: Windows, lead_secs: float, latency: str = "balanced"
+) -> list[Partial]:
     """Play one stream per script, at random phases of a chunk, and wait for the finals.
 
     Args:
@@ -87,6 +89,7 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
         scripts: one per stream; they may repeat.
         windows: geometry of the recogniser's windows.
         lead_secs: length of the audio at the start whose chunks do not count.
+        latency: the latency that has these windows.
 
     Returns:
         Partials of all counted chunks that change the text.
@@ -95,7 +98,7 @@ async def play(url: str, scripts: Sequence[Script], windows: Windows, lead_secs:
         PerfError: a stream was refused, or ended with an error.
     """
     phases = random.Random(len(scripts))  # noqa: S311 (the same phases in every run)
-    address = f"{url.replace('http', 'ws', 1)}{PATH}"
+    address = f"{url.replace('http', 'ws', 1)}{PATH}?latency={latency}"
     try:
         async with contextlib.AsyncExitStack() as stack:
             stack.enter_context(_without_collections())

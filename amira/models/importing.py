@@ -71,6 +71,7 @@ BUNDLED_PARAMETERS = (
     "right_features",
     "edge_features",
     "warm_up_features",
+    "max_cache_features",
     "fresh_features",
     "final_padding_ms",
     "cache_size",

@@ -34,6 +34,13 @@ from tests.support.commands import gateway_process
 from tests.support.servers import Samples, read_recordings, run_gateway
 
 STREAMS, SECONDS = 20, 12.0
+RECOVERY_SECS = 5.0
+"""Maximum time from when the service is whole until every stream goes on."""
+
+TWICE = "Triton: SIGKILL twice in a row"
+ONE_BY_ONE_SECS = 10.0
+"""The same after two deaths with all streams in flight: any may be the cause, so each is sent by itself."""
+
 REPORT = ROOT / "perf" / "results" / "faults.md"
 TITLES = ("fault", "finals as undisturbed", "recovered in", "batches", "p95 of partials before", "from the fault on")
 
@@ -78,18 +85,18 @@ def seconds(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f} s"
 
 
-def assert_nothing_lost(outcome: Outcome) -> None:
+def assert_nothing_lost(outcome: Outcome, recovery_secs: float = RECOVERY_SECS) -> None:
     assert outcome.lost == []
     assert outcome.closes == []
     assert outcome.wrong_batches <= 0
-    assert outcome.recovery_secs is None or outcome.recovery_secs < 5
+    assert outcome.recovery_secs is None or outcome.recovery_secs < recovery_secs
 
 
 BACKEND_FAULTS: dict[str, Callable[[Backend], Awaitable[float]]] = {
     "none": lambda _: asyncio.sleep(0, time.monotonic()),
     "Triton: SIGKILL": kill,
     "Triton: SIGTERM": terminate,
-    "Triton: SIGKILL twice in a row": kill_twice,
+    TWICE: kill_twice,
     "Triton: SIGSTOP for 5 s": lambda backend: stop_for(backend, 5),
     "the decoder's stub killed": lambda backend: kill_stub(backend, "rnnt_greedy_bls"),
     "an encoder's stub killed": lambda backend: kill_stub(backend, "encoder"),
@@ -101,7 +108,7 @@ async def test_triton_fails(two: list[Backend], speech: Speech, write: Write, na
     async with run_gateway(triton_endpoint=two[0].target, max_concurrent_streams=STREAMS) as gateway:
         outcome = await disturb(gateway.stream_url(), gateway.batch_url(), *speech, lambda: BACKEND_FAULTS[name](two[0]))
     write(name, outcome)
-    assert_nothing_lost(outcome)
+    assert_nothing_lost(outcome, ONE_BY_ONE_SECS if name == TWICE else RECOVERY_SECS)
 
 
 async def test_one_of_two_is_killed(two: list[Backend], speech: Speech, write: Write) -> None:

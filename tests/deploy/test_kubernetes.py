@@ -100,14 +100,38 @@ def test_selectors_select(manifests: dict[tuple[str, str], Manifest]) -> None:
     assert names == {"amira-gateway", "amira-triton"}
 
 
-def test_nothing_runs_as_root(manifests: dict[tuple[str, str], Manifest]) -> None:
-    for workload in workloads(manifests):
-        security = pod(workload)["securityContext"]
-        assert security["runAsNonRoot"] is True
-        assert security["runAsUser"] > 0
-        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert container(workload)["securityContext"]["allowPrivilegeEscalation"] is False
-        assert container(workload)["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+def test_every_pod_is_restricted(manifests: dict[tuple[str, str], Manifest], deploy: Path) -> None:
+    """By the Pod Security Standard "restricted", which a namespace may enforce."""
+    filler = yaml.safe_load((deploy / "kubernetes" / "fill.yaml").read_text())["spec"]
+    for spec in (*map(pod, workloads(manifests)), filler):
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        (only,) = spec["containers"]
+        assert only["securityContext"]["allowPrivilegeEscalation"] is False
+        assert only["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {kind for volume in spec["volumes"] for kind in volume} <= {
+            "name",
+            "configMap",
+            "emptyDir",
+            "persistentVolumeClaim",
+        }
+
+
+def test_tritons_fit_on_nodes_with_one_gpu_and_with_eight(manifests: dict[tuple[str, str], Manifest]) -> None:
+    triton = pod(manifests["StatefulSet", "amira-triton"])
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in triton["tolerations"]
+    assert {one["whenUnsatisfiable"] for one in triton["topologySpreadConstraints"]} == {"ScheduleAnyway"}
+
+
+def test_prometheus_of_the_chart_reads_our_monitors_and_rules(deploy: Path) -> None:
+    """The chart's default selects by a label that only its own objects have."""
+    values = yaml.safe_load((deploy / "kubernetes" / "kube-prometheus-stack.yaml").read_text())
+    spec = values["prometheus"]["prometheusSpec"]
+    assert spec == {"serviceMonitorSelectorNilUsesHelmValues": False, "ruleSelectorNilUsesHelmValues": False}
+    sidecar = values["grafana"]["sidecar"]["dashboards"]
+    script = (deploy / "kubernetes" / "observability.sh").read_text()
+    assert f"{sidecar['label']}={sidecar['labelValue']}" in script
 
 
 def test_ports_meet(manifests: dict[tuple[str, str], Manifest]) -> None:
@@ -139,7 +163,7 @@ def test_only_gateways_reach_triton(manifests: dict[tuple[str, str], Manifest]) 
     (collector,) = re.findall(
         r"url=http://jaeger\.monitoring:(\d+)/", " ".join(container(manifests["StatefulSet", "amira-triton"])["args"])
     )
-    assert allowed == {53, int(collector)}
+    assert allowed == {53, 5353, int(collector)}
 
 
 def test_probes_are_those_of_the_api(manifests: dict[tuple[str, str], Manifest]) -> None:
@@ -258,23 +282,23 @@ def test_the_commands_bring_keys_and_models(manifests: dict[tuple[str, str], Man
 def test_autoscalers_use_metrics_that_the_adapter_makes(
     manifests: dict[tuple[str, str], Manifest], need: Need, deploy: Path, tmp_path: Path
 ) -> None:
-    adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
-    made = {"Pods": adapter["rules"], "External": adapter["externalRules"]}
+    rules = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]
+    made = {"Pods": rules["custom"], "External": rules["external"]}
     for name in ("amira-gateway", "amira-triton"):
         for metric in manifests["HorizontalPodAutoscaler", name]["spec"]["metrics"]:
             wanted = metric[metric["type"].lower()]["metric"]["name"]
             assert wanted in {rule["name"]["as"] for rule in made[metric["type"]]}
-    queries = [rule["metricsQuery"] for rules in made.values() for rule in rules]
+    queries = [rule["metricsQuery"] for listed in made.values() for rule in listed]
     filled = [query.replace("<<.LabelMatchers>>", 'namespace="amira"').replace("<<.GroupBy>>", "pod") for query in queries]
-    rules = {"groups": [{"name": "adapter", "rules": [{"record": f"r{n}", "expr": query} for n, query in enumerate(filled)]}]}
-    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rules))
+    group = {"name": "adapter", "rules": [{"record": f"r{n}", "expr": query} for n, query in enumerate(filled)]}
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [group]}))
     subprocess.run([need("promtool"), "check", "rules", str(tmp_path / "rules.yml")], check=True, capture_output=True)
 
 
 def test_the_wait_for_the_encoder_is_that_of_the_rules(deploy: Path) -> None:
     """The adapter has the namespace in its matchers, and a range of two minutes instead of five."""
-    adapter = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())
-    (made,) = (rule["metricsQuery"] for rule in adapter["externalRules"] if rule["name"]["as"] == "asr_triton_queue_seconds")
+    rules = yaml.safe_load((deploy / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]
+    (made,) = (rule["metricsQuery"] for rule in rules["external"] if rule["name"]["as"] == "asr_triton_queue_seconds")
     (group,) = yaml.safe_load((deploy / "prometheus" / "rules" / "recording.yml").read_text())["groups"]
     (recorded,) = (rule["expr"] for rule in group["rules"] if rule["record"] == "asr:triton_queue_seconds:mean_5m")
     assert made.replace("{<<.LabelMatchers>>}[2m]", "[5m]") == recorded.replace("sum by (namespace) ", "sum")

@@ -27,24 +27,22 @@ OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 class Served(NamedTuple):
-    """A gateway before a Triton with imported models, and the sources of the models."""
+    """A gateway before a Triton with imported models."""
 
     gateway: Gateway
     backend: Backend
     repository: Path
-    root: Path
 
 
 @pytest.fixture(scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    root = tmp_path_factory.mktemp("published")
-    repository = root / "served"
+    repository = tmp_path_factory.mktemp("served")
     for name in PARITY:
-        for model in as_sherpa_onnx(name, root).glob(f"{name}*"):
+        for model in as_sherpa_onnx(name).glob(f"{name}*"):
             if not (repository / model.name).exists():
                 shutil.copytree(model, repository / model.name)
     for name in IMPORTED:
-        for model in imported(name, root).glob(f"{name}*"):
+        for model in imported(name).glob(f"{name}*"):
             shutil.copytree(model, repository / model.name)
     backend = Backend("cached", repository, ensembles=["nemo560"])
     await backend.start()
@@ -58,7 +56,7 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     }
     try:
         async with run_gateway(triton_endpoint=backend.target, **settings) as gateway:
-            yield Served(gateway, backend, repository, root)
+            yield Served(gateway, backend, repository)
     finally:
         await backend.stop()
 
@@ -73,7 +71,7 @@ async def test_streamed_tokens_and_times_equal_sherpa_onnx(served: Served, recor
     frame_secs = {"nemo": 0.08, "zipformer": 0.04}[name]
     for samples in recordings.values():
         padded = np.concatenate([samples, TAIL])
-        tokens, times = sherpa_streamed(published(name, served.root), padded)
+        tokens, times = sherpa_streamed(published(name), padded)
         final = (await transcribe(served.gateway.stream_url(name), padded)).final
         count = len(tokens)
         assert pieces_of(served, name, final["tokens"][:count]) == tokens
@@ -84,7 +82,7 @@ async def test_streamed_tokens_and_times_equal_sherpa_onnx(served: Served, recor
 
 async def test_offline_tokens_equal_sherpa_onnx(served: Served, recordings: Recordings, http: httpx.AsyncClient) -> None:
     for samples in recordings.values():
-        tokens, _ = sherpa_at_once(published("offline", served.root), samples)
+        tokens, _ = sherpa_at_once(published("offline"), samples)
         answer = await http.post(served.gateway.batch_url("offline"), content=samples.tobytes(), headers=OCTETS)
         assert answer.status_code == 200, answer.text
         assert pieces_of(served, "offline", answer.json()["tokens"]) == tokens

@@ -100,8 +100,8 @@ async def test_stopped_process_is_noticed_and_replaced(backend: Backend, recordi
 async def test_recording_and_stream_outlast_a_lost_process(
     backend: Backend, recordings: Recordings, model: str, how: signal.Signals
 ) -> None:
-    """A recording of minutes, several pieces of which are in flight, and one live stream: too few to open a circuit breaker."""
-    long = np.tile(recordings["jfk"], 20)
+    """A long recording, several pieces of which are in flight, and one live stream: too few to open a circuit breaker."""
+    long = np.tile(recordings["jfk"], 12)
     settings = {"canary_interval_secs": INTERVAL_SECS, "recovery_timeout_secs": RESTARTED_SECS, "max_concurrent_batches": 3}
     async with run_gateway(triton_endpoint=backend.target, **settings) as gateway, httpx.AsyncClient(timeout=240) as http:
         await wait_for_readiness(gateway, 200, RESTARTED_SECS)
@@ -113,7 +113,7 @@ async def test_recording_and_stream_outlast_a_lost_process(
         before = backend.triton.pid
         recording = asyncio.create_task(post())
         stream = asyncio.create_task(speak(gateway.stream_url(), recordings["jfk"]))
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.7)
         assert not recording.done()
         backend.stubs(model)[0].send_signal(how)
         answer, said = await asyncio.gather(recording, stream)

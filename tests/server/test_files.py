@@ -122,7 +122,8 @@ async def test_every_container_gives_the_words(
 ) -> None:
     options = {"movflags": "empty_moov", "frag_duration": "500000"} if "fragments" in form else {}
     file = encode_container(recordings["jfk"], *CONTAINERS[form], options=options)
-    for content_type in ("application/octet-stream", "audio/x-unknown", "application/x-www-form-urlencoded"):
+    types = ("application/octet-stream", "audio/x-unknown", "application/x-www-form-urlencoded")
+    for content_type in types if form == "m4a" else types[:1]:
         answer = await http.post(gateway.batch_url(), content=file, headers={"Content-Type": content_type})
         assert answer.status_code == 200, answer.text
         assert jiwer.wer(JFK, answer.json()["text"]) < (0.5 if form == "amr" else 0.25)
@@ -281,7 +282,7 @@ def vorbis_head() -> bytes:
 SLOW = {
     "words that are no pages": lambda: vorbis_head() + b"OggS" * 500_000 + b"\0\4",
     "pages with wrong checksums": lambda: vorbis_head() + (b"OggS" + bytes(22) + b"\xff" * 256) * 7_000,
-    "links without audio": lambda: encode(np.zeros(1), format="OGG", subtype="OPUS") * 12_000,
+    "links without audio": lambda: encode(np.zeros(1), format="OGG", subtype="OPUS") * 6_000,
 }
 
 

@@ -37,10 +37,10 @@ MODES: list[dict[str, Any]] = [
 
 
 async def test_streams_with_other_options_share_calls_and_change_nothing(ensemble: Ensemble, recordings: Recordings) -> None:
-    samples = recordings["jfk"]
+    samples = recordings["jfk"][: 6 * 16_000]
     alone = [(await ensemble.whole(samples, **mode))["TOKENS"].tolist() for mode in MODES]
-    together = await asyncio.gather(*(ensemble.whole(samples, **mode) for mode in MODES * 3))
-    assert [answer["TOKENS"].tolist() for answer in together] == alone * 3
+    together = await asyncio.gather(*(ensemble.whole(samples, **mode) for mode in MODES * 2))
+    assert [answer["TOKENS"].tolist() for answer in together] == alone * 2
     assert len({str(tokens) for tokens in alone}) >= 5, "the options have no effect"
 
 

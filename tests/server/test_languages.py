@@ -30,10 +30,9 @@ MODELS = ("prompted", "several")
 
 @pytest.fixture(scope="module")
 async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    root = tmp_path_factory.mktemp("published")
-    repository = root / "served"
+    repository = tmp_path_factory.mktemp("served")
     for name in MODELS:
-        for model in imported(name, root).glob(f"{name}*"):
+        for model in imported(name).glob(f"{name}*"):
             shutil.copytree(model, repository / model.name)
     backend = Backend("languages", repository, ensembles=["prompted"])
     await backend.start()
@@ -46,7 +45,7 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
     }
     try:
         async with run_gateway(triton_endpoint=backend.target, canary_interval_secs=3600, **settings) as gateway:
-            yield Served(gateway, backend, repository, root)
+            yield Served(gateway, backend, repository)
     finally:
         await backend.stop()
 

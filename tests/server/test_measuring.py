@@ -62,9 +62,9 @@ async def test_windows_of_an_imported_model(repository: Path, speech: Path) -> N
     assert results.read_bytes() == before, "those are the bundled model's"
 
 
-async def test_latencies_of_a_cached_model(speech: Path, tmp_path: Path) -> None:
+async def test_latencies_of_a_cached_model(speech: Path) -> None:
     """Those that the model has, with quick and without: a graph fixes its chunk."""
-    repository = imported("several", tmp_path)
+    repository = imported("several")
     code, output, errors = await measure("perf.windows", speech, "--repository", repository)
     assert code == 0, errors
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("| ")]

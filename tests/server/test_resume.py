@@ -88,7 +88,7 @@ async def test_stream_resumes_from_every_ack(make_gateway: MakeGateway, speech: 
                 acks.append((message, text[: message["settled"]["chars"]], settled_words))
             else:
                 text, words = message["text"], settled_words + message["words"]
-        for ack, settled, settled_words in acks[:: max(1, len(acks) // 6)]:
+        for ack, settled, settled_words in acks[:: max(1, len(acks) // 3)]:
             resume = orjson.dumps({"type": "resume", "session": ack["session"]}).decode()
             async with open_socket(second.stream_url(), **V2) as socket:
                 await socket.send(resume)

@@ -135,8 +135,8 @@ WORD_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     "lengths",
     [
-        (None, 4 * 16_000 + 5, 9 * 16_000 + 700),
-        pytest.param((21 * 16_000 + 1000,), marks=pytest.mark.slow),
+        (4 * 16_000 + 5, 9 * 16_000 + 700),
+        pytest.param((None, 21 * 16_000 + 1000), marks=pytest.mark.slow),
     ],
     ids=["some", "more"],
 )
@@ -175,10 +175,10 @@ def assert_no_word_is_split(segments: list[dict[str, Any]]) -> None:
 
 async def test_batched_streams_keep_their_options(ensemble: Ensemble, recordings: Recordings) -> None:
     samples = recordings["jfk"][: 8 * 16_000]
-    options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 3
+    options: list[dict[str, Any]] = [{}, {"context": "whole"}, {"max_symbols_per_step": 1}, {"endpoint_silence_ms": 300}] * 2
     solo = [await ensemble.whole(samples, **chosen) for chosen in options[:4]]
     together = await asyncio.gather(*(ensemble.whole(samples, **chosen) for chosen in options))
-    assert [answer["TOKENS"].tolist() for answer in together] == [answer["TOKENS"].tolist() for answer in solo] * 3
+    assert [answer["TOKENS"].tolist() for answer in together] == [answer["TOKENS"].tolist() for answer in solo] * 2
     assert len({str(answer["TOKENS"].tolist()) for answer in solo}) >= 3, "the options have no effect"
 
 
@@ -291,7 +291,7 @@ async def test_sequence_ids_of_every_kind_are_kept_apart(
 ) -> None:
     """32 concurrent sequences, four of each kind of id, by both client libraries, with different speech."""
     samples = np.concatenate(list(recordings.values()))
-    speech = [samples[i * 8000 : i * 8000 + 48000 + 700 * i] for i in range(4 * len(SEQUENCE_KINDS))]
+    speech = [samples[i * 8000 : i * 8000 + 32000 + 700 * i] for i in range(4 * len(SEQUENCE_KINDS))]
     options: dict[str, Any] = {"endpoint_silence_ms": 0}  # one segment each, all of it in the last answer
     expected = [await ensemble.whole(one, **options) for one in speech]
     ids = [make(i) for i in range(4) for make in SEQUENCE_KINDS.values()]
@@ -360,7 +360,7 @@ async def test_unended_sequence_is_replaced_by_its_id(ensemble: Ensemble, triton
 @pytest.mark.parametrize("begun", [False, True])
 async def test_cancelled_waiting_request_disturbs_no_other(ensemble: Ensemble, recordings: Recordings, begun: bool) -> None:
     """Triton drops the request without informing the decoder; an END then frees its sequence and no other."""
-    samples = recordings["jfk"]
+    samples = recordings["jfk"][:96_000]
     expected = (await ensemble.whole(samples))["TOKENS"].tolist()
     sequence = next(SEQUENCE_IDS)
     if begun:

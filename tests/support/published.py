@@ -1,4 +1,4 @@
-"""Published layouts in small, imported once, for tests of cached and icefall models."""
+"""Published layouts in small and what they are imported to, each made once, for tests of cached and icefall models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import onnx
 import sherpa_onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
+from amira import models
 from amira.models.front_ends import Fbank, fbank
 from amira.models.importing import ImportOptions, import_model
+from tests.support import streaming_models
+from tests.support.cache import cached
 from tests.support.commands import edit
 from tests.support.streaming_models import IcefallShape, NemoShape, build_icefall, build_nemo_cached
 from windows import Samples
@@ -55,6 +58,12 @@ SOURCES: dict[str, Callable[[Path], None]] = {
     "zipformer640": lambda directory: build_icefall(directory, ZIPFORMER_640),
     "offline": lambda directory: build_icefall(directory, OFFLINE, streaming=False),
 }
+BUILDERS = (Path(__file__), Path(streaming_models.__file__))
+"""Files that the sources depend on."""
+
+IMPORTERS = (*BUILDERS, *sorted(Path(models.__file__).parent.rglob("*.py")))
+"""Files that the imported models depend on."""
+
 STREAMING = ("nemo", "nemo560", "prompted", "zipformer", "zipformer640")
 """Those that sherpa-onnx streams."""
 
@@ -62,48 +71,45 @@ TAIL = np.zeros(12_800, np.int16)
 """Silence that makes sherpa-onnx decode what precedes it, since it does not flush the encoder at the end."""
 
 
-def published(name: str, root: Path) -> Path:
-    """Return the directory of a source; build it the first time."""
-    directory = root / name
-    if not directory.exists():
-        SOURCES[name](directory)
-    return directory
+def published(name: str) -> Path:
+    """Return the directory of a source. Tests must not change it."""
+    return cached(f"published-{name}", SOURCES[name], BUILDERS)
 
 
-def imported(name: str, root: Path, cache_type: str = "fp16") -> Path:
-    """Return a repository with an imported source under its own name."""
-    repository = root / f"repository-{cache_type}"
-    if not (repository / name).exists():
+def imported(name: str, cache_type: str = "fp16") -> Path:
+    """Return a repository with an imported source under its own name. Tests must not change it."""
+
+    def make(repository: Path) -> None:
         latencies = {}
         if name == "several":
-            build_nemo_cached(root / "several-80", NEMO_80)
-            latencies["low"] = str(root / "several-80")
-        import_model(str(published(name, root)), name, repository, ImportOptions(cache_type=cache_type, latencies=latencies))
-    return repository
+            latencies["low"] = str(cached("published-several-80", lambda source: build_nemo_cached(source, NEMO_80), BUILDERS))
+        import_model(str(published(name)), name, repository, ImportOptions(cache_type=cache_type, latencies=latencies))
+
+    return cached(f"imported-{cache_type}-{name}", make, IMPORTERS)
 
 
-def as_sherpa_onnx(name: str, root: Path) -> Path:
-    """Return a repository with an imported source that differs from sherpa-onnx in nothing.
+def as_sherpa_onnx(name: str) -> Path:
+    """Return a repository with an imported source that differs from sherpa-onnx in nothing. Tests must not change it.
 
     sherpa-onnx begins a stream without zeros before it, so it loses NeMo's first encoder frames; its NeMo features are Kaldi's
     with Slaney's filters; it knows no segments unless it is asked; and its caches are FP32 and of frames.
     """
-    directory = published(name, root)
-    repository = root / "as-sherpa-onnx"
-    if (repository / name).exists():
-        return repository
-    import_model(str(directory), name, repository, ImportOptions(cache_type="fp32", projected=False))
-    config = repository / f"{name}_decoder" / "config.pbtxt"
-    text = config.read_text(encoding="utf-8").replace('string_value: "zeros"', 'string_value: "none"')
-    config.write_text(text, encoding="utf-8")
-    for old, new in (('string_value: "1200"', '"0"'), ('string_value: "200"', '"100000"'), ('string_value: "20"', '"3600"')):
-        edit(config, old, f"string_value: {new}")
-    if "zipformer" not in name and name != "offline":
-        (encoder,) = directory.glob("encoder*.onnx")
-        bins = next(iter(onnx.load(encoder, load_external_data=False).graph.input)).type.tensor_type.shape
-        front_end = fbank(Fbank(bins.dim[1].dim_value, 0.0, 8000.0, remove_mean=False, window="hann", slaney=True))
-        onnx.save(front_end.proto, repository / f"{name}_preprocessor" / "1" / "model.onnx")
-    return repository
+    directory = published(name)
+
+    def make(repository: Path) -> None:
+        import_model(str(directory), name, repository, ImportOptions(cache_type="fp32", projected=False))
+        config = repository / f"{name}_decoder" / "config.pbtxt"
+        text = config.read_text(encoding="utf-8").replace('string_value: "zeros"', 'string_value: "none"')
+        config.write_text(text, encoding="utf-8")
+        for old, new in (('"1200"', '"0"'), ('"200"', '"100000"'), ('"20"', '"3600"')):
+            edit(config, f"string_value: {old}", f"string_value: {new}")
+        if "zipformer" not in name and name != "offline":
+            (encoder,) = directory.glob("encoder*.onnx")
+            bins = next(iter(onnx.load(encoder, load_external_data=False).graph.input)).type.tensor_type.shape
+            front_end = fbank(Fbank(bins.dim[1].dim_value, 0.0, 8000.0, remove_mean=False, window="hann", slaney=True))
+            onnx.save(front_end.proto, repository / f"{name}_preprocessor" / "1" / "model.onnx")
+
+    return cached(f"as-sherpa-onnx-{name}", make, IMPORTERS)
 
 
 def sherpa_streamed(directory: Path, samples: Samples, language: str = "") -> tuple[list[str], list[float]]:

@@ -114,7 +114,8 @@ class CachedEncoders:
         hop_samples: samples between two feature frames.
         edge_features: feature frames around a window whose audio its features need.
         right_features: feature frames of look-ahead at the end of each window; the next window encodes them again.
-        warm_up_features: feature frames that fill the cache of a restored stream; 0: all since the cache was fresh.
+        max_cache_features: feature frames that a cache covers at most; then it begins afresh; 0: no limit.
+        warm_up_features: feature frames that fill such a cache before its first decoded chunk.
         zeros_before: whether feature frames of zeros stand before a fresh cache; else the encoder begins with the chunk.
         final_padding_samples: silence behind a stream's end that the encoder needs to emit its last tokens.
         reset_at_endpoint: whether an endpoint begins a fresh cache.
@@ -128,6 +129,7 @@ class CachedEncoders:
     edge_features: int
     right_features: int
     warm_up_features: int
+    max_cache_features: int
     zeros_before: bool
     final_padding_samples: int
     reset_at_endpoint: bool
@@ -495,6 +497,15 @@ class _Reader:
                     f"chunk_features of {latency} is {encoder.chunk_features}; it must be at most window_features"
                     f"{' - right_features' if right else ''}, {encoder.window_features - right}"
                 )
+        warm_up = self.integer("warm_up_features", 0, 100_000, 0)
+        max_cache = self.integer("max_cache_features", 0, 10_000_000, 0)
+        for latency, encoder in encoders.items():
+            shortest = (-(-warm_up // encoder.chunk_features) + 1) * encoder.chunk_features
+            if 0 < max_cache < shortest:
+                raise ParameterError(
+                    f"max_cache_features is {max_cache}; it must be 0 or at least {shortest}: "
+                    f"the chunks of {latency} that warm_up_features need, and one more"
+                )
         languages = self.languages()
         default = self.text("default_language") if languages else ""
         if languages and default not in languages:
@@ -504,7 +515,8 @@ class _Reader:
             hop_samples=self.integer("hop_samples", 1, SAMPLE_RATE),
             edge_features=self.integer("edge_features", 0, 100),
             right_features=right,
-            warm_up_features=self.integer("warm_up_features", 0, 100_000, 0),
+            warm_up_features=warm_up,
+            max_cache_features=max_cache,
             zeros_before=self.choice("fresh_features", ("zeros", "none"), "zeros") == "zeros",
             final_padding_samples=self.integer("final_padding_ms", 0, 10_000, 0) * SAMPLE_RATE // 1000,
             reset_at_endpoint=self.choice("cache_reset", ("endpoint", "never"), "endpoint") == "endpoint",

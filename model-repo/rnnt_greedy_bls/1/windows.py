@@ -35,7 +35,7 @@ class Carried(NamedTuple):
         skip: number of the audio's feature frames that are not part of the input.
         length: number of the input's feature frames that count; zeros follow them.
         prompt: number of the stream's language, or None if the encoder takes none.
-        decode: whether the window's encoder frames are decoded; False while a restored stream's cache is filled again.
+        decode: whether the window's encoder frames are decoded; False while a fresh cache is filled with earlier audio.
     """
 
     model: str
@@ -228,6 +228,10 @@ class Cached:
     before a fresh cache, unless the encoder begins with the chunk. An encoder may look ahead: its windows then end with
     ``right_features`` that the next window encodes again, and its caches hold the chunk alone. Without look-ahead, there is no
     right context.
+
+    A cache begins afresh at endpoints, and when it covers ``max_cache_features``. In the second case, the chunks of the last
+    ``warm_up_features`` are encoded again to fill it. Both places follow from the stream's audio. So a cache is equal bit for
+    bit whether it was carried or is computed again for a restored stream, and it depends on a limited part of the past.
     """
 
     def __init__(self, cached: CachedEncoders, frame_samples: int, options: Options) -> None:
@@ -241,6 +245,8 @@ class Cached:
         self._before = window - chunk - right if cached.zeros_before else 0  # feature frames of a window before its chunk
         self._chunk_frames = chunk * cached.hop_samples // frame_samples
         self._right_frames = right * cached.hop_samples // frame_samples
+        self._warm_up = -(-cached.warm_up_features // chunk)  # chunks that fill a fresh cache
+        self._max_chunks = cached.max_cache_features // chunk  # of a cache; 0: no limit
         self.features = 0
         self._pcm: Samples = np.zeros(0, np.int16)
         self._pcm_start = 0  # position of the first sample of _pcm
@@ -256,23 +262,25 @@ class Cached:
         self._received += len(samples)
 
     def next_window(self, end: bool) -> Window | None:
-        """Return the next window that is due, if any."""
+        """Return the next window that is due, if any; a fresh cache may need windows before it, which are not decoded."""
+        if not self._is_due(end):
+            return None
+        if self._next_anchor > self._anchor:
+            self._decode_from = self._chunk
+            self._chunk = self._anchor = self._next_anchor
         hop, edge, encoder = self._cached.hop_samples, self._cached.edge_features, self._encoder
         begin = self._chunk * encoder.chunk_features
         first = begin - self._before  # feature frame that the encoder's input begins with
         fresh = self._chunk == self._anchor
         zeros = self._before if fresh else max(0, -first)
         audio_from = max(0, first - edge, -(-self._pcm_start // hop))
-        audio_to = (first + encoder.window_features + edge) * hop
+        audio_to = self._audio_to(self._chunk)
         length, chunks, last = encoder.window_features, 1, False
         if self._received < audio_to:
-            total = (self._received + self._cached.final_padding_samples) // hop
-            if not end or not self._received or begin >= total:
-                return None
-            length = min(length, total - first)
+            length = min(length, self._total - first)
             # The right context of the last window is decoded for good, too.
-            last = total - begin <= encoder.chunk_features + self._cached.right_features
-            chunks = -(-(total - begin) // encoder.chunk_features) if last else 1
+            last = self._total - begin <= encoder.chunk_features + self._cached.right_features
+            chunks = -(-(self._total - begin) // encoder.chunk_features) if last else 1
         samples = self._pcm[audio_from * hop - self._pcm_start : audio_to - self._pcm_start]
         samples = np.pad(samples, (0, audio_to - audio_from * hop - len(samples)))
         carried = Carried(
@@ -286,10 +294,32 @@ class Cached:
             self._chunk >= self._decode_from,
         )
         self._chunk += chunks
-        keep = max(self._pcm_start, self._audio_needed(self._chunk, self._before))
+        keep = max(self._pcm_start, self._audio_needed(max(self._anchor, self._chunk - self._warm_up), self._before))
         self._pcm = self._pcm[keep - self._pcm_start :]
         self._pcm_start = keep
         return Window(samples, 0, None if last else self._chunk_frames, self._live, carried)
+
+    @property
+    def _total(self) -> int:
+        """Number of feature frames if no more audio follows."""
+        return (self._received + self._cached.final_padding_samples) // self._cached.hop_samples
+
+    def _audio_to(self, chunk: int) -> int:
+        """Return the number of samples at which the window of a chunk is complete."""
+        features = chunk * self._encoder.chunk_features - self._before + self._encoder.window_features
+        return (features + self._cached.edge_features) * self._cached.hop_samples
+
+    def _is_due(self, end: bool) -> bool:
+        """Return whether the window of the next chunk is complete, or is the last one's rest."""
+        if self._received >= self._audio_to(self._chunk):
+            return True
+        return end and self._received > 0 and self._chunk * self._encoder.chunk_features < self._total
+
+    @property
+    def _next_anchor(self) -> int:
+        """Chunk that the cache of the next window begins with."""
+        is_full = self._max_chunks and self._chunk - self._anchor >= self._max_chunks
+        return self._chunk - self._warm_up if is_full else self._anchor
 
     def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None) -> tuple[Floats, Floats]:  # noqa: ARG002
         """Take the encoder's frames and cache of a window."""
@@ -317,15 +347,11 @@ class Cached:
             self._cache = None
 
     def save(self) -> dict[str, int]:
-        """Return the chunk that the cache is filled from, and the sample from which on its audio is needed.
+        """Return the chunk that the next window's cache begins with, and the sample from which on its audio is needed.
 
-        This is the chunk that began with a fresh cache, or a later one if ``warm_up_features`` are enough. The cache itself is
-        too large to save; it is computed again from there.
+        The cache itself is too large to save; it is computed again from there.
         """
-        anchor = self._anchor
-        if warm_up := self._cached.warm_up_features:
-            anchor = max(anchor, self._chunk - -(-warm_up // self._encoder.chunk_features))
-        return {"anchor": anchor, "needed_from": self._audio_needed(anchor, 0)}
+        return {"anchor": self._next_anchor, "needed_from": self._audio_needed(self._next_anchor, 0)}
 
     def restore(self, frames: int, features: int, saved: dict[str, Any], samples: int | None) -> int:
         """Go on behind a number of frames: fill the cache from the audio behind the last fresh cache, as far as it is there."""

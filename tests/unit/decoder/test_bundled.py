@@ -5,24 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
+import jiwer
 import numpy as np
 import pytest
 from google.protobuf import json_format
 
 from amira.models.configs import read_config
-from amira.paths import MODEL_REPOSITORY
+from amira.paths import MODEL_REPOSITORY, SPEECH
 from gateway.triton.geometry import read_windows
 from parameters import LATENCIES
+from perf.evaluate import normalise, read_speech
 from stream import Decoded, Stream
 from tests.support.recogniser import Recogniser
 from tests.support.servers import read_recordings
-from windows import Samples
+from vocabulary import read_vocabulary
+from windows import Cache, Samples
+from words import text_of, words_of
 
 RECORDINGS = read_recordings()
 DECODER = "rnnt_greedy_bls"
 FRAME, FEATURE = 1536, 384
+MAX_CACHE_SECS = 17.3
+"""Length of the audio that a cache depends on, as docs/API.md states it for acknowledgements."""
 
 
 @pytest.fixture(scope="module")
@@ -116,30 +123,89 @@ async def test_recordings_are_decoded_whole(bundled: Recogniser) -> None:
     assert [(window.carried, len(window.samples)) for (window,) in bundled.calls] == [(None, len(RECORDINGS["jfk"]))]
 
 
-def long_speech(secs: float) -> Samples:
+def long_speech(secs: float, pause_secs: float = 2.0) -> Samples:
     """Speech with a pause behind each recording."""
-    pause = np.zeros(32_000, np.int16)
+    pause = np.zeros(round(16_000 * pause_secs), np.int16)
     pieces = [part for recording in RECORDINGS.values() for part in (recording, pause)]
     return np.resize(np.concatenate(pieces), round(secs * 16_000))
 
 
+def decoded_caches(bundled: Recogniser) -> list[Cache | None]:
+    """Caches of a single stream before each window whose frames were decoded."""
+    return [window.carried.cache for (window,) in bundled.calls if window.carried and window.carried.decode]
+
+
+@pytest.mark.parametrize("pause_secs", [2.0, 0.0], ids=["endpoints", "no endpoints"])
 @pytest.mark.parametrize("latency", LATENCIES)
-async def test_restored_stream_goes_on_alike(bundled: Recogniser, latency: str) -> None:
-    """From any answer, with the audio that the state asks for."""
-    samples = long_speech(40)
+async def test_restored_stream_goes_on_alike(bundled: Recogniser, latency: str, pause_secs: float) -> None:
+    """From any answer, with the audio that the state asks for: caches and confidences are equal bit for bit."""
+    samples = long_speech(50, pause_secs)
     pieces = np.split(samples, range(16_000, len(samples), 16_000))
+    bundled.calls.clear()
     whole = await bundled.recognise(pieces, latency=latency)
+    caches = decoded_caches(bundled)
     options = replace(bundled.parameters.options, latency=latency)
     limited = 0
     for at in range(2, len(pieces) - 1, 6):
         needed = json.loads(whole.states[at])["needed_from"]
         limited += needed > 0
         stream = Stream.restore(bundled.parameters, options, whole.states[at], needed)
+        bundled.calls.clear()
         result = await bundled.go_on(stream, [samples[needed : 16_000 * (at + 1)], *pieces[at + 1 :]])
-        segments = [answer for answer in whole.answers[: at + 1] if answer.final]
-        before = [token for answer in segments for token in ids(answer)]
-        assert before + result.emitted == whole.emitted, f"restored behind answer {at}"
+        before = [token for answer in whole.answers[: at + 1] if answer.final for token in answer.tokens]
+        assert before + result.tokens == whole.tokens, f"restored behind answer {at}"
+        assert result.answers[-1].spans == whole.answers[-1].spans
+        again = decoded_caches(bundled)
+        for ours, theirs in zip(again, caches[-len(again) :], strict=True):
+            assert np.array_equal(ours, theirs), "the cache was not refilled bit for bit"
     assert limited >= 3, "all audio was needed"
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize("kind", ["speech", "silence"])
+async def test_little_audio_is_needed_to_restore_a_stream(bundled: Recogniser, latency: str, kind: str) -> None:
+    """Also in a stream that has no endpoint."""
+    samples = long_speech(60, 0) if kind == "speech" else np.zeros(60 * 16_000, np.int16)
+    result = await bundled.recognise(np.split(samples, range(16_000, len(samples), 16_000)), latency=latency)
+    lags = [
+        answer.samples - json.loads(state)["needed_from"] for answer, state in zip(result.answers, result.states, strict=True)
+    ]
+    assert max(lags) < MAX_CACHE_SECS * 16_000
+
+
+def at_level(samples: Samples, level_db: float) -> Samples:
+    """Return louder or weaker samples."""
+    return np.rint(np.clip(samples * 10 ** (level_db / 20), -32768, 32767)).astype(np.int16)
+
+
+LEVELS_DB = 0, -20, -20, 0, 6
+"""Levels of the recordings of a long stream."""
+
+
+@pytest.mark.parametrize("secs", [120, pytest.param(3600, marks=pytest.mark.slow)])
+async def test_long_stream_has_the_error_rate_of_its_pieces(bundled: Recogniser, secs: int) -> None:
+    """Recordings at changing levels, joined with pauses, against a stream for each that begins at the same place of a chunk."""
+    vocabulary, chunk = read_vocabulary(MODEL_REPOSITORY / "vocab.txt"), chunk_of(bundled, "balanced")
+
+    async def transcribe(samples: Samples) -> str:
+        tokens = (await bundled.recognise(np.split(samples, range(16_000, len(samples), 16_000)))).tokens
+        bundled.calls.clear()
+        times = [float(i) for i in range(len(tokens) + 1)]
+        words = words_of([vocabulary[token.id] for token in tokens], times[:-1], times[1:], [1.0] * len(tokens))
+        return normalise(text_of(words, segment=0))
+
+    parts, references, alone = [np.zeros(0, np.int16)], [], []
+    for recording, level in zip(cycle(read_speech(SPEECH)), cycle(LEVELS_DB), strict=False):
+        start = sum(map(len, parts))
+        if start > secs * 16_000:
+            break
+        spoken = np.concatenate([at_level(recording.samples, level), np.zeros(24_000, np.int16)])
+        alone.append(await transcribe(np.concatenate([np.zeros(start % chunk, np.int16), spoken])))
+        parts.append(spoken)
+        references.append(recording.text)
+    joined = await transcribe(np.concatenate(parts))
+    expected, found = jiwer.wer(references, alone), jiwer.wer(" ".join(references), joined)
+    assert abs(found - expected) < 0.03, f"{found:.3f} instead of {expected:.3f}"
 
 
 @pytest.mark.parametrize("latency", LATENCIES)

@@ -41,18 +41,13 @@ HOP = 160
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("published")
-
-
-@pytest.fixture(scope="module")
-def recogniser(root: Path) -> Any:
+def recogniser() -> Any:
     """Imported models by name, each loaded once."""
     loaded: dict[str, Recogniser] = {}
 
     def load(name: str) -> Recogniser:
         if name not in loaded:
-            loaded[name] = Recogniser(imported(name, root), name)
+            loaded[name] = Recogniser(imported(name), name)
         loaded[name].calls.clear()
         return loaded[name]
 
@@ -73,11 +68,11 @@ def random_cuts(samples: Samples, seed: int, cuts: int = 40) -> list[Samples]:
 
 @pytest.mark.parametrize("recording", RECORDINGS)
 @pytest.mark.parametrize("name", STREAMING)
-async def test_stream_equals_sherpa_onnx(root: Path, name: str, recording: str) -> None:
+async def test_stream_equals_sherpa_onnx(name: str, recording: str) -> None:
     """Token by token and frame by frame, up to where sherpa-onnx stops, since it does not flush the encoder."""
     samples = np.concatenate([RECORDINGS[recording], TAIL])
-    tokens, times = sherpa_streamed(published(name, root), samples)
-    repository = as_sherpa_onnx(name, root)
+    tokens, times = sherpa_streamed(published(name), samples)
+    repository = as_sherpa_onnx(name)
     ours = Recogniser(repository, name)
     result = await ours.recognise([samples])
     frame_secs = ours.parameters.frame_samples / 16_000
@@ -92,19 +87,19 @@ async def test_stream_equals_sherpa_onnx(root: Path, name: str, recording: str) 
 
 
 @pytest.mark.parametrize("language", ["auto", "en-US", "de-DE"])
-async def test_language_equals_sherpa_onnx(root: Path, language: str) -> None:
+async def test_language_equals_sherpa_onnx(language: str) -> None:
     samples = np.concatenate([RECORDINGS["jfk"], TAIL])
-    tokens, _ = sherpa_streamed(published("prompted", root), samples, language)
-    repository = as_sherpa_onnx("prompted", root)
+    tokens, _ = sherpa_streamed(published("prompted"), samples, language)
+    repository = as_sherpa_onnx("prompted")
     result = await Recogniser(repository, "prompted").recognise([samples], language=language)
     assert texts(repository, "prompted", [token.id for token in result.tokens][: len(tokens)]) == tokens
 
 
 @pytest.mark.parametrize("recording", RECORDINGS)
-async def test_offline_icefall_equals_sherpa_onnx(root: Path, recording: str) -> None:
+async def test_offline_icefall_equals_sherpa_onnx(recording: str) -> None:
     samples = RECORDINGS[recording]
-    tokens, times = sherpa_at_once(published("offline", root), samples)
-    repository = imported("offline", root)
+    tokens, times = sherpa_at_once(published("offline"), samples)
+    repository = imported("offline")
     result = await Recogniser(repository, "offline").recognise([samples], context="whole", endpoint_silence_ms=0)
     assert len(set(tokens)) >= 5
     assert texts(repository, "offline", [token.id for token in result.tokens]) == tokens
@@ -121,13 +116,13 @@ async def test_offline_icefall_takes_any_length(recogniser: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), [("nemo560", NEMO_560), ("nemo-int8", NEMO)])
-async def test_first_chunk_follows_nemo(root: Path, tmp_path: Path, name: str, shape: NemoShape) -> None:
+async def test_first_chunk_follows_nemo(tmp_path: Path, name: str, shape: NemoShape) -> None:
     """A plain loop over the published graphs: NeMo's features of the whole recording, nine zeros before them.
 
     Dynamic quantisation rounds a cache of frames otherwise than one of keys and values, so the former is imported in int8.
     """
     samples = RECORDINGS["jfk"]
-    source = published(name, root)
+    source = published(name)
     import_model(str(source), name, tmp_path, ImportOptions(cache_type="fp32", projected="int8" not in name))
     ours = Recogniser(tmp_path, name)
     result = await ours.recognise([samples], endpoint_silence_ms=0, max_total_tokens=100_000)
@@ -325,10 +320,10 @@ def test_unknown_language_is_refused(recogniser: Any) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_gateway_knows_when_a_chunk_is_due(recogniser: Any, root: Path, name: str) -> None:
+def test_gateway_knows_when_a_chunk_is_due(recogniser: Any, name: str) -> None:
     """Sample by sample: its geometry is computed from the same parameters by code of its own."""
     p = recogniser(name).parameters
-    config = read_config(imported(name, root) / f"{name}_decoder" / "config.pbtxt")
+    config = read_config(imported(name) / f"{name}_decoder" / "config.pbtxt")
     windows = read_windows({key: value.string_value for key, value in config.parameters.items()})["balanced"]
     stream = Stream(p, p.options)
     sent = 0

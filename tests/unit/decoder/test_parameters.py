@@ -326,9 +326,9 @@ def test_cached_encoder_of_each_latency() -> None:
 
 
 def test_cached_encoder_with_look_ahead_and_another_for_recordings() -> None:
-    p = cached(right_features="9", warm_up_features="560", whole_encoder_model="whole")
+    p = cached(right_features="9", warm_up_features="57", max_cache_features="168", whole_encoder_model="whole")
     assert p.cached is not None
-    assert (p.cached.right_features, p.cached.warm_up_features) == (9, 560)
+    assert (p.cached.right_features, p.cached.warm_up_features, p.cached.max_cache_features) == (9, 57, 168)
     assert p.whole_encoder_model == p.exclusive_encoder_model == "whole"
     assert p.windows_per_call(60 * 16_000) < p.windows_per_call(16_000) == p.encoder_batch, "whole recordings grow"
     with pytest.raises(ParameterError, match=r"^max_whole_secs is 3600: "):
@@ -342,6 +342,10 @@ def test_cached_encoder_with_look_ahead_and_another_for_recordings() -> None:
         ({"chunk_features": ""}, "parameter chunk_features is missing"),
         ({"chunk_features": "66"}, "chunk_features of balanced is 66; it must be at most window_features, 65"),
         ({"right_features": "10"}, "chunk_features of balanced is 56; it must be at most window_features - right_features, 55"),
+        (
+            {"warm_up_features": "57", "max_cache_features": "167"},
+            "max_cache_features is 167; it must be 0 or at least 168: the chunks of balanced that warm_up_features need",
+        ),
         ({"chunk_features": "55"}, "times 160 samples it must be a multiple of frame_samples, 1280"),
         ({"left_frames": "10"}, "unknown parameters ['left_frames']"),
         ({"low_latency_features": "17,8"}, "low_latency_features is [17, 8]; it must be three whole numbers"),

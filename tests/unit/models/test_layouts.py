@@ -49,11 +49,6 @@ STATE_OUTPUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("published")
-
-
 def run(graph: EditedGraph, waveform: Floats) -> tuple[Floats, int]:
     session = onnxruntime.InferenceSession(graph.proto.SerializeToString(), providers=["CPUExecutionProvider"])
     feeds = {"waveforms": waveform[None], "waveforms_lens": np.array([len(waveform)], np.int64)}
@@ -62,10 +57,10 @@ def run(graph: EditedGraph, waveform: Floats) -> tuple[Floats, int]:
 
 
 @pytest.mark.parametrize("name", STATE_OUTPUTS)
-def test_packed_graph_equals_the_published_one(root: Path, name: str) -> None:
+def test_packed_graph_equals_the_published_one(name: str) -> None:
     """Bit for bit over several calls, from the initial states on; two streams in a call where the graph takes them."""
-    original = open_graph(published(name, root) / "encoder.onnx")
-    packed = open_graph(imported(name, root, "fp32") / f"{name}_encoder" / "1" / "model.onnx")
+    original = open_graph(published(name) / "encoder.onnx")
+    packed = open_graph(imported(name, "fp32") / f"{name}_encoder" / "1" / "model.onnx")
     inputs = {node.name: node for node in packed.get_inputs()}
     rows = 1 if inputs["cache"].shape[0] == 1 else 2
     states = initial_states(original, rows)
@@ -218,17 +213,17 @@ def test_language_tags_are_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nemotron", "eou"])
-def test_tokenizers_become_vocabularies(root: Path, name: str) -> None:
-    lines = (imported(name, root) / f"{name}_decoder" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+def test_tokenizers_become_vocabularies(name: str) -> None:
+    lines = (imported(name) / f"{name}_decoder" / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["▁w0 0", "▁w1 1"]
     assert lines[-1] == "<blk> 40"
     assert lines[38:40] == (["▁w38 38", "▁w39 39"] if name == "nemotron" else [" 38", " 39"])
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_imported_parameters(root: Path, name: str) -> None:
+def test_imported_parameters(name: str) -> None:
     config = pb.ModelConfig()
-    text_format.Parse((imported(name, root) / f"{name}_decoder" / "config.pbtxt").read_text(encoding="utf-8"), config)
+    text_format.Parse((imported(name) / f"{name}_decoder" / "config.pbtxt").read_text(encoding="utf-8"), config)
     found = {key: value.string_value for key, value in config.parameters.items()}
     expected: dict[str, dict[str, str]] = {
         "nemo": {"window_features": "25", "chunk_features": "16", "fresh_features": "zeros", "frame_samples": "1280"},
@@ -307,15 +302,15 @@ def test_latencies_are_several_encoders(tmp_path: Path) -> None:
         import_model(str(tmp_path / "160"), "b", tmp_path / "into", ImportOptions(latencies={"low": str(tmp_path / "other")}))
 
 
-def test_prompt_dictionary_may_be_in_the_configuration(root: Path) -> None:
-    content = json.loads((published("nemotron", root) / "config.json").read_text())
+def test_prompt_dictionary_may_be_in_the_configuration() -> None:
+    content = json.loads((published("nemotron") / "config.json").read_text())
     assert content["model_defaults"]["prompt_dictionary"]["auto"] == 5
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_imported_graphs_are_taken_by_triton(root: Path, name: str) -> None:
+def test_imported_graphs_are_taken_by_triton(name: str) -> None:
     """By the native backend's rules, with warm-ups that work."""
-    repository = imported(name, root)
+    repository = imported(name)
     assert refused_by_triton(repository) == []
     check_warmups(repository)
     for recogniser in recognisers(repository):
@@ -331,10 +326,8 @@ def test_imported_graphs_are_taken_by_triton(root: Path, name: str) -> None:
         ('"25"', '"wide"', "parameter window_features is 'wide'; expected a whole number"),
     ],
 )
-def test_parameters_that_differ_from_a_cached_encoder_are_named(
-    root: Path, tmp_path: Path, old: str, new: str, named: str
-) -> None:
-    repository = Path(shutil.copytree(imported("nemo", root), tmp_path / "repository"))
+def test_parameters_that_differ_from_a_cached_encoder_are_named(tmp_path: Path, old: str, new: str, named: str) -> None:
+    repository = Path(shutil.copytree(imported("nemo"), tmp_path / "repository"))
     for directory in repository.iterdir():
         if not directory.name.startswith("nemo_") and directory.name != "nemo":
             shutil.rmtree(directory)
@@ -344,9 +337,9 @@ def test_parameters_that_differ_from_a_cached_encoder_are_named(
         recognisers(repository)
 
 
-def test_merged_nemo_decoder_equals_its_parts(root: Path) -> None:
-    source = published("nemo", root)
-    merged = open_graph(imported("nemo", root) / "nemo_decoder_joint" / "1" / "model.onnx")
+def test_merged_nemo_decoder_equals_its_parts() -> None:
+    source = published("nemo")
+    merged = open_graph(imported("nemo") / "nemo_decoder_joint" / "1" / "model.onnx")
     decoder, joiner = (open_graph(source / f"{part}.onnx") for part in ("decoder", "joiner"))
     random = np.random.default_rng(0)
     states = [np.zeros((1, 3, NEMO.hidden), np.float32)] * 2
@@ -363,7 +356,7 @@ def test_merged_nemo_decoder_equals_its_parts(root: Path) -> None:
         assert all(map(np.array_equal, states, expected_states))
 
 
-def test_offline_nemo_model_in_three_files_is_imported(root: Path, tmp_path: Path) -> None:
+def test_offline_nemo_model_in_three_files_is_imported(tmp_path: Path) -> None:
     """As sherpa-onnx publishes it: NeMo's encoder without a cache, beside decoder and joiner."""
     shape = NemoShape(size=256, hidden=640)
     build_nemo_cached(tmp_path / "parts", shape)
@@ -378,4 +371,4 @@ def test_offline_nemo_model_in_three_files_is_imported(root: Path, tmp_path: Pat
     assert recogniser.describe().startswith("mine: rnnt, 40 pieces, 80 ms a frame, windows of 10.00 + 2.00 + 2.00 s")
     assert refused_by_triton(tmp_path / "into") == []
     with pytest.raises(ModelError, match="has no cache, so --latency has no use"):
-        import_model(str(source), "other", tmp_path / "into", ImportOptions(latencies={"low": str(published("nemo", root))}))
+        import_model(str(source), "other", tmp_path / "into", ImportOptions(latencies={"low": str(published("nemo"))}))

@@ -137,6 +137,7 @@ def test_the_directory_is_laid_out_as_models_are_published(model: Model) -> None
     assert 0.2 < sum(piece.startswith("▁") for piece in pieces) / len(pieces) < 0.6
 
 
+@pytest.mark.slow
 def test_build_is_repeatable(model: Model, tmp_path: Path) -> None:
     build(tmp_path, model.kind)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in model.directory.iterdir()}
