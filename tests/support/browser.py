@@ -95,7 +95,7 @@ class Watched:
             if violation["impact"] in ("serious", "critical")
         ]
 
-    async def wait_for(self, condition: str, timeout_secs: float = 60) -> None:
+    async def wait_for(self, condition: str, timeout_secs: float = 120) -> None:
         """Wait until a condition in JavaScript is true. The pages forbid the polls of Playwright, which evaluate text."""
         deadline = time.monotonic() + timeout_secs
         while not await self.page.evaluate(condition):
