@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gateway import metrics
 from gateway.audio.pool import FilePool
@@ -93,6 +93,34 @@ class Service:
         except LanguageError as error:
             raise ApiError(refusal, str(error), "language") from None
         return {"language": language} if language else {}
+
+    def check_alternatives(
+        self, model: str, options: Mapping[str, str | int], *, live: bool, refusal: ErrorKind = ErrorKind.UNACCEPTABLE
+    ) -> None:
+        """Check that several texts of a segment are only asked for with a beam.
+
+        Args:
+            model: public name of the model.
+            options: options of the decoder.
+            live: whether they are a stream's.
+            refusal: kind of the error.
+
+        Raises:
+            ApiError: they are asked for without a beam, or no Triton can serve the model now.
+        """
+        wanted = options.get("alternatives", 1)
+        if wanted != 1 and options.get("beam", self.beam(model, live=live)) == 1:
+            message = f"alternatives is {wanted}, but the beam is 1, which finds one text; leave it out, or add beam=4"
+            raise ApiError(refusal, message, "alternatives")
+
+    def beam(self, model: str, *, live: bool) -> int:
+        """Return the default number of hypotheses of a model's streams or recordings.
+
+        Raises:
+            ApiError: no Triton can serve the model now.
+        """
+        ensemble = self.triton.ensemble(self.settings.models[model])
+        return ensemble.stream_beam if live else ensemble.beam
 
     def ready(self) -> bool:
         """Return whether new work is accepted: a model is ready, and no drain has begun."""

@@ -163,6 +163,7 @@ class Step(nn.Module):
         self._sizes = [math.prod(shape) for shape in shapes]
         self.cache_size = sum(self._sizes)
         self.register_buffer("steps", torch.arange(NORM_STEPS).float(), persistent=False)
+        self.register_buffer("average", torch.full((1, WIDTH, 1), 1 / WIDTH), persistent=False)
 
     def forward(self, audio_signal: Tensor, length: Tensor, cache: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode windows of one length.
@@ -212,7 +213,9 @@ class Step(nn.Module):
         stem, steps = self.encoder.stem, samples.shape[1] // FRAME_SAMPLES * STEPS
         x = torch.tanh(stem.conv1(mirrored(samples[:, None])))
         own = x[:, :, :-EXTRA_STEPS]
-        sums = torch.cat((past, torch.stack((own.mean(1), (own * own).mean(1)), dim=1)), dim=2)
+        # Convolutions, since ONNX Runtime's ReduceMean adds in an order that depends on the number of streams in the call.
+        means = [functional.conv1d(values, self.average) for values in (own, own * own)]
+        sums = torch.cat((past, torch.cat(means, dim=1)), dim=2)
         count = (self.steps[:steps] < (length * STEPS + EXTRA_STEPS)[:, None]).float().sum(1)
         count = count + (self.steps[: NORM_STEPS - steps] < (seen * STEPS)[:, None]).float().sum(1) + PRIOR_STEPS
         mean, square = (sums[:, :, -NORM_STEPS:].sum(2) / count[:, None]).split(1, dim=1)

@@ -88,8 +88,8 @@ recordings, whether a window is alone or not."""
 MEMORY_PARAMETERS = ("window_bytes_per_sec", "window_bytes_per_sec_squared", "max_encode_bytes")
 """Parameters of the template that a decoder of a cached encoder does not have: its windows do not grow."""
 
-LANGUAGE_PARAMETERS = "language_model", "piece_scores", "beam"
-"""Parameters of the template that suit its own pieces only, and its beam, which was measured with its language model."""
+LANGUAGE_PARAMETERS = "language_model", "piece_scores", "beam", "stream_beam"
+"""Parameters of the template that suit its own pieces only, and its beams, which were measured with its language model."""
 
 CACHE_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
 """Element types of a packed cache."""

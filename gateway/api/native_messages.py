@@ -93,13 +93,19 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
         }
     if isinstance(event, Failed):
         return None  # the error frame follows with the close
-    if isinstance(event, SegmentFinal) and not event.changed and not dialect.resumable:
-        return None  # a resuming client needs the final times of the words, which the next acknowledgement settles
     transcript = event.transcript
+    if isinstance(event, SegmentFinal) and not (event.changed or dialect.resumable or transcript.alternatives):
+        return None  # a resuming client needs the final times of the words, which the next acknowledgement settles
+    alternatives = {"alternatives": transcript.alternatives} if transcript.alternatives else {}
     kind = "final" if isinstance(event, Final) else "partial"
     if dialect is Dialect.V3:
         words = transcript.words[transcript.settled.words :] if kind == "final" else transcript.words
-        return {"type": kind, **_segment(transcript), "words": words, "segment_final": not isinstance(event, Partial)}
+        return {
+            "type": kind,
+            **_segment(transcript),
+            "words": words,
+            "segment_final": not isinstance(event, Partial),
+        } | alternatives
     return {
         "type": kind,
         "text": transcript.text,
@@ -108,7 +114,7 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
         "words": transcript.words,
         "audio_processed_ms": transcript.samples * 1000 // RATE,
         "stable_chars": transcript.stable_chars,
-    }
+    } | alternatives
 
 
 def _segment(transcript: Snapshot) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from gateway.api.error_schema import openapi_responses
-from gateway.api.phrases import MAX_BEAM, MAX_PHRASES, LanguageModel, decoding_options
+from gateway.api.phrases import MAX_ALTERNATIVES, MAX_BEAM, MAX_PHRASES, LanguageModel, decoding_options
 from gateway.api.streaming import Part, Wire, read_segments, read_to_end, stream
 from gateway.api.uploads import UPLOAD_SCHEMA, Upload, receive_upload
 from gateway.audio.raw import RawFormat, parse_raw_format
@@ -41,6 +41,13 @@ class Word(BaseModel):
     channel: int | None = Field(default=None, description="with `channels=separate`")
 
 
+class TextAlternative(BaseModel):
+    """A text of a segment that is nearly as probable as the best one."""
+
+    text: str
+    confidence: float | None = Field(description="mean probability of its tokens; null if there are none")
+
+
 class SegmentAnswer(BaseModel):
     """A part of a transcript."""
 
@@ -51,6 +58,7 @@ class SegmentAnswer(BaseModel):
     words: list[Word]
     confidence: float | None
     channel: int | None = Field(default=None, description="with `channels=separate`")
+    alternatives: list[TextAlternative] | None = Field(default=None, description="with `alternatives`; the best first")
 
 
 class BatchAnswer(BaseModel):
@@ -129,6 +137,7 @@ PARAMETERS = [
         maxItems=2,
     ),
     _query("beam", "width of the beam; 1: greedy", type="integer", minimum=1, maximum=MAX_BEAM),
+    _query("alternatives", "number of texts per segment", type="integer", minimum=1, maximum=MAX_ALTERNATIVES, default=1),
     _query("phrases", "phrase to boost; one per parameter", type="array", items={"type": "string"}, maxItems=MAX_PHRASES),
     _query(
         "language_model", "use of the language model", type="string", enum=[one.value for one in LanguageModel], default="auto"
@@ -152,6 +161,7 @@ async def decode_batch(request: Request, model: str) -> Response:
     service.check_model(model)
     options = parse_options(request)
     language = service.language_options(model, options.languages)
+    service.check_alternatives(model, options.decoder, live=False)
     async with AsyncExitStack() as held:
         held.enter_context(service.quotas.batch(caller, request.client.host if request.client else None))
         with service.transcriber.admit(model, caller):
@@ -231,6 +241,7 @@ def _segment_answer(segment: Segment) -> dict[str, Any]:
         "words": segment.words,
         "confidence": _rounded(segment.confidence),
         **({} if segment.channel is None else {"channel": segment.channel}),
+        **({"alternatives": segment.alternatives} if segment.alternatives else {}),
     }
 
 

@@ -250,6 +250,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
             detection, options = read_events(query), read_latency(query)
             options |= service.language_options(model, query.getlist("language"))
             options |= decoding_options(query)
+            service.check_alternatives(model, options, live=True)
             raw = parse_raw_format(query)
             if dialect.resumable and (raw.rate, raw.channels) != (DEFAULT.rate, DEFAULT.channels):
                 message = f"streams that can be resumed ({dialect.value}) must have {DEFAULT.rate} Hz and one channel"

@@ -94,6 +94,7 @@ def _verbose_segment(segment: Segment) -> dict[str, Any]:
         "avg_logprob": _log(segment.confidence or 0.0),
         "compression_ratio": round(len(text) / len(zlib.compress(text)), 4),
         "no_speech_prob": 0.0,  # segments without speech do not exist
+        **({"alternatives": segment.alternatives} if segment.alternatives else {}),
     }
 
 

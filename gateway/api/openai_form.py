@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import orjson
 from starlette.datastructures import FormData, UploadFile
 
-from gateway.api.phrases import phrase_options
+from gateway.api.phrases import MAX_ALTERNATIVES, number_option, phrase_options
 from gateway.errors import ApiError, ErrorKind
 
 MAX_FIELDS = 1000
@@ -96,7 +96,7 @@ def read_form(data: FormData) -> Form:
         or frozenset((Granularity.SEGMENT,)),
         logprobs=bool([_choice("include", name, _Include) for name in _texts(data, "include")]),
         stream=_choice("stream", (_text(data, "stream") or "false").lower(), _Flag) is _Flag.TRUE,
-        decoder=phrase_options(_texts(data, "keywords"), "keywords", ErrorKind.INVALID_VALUE),
+        decoder=phrase_options(_texts(data, "keywords"), "keywords", ErrorKind.INVALID_VALUE) | _alternatives(data),
     )
     _check_combination(form)
     _check_number("temperature", _text(data, "temperature"), 0, 1)
@@ -121,6 +121,7 @@ FORM_SCHEMA: dict[str, Any] = {
         "language": {"type": "string", "description": "ISO 639-1; refused if it is not the model's"},
         "languages[]": _strings(),
         "keywords[]": {**_strings(), "description": "phrases to boost"},
+        "alternatives": {"type": "integer", "minimum": 1, "maximum": MAX_ALTERNATIVES, "description": "texts per segment"},
         "prompt": {"type": "string", "description": "without effect"},
         "temperature": {"type": "number", "minimum": 0, "maximum": 1, "description": "without effect"},
         "chunking_strategy": {"type": "string", "description": "`auto`, or JSON; without effect"},
@@ -152,6 +153,8 @@ def _check_combination(form: Form) -> None:
         )
     if form.logprobs and form.format is not Format.JSON:
         raise ApiError(ErrorKind.INVALID_VALUE, "include is logprobs, which needs response_format=json", "include")
+    if "alternatives" in form.decoder and form.format is not Format.VERBOSE_JSON:
+        raise ApiError(ErrorKind.INVALID_VALUE, "alternatives needs response_format=verbose_json", "alternatives")
     if form.stream and form.format not in (Format.JSON, Format.TEXT):
         raise ApiError(
             ErrorKind.INVALID_VALUE,
@@ -189,6 +192,11 @@ def _check_number(name: str, text: str, least: float, most: float) -> None:
     if not allowed:
         bounds = f"from {least} to {most}" if math.isfinite(most) else f"of {least} or more"
         raise ApiError(ErrorKind.INVALID_VALUE, f"{name} is {_shown(text)}; it must be a number {bounds}", name)
+
+
+def _alternatives(data: FormData) -> dict[str, str | int]:
+    number = _text(data, "alternatives")
+    return number_option("alternatives", number, MAX_ALTERNATIVES, ErrorKind.INVALID_VALUE) if number else {}
 
 
 def _text(data: FormData, name: str) -> str:

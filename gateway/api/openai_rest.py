@@ -74,6 +74,7 @@ async def create_transcription(request: Request) -> Response:
         form = read_form(data)
         request.state.model = model = service.resolve_model(form.model)
         options = service.language_options(model, form.languages, ErrorKind.INVALID_VALUE)
+        service.check_alternatives(model, form.decoder, live=False, refusal=ErrorKind.INVALID_VALUE)
         upload = await open_form_file(form.file)
         recording = held.enter_context(service.transcriber.admit(model, caller, {**options, **form.decoder}))
         # The content alone says what the file is; clients name types by the file's name.

@@ -24,6 +24,9 @@ MAX_FACTOR = 10.0
 MAX_BEAM = 16
 """Largest width of a beam; the decoder has the same limit."""
 
+MAX_ALTERNATIVES = 10
+"""Maximum number of texts of a segment; the decoder has the same limit."""
+
 
 class LanguageModel(Enum):
     """Whether the model's language model is used; each value is the name in the query."""
@@ -73,7 +76,7 @@ def _is_factor(text: str) -> bool:
 
 
 def decoding_options(query: QueryParams) -> dict[str, str | int]:
-    """Return the decoder's options from a query: ``phrases``, one per parameter, ``language_model`` and ``beam``.
+    """Return the decoder's options from a query: ``phrases`` (several), ``language_model``, ``beam`` and ``alternatives``.
 
     Raises:
         ApiError: a value is not allowed.
@@ -85,9 +88,18 @@ def decoding_options(query: QueryParams) -> dict[str, str | int]:
             message = f"language_model is {given[:40]!r}; it must be one of {', '.join(known)}"
             raise ApiError(ErrorKind.UNACCEPTABLE, message, "language_model")
         options["language_model"] = given
-    if (width := query.get("beam")) is not None:
-        if not width.isdecimal() or not 1 <= int(width) <= MAX_BEAM:
-            message = f"beam is {width[:40]!r}; it must be a whole number from 1 to {MAX_BEAM}"
-            raise ApiError(ErrorKind.UNACCEPTABLE, message, "beam")
-        options["beam"] = int(width)
+    for name, most in (("beam", MAX_BEAM), ("alternatives", MAX_ALTERNATIVES)):
+        if (number := query.get(name)) is not None:
+            options |= number_option(name, number, most)
     return options
+
+
+def number_option(name: str, text: str, most: int, kind: ErrorKind = ErrorKind.UNACCEPTABLE) -> dict[str, str | int]:
+    """Return an option whose value is a whole number from 1 on.
+
+    Raises:
+        ApiError: it is not, or is more than ``most``.
+    """
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= most:
+        raise ApiError(kind, f"{name} is {text[:40]!r}; it must be a whole number from 1 to {most}", name)
+    return {name: int(text)}

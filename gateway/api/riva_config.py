@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.api.phrases import phrase_options
+from gateway.api.phrases import MAX_ALTERNATIVES, phrase_options
 from gateway.api.riva_schema import ENCODINGS
 from gateway.audio.convert import MAX_CHANNELS, MAX_RATE, MIN_RATE
 from gateway.audio.media_types import OCTETS
@@ -84,6 +84,7 @@ def read_config(config: Any, service: Service, *, live: bool, interim: bool = Fa
         name = "enable_separate_recognition_per_channel"
         raise _refused(name, "is true, but channels of a stream are mixed; use Recognize, or a stream for each channel")
     encoding = ENCODINGS[config.encoding]
+    has_beam = config.max_alternatives > 1 and service.beam(model, live=live) > 1
     return Options(
         model=model,
         encoding=encoding,
@@ -93,12 +94,12 @@ def read_config(config: Any, service: Service, *, live: bool, interim: bool = Fa
         separate=separate,
         words=config.enable_word_time_offsets,
         interim=interim,
-        decoder={**_decoder_options(config, live=live), **language},
-        ignored=tuple(_ignored(config, live=live)),
+        decoder={**_decoder_options(config, live=live, has_beam=has_beam), **language},
+        ignored=tuple(_ignored(config, live=live, has_beam=has_beam)),
     )
 
 
-def _decoder_options(config: Any, *, live: bool) -> dict[str, str | int]:
+def _decoder_options(config: Any, *, live: bool, has_beam: bool) -> dict[str, str | int]:
     """Return the options of the decoder.
 
     Raises:
@@ -110,16 +111,18 @@ def _decoder_options(config: Any, *, live: bool) -> dict[str, str | int]:
     # A context with a negative boost names what is not to be favoured.
     phrases = [phrase for context in config.speech_contexts if context.boost >= 0 for phrase in context.phrases]
     silence: dict[str, str | int] = {"endpoint_silence_ms": silence_ms} if silence_ms else {}
-    return {**silence, **phrase_options(phrases, "speech_contexts")}
+    several = has_beam and config.max_alternatives > 1
+    alternatives: dict[str, str | int] = {"alternatives": min(config.max_alternatives, MAX_ALTERNATIVES)} if several else {}
+    return {**silence, **alternatives, **phrase_options(phrases, "speech_contexts")}
 
 
-def _ignored(config: Any, *, live: bool) -> list[str]:
+def _ignored(config: Any, *, live: bool, has_beam: bool) -> list[str]:
     """Return the names of fields that are set and have no effect."""
     names = ["profanity_filter", "enable_automatic_punctuation", "custom_configuration"]
     ignored = [name for name in names if getattr(config, name)]
     if any(context.boost for context in config.speech_contexts):
         ignored.append("speech_contexts.boost")
-    if config.max_alternatives > 1:
+    if config.max_alternatives > 1 and not has_beam:
         ignored.append("max_alternatives")
     honoured = {"stop_history"} if live else set()
     ignored += [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway.api.riva_schema import RecognizeResponse, StreamingRecognizeResponse
 from gateway.audio import RATE
 from gateway.live.events import Event, Final, Partial, SegmentFinal, Snapshot
 from gateway.transcript.segments import Transcription
-from gateway.transcript.words import Word
+from gateway.transcript.words import Alternative, Word
 
 MONO = 1
 """Channel tag of the only channel; Riva counts from 1."""
@@ -23,6 +23,7 @@ def recording_response(transcription: Transcription, *, words: bool) -> Any:
         channel = MONO if segment.channel is None else segment.channel + 1
         result = response.results.add(channel_tag=channel, audio_processed=processed_secs)
         _add_alternative(result, segment.text, segment.confidence, segment.words if words else ())
+        _add_others(result, segment.alternatives)
     if not response.results:
         _add_alternative(response.results.add(channel_tag=MONO, audio_processed=processed_secs), "", None, ())
     return response
@@ -70,7 +71,14 @@ class LiveResults:
             is_final=is_final, stability=stability, channel_tag=MONO, audio_processed=transcript.samples / RATE
         )
         _add_alternative(result, text, transcript.segment_confidence, words)
+        _add_others(result, transcript.alternatives)
         return response
+
+
+def _add_others(result: Any, alternatives: Sequence[Alternative]) -> None:
+    """Add the texts behind the best one, without words."""
+    for alternative in alternatives[1:]:
+        _add_alternative(result, alternative["text"], alternative["confidence"], ())
 
 
 def _add_alternative(result: Any, text: str, confidence: float | None, words: Iterable[Word]) -> None:

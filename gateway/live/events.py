@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gateway.errors import ApiError
 from gateway.transcript.transcript import Counts
-from gateway.transcript.words import Word
+from gateway.transcript.words import Alternative, Word
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Snapshot:
         settled: length of the transcript of earlier segments.
         segment: index of the current segment, since the start of the stream.
         segment_confidence: mean probability of the current segment's tokens, 0 to 1; None where there are none.
+        alternatives: the most probable texts of a segment that ended, the best first; empty if they were not requested.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Snapshot:
     settled: Counts
     segment: int
     segment_confidence: float | None
+    alternatives: Sequence[Alternative] = ()
 
 
 @dataclass(frozen=True)

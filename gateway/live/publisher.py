@@ -54,4 +54,5 @@ class Publisher:
             settled,
             self._before.segments + settled.segments,
             None if math.isnan(answer.confidence) else answer.confidence,
+            answer.alternatives,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gateway.audio import RATE
 from gateway.transcript.transcript import Answer
-from gateway.transcript.words import Word
+from gateway.transcript.words import Alternative, Word
 
 MILLISECONDS = 3
 """Decimal places of times."""
@@ -26,6 +26,7 @@ class Segment:
         words: its words, with times in seconds since the start of the recording.
         confidence: mean probability of the tokens, 0 to 1; None where there are none.
         channel: index of the channel; None where channels are not separated.
+        alternatives: its most probable texts, the best first; empty if they were not requested.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Segment:
     words: Sequence[Word]
     confidence: float | None
     channel: int | None = None
+    alternatives: Sequence[Alternative] = ()
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Transcription:
             words,
             None if math.isnan(answer.confidence) else answer.confidence,
             channel,
+            answer.alternatives,
         )
         self.segments.append(segment)
         return segment

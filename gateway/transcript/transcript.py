@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gateway.transcript.words import Word
+from gateway.transcript.words import Alternative, Word
 
 
 class Answer(NamedTuple):
@@ -21,6 +22,7 @@ class Answer(NamedTuple):
         segment_final: whether the segment ends here; the next answer begins another.
         samples, features, frames: audio samples, feature frames and encoder frames decoded for good, since the stream's start.
         state: state of the decoder, from which another sequence can continue; empty if it was not requested.
+        alternatives: the most probable texts of a final segment, the best first; empty if they were not requested.
     """
 
     text: str
@@ -33,6 +35,7 @@ class Answer(NamedTuple):
     features: int
     frames: int
     state: str = ""
+    alternatives: Sequence[Alternative] = ()
 
 
 class Counts(NamedTuple):

@@ -1,4 +1,4 @@
-"""Timed words."""
+"""Timed words, and texts that are nearly as probable."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ class Word(_Word, total=False):
 
     channel: int
     """Index of the channel, where the channels of a recording are separated."""
+
+
+class Alternative(TypedDict):
+    """One of the most probable texts of a segment, as in the decoder's JSON."""
+
+    text: str
+    confidence: float | None
+    """Mean probability of its tokens, 0 to 1; None where there are none."""

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from gateway.transcript.transcript import Answer
+from gateway.transcript.words import Alternative
 
 
 def decoded_frames(result: Any) -> int:
@@ -47,4 +48,11 @@ def parse_answer(result: Any) -> Answer:
         features=features,
         frames=frames,
         state=raw["STATE"][4:].decode(),
+        alternatives=_alternatives(raw.get("ALTERNATIVES", b"")[4:]),
     )
+
+
+def _alternatives(text: bytes) -> list[Alternative]:
+    """Parse the alternatives; the decoders of earlier releases have none."""
+    listed: list[Alternative] = orjson.loads(text) if text else []
+    return [{"text": each["text"].strip(), "confidence": each["confidence"]} for each in listed]

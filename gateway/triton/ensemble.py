@@ -36,6 +36,7 @@ class Ensemble:
         lacks: latencies without windows of their own, each with the missing parameter.
         cached: whether the encoder carries its context in a cache.
         languages: languages that a stream can choose; empty if the encoder takes none.
+        beam, stream_beam: default number of hypotheses of a recording and of a stream; 1: greedy.
     """
 
     name: str
@@ -48,6 +49,8 @@ class Ensemble:
     lacks: tuple[tuple[str, str], ...] = ()
     cached: bool = False
     languages: tuple[str, ...] = ()
+    beam: int = 1
+    stream_beam: int = 1
 
     @classmethod
     def from_config(cls, name: str, steps: Iterable[str], decoder: Mapping[str, Any]) -> Ensemble:
@@ -86,6 +89,8 @@ class Ensemble:
             lacks=tuple(item for item in needed.items() if not parameters.get(item[1])),
             cached=cached,
             languages=tuple(part.partition("=")[0].strip() for part in parameters.get("languages", "").split(",") if part),
+            beam=int(parameters.get("beam", 1)),
+            stream_beam=int(parameters.get("stream_beam", 1)),
         )
 
     def context_secs(self, latency: str) -> float:

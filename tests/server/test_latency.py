@@ -20,7 +20,7 @@ from tests.support.servers import Gateway, Recordings, Samples
 MakeGateway = Callable[..., AbstractAsyncContextManager[Gateway]]
 
 SESSION_KEY = "one for all gateways"
-FRAME_MS = 96
+FEATURE_MS = 24
 
 pytestmark = pytest.mark.usefixtures("no_sequence_left")
 
@@ -33,13 +33,12 @@ def speech(recordings: Recordings) -> Samples:
 def chunk_and_right_ms(latency: str) -> tuple[int, int]:
     (bundled,) = recognisers(MODEL_REPOSITORY)
     p = bundled.parameters
-    texts = {
-        "low": p["low_latency_frames"],
-        "balanced": ",".join(p[f"{part}_frames"] for part in ("left", "chunk", "right")),
-        "throughput": p["high_throughput_frames"],
+    chunks = {
+        "low": p["low_latency_features"].split(",")[1],
+        "balanced": p["chunk_features"],
+        "throughput": p["high_throughput_features"].split(",")[1],
     }
-    _, chunk, right = (int(frames) * FRAME_MS for frames in texts[latency].split(","))
-    return chunk, right
+    return int(chunks[latency]) * FEATURE_MS, int(p["right_features"]) * FEATURE_MS
 
 
 def test_latencies_are_in_order() -> None:

@@ -69,6 +69,20 @@ async def test_killed(two: list[Backend], speech: tuple[list[Samples], list[str]
     assert grown("asr_replayed_audio_seconds_total") > 0
 
 
+async def test_killed_with_a_beam(two: list[Backend], recordings: Recordings) -> None:
+    """Hypotheses move to the restarted Triton with the state of their stream."""
+    said = pieces([*recordings.values()], STREAMS, SECONDS)
+    async with run_gateway(triton_endpoint=two[0].target, **PATIENT) as gateway:
+        url = f"{gateway.stream_url()}?beam=4"
+        texts = [(await transcribe(url, samples)).final["text"] for samples in said]
+        assert texts != [(await transcribe(f"{gateway.stream_url()}?beam=1", samples)).final["text"] for samples in said]
+        before = await gateway_metrics(gateway.url)
+        outcome = await disturb(url, gateway.batch_url(), said, texts, lambda: kill(two[0]))
+        grown = growth(before, await gateway_metrics(gateway.url))
+    assert_nothing_lost(outcome)
+    assert grown("asr_stream_recoveries_total", outcome="recovered") >= STREAMS
+
+
 async def test_triton_killed_twice(two: list[Backend], speech: tuple[list[Samples], list[str]]) -> None:
     """Streams in flight at both deaths are not treated as the cause, since others were in flight too."""
     async with run_gateway(triton_endpoint=two[0].target, **PATIENT) as gateway:

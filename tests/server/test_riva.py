@@ -297,7 +297,6 @@ IGNORED: dict[str, tuple[dict[str, Any], str]] = {
     "profanity_filter": ({"profanity_filter": True}, "profanity_filter"),
     "enable_automatic_punctuation": ({"enable_automatic_punctuation": True}, "enable_automatic_punctuation"),
     "custom_configuration": ({"custom_configuration": {"a": "b"}}, "custom_configuration"),
-    "max_alternatives": ({"max_alternatives": 5}, "max_alternatives"),
     "speech_contexts": ({"speech_contexts": [{"phrases": ["amira"], "boost": 20}]}, "speech_contexts.boost"),
     "start_history": ({"endpointing_config": {"start_history": 100}}, "endpointing_config.start_history"),
     "stop_threshold_eou": ({"endpointing_config": {"stop_threshold_eou": 0.5}}, "endpointing_config.stop_threshold_eou"),
@@ -316,6 +315,15 @@ async def test_options_without_effect_are_named(stub: Any, recordings: Recording
     answer = stub.Recognize(request, metadata=bearer(KEY))
     assert [len(result.alternatives) for result in (await answer).results] == [1]
     assert dict(await answer.initial_metadata()).get("x-ignored-options", "") == expected
+
+
+async def test_alternatives(stub: Any, recordings: Recordings) -> None:
+    samples, given = recordings["jfk"].tobytes(), opening(max_alternatives=3, enable_word_time_offsets=True)
+    request = riva_asr_pb2.RecognizeRequest(config=given.streaming_config.config, audio=samples)
+    (result,) = (await stub.Recognize(request, metadata=bearer(KEY))).results
+    assert 2 <= len(result.alternatives) <= 3
+    assert len({alternative.transcript for alternative in result.alternatives}) == len(result.alternatives)
+    assert [bool(alternative.words) for alternative in result.alternatives] == [True, False, False][: len(result.alternatives)]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -38,9 +38,9 @@ class TritonPythonModel:
             return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        tokens, times, probabilities, stable, segment = (
+        tokens, times, probabilities, stable, segment, alternatives = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)
-            for name in ("TOKENS", "TIMES", "PROBABILITIES", "STABLE", "SEGMENT")
+            for name in ("TOKENS", "TIMES", "PROBABILITIES", "STABLE", "SEGMENT", "ALTERNATIVES")
         )
         if tokens.size and tokens.max() >= len(self._vocabulary):
             message = f"{self._name}: TOKENS has {tokens.max()}, but the vocabulary ends at {len(self._vocabulary) - 1}"
@@ -56,8 +56,23 @@ class TritonPythonModel:
                 _string("TEXT", text_of(words, index)),
                 _string("WORDS", json.dumps(listed, ensure_ascii=False)),
                 pb_utils.Tensor("STABLE_CHARS", np.array([[len(text_of(stable_words, index))]], np.int32)),
+                _string("ALTERNATIVES", self._texts(alternatives[0], index)),
             ]
         )
+
+    def _texts(self, alternatives: bytes, segment: int) -> str:
+        """Return the different texts of a segment as JSON, the best first; empty if they were not requested."""
+        if not alternatives:
+            return ""
+        confidences: dict[str, float | None] = {}
+        for listed in json.loads(alternatives):
+            probabilities = listed["probabilities"]
+            pieces = [self._vocabulary[token] for token in listed["tokens"]]
+            places = [float(place) for place in range(len(pieces) + 1)]
+            text = text_of(words_of(pieces, places[:-1], places[1:], probabilities), segment)
+            confidences.setdefault(text, round(sum(probabilities) / len(probabilities), 4) if probabilities else None)
+        texts = [{"text": text, "confidence": confidence} for text, confidence in confidences.items()]
+        return json.dumps(texts, ensure_ascii=False)
 
 
 def _string(name: str, value: str) -> Any:

@@ -230,10 +230,6 @@ async def recognise(stream: Stream, encoder: Encoder, decoder: Decoder, *, end: 
             row = stream.row(frames)
             await decoder.decode(row, 0.0 if window.live else GATHER_SECS)
             frames = stream.commit(row)
-    if (held := stream.take_held() if end else None) is not None:
-        beam_row = stream.beam_row(held)
-        await decoder.decode(beam_row, GATHER_SECS)
-        stream.commit(beam_row)
     if tail is not None:
         tail_row = stream.tail_row(tail)
         await decoder.decode(tail_row)

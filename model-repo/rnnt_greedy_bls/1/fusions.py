@@ -67,7 +67,8 @@ class Fusions:
             raise ParameterError(f"phrases has {lines} lines; at most {MAX_PHRASES} are allowed")
         if (length := len(options.phrases)) > MAX_PHRASES_CHARACTERS:
             raise ParameterError(f"phrases has {length} characters; at most {MAX_PHRASES_CHARACTERS} are allowed")
-        is_used = options.language_model == "on" or (options.language_model == "auto" and options.context == "whole")
+        gains = options.context == "whole" or options.width > 1
+        is_used = options.language_model == "on" or (options.language_model == "auto" and gains)
         model = self._model if is_used else None
         phrases = self._build(f"{self._shared}\n{options.phrases}" if options.phrases else self._shared)
         return Fusion(model, p.language_model_weight, p.internal_lm_weight, phrases)

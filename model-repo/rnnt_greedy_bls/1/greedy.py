@@ -127,7 +127,7 @@ class Search(Protocol):
         """Return what the next call has to score, at most this many frames each."""
         ...
 
-    def take(self, joint: JointOutputs, scored: Scored) -> None:
+    def take(self, scored: Scored) -> None:
         """Go on with the result of the call."""
         ...
 
@@ -254,7 +254,7 @@ def advance(step: Step, joint: JointOutputs, rows: Sequence[Row | Search], block
         _advance_greedily(joint, greedy, _part(scored, 0, len(greedy)), block_frames)
     begin = len(greedy)
     for search, own in zip(searches, asked, strict=True):
-        search.take(joint, _part(scored, begin, begin + len(own)))
+        search.take(_part(scored, begin, begin + len(own)))
         begin += len(own)
 
 

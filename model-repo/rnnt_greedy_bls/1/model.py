@@ -228,6 +228,7 @@ class TritonPythonModel:
             "SEGMENT": np.array([decoded.segment, decoded.final], np.int32),
             "LENGTHS": np.array([decoded.samples, decoded.features, decoded.frames], np.int64),
             "STATE": np.array([state], np.object_),
+            "ALTERNATIVES": np.array([_alternatives(decoded)], np.object_),
         }
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, array[None]) for name, array in tensors.items()])
 
@@ -319,6 +320,15 @@ def _restore_samples(given: Mapping[str, Any]) -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ParameterError(f"restore_samples is {value!r}; it must be a whole number from 0 on")
     return value
+
+
+def _alternatives(decoded: Decoded) -> str:
+    """Return the texts of a segment as JSON for the detokenizer; empty if they were not requested."""
+    listed = [
+        {"tokens": [token.id for token in text.tokens], "probabilities": [round(token.probability, 4) for token in text.tokens]}
+        for text in decoded.alternatives
+    ]
+    return json.dumps(listed) if listed else ""
 
 
 def _input(request: Any, name: str) -> Any:

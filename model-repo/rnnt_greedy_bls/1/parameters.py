@@ -179,6 +179,12 @@ RENAMED_PARAMETERS = {"lone_encoder_model": "exclusive_encoder_model"}
 
 LATENCIES = ("low", "balanced", "throughput")
 
+MAX_BEAM = 16
+"""Maximum number of hypotheses."""
+
+MAX_ALTERNATIVES = 10
+"""Maximum number of texts for a segment."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -192,9 +198,12 @@ class Options:
         endpoint_silence_ms: silence after a token that ends a segment, 0 … 60,000 ms; 0: silence ends no segment.
         save_state: 1 adds the stream's state to every response; another sequence can continue from it.
         language: language of the speech, for an encoder that takes one; empty: the model's default.
-        beam: number of hypotheses for recordings that are decoded whole, 1 … 16; 1: greedy. Streams are decoded greedily.
-        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole. Greedy
-            decoding of streams gains nothing by it.
+        beam: number of hypotheses for recordings that are decoded whole, 1 … 16; 1: greedy. A request's ``beam`` is that of its
+            stream or recording, whichever it is.
+        stream_beam: the same for streams.
+        language_model: use of the language model: ``on``, ``off``, or ``auto``: for recordings that are decoded whole, and with
+            a beam. Greedy decoding of streams gains nothing by it.
+        alternatives: maximum number of texts for a final segment, 1 … 10; only a beam has several.
         phrases: phrases to boost: one per line, at most ``MAX_PHRASES``; behind a tab, the factor of their bonus.
     """
 
@@ -206,8 +215,15 @@ class Options:
     save_state: int = 0
     language: str = ""
     beam: int = 1
+    stream_beam: int = 1
     language_model: str = "auto"
+    alternatives: int = 1
     phrases: str = ""
+
+    @property
+    def width(self) -> int:
+        """Number of hypotheses; 1: greedy."""
+        return self.beam if self.context == "whole" else self.stream_beam
 
     def override(self, given: Mapping[str, Any]) -> Options:
         """Return the options with the values of a request's parameters; other parameters are ignored.
@@ -224,6 +240,8 @@ class Options:
                 chosen[name] = str(value)
             elif name in names:
                 chosen[name] = _integer(name, value)
+        if "beam" in chosen:
+            chosen["stream_beam"] = chosen["beam"]
         return replace(self, **chosen).checked()
 
     def checked(self) -> Options:
@@ -242,7 +260,13 @@ class Options:
         _within("max_total_tokens", self.max_total_tokens, 1, 100_000)
         _within("endpoint_silence_ms", self.endpoint_silence_ms, 0, 60_000)
         _within("save_state", self.save_state, 0, 1)
-        _within("beam", self.beam, 1, 16)
+        _within("beam", self.beam, 1, MAX_BEAM)
+        _within("stream_beam", self.stream_beam, 1, MAX_BEAM)
+        _within("alternatives", self.alternatives, 1, MAX_ALTERNATIVES)
+        if self.alternatives > 1 and self.width == 1:
+            raise ParameterError(
+                f"alternatives is {self.alternatives}, but only a beam has several; set beam to 2 … {MAX_BEAM}"
+            )
         if self.save_state and self.context == "whole":
             raise ParameterError("save_state is 1, but context=whole has no state before its end")
         return self
@@ -354,7 +378,8 @@ class Parameters:
                 max_symbols_per_step=given.integer("max_symbols_per_step", 1, 1000, 10),
                 max_total_tokens=given.integer("max_total_tokens", 1, 100_000, 200),
                 endpoint_silence_ms=given.integer("endpoint_silence_ms", 0, 60_000, 1200),
-                beam=given.integer("beam", 1, 16, 1),
+                beam=given.integer("beam", 1, MAX_BEAM, 1),
+                stream_beam=given.integer("stream_beam", 1, MAX_BEAM, 1),
             ),
             cached=given.cached() if kind == "cached" else None,
             endpoint_tokens=frozenset(given.integers("endpoint_tokens")),

@@ -1,44 +1,38 @@
 """State of one stream of audio: the tokens that its windows' frames were decoded to, in segments.
 
-A chunk's frames are decoded for good, from the state after the previous chunk. The right context's frames are decoded from a
-copy of the state, and their tokens are the unstable tail. ``windows.py`` cuts the audio.
+A chunk's frames are decoded for good, from the state after the previous chunk: greedily, or with a beam, whose hypotheses are
+carried from chunk to chunk and whose tokens are settled where they all agree. The right context's frames are decoded greedily
+from a copy of the best state, and their tokens are the unstable tail. ``windows.py`` cuts the audio.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from beam import BeamOptions, BeamRow
 from fusion import EMPTY_CONTEXT, NO_FUSION, Context, Fusion
-from greedy import Floats, PredictorState, Row, Token
+from greedy import Floats, JointOutputs, PredictorState, Row, Token
+from hypotheses import NO_ALTERNATIVES, Alternative, Hypotheses, combined
 from parameters import SAMPLE_RATE, Options, ParameterError, Parameters
+from segments import Segment
+from spans import Span, token_spans
 from windows import Cache, Samples, Window, check_length, windows_of
 
-Span = tuple[float, float]
-
 UNLIMITED_TOKENS = 2**31
-STATE_VERSION = 2
-"""Version of the format of saved states."""
+STATE_VERSION, BEAM_STATE_VERSION = 2, 3
+"""Versions of the formats of saved states. Releases without a beam for streams refuse states with hypotheses."""
 
 COUNTS = "frames", "features", "segment", "segment_start_frame", "symbols", "surplus_frames"
 """Fields of a saved state that are whole numbers of 0 or more."""
 
-WORD_GAP_SECS = 0.5
-"""Silence after a token from which a full segment ends without waiting for the rest of a word."""
-
-MAX_WORD_SECS = 2.0
-"""Maximum time by which a segment exceeds its limit to complete a word."""
-
-MAX_WORD_TOKENS = 16
-"""Maximum number of tokens by which a segment exceeds its limit to complete a word; scripts without spaces need the limit."""
+MAX_UNSETTLED_SECS = 1.0
+"""Time after which a token is settled: hypotheses without it are dropped. More time lowers the word error rate by nothing."""
 
 MAX_BEAM_SYMBOLS = 2
 """Maximum number of tokens that a beam's hypotheses emit on one frame; more cost calls and change next to nothing."""
@@ -55,6 +49,7 @@ class Decoded(NamedTuple):
         segment: index of the segment.
         final: whether the segment ends; the next result then has the next segment.
         samples, features, frames: audio samples, feature frames and encoder frames decoded for good since the start.
+        alternatives: the best texts of a final segment, the best first, if the stream wants several.
     """
 
     tokens: list[Token]
@@ -65,6 +60,7 @@ class Decoded(NamedTuple):
     samples: int
     features: int
     frames: int
+    alternatives: Sequence[Alternative] = ()
 
 
 class Stream:
@@ -80,28 +76,33 @@ class Stream:
         self.options = options
         self.parameters = parameters
         self.fusion = fusion
+        # Greedy decoding gains nothing by a language model, and a tail is shown for a moment only.
+        self._tail_fusion = replace(fusion, language_model=None) if options.width > 1 else fusion
         self._windows = windows_of(parameters, options)
         self._received_samples = 0
         self._frames = 0  # frames decoded for good
-        self._predictor = self._fresh_predictor()  # before the next frame to decode for good
-        self._tokens: list[Token] = []  # of the segment
+        self._predictor: PredictorState  # before the next frame to decode for good; with a beam, before the segment
+        self._hypotheses: Hypotheses | None  # of a beam
+        self._begin_segment()
+        self._tokens: list[Token] = []  # of the segment; those that can no longer change
         self._tail: list[Token] = []  # of the last window's right context
         self._closed: list[list[Token]] = []  # of segments that ended since the last result
+        self._alternatives: Sequence[Alternative] = NO_ALTERNATIVES  # texts of these segments
         self._segment = 0
         self._segment_start_frame = 0
         self._answered_to = 0.0  # end of the last span of the last final result, in frames
         self._at_rest = False  # whether an endpoint ended the last segment, and no token followed
-        self._held: list[Floats] = []  # frames that a beam decodes when all are there
 
     def save(self) -> str:
         """Return the state after a result as JSON. With the audio that the windows need, it restores the stream.
 
         The state does not include audio: the caller has it, and it is most of the data.
         """
-        predictor = self._predictor
+        beam = self._hypotheses
+        predictor = beam.settled if beam else self._predictor
         return json.dumps(
             {
-                "version": STATE_VERSION,
+                "version": BEAM_STATE_VERSION if beam else STATE_VERSION,
                 "geometry": self._windows.grid,
                 **self._windows.save(),
                 "frames": self._frames,
@@ -117,6 +118,7 @@ class Stream:
                 "context": predictor.context,
                 "shape": predictor.states[0].shape,
                 "states": [base64.b64encode(state.astype("<f4").tobytes()).decode() for state in predictor.states],
+                **({"hypotheses": beam.save()} if beam else {}),
             },
             separators=(",", ":"),
         )
@@ -148,8 +150,8 @@ class Stream:
         stream = cls(parameters, options, fusion)
         try:
             state = json.loads(saved)
-            if state["version"] != STATE_VERSION:
-                raise ValueError(f"version {state['version']} instead of {STATE_VERSION}")
+            if state["version"] not in (STATE_VERSION, BEAM_STATE_VERSION):
+                raise ValueError(f"version {state['version']} instead of {STATE_VERSION} or {BEAM_STATE_VERSION}")
             if state["geometry"] != list(stream._windows.grid):  # on another grid, the left context would differ
                 raise ValueError(f"windows of {state['geometry']} frames instead of {list(stream._windows.grid)}")
             shape = parameters.predictor_layers, parameters.predictor_hidden
@@ -169,10 +171,13 @@ class Stream:
             if not 0 <= answered_to <= counts["frames"] + counts["surplus_frames"]:
                 raise ValueError(f"answered_to {answered_to} instead of 0 to {counts['frames'] + counts['surplus_frames']}")
             context = _restored_context(fusion, state)
+            predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"], context)
+            hypotheses = _restored_hypotheses(stream, predictor, counts["frames"], state)
             received = stream._windows.restore(counts["frames"], counts["features"], state, samples)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ParameterError(f"the state to restore is not one of this model: {error!r}") from None
-        stream._predictor = PredictorState(last_token, states, counts["symbols"], counts["surplus_frames"], context)
+        stream._predictor = predictor
+        stream._hypotheses = hypotheses
         stream._segment, stream._frames = counts["segment"], counts["frames"]
         stream._segment_start_frame = counts["segment_start_frame"]
         stream._answered_to = answered_to
@@ -199,30 +204,17 @@ class Stream:
         return self._windows.next_window(end)
 
     def receive(self, window: Window, frames: Floats, features: int, cache: Cache | None = None) -> tuple[Floats, Floats]:
-        """Count the encoder frames of a window, and split them; see ``Windows.receive``.
+        """Count the encoder frames of a window, and split them; see ``Windows.receive``."""
+        return self._windows.receive(window, frames, features, cache)
 
-        A beam needs all frames of a recording at once: none are returned before ``take_held`` returns all of them.
-        """
-        decoded, tail = self._windows.receive(window, frames, features, cache)
-        if not self._has_beam:
-            return decoded, tail
-        self._held.append(decoded)
-        return decoded[:, :0], tail
-
-    def take_held(self) -> Floats | None:
-        """Return the frames that were held for a beam, when all are there; None if there are none."""
-        held, self._held = self._held, []
-        return np.concatenate(held, axis=1) if held else None
-
-    def beam_row(self, frames: Floats) -> BeamRow:
-        """Return all frames of a recording as a row to decode with a beam; pass the decoded row to ``commit``."""
-        return BeamRow(frames, self._predictor, self._beam_options, self.fusion)
-
-    def row(self, frames: Floats) -> Row:
+    def row(self, frames: Floats) -> Row | BeamRow:
         """Return the next frames as a row to decode for good; pass the decoded row to ``commit``."""
+        if self._hypotheses:
+            joint = JointOutputs(self.parameters.blank, self.parameters.durations)
+            return BeamRow(frames, self._hypotheses, joint, self._beam_options, self.fusion)
         # The first token of the next word ends a full segment, and an endpoint token ends any: their rows end after one token.
-        single = self._is_full or self.parameters.endpoint_tokens
-        return self._row(frames, self._predictor, 1 if single else self._left_tokens)
+        single = self._current.is_full or self.parameters.endpoint_tokens
+        return self._row(frames, self._predictor, 1 if single else self._current.left_tokens, self.fusion)
 
     def commit(self, row: Row | BeamRow) -> Floats:
         """Append the tokens of a decoded row, and end the segment if a rule says so.
@@ -230,25 +222,11 @@ class Stream:
         Returns:
             The frames that are not yet decoded because the segment ended.
         """
-        tokens = self._from_start(row.tokens)
-        if tokens and self._tokens and self._is_full and tokens[0].id not in self.parameters.continuations:
-            self._close_segment_before(tokens[0])
-        self._tokens.extend(tokens)
-        self._at_rest &= not tokens
-        self._frames += row.done_frames
-        if tokens and tokens[-1].id in self.parameters.endpoint_tokens:
-            return self._close_segment_after_endpoint(row)
-        silence_ms = self.options.endpoint_silence_ms
-        silent_samples = self._silent_frames * self.parameters.frame_samples
-        silent = silence_ms > 0 and silent_samples * 1000 // SAMPLE_RATE >= silence_ms
-        if silent or (self._is_full and not self._is_amid_word):
-            self._close_segment()
-            self._at_rest = silent
-        return row.frames[:, row.done_frames :]
+        return self._commit_beam(row) if isinstance(row, BeamRow) else self._commit_greedy(row)
 
     def tail_row(self, frames: Floats) -> Row:
         """Return the right context's frames as a row to decode from a copy of the state; pass the decoded row to ``show``."""
-        return self._row(frames, replace(self._predictor), self._left_tokens)
+        return self._row(frames, self._next_predictor, max(1, self._current.left_tokens), self._tail_fusion)
 
     def show(self, row: Row) -> None:
         """Replace the unstable tail with the tokens of the decoded right context."""
@@ -260,7 +238,7 @@ class Stream:
             self._close_segment()
         final = bool(self._closed)
         stable = [token for tokens in self._closed for token in tokens] if final else self._tokens
-        tokens = stable if final else [*stable, *self._tail]
+        tokens = stable if final else [*self._best_tokens, *self._tail]
         received_frames = self._received_samples / self.parameters.frame_samples
         following = self._tokens if final else []
         spans = token_spans([*tokens, *following], self._answered_to, received_frames)
@@ -269,10 +247,48 @@ class Stream:
         samples = self._received_samples if end else self._frames * self.parameters.frame_samples
         spans = spans[: len(tokens)]
         self._rest()
-        decoded = Decoded(tokens, spans, len(stable), self._segment, final, samples, self._windows.features, self._frames)
-        self._closed = []
+        counts = samples, self._windows.features, self._frames
+        alternatives = self._alternatives if final and self.options.alternatives > 1 else ()
+        decoded = Decoded(tokens, spans, len(stable), self._segment, final, *counts, alternatives)
+        self._closed, self._alternatives = [], NO_ALTERNATIVES
         self._segment += final
         return decoded
+
+    def _commit_greedy(self, row: Row) -> Floats:
+        tokens, before = self._from_start(row.tokens), self._current
+        self._tokens.extend(tokens)
+        if tokens and before.tokens and before.is_full and before.begins_word(tokens[0]):
+            self._split_segment(len(before.tokens))
+        self._at_rest &= not tokens
+        self._frames += row.done_frames
+        left = row.frames[:, row.done_frames :]
+        if tokens and tokens[-1].id in self.parameters.endpoint_tokens:
+            passed = min(1, left.shape[1])
+            self._close_segment_after_endpoint(self._frames + passed)
+            return left[:, passed:]
+        self._close_segment_if_due()
+        return left
+
+    def _commit_beam(self, row: BeamRow) -> Floats:
+        """Judge the ends of segments at the end of each chunk, by the best hypothesis."""
+        beam, begin, answered = row.hypotheses, self._frames, len(self._tokens)
+        tokens = beam.tokens
+        self._at_rest &= not tokens
+        self._frames += row.done_frames
+        left = row.frames[:, row.done_frames :]
+        if self.options.context == "whole":
+            return left
+        if endpoint := next((token for token in tokens if token.id in self.parameters.endpoint_tokens), None):
+            self._tokens.extend(tokens[: tokens.index(endpoint) + 1])
+            self._close_segment_after_endpoint(max(begin, endpoint.frame + 1))
+            return row.frames[:, self._frames - begin :]
+        self._tokens += beam.settle_due(self._frames - MAX_UNSETTLED_SECS * SAMPLE_RATE / self.parameters.frame_samples)
+        if not self._close_segment_if_due() and (segment := self._current).is_full:
+            # Not before a token of an earlier chunk: it may be part of an answer.
+            words = [i for i, token in enumerate(segment.tokens) if i >= max(1, answered) and segment.begins_word(token)]
+            if words:
+                self._split_segment(words[-1])
+        return left
 
     def _rest(self) -> None:
         """Inform the windows if the last one ended in silence after an endpoint."""
@@ -281,87 +297,104 @@ class Stream:
             self._windows.rest()
 
     @property
-    def _has_beam(self) -> bool:
-        """Whether a beam decodes the stream: only recordings that are decoded whole."""
-        return self.options.context == "whole" and self.options.beam > 1
-
-    @property
     def _beam_options(self) -> BeamOptions:
         bonus = self.parameters.insertion_bonus
         if self.fusion.language_model:
             bonus += self.parameters.language_model_bonus
-        return BeamOptions(self.options.beam, min(self.options.max_symbols_per_step, MAX_BEAM_SYMBOLS), bonus)
+        return BeamOptions(self.options.width, min(self.options.max_symbols_per_step, MAX_BEAM_SYMBOLS), bonus)
 
     @property
-    def _is_full(self) -> bool:
-        """Whether the segment has reached its limit of tokens or seconds."""
-        return len(self._tokens) >= self.options.max_total_tokens or self._segment_secs >= self.parameters.max_segment_secs
+    def _best_tokens(self) -> list[Token]:
+        """Tokens of the segment as far as it is decoded for good, by the best hypothesis."""
+        return [*self._tokens, *(self._hypotheses.tokens if self._hypotheses else ())]
 
     @property
-    def _is_amid_word(self) -> bool:
-        """Whether the next token may continue the segment's last word, within the bounds of a word."""
-        return (
-            bool(self.parameters.continuations and self._tokens)
-            and self._silent_frames * self.parameters.frame_samples < WORD_GAP_SECS * SAMPLE_RATE
-            and self._segment_secs < self.parameters.max_segment_secs + MAX_WORD_SECS
-            and len(self._tokens) < self.options.max_total_tokens + MAX_WORD_TOKENS
-        )
+    def _current(self) -> Segment:
+        """The segment so far."""
+        return Segment(self.parameters, self.options, self._best_tokens, self._segment_start_frame, self._frames)
 
     @property
-    def _segment_secs(self) -> float:
-        return (self._frames - self._segment_start_frame) * self.parameters.frame_samples / SAMPLE_RATE
+    def _next_predictor(self) -> PredictorState:
+        """Copy of the state behind these tokens."""
+        return self._hypotheses.predictor if self._hypotheses else replace(self._predictor)
 
-    @property
-    def _silent_frames(self) -> int:
-        """Number of frames after the segment's last token; 0 without tokens."""
-        return self._frames - (self._tokens[-1].frame + self._tokens[-1].frames) if self._tokens else 0
-
-    @property
-    def _left_tokens(self) -> int:
-        """Number of tokens until the segment's limit, at least 1."""
-        return max(1, self.options.max_total_tokens - len(self._tokens))
-
-    def _row(self, frames: Floats, predictor: PredictorState, max_tokens: int) -> Row:
+    def _row(self, frames: Floats, predictor: PredictorState, max_tokens: int, fusion: Fusion) -> Row:
         whole = self.options.context == "whole"
         limit = UNLIMITED_TOKENS if whole else max_tokens
-        return Row(frames, predictor, self.options.max_symbols_per_step, limit, self.fusion)
+        return Row(frames, predictor, self.options.max_symbols_per_step, limit, fusion)
 
-    def _fresh_predictor(self, surplus_frames: int = 0) -> PredictorState:
+    def _begin_segment(self, surplus_frames: int = 0) -> None:
+        """Begin with a fresh predictor."""
         p = self.parameters
         state = np.zeros((p.predictor_layers, p.predictor_hidden), np.float32)
-        return PredictorState(p.blank, (state, state), surplus_frames=surplus_frames, context=self.fusion.fresh())
+        self._predictor = PredictorState(p.blank, (state, state), surplus_frames=surplus_frames, context=self.fusion.fresh())
+        self._hypotheses = Hypotheses(self._predictor, self._frames) if self.options.width > 1 else None
+
+    def _close_segment_if_due(self) -> bool:
+        """End the segment if it is silent, or full and not amid a word; return whether it ended."""
+        segment = self._current
+        due = segment.is_silent or (segment.is_full and not segment.is_amid_word)
+        if due:
+            self._close_segment()
+            self._at_rest = segment.is_silent
+        return due
 
     def _close_segment(self) -> None:
-        """End the segment. The next one begins with a fresh predictor."""
-        self._closed.append(self._tokens)
-        self._tokens = []
+        """End the segment with the best hypothesis. The next one begins with a fresh predictor."""
+        ends = self._hypotheses.alternatives(self.options.alternatives) if self._hypotheses else NO_ALTERNATIVES
+        self._close([Alternative((*self._tokens, *end.tokens), end.score) for end in ends], [])
         self._segment_start_frame = self._frames
-        if not self._predictor.symbols:  # within a frame, a fresh predictor would repeat the frame's tokens
-            self._predictor = self._fresh_predictor(self._predictor.surplus_frames)
+        predictor = self._next_predictor
+        if not predictor.symbols:  # within a frame, a fresh predictor would repeat the frame's tokens
+            self._begin_segment(predictor.surplus_frames)
 
-    def _close_segment_after_endpoint(self, row: Row | BeamRow) -> Floats:
-        """End the segment with an endpoint token; the next segment begins on the next frame with a fresh predictor.
-
-        Returns:
-            The frames that are not yet decoded.
-        """
-        left = row.frames[:, row.done_frames :]
-        passed = min(1, left.shape[1])
-        self._frames += passed
-        self._predictor = self._fresh_predictor()
+    def _close_segment_after_endpoint(self, frame: int) -> None:
+        """End the segment with an endpoint token; the next segment begins on a frame with a fresh predictor."""
+        self._frames = frame
+        self._begin_segment()
         self._close_segment()
         self._at_rest = True
-        return left[:, passed:]
 
-    def _close_segment_before(self, token: Token) -> None:
-        """End the segment before a token. The predictor already includes the token, so it is kept."""
-        self._closed.append(self._tokens)
-        self._tokens = []
-        self._segment_start_frame = token.frame
+    def _split_segment(self, at: int) -> None:
+        """End the segment before a token. The predictor, or the beam, already includes the token, so it is kept."""
+        if self._hypotheses:
+            self._tokens += self._hypotheses.settle(max(0, at + 1 - len(self._tokens)))
+        self._close([Alternative(tuple(self._tokens[:at]), 0.0)], self._tokens[at:])
+        self._segment_start_frame = self._tokens[0].frame
+
+    def _close(self, texts: Sequence[Alternative], following: list[Token]) -> None:
+        """End the segment.
+
+        Args:
+            texts: its texts, the best first.
+            following: settled tokens of the next segment.
+        """
+        self._closed.append(list(texts[0].tokens))
+        self._alternatives = combined(self._alternatives, texts, self.options.alternatives)
+        self._tokens = following
 
     def _from_start(self, tokens: list[Token]) -> list[Token]:
         """Return a row's tokens with frames counted from the start of the stream instead of the start of the row."""
         return [token._replace(frame=token.frame + self._frames) for token in tokens]
+
+
+def _restored_hypotheses(stream: Stream, predictor: PredictorState, frame: int, state: Mapping[str, Any]) -> Hypotheses | None:
+    """Return the hypotheses of a saved state, or one that goes on from a greedy state; None for a stream that is greedy, too.
+
+    A greedy stream takes over the hypotheses of a saved state until its segment ends, since their predictor's states are not
+    known yet.
+
+    Raises:
+        TypeError, ValueError: they are malformed.
+    """
+    saved = state.get("hypotheses")
+    if not saved and stream.options.width == 1:
+        return None
+    hypotheses = Hypotheses(predictor, frame)
+    if saved:
+        p = stream.parameters
+        hypotheses.restore(saved, stream.fusion, p.blank, max((1, *p.durations)))
+    return hypotheses
 
 
 def _restored_context(fusion: Fusion, state: Mapping[str, Any]) -> Context:
@@ -377,26 +410,3 @@ def _restored_context(fusion: Fusion, state: Mapping[str, Any]) -> Context:
     if not fusion.allows(context):
         raise ValueError(f"context {list(context)} is not one of its language model and phrases")
     return context
-
-
-def token_spans(tokens: Sequence[Token], begin: float, end: float) -> list[Span]:
-    """Return start and end of each token in frames. Spans are in order, are not empty, and do not overlap.
-
-    A token spans its frame, or its duration if the model outputs durations. Tokens of one frame share it evenly. An encoder may
-    add a frame after the end of the audio; a token on this frame counts as one of the last frame.
-
-    Args:
-        tokens: tokens in order of their frames.
-        begin: end of the span before the first token.
-        end: length of the audio; greater than ``begin``.
-    """
-    last_frame = math.ceil(end) - 1
-    groups = [(frame, list(group)) for frame, group in groupby(tokens, lambda token: min(token.frame, last_frame))]
-    spans: list[Span] = []
-    for i, (frame, group) in enumerate(groups):
-        low, high = max(float(frame), begin), min(frame + 1.0, end)
-        borders = [low + (high - low) * j / len(group) for j in range(len(group))]
-        following = groups[i + 1][0] if i + 1 < len(groups) else math.inf
-        until = max(high, min(float(group[-1].frame + group[-1].frames), following, end))
-        spans.extend(zip(borders, [*borders[1:], until], strict=True))
-    return spans

@@ -19,7 +19,7 @@ from gateway.triton.geometry import read_windows
 from parameters import LATENCIES
 from perf.evaluate import normalise, read_speech
 from stream import Decoded, Stream
-from tests.support.recogniser import Recogniser
+from tests.support.recogniser import Recogniser, open_graph
 from tests.support.servers import read_recordings
 from vocabulary import read_vocabulary
 from windows import Cache, Samples
@@ -77,10 +77,33 @@ async def test_streams_that_share_calls_equal_single_ones(bundled: Recogniser) -
 
 
 @pytest.mark.parametrize("latency", LATENCIES)
+def test_a_step_is_the_same_whatever_shares_its_call(bundled: Recogniser, latency: str) -> None:
+    """Bit for bit, over several steps."""
+    assert bundled.parameters.cached
+    window, size = (
+        bundled.parameters.cached.encoders[latency].window_features,
+        bundled.parameters.cached.encoders[latency].cache_size,
+    )
+    step = open_graph(MODEL_REPOSITORY / "encoder_stream" / "1" / "model.onnx")
+    random, rows = np.random.default_rng(0), 5
+    cache, length = np.zeros((rows, size), np.float16), np.full(rows, window, np.int64)
+    for _ in range(3):
+        signal = random.normal(0, 0.05, (rows, FEATURE, window)).astype(np.float32)
+        outputs, _, following = step.run(None, {"audio_signal": signal, "length": length, "cache": cache})
+        for row in range(rows):
+            alone = slice(row, row + 1)
+            own = step.run(None, {"audio_signal": signal[alone], "length": length[alone], "cache": cache[alone]})
+            assert np.array_equal(own[0], outputs[alone])
+            assert np.array_equal(own[2], following[alone])
+        cache = following
+
+
+@pytest.mark.parametrize("latency", LATENCIES)
 async def test_look_ahead_is_shown_as_a_tail(bundled: Recogniser, latency: str) -> None:
     """The tail lies behind the chunk, and later answers may change it; what is stable stays."""
     samples, chunk = RECORDINGS["2033-164914-0000"], chunk_of(bundled, latency)
-    result = await bundled.recognise(np.split(samples, range(3200, len(samples), 3200)), latency=latency, endpoint_silence_ms=0)
+    pieces = np.split(samples, range(3200, len(samples), 3200))
+    result = await bundled.recognise(pieces, latency=latency, endpoint_silence_ms=0, beam=1)
     tails = 0
     for answer, following in zip(result.answers, result.answers[1:], strict=False):
         assert answer.frames % (chunk // FRAME) == 0

@@ -36,6 +36,8 @@ OPTION_RANGES = [
     ("max_symbols_per_step", 1, 1000),
     ("max_total_tokens", 1, 100_000),
     ("endpoint_silence_ms", 0, 60_000),
+    ("beam", 1, 16),
+    ("stream_beam", 1, 16),
 ]
 INTEGER_RANGES = [
     ("blank", 1, 1_000_000),
@@ -362,3 +364,20 @@ def test_cached_encoder_with_look_ahead_and_another_for_recordings() -> None:
 def test_invalid_parameters_of_a_cached_encoder_are_named(changes: dict[str, str], named: str) -> None:
     with pytest.raises(ParameterError, match=re.escape(named)):
         cached(**changes)
+
+
+@pytest.mark.parametrize("context", ["window", "whole"])
+def test_beam_of_a_request_is_that_of_its_stream_or_recording(context: str) -> None:
+    defaults = Options(beam=4, stream_beam=2)
+    assert defaults.override({"context": context}).width == (2 if context == "window" else 4)
+    assert defaults.override({"context": context, "beam": 1}).width == 1
+
+
+def test_alternatives_need_a_beam() -> None:
+    defaults = Options(beam=4)
+    assert defaults.override({"context": "whole", "alternatives": 10}).alternatives == 10
+    for options in ({"alternatives": 2}, {"context": "whole", "beam": 1, "alternatives": 2}):
+        with pytest.raises(ParameterError, match="alternatives is 2, but only a beam has several; set beam to 2 … 16"):
+            defaults.override(options)
+    with pytest.raises(ParameterError, match="alternatives is 11; it must be within 1 … 10"):
+        defaults.override({"context": "whole", "alternatives": 11})

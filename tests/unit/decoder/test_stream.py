@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 
 import batching
 from batching import Decoder, Encoded, Encoder
+from beam import BeamOptions, BeamRow
 from fusion import NO_FUSION, Fusion
-from greedy import Floats, Token
+from greedy import Floats, Row, Token, decode
+from hypotheses import Hypotheses
 from parameters import LATENCIES, Geometry, Options, ParameterError, Parameters, WindowMemory
-from stream import MAX_WORD_TOKENS, Decoded, Stream, token_spans
+from segments import MAX_WORD_TOKENS
+from spans import token_spans
+from stream import Decoded, Stream
 from tests.support.languages import random_fusion
 from tests.support.transducers import (
     DIMENSION,
@@ -107,6 +111,11 @@ closing_options = st.builds(
     max_total_tokens=st.integers(1, 8),
     endpoint_silence_ms=st.sampled_from([0, 3, 5]),
 )
+
+beam_options = st.builds(
+    lambda options, width: replace(options, stream_beam=width), closing_options, st.sampled_from([1, 2, 4])
+)
+"""Options of streams that are decoded greedily or with a beam."""
 
 
 def audio(seed: int, samples: int) -> Samples:
@@ -196,6 +205,10 @@ def final_tokens(answers: Sequence[Decoded]) -> list[Token]:
     return [token for answer in answers if answer.final for token in answer.tokens]
 
 
+def counts(answer: Decoded) -> tuple[int, int, int]:
+    return answer.samples, answer.features, answer.frames
+
+
 def in_chunks(samples: Samples, config: Parameters, options: Options | None = None) -> list[Samples]:
     """Return pieces that each complete one window, and an empty one that ends the stream."""
     _, chunk, right = (frames * FRAME_SAMPLES for frames in geometry_of(config, options))
@@ -245,7 +258,7 @@ def test_every_frame_is_decoded_once(
     np.testing.assert_array_equal(np.concatenate([samples[:0], *chunks])[:length], samples)
     assert [answer.final for answer in answers] == [False] * (len(answers) - 1) + [True]
     encoded = sum(map(len, chunks))  # with the last frame's padding
-    assert answers[-1][-3:] == (length, -(-encoded * FEATURES_A_FRAME // FRAME_SAMPLES), -(-length // FRAME_SAMPLES))
+    assert counts(answers[-1]) == (length, -(-encoded * FEATURES_A_FRAME // FRAME_SAMPLES), -(-length // FRAME_SAMPLES))
 
 
 @given(seeds, lengths, configs, st.data())
@@ -279,7 +292,7 @@ def test_partial_equals_its_windows_audio(seed: int, length: int, config: Parame
 
 
 @example(0, 8 * FRAME_SAMPLES, with_geometry(6, 4, 0), Options(max_total_tokens=1), (), NO_FUSION, None)
-@given(seeds, lengths, spelling_configs, closing_options, kinds, fusions, st.data())
+@given(seeds, lengths, spelling_configs, beam_options, kinds, fusions, st.data())
 def test_final_tokens_do_not_depend_on_cuts(
     seed: int,
     length: int,
@@ -295,7 +308,7 @@ def test_final_tokens_do_not_depend_on_cuts(
     for pieces in (data.draw(cuts(samples)) if data else [samples, samples[:0]], in_chunks(samples, config, options)):
         answers = recognise(network, config, pieces, options, fusion=fusion)
         assert final_tokens(answers) == final_tokens(at_once)
-        assert answers[-1][-3:] == at_once[-1][-3:]
+        assert counts(answers[-1]) == counts(at_once[-1])
 
 
 @given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
@@ -309,7 +322,7 @@ def test_segment_end_loses_and_repeats_nothing(
     assert_same(final_tokens(answers), reference(network, samples, options.max_symbols_per_step))
 
 
-@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, beam_options, kinds, st.data())
 def test_stable_tokens_stay_and_finals_are_stable(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
@@ -361,12 +374,12 @@ def test_segment_ends_by_silence_or_length_and_resets(
     assert_same(answers[-1].tokens, reference(network, samples, start=start))
 
 
-@given(seeds, lengths, spelling_configs, st.integers(1, 4), kinds)
+@given(seeds, lengths, spelling_configs, st.integers(1, 4), st.sampled_from([1, 3]), kinds)
 def test_full_segment_ends_between_words(
-    seed: int, length: int, config: Parameters, max_total_tokens: int, durations: tuple[int, ...]
+    seed: int, length: int, config: Parameters, max_total_tokens: int, width: int, durations: tuple[int, ...]
 ) -> None:
     network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
-    options = replace(config.options, max_symbols_per_step=4, max_total_tokens=max_total_tokens)
+    options = replace(config.options, max_symbols_per_step=4, max_total_tokens=max_total_tokens, stream_beam=width)
     config = replace(config, max_segment_secs=seconds(20))
     finals = [answer for answer in recognise(network, config, in_chunks(samples, config, options), options) if answer.final]
     for answer, following in pairwise(finals):
@@ -384,6 +397,7 @@ def decode_words(pieces: Sequence[tuple[int, int]], **changes: Any) -> list[list
         left, frames = [token for token, at in pieces if at == frame], np.zeros((DIMENSION, 1), np.float32)
         while frames.shape[1]:
             row = stream.row(frames)
+            assert isinstance(row, Row)
             row.tokens += [Token(token, 0, 1, 0.5) for token in left[: row.max_tokens]]
             del left[: row.max_tokens]
             row.position = 0 if left else 1
@@ -404,7 +418,7 @@ def test_long_segment_ends_before_the_next_word() -> None:
     assert len(decode_words(endless)[0]) == 8, "no word takes longer than 2 s"
 
 
-@given(seeds, lengths, spelling_configs, closing_options, kinds, st.data())
+@given(seeds, lengths, spelling_configs, beam_options, kinds, st.data())
 def test_spans_are_in_order_and_within_the_audio(
     seed: int, length: int, config: Parameters, options: Options, durations: tuple[int, ...], data: st.DataObject
 ) -> None:
@@ -436,7 +450,7 @@ def test_tokens_behind_the_audio_belong_to_its_last_frame() -> None:
 
 @given(
     seeds,
-    st.lists(st.tuples(lengths, closing_options, st.integers(0, 3), fusions), min_size=2, max_size=4),
+    st.lists(st.tuples(lengths, beam_options, st.integers(0, 3), fusions), min_size=2, max_size=4),
     configs,
     kinds,
     st.data(),
@@ -562,7 +576,7 @@ def test_encoder_may_drop_a_cut_frame() -> None:
     assert (answer.samples, answer.frames) == (len(samples), 8)
 
 
-@given(seeds, lengths, spelling_configs, closing_options, kinds, fusions, st.data())
+@given(seeds, lengths, spelling_configs, beam_options, kinds, fusions, st.data())
 def test_restored_stream_continues_unchanged(
     seed: int,
     length: int,
@@ -655,3 +669,165 @@ def test_whole_recording_has_no_state() -> None:
     saved = Stream(config, NEVER_CLOSES).save()
     with pytest.raises(ValueError, match="context=whole"):
         Stream.restore(config, WHOLE, saved)
+
+
+def decode_with_beam(network: RandomTransducer, samples: Samples, width: int, added: Fusion = NO_FUSION) -> list[Token]:
+    """Return the tokens of a beam over all frames at once."""
+    predictor = network.fresh()
+    predictor.context = added.fresh()
+    hypotheses = Hypotheses(predictor)
+    row = BeamRow(frames_of(samples), hypotheses, network.joint, BeamOptions(width), added)
+    decode(network, network.joint, [row], 8)
+    return list(hypotheses.tokens)
+
+
+@given(seeds, lengths, configs, st.integers(2, 4), st.data())
+def test_beam_of_a_stream_equals_a_beam_over_all_frames(
+    seed: int, length: int, config: Parameters, width: int, data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, (), 4.0), audio(seed, length)
+    options = replace(config.options, stream_beam=width)
+    expected = decode_with_beam(network, samples, width)
+    (last,) = recognise(network, config, data.draw(cuts(samples)), options)[-1:]
+    assert [token.id for token in last.tokens] == [token.id for token in expected]
+
+
+@given(seeds, lengths, configs, kinds)
+def test_partial_of_a_beam_shows_the_best_hypothesis_and_a_tail(
+    seed: int, length: int, config: Parameters, durations: tuple[int, ...]
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 4.0), audio(seed, length)
+    answers = recognise(network, config, in_chunks(samples, config), replace(config.options, stream_beam=4))
+    right_frames = geometry_of(config).right_frames
+    for answer in answers[:-1]:
+        frames = [token.frame for token in answer.tokens]
+        assert frames == sorted(frames)
+        assert all(frame < answer.frames + right_frames for frame in frames)
+        assert all(token.frame < answer.frames for token in answer.tokens[: answer.stable])
+
+
+def test_most_tokens_of_a_beam_settle_before_its_end() -> None:
+    """The tests above would hold if nothing was settled before the end."""
+    settled = tokens = 0
+    for seed in range(6):
+        network, samples, config = RandomTransducer(seed, (), 5.0), audio(seed, 400 * FRAME_SAMPLES), parameters()
+        *partials, final = recognise(network, config, in_chunks(samples, config), replace(NEVER_CLOSES, stream_beam=4))
+        settled += partials[-1].stable
+        tokens += len(final.tokens)
+    assert tokens > 50
+    assert settled > 0.8 * tokens
+
+
+@given(seeds, lengths, configs, st.integers(2, 4))
+def test_greedy_state_goes_on_with_a_beam(seed: int, length: int, config: Parameters, width: int) -> None:
+    """A Triton with another default takes over."""
+    network, samples = RandomTransducer(seed, (), 4.0), audio(seed, length)
+    chunks = in_chunks(samples, config)
+    greedy, beam = config.options, replace(config.options, stream_beam=width)
+    for before, after in ((greedy, beam), (beam, greedy)):
+        stream = Stream(config, before)
+        answers = [*execute(network, [Request(stream, chunks[0], end=False)])]
+        left = geometry_of(config).left_frames
+        kept = max(0, answers[0].frames - left) * FRAME_SAMPLES
+        stream = Stream.restore(config, after, stream.save())
+        rest = np.concatenate([chunks[0][kept:], *chunks[1:]])
+        (final,) = execute(network, [Request(stream, rest, end=True)])
+        assert final.tokens[: answers[0].stable] == answers[0].tokens[: answers[0].stable]
+        assert final.frames == -(-length // FRAME_SAMPLES)
+
+
+@pytest.mark.parametrize(
+    "hypotheses",
+    [
+        [[0, 0.0, 0.0]],
+        [[0, float("nan"), 0.0, []]],
+        [[-1, 0.0, 0.0, []]],
+        [[10**6, 0.0, 0.0, []]],
+        [[0, 0.0, 0.0, [[VOCABULARY, 0, 1, 0.5]]]],
+        [[0, 0.0, 0.0, [[0, 0, 1, 0.5]] * 25]],
+        [[0, 0.0, 0.0, []]] * 257,
+        "many",
+        7,
+    ],
+)
+def test_impossible_hypotheses_are_refused(hypotheses: object) -> None:
+    config, options = parameters(), replace(NEVER_CLOSES, stream_beam=4)
+    state = json.loads(Stream(config, options).save())
+    Stream.restore(config, options, json.dumps({**state, "hypotheses": [[0, 0.0, 0.0, [[0, 0, 1, 0.5]]]]}))
+    with pytest.raises(ValueError, match="the state to restore"):
+        Stream.restore(config, options, json.dumps({**state, "hypotheses": hypotheses}))
+
+
+def test_state_of_a_beam_is_hardly_larger() -> None:
+    """The states of all hypotheses but the settled text are computed again."""
+    network, samples, config = RandomTransducer(3, (), 3.0), audio(3, 40 * FRAME_SAMPLES), parameters()
+    sizes = {}
+    for width in (1, 16):
+        stream = Stream(config, replace(NEVER_CLOSES, stream_beam=width))
+        execute(network, [Request(stream, samples, end=False)])
+        state = json.loads(stream.save())
+        assert len(state.get("hypotheses", [])) == (16 if width > 1 else 0)
+        sizes[width] = len(json.dumps(state["states"]))
+    assert sizes[16] == sizes[1]
+
+
+@given(seeds, lengths, configs, st.integers(2, 4), st.integers(2, 5), st.data())
+def test_alternatives_are_the_best_texts_of_a_segment(
+    seed: int, length: int, config: Parameters, width: int, wanted: int, data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, (), 4.0), audio(seed, length)
+    options = replace(config.options, stream_beam=width, alternatives=wanted, endpoint_silence_ms=5)
+    for answer in recognise(network, config, data.draw(cuts(samples)), options):
+        if not answer.final:
+            assert answer.alternatives == ()
+            continue
+        texts = [[token.id for token in text.tokens] for text in answer.alternatives]
+        assert texts[0] == [token.id for token in answer.tokens]
+        assert len(texts) <= wanted
+        scores = [text.score for text in answer.alternatives]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_alternatives_of_several_segments_in_one_answer() -> None:
+    network, samples, config = RandomTransducer(1, (), 5.0), audio(1, 200 * FRAME_SAMPLES), parameters()
+    options = replace(NEVER_CLOSES, stream_beam=4, alternatives=4, endpoint_silence_ms=6)
+    apart = [answer for answer in recognise(network, config, in_chunks(samples, config), options) if answer.final]
+    (together,) = recognise(network, config, [samples], options)
+    assert len(apart) > 2
+    assert together.alternatives[0].tokens == tuple(token for answer in apart for token in answer.alternatives[0].tokens)
+    assert len(together.alternatives) == 4
+    assert together.alternatives[0].score == pytest.approx(sum(answer.alternatives[0].score for answer in apart))
+
+
+@given(seeds, lengths, configs, kinds, st.data())
+def test_endpoint_token_of_a_beam_ends_a_segment(
+    seed: int, length: int, config: Parameters, durations: tuple[int, ...], data: st.DataObject
+) -> None:
+    network, samples = RandomTransducer(seed, durations, 3.0), audio(seed, length)
+    config = replace(config, endpoint_tokens=frozenset({2}))
+    options = replace(config.options, stream_beam=3)
+    at_once = recognise(network, config, [samples], options)
+    answers = recognise(network, config, in_chunks(samples, config), options)
+    assert final_tokens(answers) == final_tokens(at_once)
+    assert final_tokens(recognise(network, config, data.draw(cuts(samples)), options)) == final_tokens(at_once)
+    for answer in answers[:-1]:
+        assert answer.final == (2 in [token.id for token in answer.tokens[: answer.stable]])
+
+
+def test_full_segment_of_a_beam_keeps_what_was_stable() -> None:
+    """A word that began in an earlier answer is not moved to the next segment."""
+    splits = 0
+    config = replace(with_geometry(0, 3, 0), continuations=frozenset(range(1, VOCABULARY)))
+    for seed in range(12):
+        network, stable = RandomTransducer(seed, (), 2.0), list[Token]()
+        stream = Stream(config, replace(NEVER_CLOSES, stream_beam=3, max_total_tokens=6))
+        for chunk in np.split(frames_of(audio(seed, 90 * FRAME_SAMPLES)), 30, axis=1):
+            stream.push(np.zeros(3 * FRAME_SAMPLES, np.int16))
+            row = stream.row(chunk)
+            decode(network, network.joint, [row], 8)
+            stream.commit(row)
+            answer = stream.finish_request(end=False)
+            assert answer.tokens[: len(stable)] == stable
+            stable = [] if answer.final else answer.tokens[: answer.stable]
+            splits += answer.final and len(answer.tokens) < 6 + MAX_WORD_TOKENS
+    assert splits > 10, "few segments ended before a word"
