@@ -173,7 +173,8 @@ async def test_restarted_server_that_forgot_the_stream_loses_no_word(
             shown = orjson.loads(await downloaded(watched, "json"))
             assert shown["text"] == await watched.text()
             expected = [await continued(served, recorded, segments[:count]) for count in range(1, len(segments))]
-            assert (shown["text"], [pytest.approx(word["start"], abs=0.002) for word in shown["words"]]) in expected
+            starts = pytest.approx([word["start"] for word in shown["words"]], abs=0.002)
+            assert any(text == shown["text"] and times == starts for text, times in expected)
             watched.problems[:] = [text for text in watched.problems if "WebSocket" not in text and "ERR_" not in text]
 
 
