@@ -91,6 +91,8 @@ def run(
     from amira.engine.service import service
 
     settings = _settings()
+    if settings.page is None:
+        settings = settings.model_copy(update={"page": True})
     if model:
         model_repository, ensemble = _ensure_imported(model, models_home)
         settings = settings.model_copy(update={"models": {DEFAULT_MODEL: ensemble}})
@@ -410,10 +412,11 @@ def _print_welcome(running: Running, settings: Settings) -> None:
     model = next(iter(settings.models))
     recording = SPEECH / "jfk.flac"
     shown = recording.relative_to(Path.cwd()) if recording.is_relative_to(Path.cwd()) else recording
+    page = f"\n  page       {running.url}/" if settings.page else ""
     key = ' -H "Authorization: Bearer $AMIRA_KEY"' if settings.api_keys else ""
     typer.echo(
         f"""
-ready
+ready{page}
   REST       {running.url}/v2/decode/batch/{model}
   WebSocket  {running.url.replace("http", "ws", 1)}/v2/decode/stream/{model}
   API        {running.url}/docs

@@ -14,7 +14,16 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 
 from gateway import __version__, metrics, tracing
-from gateway.api import health, native_rest, native_websocket, openai_errors, openai_realtime, openai_rest, riva_server
+from gateway.api import (
+    health,
+    native_rest,
+    native_websocket,
+    openai_errors,
+    openai_realtime,
+    openai_rest,
+    pages,
+    riva_server,
+)
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.limits.origins import check_origin
@@ -51,6 +60,8 @@ def create_app(settings: Settings) -> FastAPI:
         description="Speech to text, for recordings here and for live streams over the WebSocket /v2/decode/stream/{model}.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
     )
     app.include_router(native_rest.router, dependencies=[Depends(_check_origin)])
     app.include_router(openai_rest.router, dependencies=[Depends(_check_origin)])
@@ -58,6 +69,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_realtime.router)
     app.include_router(native_websocket.router)
     app.include_router(health.router)
+    app.include_router(pages.pages_router(pages=bool(settings.page)))
+    if settings.page:
+        app.include_router(pages.formats_router(), dependencies=[Depends(_check_origin)])
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_crash)

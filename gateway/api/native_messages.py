@@ -82,7 +82,15 @@ def message_of(event: Event, dialect: Dialect) -> dict[str, Any] | None:
         state = "started" if isinstance(event, SpeechStarted) else "stopped"
         return {"type": "speech", "state": state, "at_ms": event.at * 1000 // RATE}
     if isinstance(event, Acknowledged):
-        return {"type": "ack", "session": event.token, "samples": event.samples, "settled": event.settled._asdict()}
+        processed_ms = event.decoded * 1000 // RATE
+        settled = event.settled._asdict()
+        return {
+            "type": "ack",
+            "session": event.token,
+            "samples": event.samples,
+            "settled": settled,
+            "audio_processed_ms": processed_ms,
+        }
     if isinstance(event, Failed):
         return None  # the error frame follows with the close
     transcript = event.transcript

@@ -23,13 +23,12 @@ from starlette.websockets import WebSocketDisconnect
 from gateway import metrics, tracing
 from gateway.api.native_messages import Dialect, message_of, read_events, read_latency
 from gateway.api.phrases import decoding_options
-from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
+from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny, key_of
 from gateway.audio.raw import DEFAULT, parse_raw_format
 from gateway.audio.stream import StreamInput
 from gateway.config.settings import Settings
 from gateway.errors import ApiError, ErrorKind
 from gateway.framing import SMALL_BYTES, SMALL_FRAMES_PER_SEC
-from gateway.limits.auth import check_key
 from gateway.limits.origins import check_origin, origin_allowed
 from gateway.live.events import Failed
 from gateway.live.session import Session
@@ -245,7 +244,7 @@ async def decode_stream(socket: WebSocket, model: str) -> None:
         place.enter_context(service.tracing.span("GET /v2/decode/stream/{model}", socket.headers, model=label))
         try:
             check_origin(socket.headers, service.settings)
-            caller = check_key(socket.headers, service.settings)
+            caller, _ = service.client_secrets.redeem(key_of(socket))
             service.check_model(model)
             query = socket.query_params
             detection, options = read_events(query), read_latency(query)

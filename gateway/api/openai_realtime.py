@@ -18,16 +18,14 @@ from gateway.api.openai_realtime_events import read_secret_request
 from gateway.api.realtime_config import EventError, SessionConfig
 from gateway.api.realtime_session import Connection
 from gateway.api.realtime_turns import decoder_options
-from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny
+from gateway.api.sockets import accept, count_close, count_refusal, count_request, deny, key_of
 from gateway.errors import ApiError, ErrorKind
-from gateway.limits.auth import check_key, key_in
+from gateway.limits.auth import check_key
 from gateway.limits.origins import check_origin
 from gateway.logs import current_request_id
 from gateway.service import Service
 
 SUBPROTOCOL = "realtime"
-KEY_SUBPROTOCOL = "openai-insecure-api-key."
-"""Prefix of the subprotocol by which browsers send a key."""
 
 log = structlog.get_logger()
 router = APIRouter()
@@ -44,7 +42,7 @@ async def serve_realtime(socket: WebSocket) -> None:
         held.enter_context(service.tracing.span("GET /v1/realtime", socket.headers))
         try:
             check_origin(socket.headers, service.settings)
-            caller, session = service.client_secrets.redeem(_key_of(socket))
+            caller, session = service.client_secrets.redeem(key_of(socket))
             config = SessionConfig().merge(dict(session))
             if name := socket.query_params.get("model"):
                 config = config.with_model(name)
@@ -83,12 +81,6 @@ async def create_client_secret(request: Request) -> dict[str, Any]:
     value, expires_at = service.client_secrets.issue(caller, wanted.session, wanted.lifetime_secs)
     session = {**wanted.config.render(f"sess_{secrets.token_hex(12)}"), "expires_at": expires_at}
     return {"value": value, "expires_at": expires_at, "session": session}
-
-
-def _key_of(socket: WebSocket) -> str:
-    """Return the key that a client sent as a header or as a subprotocol; empty if there is none."""
-    offered = (name for name in socket.scope.get("subprotocols", ()) if name.startswith(KEY_SUBPROTOCOL))
-    return key_in(socket.headers) or next(offered, "").removeprefix(KEY_SUBPROTOCOL)
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:

@@ -13,7 +13,17 @@ from starlette.websockets import WebSocketState
 
 from gateway import metrics, tracing
 from gateway.errors import ApiError
+from gateway.limits.auth import key_in
 from gateway.logs import REQUEST_ID_HEADER, current_request_id
+
+KEY_SUBPROTOCOL = "openai-insecure-api-key."
+"""Prefix of the subprotocol by which browsers send a key, since a page cannot set headers."""
+
+
+def key_of(socket: WebSocket) -> str:
+    """Return the key that a client sent as a header or as a subprotocol; empty if there is none."""
+    offered = (name for name in socket.scope.get("subprotocols", ()) if name.startswith(KEY_SUBPROTOCOL))
+    return key_in(socket.headers) or next(offered, "").removeprefix(KEY_SUBPROTOCOL)
 
 
 async def accept(socket: WebSocket, subprotocol: str | None) -> None:

@@ -112,7 +112,7 @@ def load_settings(environ: Mapping[str, str] = os.environ, directory: Path = Pat
         if key in given
     ]
     notices += [
-        f"{name} has no effect: it is not a setting{_suggest(name, OWN_VARIABLES)}"
+        f"{name} has no effect: it is not a setting{_suggest(name, OWN_VARIABLES, PREFIX)}"
         for name in sorted(variables.keys() - OWN_VARIABLES.keys() - LAUNCHER_VARIABLES)
         if name.startswith(PREFIX)
     ]
@@ -198,9 +198,11 @@ def _read_file(path: Path, title: str) -> dict[Any, Any]:
     return content or {}
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, known, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+def _suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return the part of a message that names the most similar known name; a common prefix does not make names similar."""
+    by_rest = {one.removeprefix(prefix): one for one in known}
+    nearest = get_close_matches(name.removeprefix(prefix), by_rest, n=1)
+    return f"; did you mean {by_rest[nearest[0]]}?" if nearest else ""
 
 
 def _explain(error: ValidationError, given: Mapping[str, _Given]) -> str:

@@ -254,6 +254,9 @@ class Settings(
     ] = ()
     """Host names of this server, besides localhost and IP addresses. Pages with such a host as origin may connect."""
 
+    page: bool | None = None
+    """Whether to serve the web pages / and /status; if not set, ``amira run`` serves them and ``amira serve`` does not."""
+
     drain_timeout_secs: Annotated[float, Field(ge=0, le=86_400)] = 30.0
     """Time for open streams to end by themselves when the server stops, in seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -274,7 +277,7 @@ class Settings(
     @classmethod
     def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true as a number; Pydantic would read it as 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in (bool, bool | None):
             raise ValueError
         return value
 
@@ -301,7 +304,7 @@ def allowed_values(key: str) -> str:
     limits = {type(limit): limit for limit in field.metadata}
     if Allowed in limits:
         return str(limits[Allowed].text)
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         return "true or false"
     if get_origin(field.annotation) is Literal:
         return f"one of {', '.join(get_args(field.annotation))}"

@@ -92,11 +92,13 @@ class Acknowledged:
         token: text of the session token.
         samples: position from which audio is still needed, in samples from the start of the stream.
         settled: length of the transcript, from the start of the stream, that the resumed stream does not repeat.
+        decoded: audio decoded for good, in samples from the start of the stream.
     """
 
     token: str
     samples: int
     settled: Counts
+    decoded: int
 
 
 @dataclass(frozen=True)

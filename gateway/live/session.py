@@ -301,16 +301,20 @@ class Session:
         if event:
             self._outbox.put(event, latency, arrived)
         if self._resumable:
-            self._acknowledge()
+            self._acknowledge(answer.samples)
 
-    def _acknowledge(self) -> None:
-        """Publish the position from which the stream can be resumed, if it has changed."""
+    def _acknowledge(self, decoded: int) -> None:
+        """Publish the position from which the stream can be resumed, if it has changed.
+
+        Args:
+            decoded: audio decoded for good, in samples from the start of the stream.
+        """
         state, samples = self._utterance.restart
         settled = self._publisher.settled
         token = replace(self._resumed, samples=samples, state=state, **settled._asdict())
         if token != self._acknowledged:
             self._acknowledged = token
-            self._outbox.put(Acknowledged(self._tokens.issue(token), samples, settled))
+            self._outbox.put(Acknowledged(self._tokens.issue(token), samples, settled, decoded))
 
     def _enter(self, state: State) -> None:
         self.state = state

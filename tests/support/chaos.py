@@ -179,13 +179,14 @@ class Proxy:
     """TCP proxy between a gateway and a Triton that tests can break.
 
     Attributes:
+        target: where new connections go; the port is that of gRPC.
         delay_secs: how much later everything arrives.
         silent: whether pieces are swallowed, in both directions.
         deaf: whether what comes from the gateway is swallowed, as on a half-open connection.
     """
 
     def __init__(self, target: Ports) -> None:
-        self._target = target
+        self.target = target
         self._writers: set[asyncio.StreamWriter] = set()
         self._forgotten: set[asyncio.StreamWriter] = set()
         self.delay_secs = 0.0
@@ -215,7 +216,7 @@ class Proxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            their_reader, their_writer = await asyncio.open_connection(self._target.host, self._target.grpc)
+            their_reader, their_writer = await asyncio.open_connection(self.target.host, self.target.grpc)
         except OSError:
             writer.transport.abort()
             return

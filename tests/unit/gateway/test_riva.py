@@ -79,7 +79,7 @@ def test_results_of_a_stream_have_the_segment_alone() -> None:
         LiveResults(words=True, interim=True),
         Partial(snapshot("on", stable=1, words=WORDS[:1])),
         SegmentFinal(snapshot("one two", stable=7, words=WORDS), changed=True),
-        Acknowledged("", 0, Counts()),
+        Acknowledged("", 0, Counts(), 0),
         Partial(snapshot("one two thr", stable=9, settled=7)),
         Final(snapshot("one two three", stable=13, settled=7)),
     )
