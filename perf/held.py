@@ -22,7 +22,6 @@ from typing import NamedTuple
 from amira.models.configs import ModelError
 from gateway.audio import RATE
 from gateway.triton.geometry import Windows, read_windows
-from parameters import LATENCIES
 from perf import endurance
 from perf.bench import ROOM
 from perf.clients import GrpcClient
