@@ -38,7 +38,7 @@ def section() -> str:
 def gpu_repo(section: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkout")
     shutil.copytree(MODEL_REPOSITORY, directory / MODEL_REPOSITORY.name)
-    commands = "\n".join(re.findall(r"^\$ (.*)$", section, re.MULTILINE))
+    commands = "\n".join(re.findall(r"^\$ (.*)$", section.replace("\\\n", " "), re.MULTILINE))
     subprocess.run(["bash", "-euc", commands], cwd=directory, check=True)
     return directory / "gpu-repo"
 
