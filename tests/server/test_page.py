@@ -149,7 +149,7 @@ async def continued(gateway: Gateway, recorded: Samples, segments: list[dict[str
     border = int(words[-1]["end"] * RATE)
     rest = (await transcribe(gateway.stream_url(), recorded[border:])).final
     times = [word["start"] for word in words] + [word["start"] + border / RATE for word in rest["words"]]
-    return "".join(segment["text"] for segment in segments) + f" {rest['text']}", times
+    return f"{''.join(segment['text'] for segment in segments)} {rest['text']}".strip(), times
 
 
 async def test_restarted_server_that_forgot_the_stream_loses_no_word(
@@ -174,7 +174,7 @@ async def test_restarted_server_that_forgot_the_stream_loses_no_word(
             assert shown["text"] == await watched.text()
             expected = [await continued(served, recorded, segments[:count]) for count in range(1, len(segments))]
             starts = pytest.approx([word["start"] for word in shown["words"]], abs=0.002)
-            assert any(text == shown["text"] and times == starts for text, times in expected)
+            assert any(text == shown["text"] and times == starts for text, times in expected), (shown, expected)
             watched.problems[:] = [text for text in watched.problems if "WebSocket" not in text and "ERR_" not in text]
 
 
