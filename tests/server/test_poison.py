@@ -40,8 +40,8 @@ class Trap:
                 deaths.write("x")
             {DEATHS[what_dies]}
             time.sleep(10)  # until the signal has come
-        stream, done"""
-        edit(repository / "rnnt_greedy_bls" / "1" / "model.py", "\n        stream, done", trap)
+        done = request.end"""
+        edit(repository / "rnnt_greedy_bls" / "1" / "model.py", "\n        done = request.end", trap)
         self.backend = Backend("poison", repository)
 
     @property
