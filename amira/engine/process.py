@@ -254,8 +254,11 @@ class TritonProcess:
         free = _free_shared_memory()
         if (low := used + free < LOW_SHARED_MEMORY_BYTES) is not self._memory_low:
             self._memory_low = low
-            report, event = (log.error, "shared memory low") if low else (log.info, "shared memory restored")
-            report(event, free_mb=free >> 20, triton_mb=used >> 20, needed_mb=LOW_SHARED_MEMORY_BYTES >> 20)
+            sizes = {"free_mb": free >> 20, "triton_mb": used >> 20, "needed_mb": LOW_SHARED_MEMORY_BYTES >> 20}
+            if low:
+                log.error("shared memory low", **sizes)
+            else:
+                log.info("shared memory restored", **sizes)
 
     def _shared_memory(self) -> list[Path]:
         return list(SHARED_MEMORY.glob(f"{self._shm_prefix}*"))

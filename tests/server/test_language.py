@@ -158,9 +158,9 @@ async def test_phrases_change_the_text_through_the_gateway(
         text: str = (await http.post(gateway.batch_url(), content=body, params=query)).raise_for_status().json()["text"]
         return text
 
-    plain, boosted = await batch(), await batch(phrases=["Fellow  Amerikans\t5", "unheard of"])
-    assert "amerikans" in boosted
-    assert "amerikans" not in plain
+    plain, boosted = await batch(), await batch(phrases=["And  Sew\t4", "unheard of"])
+    assert "and sew" in boosted
+    assert "and sew" not in plain
     assert await batch(language_model="off") != plain
 
     async def stream(query: str) -> str:
@@ -217,8 +217,8 @@ async def test_keywords_are_boosted(gateway: Gateway, http: httpx.AsyncClient, s
         answer = await http.post(f"{gateway.url}/v1/audio/transcriptions", files={"file": ("a.flac", sound)}, data=form)
         return str(answer.raise_for_status().json()["text"])
 
-    assert "amerikans" in await transcribe(**{"keywords[]": [f"{PHRASE}\t5", "other"]})
-    assert "amerikans" not in await transcribe()
+    assert "and sew" in await transcribe(**{"keywords[]": ["and sew\t4", "other"]})
+    assert "and sew" not in await transcribe()
 
 
 @pytest.fixture

@@ -301,8 +301,9 @@ class Cached:
 
     @property
     def _total(self) -> int:
-        """Number of feature frames if no more audio follows."""
-        return (self._received + self._cached.final_padding_samples) // self._cached.hop_samples
+        """Number of feature frames if no more audio follows; a single sample, as canaries send it, has one."""
+        frames = (self._received + self._cached.final_padding_samples) // self._cached.hop_samples
+        return max(frames, min(1, self._received))
 
     def _audio_to(self, chunk: int) -> int:
         """Return the number of samples at which the window of a chunk is complete."""

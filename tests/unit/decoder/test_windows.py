@@ -146,6 +146,13 @@ def test_cuts_change_nothing() -> None:
         assert run.decoded == at_once.decoded
 
 
+def test_a_single_sample_passes_the_encoder() -> None:
+    """Canaries are that short, and must show that every model works."""
+    windows = Cached(encoders(0, 0), FRAME, Options())
+    windows.push(np.zeros(1, np.int16))
+    assert windows.next_window(end=True)
+
+
 def test_zeros_stand_before_every_fresh_cache() -> None:
     run = Run(encoders(6, 30, before=3, edge=1))
     run.push(speech(40, {4, 12, 27}), end=True)
