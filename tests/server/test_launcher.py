@@ -234,8 +234,13 @@ FAULTS_AT_LOAD: dict[str, tuple[str, str | None, str, list[str]]] = {
 }
 """A file of the repository, the replaced text and its replacement, and the parts of the message."""
 
+SLOW_FAULTS = "unknown output", "wrong dims", "empty vocabulary"
+"""Others in the same files are always tested; each takes a start of Triton."""
 
-@pytest.mark.parametrize("fault", FAULTS_AT_LOAD)
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=[pytest.mark.slow] if fault in SLOW_FAULTS else []) for fault in FAULTS_AT_LOAD]
+)
 async def test_model_that_fails_to_load_is_named(tmp_path: Path, fault: str) -> None:
     file, old, new, named = FAULTS_AT_LOAD[fault]
     model_repository = copy_repository(tmp_path / "models", warm="warm-up" in fault)

@@ -159,7 +159,9 @@ def decoded_caches(bundled: Recogniser) -> list[Cache | None]:
 
 
 @pytest.mark.parametrize("pause_secs", [2.0, 0.0], ids=["endpoints", "no endpoints"])
-@pytest.mark.parametrize("latency", LATENCIES)
+@pytest.mark.parametrize(
+    "latency", [pytest.param(latency, marks=[] if latency == "balanced" else [pytest.mark.slow]) for latency in LATENCIES]
+)
 async def test_restored_stream_goes_on_alike(bundled: Recogniser, latency: str, pause_secs: float) -> None:
     """From any answer, with the audio that the state asks for: caches and confidences are equal bit for bit."""
     samples = long_speech(50, pause_secs)
