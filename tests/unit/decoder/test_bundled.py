@@ -182,7 +182,8 @@ async def test_restored_stream_goes_on_alike(bundled: Recogniser, latency: str, 
         assert result.answers[-1].spans == whole.answers[-1].spans
         again = decoded_caches(bundled)
         for ours, theirs in zip(again, caches[-len(again) :], strict=True):
-            assert np.array_equal(ours, theirs), "the cache was not refilled bit for bit"
+            same = (ours is theirs) if ours is None or theirs is None else np.array_equal(ours, theirs)
+            assert same, "the cache was not refilled bit for bit"
     assert limited >= 3, "all audio was needed"
 
 

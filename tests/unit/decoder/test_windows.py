@@ -19,9 +19,9 @@ SILENCE, NOISE = 0, 1
 
 
 class Chunk(NamedTuple):
-    """A decoded chunk: its index, and all that the encoder had seen."""
+    """A decoded chunk: its number, and all that the encoder had seen."""
 
-    index: int
+    number: int
     seen: bytes
 
 
@@ -105,7 +105,7 @@ def test_restored_windows_are_the_same(warm_up: int, longest: int, reset: bool) 
         whole.push(samples[at : at + HOP])
         saved.append((whole.windows.save(), len(whole.decoded), at + HOP))
     whole.push(samples[:0], end=True)
-    assert [chunk.index for chunk in whole.decoded] == [*range(40)]
+    assert [chunk.number for chunk in whole.decoded] == [*range(40)]
     for state, chunks, sent in saved[:: CHUNK // 2]:
         again, start = Run.restored(cached, state, chunks)
         again.push(samples[start:sent])
@@ -125,7 +125,7 @@ def test_the_past_that_a_state_needs_is_bounded(warm_up: int, longest: int, spok
         state = run.windows.save()
         assert len(run.decoded) * CHUNK - state["needed_from"] // HOP < longest
         needed.append(state["needed_from"])
-        assert chunk < 2 or run.decoded[-1].index == chunk - 1
+        assert chunk < 2 or run.decoded[-1].number == chunk - 1
     assert needed == sorted(needed)
     assert needed[-1] > 40 * CHUNK * HOP
     fresh = [i for i, window in enumerate(run.calls) if window.carried and window.carried.cache is None]
@@ -156,7 +156,7 @@ def test_a_single_sample_passes_the_encoder() -> None:
 def test_zeros_stand_before_every_fresh_cache() -> None:
     run = Run(encoders(6, 30, before=3, edge=1))
     run.push(speech(40, {4, 12, 27}), end=True)
-    assert [chunk.index for chunk in run.decoded] == [*range(40)]
+    assert [chunk.number for chunk in run.decoded] == [*range(40)]
     for window in run.calls:
         assert window.carried
         assert (window.carried.zeros == 3) == (window.carried.cache is None)
