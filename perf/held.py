@@ -75,8 +75,8 @@ class Tally:
     levels: list[Level] = field(default_factory=list)
 
     def medians(self) -> tuple[float, float, float, float]:
-        """Return streams held, p50 and p95 in ms, and CPU seconds per audio second of all processes."""
-        cpu = median(sum(level.cpu_secs.values()) for level in self.levels)
+        """Return streams held, p50 and p95 in ms, and CPU time of all processes in ms per audio second."""
+        cpu = 1000 * median(sum(level.cpu_secs.values()) for level in self.levels)
         p50, p95 = (median(values) for values in zip(*((level.p50_ms, level.p95_ms) for level in self.levels), strict=True))
         return median(self.held), p50, p95, cpu
 
@@ -184,7 +184,7 @@ def to_markdown(tallies: Mapping[tuple[str, str], Tally], streams: int) -> str:
         reference = tallies[first, latency].medians()
         held, p50, p95, cpu = (
             f"{value:{form}} ({value / base:.2f})" if base else f"{value:{form}}"
-            for value, base, form in zip(tally.medians(), reference, (".0f", ".0f", ".0f", ".4f"), strict=True)
+            for value, base, form in zip(tally.medians(), reference, (".0f", ".0f", ".0f", ".1f"), strict=True)
         )
         lines.append(f"| {name} | {latency} | {tally.wer:.1f} | {held} | {p50} | {p95} | {cpu} |")
     return "\n".join(lines)
