@@ -235,7 +235,8 @@ async def test_stream_may_end_at_each_phase_of_a_chunk(recogniser: Any, name: st
             padding = cached.final_padding_samples // HOP if count else 0
             answer = result.answers[-1]
             assert answer.samples == count
-            assert answer.frames == -(-(features + padding) // factor)
+            needed = max(features + padding, min(1, count))  # audio that is shorter than a feature frame has one
+            assert answer.frames == -(-needed // factor)
             safe = max(0, features - 2 * chunk) // factor
             assert [t for t in result.emitted if t[1] < safe] == [t for t in whole.emitted if t[1] < safe]
 
