@@ -20,6 +20,7 @@ from perf.recogniser import joint_step
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
 from batching import Decoder, Encode, Encoded, Encoder, recognise
 from cached_calls import cached_inputs, cached_results
+from fusions import Fusions
 from greedy import JointOutputs
 from parameters import Parameters
 from stream import Stream
@@ -44,6 +45,12 @@ class Networks:
     Args:
         recogniser: the model.
         p: parameters of its decoder.
+
+    Attributes:
+        step: calls the decoder's graph.
+        pieces: of the vocabulary, by token id.
+        directory: of the decoder, which the paths in the parameters are relative to.
+        fusions: language model and phrases.
     """
 
     def __init__(self, recogniser: Recogniser, p: Parameters) -> None:
@@ -61,6 +68,8 @@ class Networks:
             self._idle.put({})
         self.step = joint_step(open_graph(recogniser.decoder_joint, 1))
         self.pieces = read_vocabulary(recogniser.vocabulary)
+        self.directory = recogniser.preprocessor.parents[2] / recogniser.decoder
+        self.fusions = Fusions(p, self.pieces[: p.blank], self.directory)
 
     def encode(self, windows: Sequence[Window], exclusive: bool = False) -> list[Encoded]:  # noqa: ARG002 (an ``Encode``)
         """Encode windows of one kind in one call."""

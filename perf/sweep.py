@@ -161,9 +161,6 @@ class Decoding:
         self.start: Point = tuple(getattr(p, axis.name) for axis in self.axes)
         self._networks = Networks(recogniser, p)
         self._encode = EncodedOnce(self._networks.encode)
-        self._pieces = self._networks.pieces[: p.blank]
-        self._directory = recogniser.preprocessor.parents[2] / recogniser.decoder
-        self._language_model = Fusions(self.p, self._pieces, self._directory).language_model
 
     def texts(
         self, point: Point, phrases: Callable[[Recording], Sequence[str]], done: Callable[[], None] = lambda: None
@@ -177,13 +174,14 @@ class Decoding:
         """
         chosen: dict[str, Any] = {axis.name: value for axis, value in zip(self.axes, point, strict=True)}
         p = replace(self.p, **chosen)
-        fusions = Fusions(p, self._pieces, self._directory, self._language_model)
+        networks = self._networks
+        fusions = Fusions(p, networks.pieces[: p.blank], networks.directory, networks.fusions.language_model)
 
         def make_stream(recording: Recording) -> Stream:
             options = replace(p.options, phrases="\n".join(phrases(recording)))
             return Stream(p, options, fusions.of(options))
 
-        return asyncio.run(decode(self._networks, p, self.recordings, make_stream, done, self._encode))
+        return asyncio.run(decode(networks, p, self.recordings, make_stream, done, self._encode))
 
     def rate(self, texts: Sequence[str]) -> float:
         """Return the word error rate of transcripts in per cent."""

@@ -39,6 +39,7 @@ from perf.server import PerfError
 from perf.speech import Samples
 
 sys.path += [str(MODEL_REPOSITORY / model / "1") for model in ("rnnt_greedy_bls", "detokenizer")]
+from fusions import Fusions
 from parameters import LATENCIES, Geometry, Parameters
 from stream import Stream
 from windows import Window
@@ -103,9 +104,10 @@ class Variant(NamedTuple):
     windows: Windows
     parameters: Parameters
 
-    def stream(self) -> Stream:
-        """Return a stream with these windows."""
-        return Stream(self.parameters, self.parameters.options.override({"latency": self.latency}))
+    def stream(self, fusions: Fusions) -> Stream:
+        """Return a stream with these windows, which is decoded as the server would do it."""
+        options = self.parameters.options.override({"latency": self.latency})
+        return Stream(self.parameters, options, fusions.of(options))
 
 
 async def transcribe(
@@ -119,12 +121,12 @@ async def transcribe(
         recordings: the recordings.
         done: called after each recording.
     """
-    return await decode(networks, variant.parameters, recordings, lambda _: variant.stream(), done)
+    return await decode(networks, variant.parameters, recordings, lambda _: variant.stream(networks.fusions), done)
 
 
 def full_window(networks: Networks, variant: Variant, speech: Samples) -> Window:
     """Return a window of a stream with its whole left context, or with a cache that the windows before it filled."""
-    windows, stream = variant.windows, variant.stream()
+    windows, stream = variant.windows, variant.stream(networks.fusions)
     before = windows.left // windows.chunk + 1
     stream.push(np.resize(speech, windows.chunk_due(before)))
     for _ in range(before):
