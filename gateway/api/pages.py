@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,7 @@ class File:
     body: bytes
     media_type: str
 
-    @property
+    @cached_property
     def etag(self) -> str:
         """Entity tag (RFC 9110, 8.8.3)."""
         return f'"{hashlib.sha256(self.body).hexdigest()[:16]}"'
@@ -144,7 +145,7 @@ def read_transcript(body: bytes) -> list[Segment]:
         body: JSON of a ``PageTranscript``.
 
     Raises:
-        ApiError: the body is none.
+        ApiError: the body is not a valid transcript.
     """
     try:
         given = PageTranscript.model_validate_json(body)

@@ -17,7 +17,7 @@ from amira.models.configs import read_config
 from amira.models.importing import GPU_PARAMETERS
 from amira.models.repository import ROLES, recognisers
 from amira.paths import MODEL_REPOSITORY, ROOT
-from parameters import Parameters
+from perf.networks import read_parameters
 
 BATCH, BLOCK = (int(GPU_PARAMETERS[name]) for name in ("encoder_batch", "block_frames"))
 """Parameters of an import for a GPU."""
@@ -53,9 +53,7 @@ def test_networks_are_on_the_gpu_once_each(gpu_repo: Path) -> None:
 
 def test_the_decoder_calls_one_encoder_with_many_windows(gpu_repo: Path) -> None:
     (recogniser,) = recognisers(gpu_repo)
-    parameters = Parameters.from_config(
-        {"parameters": {key: {"string_value": value} for key, value in recogniser.parameters.items()}}
-    )
+    parameters = read_parameters(recogniser)
     assert (parameters.encoder_calls, parameters.encoder_batch, parameters.block_frames) == (1, BATCH, BLOCK)
     assert parameters.exclusive_encoder_model == parameters.whole_encoder_model == "encoder"
     assert not (gpu_repo / "encoder_exclusive").exists()
