@@ -14,6 +14,7 @@ from google.protobuf import json_format
 from amira.models.configs import read_config
 from batching import Decoder, Encoded, Encoder, recognise
 from cached_calls import cached_inputs, cached_results
+from gateway.triton.geometry import Windows
 from greedy import Floats, JointOutputs, States, Token
 from parameters import Parameters
 from stream import Decoded, Stream
@@ -129,3 +130,18 @@ def open_graph(path: Path) -> Any:
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def check_when_chunks_are_due(stream: Stream, windows: Windows) -> None:
+    """Check that the decoder gives a window out at the samples at which the gateway expects it, and not one sample earlier."""
+    sent = 0
+    for chunk in range(5):
+        due = windows.chunk_due(chunk)
+        stream.push(np.zeros(due - 1 - sent, np.int16))
+        assert stream.next_window(end=False) is None
+        stream.push(np.zeros(1, np.int16))
+        window = stream.next_window(end=False)
+        assert window is not None
+        assert len(window.samples) <= windows.size
+        sent = due
+    assert windows.complete(sent) == 5

@@ -19,7 +19,7 @@ from gateway.triton.geometry import read_windows
 from parameters import LATENCIES
 from perf.labelled import normalise, read_speech
 from stream import Decoded, Stream
-from tests.support.recogniser import Recogniser, open_graph
+from tests.support.recogniser import Recogniser, check_when_chunks_are_due, open_graph
 from tests.support.servers import read_recordings
 from vocabulary import read_vocabulary
 from windows import Cache, Samples
@@ -243,12 +243,4 @@ def test_gateway_knows_when_a_chunk_is_due(bundled: Recogniser, latency: str) ->
     windows = read_windows({name: entry["string_value"] for name, entry in config["parameters"].items()})[latency]
     assert windows.right == 5 * FRAME
     stream = Stream(bundled.parameters, replace(bundled.parameters.options, latency=latency))
-    sent = 0
-    for chunk in range(5):
-        due = windows.chunk_due(chunk)
-        stream.push(np.zeros(due - 1 - sent, np.int16))
-        assert stream.next_window(end=False) is None
-        stream.push(np.zeros(1, np.int16))
-        assert stream.next_window(end=False) is not None
-        sent = due
-    assert windows.complete(sent) == 5
+    check_when_chunks_are_due(stream, windows)

@@ -30,7 +30,7 @@ from tests.support.published import (
     sherpa_at_once,
     sherpa_streamed,
 )
-from tests.support.recogniser import Recogniser, open_graph
+from tests.support.recogniser import Recogniser, check_when_chunks_are_due, open_graph
 from tests.support.servers import read_recordings
 from tests.support.streaming_models import NemoShape
 from windows import Samples
@@ -327,14 +327,4 @@ def test_gateway_knows_when_a_chunk_is_due(recogniser: Any, name: str) -> None:
     config = read_config(imported(name) / f"{name}_decoder" / "config.pbtxt")
     windows = read_windows({key: value.string_value for key, value in config.parameters.items()})["balanced"]
     stream = Stream(p, p.options)
-    sent = 0
-    for chunk in range(5):
-        due = windows.chunk_due(chunk)
-        stream.push(np.zeros(due - 1 - sent, np.int16))
-        assert stream.next_window(end=False) is None
-        stream.push(np.zeros(1, np.int16))
-        window = stream.next_window(end=False)
-        assert window is not None
-        assert len(window.samples) <= windows.size
-        sent = due
-    assert windows.complete(sent) == 5
+    check_when_chunks_are_due(stream, windows)
